@@ -1,0 +1,61 @@
+"""Start a convolutional network from filters that look at the input in as different ways as they can.
+
+The method is arXiv 2411.03226. Importing this package loads nothing heavy; torch comes with the first name used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from convsim_init.version import __version__
+
+if TYPE_CHECKING:
+    from convsim_init.checkpoint import save_checkpoint
+    from convsim_init.errors import InputError, RunError
+    from convsim_init.initialize import convsim_, initialize_
+    from convsim_init.models import UnknownModelError, build_model
+    from convsim_init.report import LayerReport, Outcome, Report
+    from convsim_init.settings import Settings
+    from convsim_init.similarity import convolutional_similarity
+
+_HOMES = {
+    "InputError": "errors",
+    "LayerReport": "report",
+    "Outcome": "report",
+    "Report": "report",
+    "RunError": "errors",
+    "Settings": "settings",
+    "UnknownModelError": "models",
+    "build_model": "models",
+    "convolutional_similarity": "similarity",
+    "convsim_": "initialize",
+    "initialize_": "initialize",
+    "save_checkpoint": "checkpoint",
+}
+
+__all__ = [
+    "InputError",
+    "LayerReport",
+    "Outcome",
+    "Report",
+    "RunError",
+    "Settings",
+    "UnknownModelError",
+    "__version__",
+    "build_model",
+    "convolutional_similarity",
+    "convsim_",
+    "initialize_",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,167 @@
+"""Layers and descent together: a model, or one weight, is changed in place and told about in a report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from convsim_init.descent import Stop, descend
+from convsim_init.errors import InputError
+from convsim_init.layers import Layer, find_layers, pair_obstacle
+from convsim_init.parallel import run
+from convsim_init.redundancy import measure_bank
+from convsim_init.report import LayerReport, Outcome, Report
+from convsim_init.settings import Settings
+from convsim_init.similarity import accumulation_dtype, bank_weight, filter_bank, filter_norms, full_precision
+
+
+@torch.no_grad()
+def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, settings: Settings | None = None) -> Tensor:
+    """Lower the Convolutional Similarity of a convolution's weight, in place, like the functions of `torch.nn.init`.
+
+    The weight must already be drawn: its filters are moved, not made. Any device and memory format; computed in
+    float32 (float64 for float64) and copied back.
+
+    Args:
+        weight: ``[out_channels, in_channels / groups, *kernel_size]``, or, if ``transposed``,
+            ``[in_channels, out_channels / groups, *kernel_size]``; float16, bfloat16, float32 or float64.
+        groups: Groups of the convolution.
+        transposed: Whether the weight is that of a transposed convolution.
+        settings: How. Default: `Settings()`.
+
+    Returns:
+        ``weight``. Unchanged where its filters form no pair: a single filter, one filter per group, zero filters.
+
+    Raises:
+        InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN.
+    """
+    settings = settings or Settings()
+    bank = _bank(weight, groups, transposed, settings)
+    if not bank.isfinite().all():
+        raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
+    if pair_obstacle(bank, settings.channels) is None:
+        with full_precision(weight.device):
+            descent = descend(bank, settings)
+        weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
+    return weight
+
+
+def initialize_(
+    model: nn.Module,
+    *,
+    settings: Settings | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Report:
+    """Lower the Convolutional Similarity of every convolution of a model, in place.
+
+    Treated are the subclasses of PyTorch's convolutions, transposed ones too, of any rank, on any device and in any
+    memory format. Left as they are, with the reason in the report: frozen layers, layers without a filter pair
+    (depthwise ones, unless ``channels="all"``), layers without a usable weight, and those not selected. A module or
+    weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state of the
+    caller stay as they were. The same weights and settings give the same result.
+
+    Args:
+        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        settings: How. Default: `Settings()`.
+        include: Shell patterns of layer names, such as ``"layer4.*"``; where any are given, others are left alone.
+        exclude: Shell patterns of layer names to leave alone.
+        device: Where to compute. Default: where each weight is.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        What became of each layer.
+
+    Raises:
+        InputError: If the model has no convolution or a pattern matches none.
+    """
+    settings = settings or Settings()
+    started = time.perf_counter()
+    layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
+    on_cpu = all(torch.device(device or layer.device).type == "cpu" for layer in layers)
+    threads = torch.get_num_threads() if on_cpu else 1
+    largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
+    treat = partial(_treat, settings=settings, device=device)
+    reports: dict[str, LayerReport] = {}
+    with tqdm(total=len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar:
+        for report in run(treat, largest_first, threads=threads):
+            reports[report.name] = report
+            bar.update()
+    return Report(settings, [reports[layer.name] for layer in layers], time.perf_counter() - started)
+
+
+@torch.no_grad()
+def plan(
+    model: nn.Module, *, settings: Settings | None = None, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Report:
+    """What `initialize_` would do, without doing it: layers to treat are reported as planned."""
+    settings = settings or Settings()
+    started = time.perf_counter()
+    reports = []
+    for layer in find_layers(model, _patterns("include", include), _patterns("exclude", exclude)):
+        reason = layer.obstacle
+        if reason is None:
+            bank = _bank(layer.module.weight, layer.module.groups, layer.module.transposed, settings)
+            reason = pair_obstacle(bank, settings.channels)
+        outcome = Outcome.SKIPPED if reason else Outcome.PLANNED
+        reports.append(LayerReport(layer.name, type(layer.module).__name__, layer.shape, outcome, reason))
+    return Report(settings, reports, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _treat(
+    layer: Layer, checkpoint: Callable[[], None], *, settings: Settings, device: torch.device | str | None
+) -> LayerReport:
+    started = time.perf_counter()
+    outcome, reason, details = Outcome.SKIPPED, layer.obstacle, dict[str, Any]()
+    if reason is None:
+        with full_precision(torch.device(device or layer.device)):
+            outcome, reason, details = _lower(layer, checkpoint, settings, device)
+    kind, seconds = type(layer.module).__name__, time.perf_counter() - started
+    return LayerReport(layer.name, kind, layer.shape, outcome, reason, seconds=seconds, **details)
+
+
+def _lower(
+    layer: Layer, checkpoint: Callable[[], None], settings: Settings, device: torch.device | str | None
+) -> tuple[Outcome, str | None, dict[str, Any]]:
+    groups, transposed = layer.module.groups, layer.module.transposed
+
+    def read() -> Tensor:
+        return _bank(layer.module.weight.detach().to(device), groups, transposed, settings)
+
+    bank = read()
+    if not bank.isfinite().all():
+        return Outcome.FAILED, "left as it was: its weight holds infinities or NaN", {}
+    obstacle = pair_obstacle(bank, settings.channels)
+    if obstacle:
+        return Outcome.SKIPPED, obstacle, {}
+    before, norms = measure_bank(bank, settings.channels), filter_norms(bank)
+    descent = descend(bank, settings, on_step=checkpoint)
+    details: dict[str, Any] = {"steps": descent.steps, "losses": descent.losses}
+    if descent.stop is Stop.NON_FINITE:
+        return Outcome.FAILED, f"left as it was: {descent.stop.value}", details
+    difference = layer.write(bank_weight(descent.bank, groups=groups, transposed=transposed))
+    written = read()
+    norm_ratio = float((filter_norms(written) / norms)[norms > 0].mean())
+    details |= {"before": before, "after": measure_bank(written, settings.channels) | {"norm_ratio": norm_ratio}}
+    return Outcome.APPROXIMATED if difference else Outcome.INITIALIZED, difference, details
+
+
+def _bank(weight: Tensor, groups: int, transposed: bool, settings: Settings) -> Tensor:
+    bank = filter_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
+    return bank.to(accumulation_dtype(weight.dtype), memory_format=torch.contiguous_format)
+
+
+def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:
+    if isinstance(patterns, str):
+        raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
+    return patterns

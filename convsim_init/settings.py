@@ -1,0 +1,81 @@
+"""What the user chose, validated once. Imports nothing heavy: a wrong option is refused before torch is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from convsim_init.errors import InputError
+
+Pairs = Literal["all", "adjacent"]
+Channels = Literal["matched", "all"]
+Norm = Literal["preserve", "free"]
+Optimizer = Literal["conjugate_gradient", "adam"]
+Preset = Literal["convsim", "paper"]
+
+PAIRS: tuple[Pairs, ...] = get_args(Pairs)
+CHANNELS: tuple[Channels, ...] = get_args(Channels)
+NORMS: tuple[Norm, ...] = get_args(Norm)
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the weights of each layer are optimized.
+
+    Attributes:
+        pairs: Filter pairs that count: ``"all"`` of a layer, or only ``"adjacent"`` ones (i, i + 1).
+        channels: Kernels compared: those of ``"matched"`` input channels, or ``"all"`` with all.
+        norm: ``"preserve"`` keeps each filter's L2 norm; ``"free"`` does not, and then similarity falls by shrinking.
+        optimizer: ``"conjugate_gradient"`` with exact steps, nothing to tune; or ``"adam"``.
+        steps: Most steps per layer, at least 1.
+        tolerance: Stop once a step lowers the loss by less than this fraction; 0 never stops early.
+        learning_rate: Of Adam; conjugate gradients have none.
+
+    Raises:
+        InputError: If a value is out of its range.
+    """
+
+    pairs: Pairs = "all"
+    channels: Channels = "matched"
+    norm: Norm = "preserve"
+    optimizer: Optimizer = "conjugate_gradient"
+    steps: int = 30
+    tolerance: float = 1e-4
+    learning_rate: float = 0.002
+
+    def __post_init__(self) -> None:
+        check_choice("pairs", self.pairs, PAIRS)
+        check_choice("channels", self.channels, CHANNELS)
+        check_choice("norm", self.norm, NORMS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"expected steps to be a whole number of at least 1, got {self.steps!r}")
+        if not 0 <= self.tolerance < 1:
+            raise InputError(f"expected tolerance to be at least 0 and less than 1, got {self.tolerance!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"expected learning_rate to be positive and finite, got {self.learning_rate!r}")
+
+    @classmethod
+    def paper(cls, steps: int = 100) -> Settings:
+        """The recipe of the authors' published code (arXiv 2411.03226), kept as a faithful reproduction.
+
+        Adjacent pairs, matched channels, free norms, Adam with learning rate 0.002. Most of what its loss loses it
+        loses by shrinking the weights.
+        """
+        return cls(pairs="adjacent", norm="free", optimizer="adam", steps=steps, tolerance=0.0)
+
+    @classmethod
+    def preset(cls, name: Preset) -> Settings:
+        """The settings called ``"convsim"`` (the defaults) or ``"paper"``."""
+        check_choice("preset", name, PRESETS)
+        return cls.paper() if name == "paper" else cls()
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise InputError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
