@@ -6,61 +6,87 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from convsim_init.devices import check_device_name, find_device
+from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
-from convsim_init.models import catalog
+from convsim_init.models import build_model, catalog
+from convsim_init.report import LayerReport, Outcome
 from convsim_init.settings import CHANNELS, NORMS, PAIRS, PRESETS, Settings
 
+from .ending import ending_at_once
 from .table import format_report
 
-if TYPE_CHECKING:
-    import torch
-
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-DEFAULTS = Settings()
+DEFAULTS, PAPER = Settings(), Settings.paper()
 
 HELP = """
 Write a checkpoint of decorrelated weights, ready to train from.
 
 MODEL is the name of a built-in model (see `convsim-init list`). Its convolutions are drawn as usual; then every
 layer's filters are moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is
-low. The file is an ordinary full state dict.
+low. The file is an ordinary full state dict. Without --out nothing is written: the table alone shows what would be
+gained.
 """
 EPILOG = """\b
 Examples:
   convsim-init resnet18 --out init.safetensors
   convsim-init resnet50 --num-classes 10 --seed 3 --out r50.pt
   convsim-init cifar_resnet18 --exclude conv1 --steps 50 --out init.safetensors
-  convsim-init resnet18 --preset paper --steps 100 --json
+  convsim-init resnet18 --preset paper --steps 200 --json
 """
+COUNT = click.IntRange(min=1)
 
 
-@click.command(help=HELP, epilog=EPILOG, hidden=True)
+class MainCommand(click.Command):
+    """A command that is run by its group's name alone, and so shares the group's help."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The group's help, which shows this command's options."""
+        return ctx.parent.get_help() if ctx.parent else super().get_help(ctx)
+
+
+@click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
-@click.option("--num-classes", type=int, help="Outputs of the classifier. Default: the model's.")
-@click.option("--in-chans", type=int, help="Channels of the input. Default: 3.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the drawn weights.")
-@click.option("--preset", type=click.Choice(PRESETS), default="convsim", show_default=True, help="Start from these.")
+@click.option("--num-classes", type=COUNT, metavar="N", help="Outputs of the classifier. Default: the model's.")
+@click.option("--in-chans", type=COUNT, metavar="N", help="Channels of the input. Default: 3.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", default=0, help="Of the drawn weights. Default: 0.")
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default="convsim",
+    help=f"""Settings to start from: the defaults
+    (convsim), or those of the method's published code (paper: --pairs {PAPER.pairs} --norm {PAPER.norm} --steps
+    {PAPER.steps}, Adam).""",
+)
 @click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}.")
-@click.option("--channels", type=click.Choice(CHANNELS), help=f"Kernels compared. Default: {DEFAULTS.channels}.")
-@click.option("--norm", type=click.Choice(NORMS), help=f"Of each filter. Default: {DEFAULTS.norm}.")
-@click.option("--steps", type=int, help=f"Most steps per layer. Default: {DEFAULTS.steps}; paper: 100.")
+@click.option(
+    "--channels",
+    type=click.Choice(CHANNELS),
+    help=f"""Kernels compared: those of the same input channel, or
+    all with all. Default: {DEFAULTS.channels}.""",
+)
+@click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
+@click.option("--steps", type=COUNT, metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps. Default: auto.")
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
-@click.option("--prefix", default="", help="Put before every key, for instance 'model.'.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the written floats.")
+@click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the written floats. Default: float32.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.pass_context
 def init(
+    ctx: click.Context,
+    /,
     model: str,
     out: Path | None,
     num_classes: int | None,
@@ -71,44 +97,74 @@ def init(
     exclude: tuple[str, ...],
     device: str,
     convs_only: bool,
-    prefix: str,
-    dtype: str,
+    prefix: str | None,
+    dtype: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
     **choices: Any,
 ) -> None:
-    """Run the main command; everything that can be refused is refused before torch is loaded."""
+    """Run the main command; what can be refused without torch is refused before it is loaded."""
     chosen = {name: value for name, value in choices.items() if value is not None}
     settings = replace(Settings.preset(preset), **chosen)  # type: ignore[arg-type]
+    _check_command(ctx, model)
     catalog.find(model)
-    target = None if out is None else check_target(out, overwrite=force)
+    check_device_name(device)
+    file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": force}
+    target = _check_out(out, [option for option, value in file_options.items() if value], force)
 
-    import torch
+    with ending_at_once():
+        import torch
 
-    from convsim_init.checkpoint import save_checkpoint
-    from convsim_init.devices import find_device
-    from convsim_init.initialize import initialize_, plan
-    from convsim_init.models import build_model
+        from convsim_init.checkpoint import save_checkpoint
+        from convsim_init.initialize import initialize_, plan
 
     place = find_device(device)
     network = build_model(model, num_classes=num_classes, in_chans=in_chans, seed=seed)
     if dry_run:
         report = plan(network, settings=settings, include=include, exclude=exclude)
     else:
-        progress = not quiet and sys.stderr.isatty()
+        progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
         report = initialize_(
             network, settings=settings, include=include, exclude=exclude, device=place, progress=progress
         )
     report.model, report.seed = model, seed
-    if target is not None and not dry_run:
-        floats: torch.dtype = getattr(torch, dtype)
+    failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
+    if target is not None and not dry_run and not failed:
         save_checkpoint(
-            network, target, report=report, prefix=prefix, convs_only=convs_only, dtype=floats, overwrite=force
+            network,
+            target,
+            report=report,
+            prefix=prefix or "",
+            convs_only=convs_only,
+            dtype=getattr(torch, dtype or "float32"),
+            overwrite=force,
         )
         report.file, report.file_bytes = str(target), target.stat().st_size
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         click.echo(format_report(report))
+    if failed:
+        raise RunError(_failure(failed))
+
+
+def _check_command(ctx: click.Context, model: str) -> None:
+    group = ctx.parent.command if ctx.parent else None
+    if isinstance(group, click.Group) and model in group.commands:
+        raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
+
+
+def _check_out(out: Path | None, file_options: list[str], force: bool) -> Path | None:
+    if out is not None:
+        return check_target(out, overwrite=force)
+    if file_options:
+        raise click.UsageError(f"{', '.join(file_options)}: nothing is written without --out")
+    return None
+
+
+def _failure(failed: list[LayerReport]) -> str:
+    first, others = failed[0], len(failed) - 1
+    more = f" and {others} more" if others else ""
+    return f"{first.name}{more} failed, {first.reason}; nothing was written; --exclude leaves a layer alone"

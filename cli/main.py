@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
-import click
-from click_default_group import DefaultGroup
+from .ending import DONE, FAILED, WRONG_USAGE, ending_at_once, fail, interrupted
 
-from convsim_init.errors import InputError
-from convsim_init.version import __version__
+with ending_at_once():
+    import click
+    from click_default_group import DefaultGroup
 
-from .env import env
-from .init import init
-from .list import list_models
+    from convsim_init.errors import InputError, RunError
+    from convsim_init.version import __version__
 
-DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+    from .env import env
+    from .init import init
+    from .list import list_models
+
+PROGRAM = "convsim-init"
 
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
@@ -37,6 +42,13 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
         with formatter.section("Commands"):
             formatter.write_dl(others)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # left to click, it would print an empty line
+            raise click.Abort from error
+
 
 @click.group(
     cls=MainGroup,
@@ -45,7 +57,7 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
     help=init.help,
     epilog=init.epilog,
 )
-@click.version_option(__version__, prog_name="convsim-init")
+@click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Hold the subcommands."""
 
@@ -57,35 +69,31 @@ cli.add_command(env)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    sys.exit(_run(arguments))
+    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        status = cli.main(arguments, prog_name="convsim-init", standalone_mode=False)
-        sys.stdout.flush()
+        if not arguments:  # what click does then depends on its version
+            click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
+            return WRONG_USAGE
+        status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status if isinstance(status, int) else DONE
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing was written", INTERRUPTED)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return WRONG_USAGE
+        return interrupted()
     except click.UsageError as error:
-        command = error.ctx.command_path.removesuffix(" init") if error.ctx else "convsim-init"
-        return _fail(f"{error.format_message()} (see '{command} --help')", WRONG_USAGE)
+        command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
+        return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         if isinstance(error, InputError):
-            return _fail(str(error), WRONG_USAGE)
-        kind = "" if type(error).__module__.startswith("convsim_init") else f"{type(error).__name__}: "
-        return _fail(f"{kind}{error} (--debug shows where)", FAILED)
-    return status if isinstance(status, int) else DONE
-
-
-def _fail(message: str, status: int) -> int:
-    click.echo("Error: " + " ".join(message.split()), err=True)
-    return status
+            return fail(str(error), WRONG_USAGE)
+        if isinstance(error, RunError):
+            return fail(str(error), FAILED)
+        return fail(f"{type(error).__name__}: {error} (--debug shows where)", FAILED)

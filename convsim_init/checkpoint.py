@@ -5,6 +5,7 @@ Tensors are written by `safetensors` or `torch.save`; what is added here is the 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -15,13 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from convsim_init.errors import InputError
+from convsim_init.errors import InputError, RunError
 from convsim_init.files import TORCH_SUFFIXES, check_target, replacing
-from convsim_init.layers import unwrap
 from convsim_init.report import Report
+from convsim_init.state_dict import bare_entries, changed_entries, plain_tensors
 from convsim_init.version import __version__
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+METADATA_KEY = "__metadata__"
 
 
 def save_checkpoint(
@@ -36,9 +37,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a model's weights as a file that any training codebase loads.
 
-    The file holds every entry of the state dict under its bare key (without the prefixes of DistributedDataParallel
-    and torch.compile), contiguous; tied weights under each of their names. It appears whole or not at all, and the
-    same arguments give the same bytes.
+    The file holds every entry of the state dict under its bare key (without what DistributedDataParallel and
+    torch.compile add to it), contiguous; tied weights under each of their names. It appears whole or not at all, and
+    the same arguments give the same bytes. If the path is a symbolic link, the file it points to is written.
 
     Args:
         model_or_state_dict: What to write.
@@ -50,63 +51,23 @@ def save_checkpoint(
         overwrite: Replace an existing file.
 
     Returns:
-        The path written.
+        The path given.
 
     Raises:
         InputError: If the path cannot be written, or the weights hold other than finite tensors.
         RunError: If writing fails, for instance on a full disk; the file that was there is still there.
     """
     target = check_target(path, overwrite=overwrite)
-    if isinstance(model_or_state_dict, nn.Module):
-        state: Mapping[str, object] = unwrap(model_or_state_dict).state_dict()
-    else:
-        state = model_or_state_dict
-    tensors = _collect(_bare(state), prefix, _changed(report) if convs_only else None, dtype)
+    entries = bare_entries(model_or_state_dict)
+    if convs_only:
+        entries = changed_entries(entries, report)
+    tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}
     with replacing(target) as temporary:
-        _write(tensors, temporary, None if target.suffix in TORCH_SUFFIXES else _metadata(report))
+        if target.suffix in TORCH_SUFFIXES:
+            _write_torch(tensors, temporary)
+        else:
+            _write_safetensors(tensors, temporary, _metadata(report))
     return target
-
-
-def _bare(state: Mapping[str, object]) -> dict[str, object]:
-    bare = dict(state)
-    while bare and (wrapper := next((p for p in WRAPPER_PREFIXES if all(k.startswith(p) for k in bare)), None)):
-        bare = {key.removeprefix(wrapper): value for key, value in bare.items()}
-    return bare
-
-
-def _changed(report: Report | None) -> set[str]:
-    if report is None:
-        raise InputError("convs_only: expected the report that says which convolutions were changed, got none")
-    return {f"{layer.name}.weight" for layer in report.layers if layer.after}
-
-
-def _collect(
-    state: Mapping[str, object], prefix: str, only: set[str] | None, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for key, value in state.items():
-        if only is not None and key not in only:
-            continue
-        if not isinstance(value, Tensor):
-            raise InputError(f"{key}: expected a tensor in the state dict, got {type(value).__name__}")
-        tensor = value.detach()
-        if tensor.is_meta:
-            raise InputError(f"{key}: expected a tensor with data, got one on the meta device: initialize it first")
-        if tensor.is_floating_point():
-            if not tensor.isfinite().all():
-                raise InputError(f"{key}: expected finite numbers, got infinities or NaN: nothing was written")
-            tensor = tensor.to(dtype or tensor.dtype)
-        tensor = tensor.cpu().contiguous()
-        # Files hold no aliases: what shares memory with another entry, or with more than itself, is written apart.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[prefix + key] = tensor
-    if not tensors:
-        raise InputError("expected weights to write, got none: no entry of the state dict is left")
-    return tensors
 
 
 def _metadata(report: Report | None) -> dict[str, str]:
@@ -121,17 +82,23 @@ def _metadata(report: Report | None) -> dict[str, str]:
     return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Write the file with the library of its format; whatever that raises when the disk fails is an OSError here."""
+def _write_torch(tensors: dict[str, Tensor], path: Path) -> None:
+    # By way of memory: torch hides what a file's write raises, such as a full disk, behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    if METADATA_KEY in tensors:
+        raise InputError(
+            f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
+        )
     try:
-        if metadata is None:
-            with path.open("wb") as file:  # by file: a name would stand in the archive
-                torch.save(tensors, file)
-        else:
-            safetensors.torch.save_file(tensors, path, metadata=metadata)
-            _sort_metadata(path)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise OSError(str(error).splitlines()[0]) from error
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -139,9 +106,9 @@ def _sort_metadata(path: Path) -> None:
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         if len(text) > length:
-            raise RuntimeError("the header cannot be rewritten with sorted metadata: it would be longer")
+            raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
         file.seek(8)
         file.write(text.ljust(length))

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from convsim_init.filters import Filters
+from convsim_init.parallel import Team
 from convsim_init.settings import Settings
-from convsim_init.similarity import bank_similarity, count_pairs, filter_norms, nonzero, per_filter
+from convsim_init.similarity import all_finite, bank_similarity, count_pairs, filter_norms, nonzero, per_filter
 
 BACKTRACKS = 5
 IDLE_STEPS = 2
+NOTHING_LEFT = 1e-20
 
 
 class Stop(Enum):
@@ -50,17 +52,22 @@ class Descent:
         return len(self.losses) - 1
 
 
-def descend(bank: Tensor, settings: Settings, *, on_step: Callable[[], None] = lambda: None) -> Descent:
+def descend(
+    bank: Tensor, settings: Settings, *, team: Team | None = None, on_step: Callable[[], None] = lambda: None
+) -> Descent:
     """Lower the Convolutional Similarity of a filter bank.
 
     Args:
         bank: ``[G, M, C, *kernel_size]``, float32 or float64; left as it is.
         settings: What is lowered, and how.
+        team: Threads to work on the blocks of a large layer, on the CPU; None works in the caller's.
         on_step: Called before each step; what it raises ends the descent.
     """
-    loop = _adam if settings.optimizer == "adam" else _conjugate_gradient
-    descent = loop(bank, settings, on_step)
-    if all(map(math.isfinite, descent.losses)) and descent.bank.isfinite().all():
+    if settings.optimizer == "adam":
+        descent = _adam(bank, settings, on_step)
+    else:
+        descent = _conjugate_gradient(bank, settings, team or Team(1), on_step)
+    if all(map(math.isfinite, descent.losses)) and all_finite(descent.bank):
         return descent
     return Descent(bank, descent.losses, Stop.NON_FINITE)
 
@@ -82,23 +89,23 @@ class _Progress:
         # A plateau is left by steps that gain little, but more each time: one idle step proves nothing.
         idle = previous - loss < self._settings.tolerance * previous
         self._idle = self._idle + 1 if idle and self._settings.tolerance else 0
-        if self._idle == IDLE_STEPS:
+        if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * self.losses[0]:
             self.stop = Stop.CONVERGED
         self._on_step()
         return self.stop is Stop.STEPS and math.isfinite(loss) and len(self.losses) <= self._settings.steps
 
 
 @torch.no_grad()
-def _conjugate_gradient(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Descent:
+def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: Callable[[], None]) -> Descent:
     """Conjugate gradients with exact steps. Each lowers the loss, so the last weights are the best."""
     norms = filter_norms(bank)  # [G, M]
     preserve = settings.norm == "preserve"
-    scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)
+    scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
     unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1)) if preserve else float(scale.max()) ** 4
 
-    filters = Filters((bank / per_filter(nonzero(scale), bank)).to(bank.dtype), settings)
+    filters = Filters((bank / per_filter(nonzero(scale), bank)).to(bank.dtype), settings, team)
     progress = _Progress(settings, on_step)
-    loss = filters.evaluate()
+    loss = filters.arrive(0)
     while progress(loss):
         loss = _step(filters, progress.losses[-1])
         if not loss < progress.losses[-1]:
@@ -116,12 +123,11 @@ def _step(filters: Filters, reached: float) -> float:
     """Move to the lowest loss along the conjugate direction, and nowhere if that is not lower; return the loss."""
     distance = filters.aim()
     for _ in range(BACKTRACKS if distance else 0):
-        filters.move(distance)
-        loss = filters.evaluate()
+        loss = filters.arrive(distance)
         if loss < reached:
             return loss
         distance /= 4
-    filters.move(0)
+    filters.arrive(0)
     return reached
 
 
@@ -131,10 +137,10 @@ def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Desc
     progress = _Progress(settings, on_step)
     with torch.inference_mode(False), torch.enable_grad():
         weight = bank.clone().requires_grad_()
-        best, lowest = weight.detach().clone(), math.inf
         adam = torch.optim.Adam([weight], lr=settings.learning_rate)
         loss = bank_similarity(weight, settings.pairs, settings.channels)
-        while progress(float(loss)):
+        best, lowest = bank, loss.item()
+        while progress(loss.item()):
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
@@ -142,6 +148,6 @@ def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Desc
                 with torch.no_grad():
                     weight *= per_filter(norms / nonzero(filter_norms(weight)), weight)
             loss = bank_similarity(weight, settings.pairs, settings.channels)
-            if float(loss) < lowest:
-                best, lowest = weight.detach().clone(), float(loss)
+            if loss.item() < lowest:
+                best, lowest = weight.detach().clone(), loss.item()
     return Descent(best, progress.losses, progress.stop)

@@ -1,51 +1,76 @@
-"""Which devices and packages are here."""
+"""Which devices and packages are here. torch is imported when it is asked, not before."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
-
-import torch
+from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.version import __version__
 
+if TYPE_CHECKING:
+    import torch
+
 PACKAGES = ("torch", "numpy", "safetensors", "click", "tqdm", "torchvision", "timm")
 
 
+def check_device_name(name: str) -> str:
+    """The name, if a device can be called that: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        InputError: If not. Whether there is such a device here, `find_device` says.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", name):
+        raise InputError(f"expected the device to be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    return name
+
+
 def find_device(name: str) -> torch.device:
-    """The device called ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    """The device of that name; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
         InputError: If there is no such device here.
     """
-    if name == "auto":
+    import torch
+
+    if check_device_name(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     present = available_devices()
     if name in present:
         return torch.device(name)
-    raise InputError(f"device: expected auto or one of those here ({', '.join(present)}), got {name!r}")
+    raise InputError(f"expected a device that is here ({', '.join(present)}) or auto, got {name!r}: choose another")
 
 
 def available_devices() -> list[str]:
     """Names of the devices that torch can use here."""
+    import torch
+
     cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return ["cpu", *(["cuda"] if cards else []), *cards, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def describe_environment() -> dict[str, str]:
     """Versions, devices and threads, for a bug report."""
-    names = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    import torch
+
     return {
         "convsim-init": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: _version(package) for package in PACKAGES},
         "cuda": torch.version.cuda or "none",
-        "devices": ", ".join(f"{d} ({names[d]})" if d in names else d for d in available_devices()),
+        "devices": ", ".join(map(_describe, available_devices())),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
     }
+
+
+def _describe(device: str) -> str:
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda:") else device
 
 
 def _version(package: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,33 +19,49 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     """The path, if a checkpoint can be written there.
 
     Raises:
-        InputError: If its suffix is unknown, its folder is missing or read-only, or it exists and may not be replaced.
+        InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary file, or it exists
+            and may not be replaced.
     """
     target = Path(path)
-    if target.suffix not in SUFFIXES:
+    if target.suffix not in SUFFIXES:  # in lower case only: loaders look for just these
         raise InputError(f"expected a file name ending in {', '.join(SUFFIXES)}, got {str(target)!r}: rename it")
-    folder = target.parent
-    if not folder.is_dir():
-        raise InputError(f"expected an existing folder to write to, got {str(folder)!r}: create it first")
-    if target.is_dir():
-        raise InputError(f"expected a file to write, got the folder {str(target)!r}: name a file in it")
-    if target.exists() and not overwrite:
-        raise InputError(f"{str(target)!r} exists already: choose another name or overwrite it (--force in the shell)")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"expected a folder that can be written to, got {str(folder)!r}: choose another")
+    try:
+        _check_place(target, _real(target), overwrite=overwrite)
+    except OSError as error:
+        raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
     return target
+
+
+def _check_place(target: Path, real: Path, *, overwrite: bool) -> None:
+    folder = str(real.parent)
+    if not real.parent.is_dir():
+        raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
+    try:
+        mode = real.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise InputError(f"expected a file to write, got the folder {str(target)!r}: name a file in it")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"expected an ordinary file to write, got {str(target)!r}, which is none: choose another name")
+    if not overwrite:
+        raise InputError(f"{str(target)!r} exists already: choose another name or overwrite it (--force in the shell)")
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside the target that takes its place, synced, when the block ends well.
 
-    The old file, or none, is there until the new one is complete; the mode follows the umask.
+    The old file, or none, is there until the new one is complete; the mode follows the umask. If the target is a
+    symbolic link, what it points to is replaced.
 
     Raises:
         RunError: If the block or the replacement fails with an operating system's error.
     """
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    real = _real(target)
+    temporary = real.with_name(f".{secrets.token_hex(8)}.convsim-init.tmp")
     try:
         # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -53,14 +70,22 @@ def replacing(target: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)
         _sync(temporary, os.O_RDWR)
-        temporary.replace(target)
+        temporary.replace(real)
         with contextlib.suppress(OSError):  # not every system lets a folder be opened
-            _sync(target.parent, os.O_RDONLY)
+            _sync(real.parent, os.O_RDONLY)
     except OSError as error:
-        raise RunError(f"could not write {str(target)!r}: {error.strerror or error}; nothing changed there") from error
+        raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _cause(error: OSError) -> str:
+    return " ".join((error.strerror or str(error)).split())
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -14,12 +14,19 @@ from tqdm import tqdm
 
 from convsim_init.descent import Stop, descend
 from convsim_init.errors import InputError
-from convsim_init.layers import Layer, find_layers, pair_obstacle
-from convsim_init.parallel import run
+from convsim_init.layers import Layer, RefusedError, find_layers, pair_obstacle
+from convsim_init.parallel import Team
 from convsim_init.redundancy import measure_bank
 from convsim_init.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings
-from convsim_init.similarity import accumulation_dtype, bank_weight, filter_bank, filter_norms, full_precision
+from convsim_init.similarity import (
+    accumulation_dtype,
+    all_finite,
+    bank_weight,
+    filter_bank,
+    filter_norms,
+    full_precision,
+)
 
 
 @torch.no_grad()
@@ -44,11 +51,11 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     """
     settings = settings or Settings()
     bank = _bank(weight, groups, transposed, settings)
-    if not bank.isfinite().all():
+    if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
     if pair_obstacle(bank, settings.channels) is None:
-        with full_precision(weight.device):
-            descent = descend(bank, settings)
+        with full_precision(weight.device), Team(_threads(weight.device)) as team:
+            descent = descend(bank, settings, team=team)
         weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
     return weight
 
@@ -87,13 +94,14 @@ def initialize_(
     settings = settings or Settings()
     started = time.perf_counter()
     layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
-    on_cpu = all(torch.device(device or layer.device).type == "cpu" for layer in layers)
-    threads = torch.get_num_threads() if on_cpu else 1
     largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
-    treat = partial(_treat, settings=settings, device=device)
     reports: dict[str, LayerReport] = {}
-    with tqdm(total=len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar:
-        for report in run(treat, largest_first, threads=threads):
+    with (
+        tqdm(total=len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
+        Team(_threads(*(torch.device(device or layer.device) for layer in layers))) as team,
+    ):
+        treat = partial(_treat, settings=settings, device=device, checkpoint=team.checkpoint)
+        for report in team.as_completed(treat, largest_first):
             reports[report.name] = report
             bar.update()
     return Report(settings, [reports[layer.name] for layer in layers], time.perf_counter() - started)
@@ -119,7 +127,7 @@ def plan(
 
 @torch.no_grad()
 def _treat(
-    layer: Layer, checkpoint: Callable[[], None], *, settings: Settings, device: torch.device | str | None
+    layer: Layer, *, checkpoint: Callable[[], None], settings: Settings, device: torch.device | str | None
 ) -> LayerReport:
     started = time.perf_counter()
     outcome, reason, details = Outcome.SKIPPED, layer.obstacle, dict[str, Any]()
@@ -139,7 +147,7 @@ def _lower(
         return _bank(layer.module.weight.detach().to(device), groups, transposed, settings)
 
     bank = read()
-    if not bank.isfinite().all():
+    if not all_finite(bank):
         return Outcome.FAILED, "left as it was: its weight holds infinities or NaN", {}
     obstacle = pair_obstacle(bank, settings.channels)
     if obstacle:
@@ -149,7 +157,10 @@ def _lower(
     details: dict[str, Any] = {"steps": descent.steps, "losses": descent.losses}
     if descent.stop is Stop.NON_FINITE:
         return Outcome.FAILED, f"left as it was: {descent.stop.value}", details
-    difference = layer.write(bank_weight(descent.bank, groups=groups, transposed=transposed))
+    try:
+        difference = layer.write(bank_weight(descent.bank, groups=groups, transposed=transposed))
+    except RefusedError as error:
+        return Outcome.FAILED, str(error), details
     written = read()
     norm_ratio = float((filter_norms(written) / norms)[norms > 0].mean())
     details |= {"before": before, "after": measure_bank(written, settings.channels) | {"norm_ratio": norm_ratio}}
@@ -159,6 +170,11 @@ def _lower(
 def _bank(weight: Tensor, groups: int, transposed: bool, settings: Settings) -> Tensor:
     bank = filter_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
     return bank.to(accumulation_dtype(weight.dtype), memory_format=torch.contiguous_format)
+
+
+def _threads(*devices: torch.device) -> int:
+    """Threads to use: an accelerator needs but one to be kept busy."""
+    return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
 
 
 def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:

@@ -17,6 +17,10 @@ from convsim_init.settings import Channels
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class RefusedError(RuntimeError):
+    """A parametrization refuses to be assigned to."""
+
+
 class Layer:
     """One convolution of a model.
 
@@ -48,6 +52,9 @@ class Layer:
 
         Returns:
             What differs, if the layer then does not use the weight it was given.
+
+        Raises:
+            RefusedError: If the parametrization refuses the weight.
         """
         if not parametrize.is_parametrized(self.module, "weight"):
             self.module.weight.copy_(weight)
@@ -55,10 +62,10 @@ class Layer:
         before = self.module.weight.clone()
         try:
             self.module.weight = weight.to(before.device, before.dtype)
-        except NotImplementedError:
-            return "its parametrization cannot be assigned to (it has no right_inverse)"
-        error = torch.linalg.vector_norm((self.module.weight - weight.to(before)).double())
-        relative = float(error / torch.linalg.vector_norm(weight.double()))
+        except Exception as error:  # whatever the parametrization's own code raises
+            raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
+        difference = torch.linalg.vector_norm((self.module.weight - weight.to(before)).double())
+        relative = float(difference / torch.linalg.vector_norm(weight.double()))
         if relative <= 1e-5 or relative <= 4 * torch.finfo(before.dtype).eps:
             return None
         return f"its parametrization keeps a weight that differs by {relative:.1%} from the one it was given"

@@ -1,10 +1,16 @@
-"""Layers side by side: one thread a layer on the CPU, so that small layers keep every core busy too."""
+"""A team of threads for work on the CPU, with one intra-op thread each.
+
+Torch's own threads divide each small operation, and mostly wait for each other. A team divides whole layers, or the
+blocks of one layer, so that every core stays busy, and results do not depend on the number of threads.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import partial
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -17,32 +23,59 @@ class Cancelled(BaseException):
     """Raised in a worker whose result nobody waits for any more."""
 
 
-def run(work: Callable[[Item, Callable[[], None]], Result], items: Sequence[Item], *, threads: int) -> Iterator[Result]:
-    """Call ``work(item, checkpoint)`` for every item and yield the results as they come.
+class Team:
+    """Threads that work for as long as the context lasts.
 
-    With several threads torch computes each item on one, so that results don't depend on how many there are; the
-    caller's number of threads is put back. When the caller leaves, by an interrupt for instance, ``checkpoint()``
-    raises in the workers, which should call it often.
+    Within it torch has one intra-op thread; the caller's number is put back at the end. Workers compute in the
+    caller's inference mode, without gradients.
+
+    Args:
+        threads: How many; with one, the caller does the work.
     """
-    left = threading.Event()
 
-    def checkpoint() -> None:
-        if left.is_set():
+    def __init__(self, threads: int) -> None:
+        # MKL asks OpenMP, whose number of threads is each thread's own.
+        start = partial(torch.set_num_threads, 1)
+        self._pool = ThreadPoolExecutor(threads, "convsim-init", start) if threads > 1 else None
+        self._left = threading.Event()
+        self._inference = torch.is_inference_mode_enabled()
+        self._intra_op = torch.get_num_threads()
+
+    def __enter__(self) -> Team:
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._intra_op)
+
+    def checkpoint(self) -> None:
+        """To be called often by long work: raises once the caller has left, by an interrupt for instance."""
+        if self._left.is_set():
             raise Cancelled
 
-    inference = torch.is_inference_mode_enabled()
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Results of ``work`` for every item, in the order of the items."""
+        if self._pool is None or len(items) == 1:
+            return [work(item) for item in items]
+        return [future.result() for future in self._submit(work, items)]
 
-    def one(item: Item) -> Result:
-        with torch.inference_mode(inference):
-            return work(item, checkpoint)
+    def as_completed(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Results of ``work`` for every item, as they come."""
+        if self._pool is None:
+            yield from map(work, items)
+        else:
+            yield from (future.result() for future in as_completed(self._submit(work, items)))
 
-    intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="convsim-init")
-    try:
-        for done in as_completed([pool.submit(one, item) for item in items]):
-            yield done.result()
-    finally:
-        left.set()
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(intra_op)
+    def _submit(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Future[Result]]:
+        assert self._pool is not None
+
+        def alone(item: Item) -> Result:
+            with torch.inference_mode(self._inference), torch.no_grad():
+                return work(item)
+
+        return [self._pool.submit(alone, item) for item in items]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convsim_init.fourier import Fourier, Halves
 from convsim_init.settings import Channels
-from convsim_init.similarity import bank_similarity, count_pairs, filter_norms, nonzero, per_filter
-
-KERNELS_AT_ONCE = 65536
+from convsim_init.similarity import count_pairs, filter_norms, nonzero, partner_power, per_filter, power_spectrum
 
 
 @torch.no_grad()
@@ -20,21 +19,17 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> dict[str, floa
         similarity of two filters over the product of their squared norms, blind to scale.
     """
     norms = filter_norms(bank)  # [G, M]
-    size = nonzero(norms.square().mean().sqrt())  # measured in this unit, large weights do not overflow
-    similarity = _similarity((bank / size).to(bank.dtype), channels) * float(size) ** 4
-    normalized = _similarity((bank / per_filter(nonzero(norms), bank)).to(bank.dtype), channels)
+    unit = (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
+    size = float(nonzero(norms.square().mean().sqrt()))  # in this unit large weights do not overflow
+    energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
+    fourier = Fourier(bank.shape[3:], bank.dtype, bank.device)
+    raw = normalized = 0.0
+    for groups, _, weights in fourier.blocks(unit, whole=channels == "all"):
+        spectrum = weights.new_empty(fourier.points, *weights.shape[1:])
+        fourier.forward(Halves(weights), out=Halves(spectrum))
+        power = power_spectrum(spectrum, channels)  # [F, g, c, M]
+        normalized += float(torch.sum(power * partner_power(power, "all"))) / 2
+        power = power * energies[groups]
+        raw += float(torch.sum(power * partner_power(power, "all"))) / 2
     pairs = int(count_pairs(norms > 0, "all").clamp(min=1))
-    return {"similarity": similarity, "normalized_similarity": normalized / pairs}
-
-
-def _similarity(bank: Tensor, channels: Channels) -> float:
-    if channels == "all":
-        return float(bank_similarity(bank, "all", channels))
-    filters, in_channels = bank.shape[1:3]
-    group_room = max(1, KERNELS_AT_ONCE // (filters * in_channels))
-    channel_room = max(1, KERNELS_AT_ONCE // filters)
-    return sum(
-        float(bank_similarity(part, "all", channels))
-        for some in torch.split(bank, group_room)
-        for part in torch.split(some, channel_room, dim=2)
-    )
+    return {"similarity": raw * size**4, "normalized_similarity": normalized / pairs}

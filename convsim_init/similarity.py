@@ -17,6 +17,8 @@ from torch import Tensor
 from convsim_init.errors import InputError
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
+SMALL_NORM, LARGE_NORM = 1e-15, 1e15
+
 
 def convolutional_similarity(
     weight: Tensor,
@@ -102,26 +104,29 @@ def bank_weight(bank: Tensor, *, groups: int = 1, transposed: bool = False) -> T
     return (filters.transpose(1, 2) if transposed else filters).flatten(0, 1)
 
 
-def real_fourier_basis(kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Real Fourier basis of the lattice on which a kernel's full cross-correlations live, ``2k - 1`` points an axis.
+def real_fourier_basis(
+    kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device, lattice: Sequence[int] | None = None
+) -> Tensor:
+    """Real Fourier basis, around the kernel's centre, of a periodic lattice with an odd number of points an axis.
+
+    The default has ``2k - 1`` points an axis: there a kernel's full cross-correlations just fit without wrapping.
 
     Returns:
-        ``[N, T]``: F rows of cosines, the constant first, then N - F rows of sines, around the kernel's centre. Rows
-        carry the fourth root of their Parseval weight, so that the inner product of two power spectra is an energy.
+        ``[N, T]`` for N points: F rows of cosines, the constant first, then N - F rows of sines. Rows carry the fourth
+        root of their Parseval weight, so that the inner product of two power spectra is an energy.
     """
-    basis: Tensor = _basis(tuple(kernel_size))
+    basis: Tensor = _basis(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)))
     return basis.to(device, dtype)
 
 
 @lru_cache(maxsize=64)
-def _basis(kernel_size: tuple[int, ...]) -> Tensor:
-    lattice = torch.tensor([2 * k - 1 for k in kernel_size], dtype=torch.float64, device="cpu")
-    points = math.prod(2 * k - 1 for k in kernel_size)
+def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...]) -> Tensor:
+    points = math.prod(lattice)
     # In this order the last frequency mirrors the first, and so on: one half, from the zero in the middle, is enough.
-    frequencies = _product([range(1 - k, k) for k in kernel_size])[points // 2 :]  # [F, rank]
+    frequencies = _product([range(-(n // 2), n // 2 + 1) for n in lattice])[points // 2 :]  # [F, rank]
     taps = _product([range(k) for k in kernel_size])  # [T, rank]
-    centre = taps.mean(0)
-    phase = 2 * math.pi * (frequencies / lattice) @ (taps - centre).T  # [F, T]
+    turns = frequencies / torch.tensor(lattice, dtype=torch.float64, device="cpu")
+    phase = 2 * math.pi * turns @ (taps - taps.mean(0)).T  # [F, T]
     basis: Tensor = torch.cat([phase.cos(), phase[1:].sin()]) * (2 / points) ** 0.25
     basis[0] = (1 / points) ** 0.25
     return basis
@@ -170,13 +175,17 @@ def count_pairs(active: Tensor, pairs: Pairs) -> Tensor:
 
 
 def filter_norms(bank: Tensor) -> Tensor:
-    """L2 norms ``[G, M]`` of the filters of a bank ``[G, M, C, *kernel_size]``.
+    """L2 norms ``[G, M]`` of the filters of a bank ``[G, M, C, *kernel_size]``; no finite filter's overflows."""
+    norms: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1)
+    if bank.device.type == "mps" or bool(((norms > SMALL_NORM) & (norms < LARGE_NORM)).all()):
+        return norms
+    exact: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1, dtype=torch.float64)  # squares cannot vanish
+    return exact
 
-    Summed in float64, where the device has it, so that no finite weights overflow or vanish.
-    """
-    dtype = bank.dtype if bank.device.type == "mps" else torch.float64
-    norms: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1, dtype=dtype)
-    return norms
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor that is not empty holds neither infinities nor NaN; one pass, nothing allocated."""
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def nonzero(norms: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Fourier transforms of many small kernels at once, in coordinates that make them cheap.
+
+Taps are rotated into the even and the odd part of a kernel about its centre: cosines see only the one, sines only the
+other. Where every side of the kernel is odd, the rotation is the Fourier transform on a lattice just as large as the
+kernel itself, so that the weights *are* their coefficients there.
+
+Letters: T taps a kernel, N points of the lattice, g groups, c input channels, M filters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from convsim_init.similarity import real_fourier_basis
+
+KERNELS_PER_BLOCK = 32768
+
+
+class Halves:
+    """A tensor ``[R, g, c, M]`` and views of its first and second half of rows: even and odd, or cosines and sines.
+
+    The views are made once: in a loop over small blocks making them costs as much as the arithmetic.
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        half = (len(whole) + 1) // 2
+        self.whole = whole
+        self.first, self.second = whole[:half], whole[half:]
+        self.first_rows, self.second_rows = self.first.flatten(1), self.second.flatten(1)
+
+
+class Fourier:
+    """The transforms of kernels of one size.
+
+    Attributes:
+        rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
+        points: N of the lattice on which full cross-correlations just fit.
+        coarse_points: N of the smallest lattice of odd sides on which norms are still exact.
+        coarse_is_free: Whether the coordinates are the coefficients on the coarse lattice, up to their weights.
+    """
+
+    def __init__(self, kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        cpu, taps = torch.device("cpu"), math.prod(kernel_size)
+        full = real_fourier_basis(kernel_size, torch.float64, cpu)  # [N, T]
+        coarse = real_fourier_basis(kernel_size, torch.float64, cpu, [k | 1 for k in kernel_size])
+        self.points, self.coarse_points = len(full), len(coarse)
+        self.coarse_is_free = self.coarse_points == taps
+        lengths = torch.linalg.vector_norm(coarse, dim=1, keepdim=True)
+        rotation = coarse / lengths if self.coarse_is_free else _parity_rotation(taps)
+        self.rotation = rotation.to(device, dtype)
+        self._full = _Basis(full @ rotation.T, self.rotation)
+        self._coarse = _Basis(coarse @ rotation.T, self.rotation)
+
+    def blocks(self, bank: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Cut a bank ``[G, M, C, *kernel_size]`` into blocks that fit a core's cache, or into one.
+
+        Yields:
+            Groups, channels, and the coordinates ``[T, g, c, M]`` of what they select.
+        """
+        groups, filters, channels = bank.shape[:3]
+        bank = bank.reshape(groups, filters, channels, -1)
+        room = groups * channels if whole else max(1, KERNELS_PER_BLOCK // filters)  # in channels
+        group_step, channel_step = max(1, room // channels), min(room, channels)
+        for g in range(0, groups, group_step):
+            for c in range(0, channels, channel_step):
+                some_groups, some_channels = slice(g, g + group_step), slice(c, c + channel_step)
+                taps = bank[some_groups, :, some_channels].permute(3, 0, 2, 1)  # [T, g, c, M]
+                rotated = torch.mm(self.rotation, taps.reshape(len(self.rotation), -1))
+                yield some_groups, some_channels, rotated.view(taps.shape)
+
+    def bank(self, blocks: Sequence[tuple[slice, slice, Tensor]], shape: torch.Size) -> Tensor:
+        """The bank of that shape that was cut into blocks by `blocks`."""
+        bank = self.rotation.new_empty(*shape[:3], len(self.rotation))  # [G, M, C, T]
+        for groups, channels, coordinates in blocks:
+            taps = torch.mm(self.rotation.T, coordinates.flatten(1)).view(coordinates.shape)
+            bank[groups, :, channels] = taps.permute(1, 3, 2, 0)
+        return bank.view(shape)
+
+    def forward(self, coordinates: Halves, out: Halves) -> None:
+        """Coefficients ``[N, g, c, M]`` of kernels ``[T, g, c, M]``."""
+        self._full.forward(coordinates, out)
+
+    def twice_adjoint(self, spectrum: Halves, out: Halves) -> None:
+        """Twice the adjoint of `forward`, ``[N, g, c, M]`` to ``[T, g, c, M]``."""
+        self._full.twice_adjoint(spectrum, out)
+
+    def coarse_forward(self, coordinates: Halves, out: Halves) -> None:
+        """Coefficients on the coarse lattice; where `coarse_is_free` there is no need for them."""
+        self._coarse.forward(coordinates, out)
+
+
+class _Basis:
+    """A Fourier basis ``[N, T]`` over even and odd coordinates: its two blocks that are not zero."""
+
+    def __init__(self, basis: Tensor, like: Tensor) -> None:
+        cosines, even = (len(basis) + 1) // 2, (basis.shape[1] + 1) // 2
+        self._first, self._second = basis[:cosines, :even].to(like), basis[cosines:, even:].to(like)
+        self._twice_first, self._twice_second = 2 * self._first.T, 2 * self._second.T
+
+    def forward(self, coordinates: Halves, out: Halves) -> None:
+        torch.mm(self._first, coordinates.first_rows, out=out.first_rows)
+        torch.mm(self._second, coordinates.second_rows, out=out.second_rows)
+
+    def twice_adjoint(self, spectrum: Halves, out: Halves) -> None:
+        torch.mm(self._twice_first, spectrum.first_rows, out=out.first_rows)
+        torch.mm(self._twice_second, spectrum.second_rows, out=out.second_rows)
+
+
+def _parity_rotation(taps: int) -> Tensor:
+    """Orthogonal ``[T, T]``: sums of opposite taps (the middle one alone), then their differences."""
+    identity = torch.eye(taps, dtype=torch.float64, device="cpu")
+    half = taps // 2
+    ahead, behind = identity[:half], identity.flip(0)[:half]
+    return torch.cat([(ahead + behind) / 2**0.5, identity[half : taps - half], (ahead - behind) / 2**0.5])

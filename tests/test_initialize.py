@@ -1,0 +1,436 @@
+"""Models and single weights: what is treated, what is left alone and why, and what stays as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import convsim_init as ci
+from convsim_init.initialize import plan
+
+QUICK = ci.Settings(steps=3)
+
+
+def by_name(report):
+    return {layer.name: layer for layer in report.layers}
+
+
+def zoo():
+    """One convolution of each kind."""
+    return nn.ModuleDict(
+        {
+            "plain": nn.Conv2d(4, 6, 3),
+            "bias_stride_dilation": nn.Conv2d(4, 6, 3, stride=2, dilation=2, padding="valid", bias=True),
+            "pointwise": nn.Conv2d(4, 6, 1),
+            "non_square": nn.Conv2d(4, 6, (1, 5)),
+            "grouped": nn.Conv2d(8, 6, 3, groups=2),
+            "conv1d": nn.Conv1d(4, 6, 5),
+            "conv3d": nn.Conv3d(2, 4, (1, 3, 2)),
+            "transposed": nn.ConvTranspose2d(4, 6, 3),
+            "transposed_grouped": nn.ConvTranspose2d(4, 6, 3, groups=2),
+            "transposed1d": nn.ConvTranspose1d(4, 6, 3),
+            "transposed3d": nn.ConvTranspose3d(2, 4, 2),
+            "reflect": nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        }
+    )
+
+
+def filter_norms(module):
+    weight = module.weight.detach().double()
+    if module.transposed:
+        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1).norm(dim=1)
+
+
+def test_every_kind_of_convolution_is_treated_and_keeps_its_norms():
+    model = zoo()
+    before = copy.deepcopy(model)
+    report = ci.initialize_(model, settings=QUICK)
+    assert [layer.name for layer in report.layers] == list(model)
+    for layer in report.layers:
+        old, new = before[layer.name], model[layer.name]
+        assert layer.outcome is ci.Outcome.INITIALIZED, layer
+        assert layer.kind == type(new).__name__
+        assert layer.shape == list(new.weight.shape)
+        options = {"groups": new.groups, "transposed": new.transposed}
+        for module, measured in ((old, layer.before), (new, layer.after)):
+            weight = module.weight
+            torch.testing.assert_close(
+                measured["similarity"], ci.convolutional_similarity(weight, **options).item(), rtol=1e-4, atol=0
+            )
+            normalized = ci.convolutional_similarity(weight, normalized=True, **options).item()
+            torch.testing.assert_close(measured["normalized_similarity"], normalized, rtol=1e-4, atol=0)
+        assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"]
+        torch.testing.assert_close(filter_norms(new), filter_norms(old), rtol=1e-5, atol=0)
+        assert layer.after["norm_ratio"] == pytest.approx(1, abs=1e-5)
+        assert layer.steps == 3
+        assert len(layer.losses) == 4
+        assert new.bias is None or torch.equal(new.bias, old.bias)
+
+
+DEPTHWISE = nn.Conv2d(4, 4, 3, groups=4)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=4), "one filter per group"),
+        (nn.Conv2d(4, 1, 3), "only one filter"),
+        (nn.Conv2d(4, 4, 3).requires_grad_(False), "frozen"),
+        (nn.LazyConv2d(4, 3), "run a forward pass first"),
+        (nn.Conv2d(4, 4, 3, device="meta"), "meta device"),
+        (nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), "weight_norm"),
+        (nn.Conv2d(4, 4, 3, dtype=torch.complex64), "torch.complex64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_treated_is_skipped_with_its_reason(module, reason):
+    model = nn.Sequential(module, nn.Conv2d(3, 5, 3))
+    frozen = {key: value.clone() for key, value in module.state_dict().items() if not hasattr(module, "cls_to_become")}
+    report = by_name(ci.initialize_(model, settings=QUICK))
+    assert report["0"].outcome is ci.Outcome.SKIPPED
+    assert reason in report["0"].reason
+    assert report["0"].before == report["0"].after == {}
+    assert report["1"].outcome is ci.Outcome.INITIALIZED
+    for key, value in frozen.items():
+        assert value.is_meta or torch.equal(module.state_dict()[key], value)
+
+
+def test_zero_filters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].weight[1:].zero_()
+        model[2].weight[1].zero_()
+    report = ci.initialize_(model, settings=QUICK).layers
+    assert (report[0].outcome, report[0].reason) == (ci.Outcome.SKIPPED, "all weights are zero")
+    assert (report[1].outcome, report[1].reason) == (
+        ci.Outcome.SKIPPED,
+        "fewer than two filters of a group are not zero",
+    )
+    assert report[2].outcome is ci.Outcome.INITIALIZED
+    assert model[2].weight[1].eq(0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_layer_with_non_finite_weights_is_left_as_it_was_and_called_failed(value):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = value
+    before = model[0].weight.clone()
+    report = ci.initialize_(model, settings=QUICK).layers
+    assert report[0].outcome is ci.Outcome.FAILED
+    assert "infinities or NaN" in report[0].reason
+    assert torch.equal(model[0].weight.nan_to_num(7), before.nan_to_num(7))
+    assert report[1].outcome is ci.Outcome.INITIALIZED
+
+
+def test_all_channels_make_pairs_of_depthwise_filters():
+    model = nn.Conv2d(6, 6, 3, groups=6)
+    (layer,) = ci.initialize_(model, settings=ci.Settings(channels="all", steps=5)).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"]
+
+
+def test_a_module_and_a_weight_used_twice_are_treated_once():
+    shared = nn.Conv2d(3, 3, 3)
+    tied = nn.Conv2d(3, 3, 3)
+    model = nn.Sequential(shared, nn.ReLU(), shared, tied, nn.Conv2d(3, 3, 3))
+    model[4].weight = tied.weight
+    report = by_name(ci.initialize_(model, settings=QUICK))
+    assert list(report) == ["0", "3", "4"]
+    assert report["4"].outcome is ci.Outcome.SKIPPED
+    assert report["4"].reason == "shares its weight with 3"
+    assert model[4].weight is tied.weight
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "treated"),
+    [
+        ((), (), ["a.0", "a.1", "b.0"]),
+        (("a.*",), (), ["a.0", "a.1"]),
+        ((), ("*.0",), ["a.1"]),
+        (("a.*", "b.*"), ("a.0",), ["a.1", "b.0"]),
+        (("[ab].0",), (), ["a.0", "b.0"]),
+    ],
+)
+def test_layers_are_chosen_by_patterns(include, exclude, treated):
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)), "b": nn.Sequential(nn.Conv2d(3, 3, 3))}
+    )
+    report = ci.initialize_(model, settings=QUICK, include=include, exclude=exclude)
+    assert [layer.name for layer in report.layers if layer.outcome is ci.Outcome.INITIALIZED] == treated
+    assert {layer.reason for layer in report.layers if layer.name not in treated} <= {"not included", "excluded"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ci.initialize_(nn.Linear(3, 3)), "got Linear, which has none"),
+        (lambda: ci.initialize_(zoo(), include=["nope"]), "include: no convolution matches 'nope'"),
+        (lambda: ci.initialize_(zoo(), exclude=["plain", "head*"]), r"exclude: no convolution matches 'head\*'"),
+        (lambda: ci.initialize_(zoo(), include="plain"), "expected a list of patterns, got the string 'plain'"),
+        (lambda: ci.convsim_(torch.ones(3)), "got .3."),
+        (lambda: ci.convsim_(torch.full((3, 3, 3, 3), math.nan)), "infinities or NaN"),
+        (lambda: ci.convsim_(torch.ones(3, 3, 3, 3, dtype=torch.int8)), "torch.int8"),
+        (lambda: ci.Settings(steps=0), "steps to be a whole number of at least 1, got 0"),
+        (lambda: ci.Settings(steps=True), "steps to be a whole number"),
+        (lambda: ci.Settings(tolerance=-1), "tolerance"),
+        (lambda: ci.Settings(tolerance=math.nan), "tolerance"),
+        (lambda: ci.Settings(learning_rate=0), "learning_rate"),
+        (lambda: ci.Settings(norm="keep"), "norm to be one of preserve, free, got 'keep'"),
+        (lambda: ci.Settings.preset("best"), "preset to be one of convsim, paper"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ci.InputError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dtype_memory_format_and_identity_stay(dtype, memory_format):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 3)).to(dtype=dtype, memory_format=memory_format)
+    weights = [layer.weight for layer in model]
+    before = [(w.stride(), w.data_ptr(), filter_norms(layer)) for w, layer in zip(weights, model, strict=True)]
+    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    report = ci.initialize_(model, settings=QUICK)
+    assert all(layer.outcome is ci.Outcome.INITIALIZED for layer in report.layers)
+    for layer, weight, (stride, pointer, norms) in zip(model, weights, before, strict=True):
+        assert layer.weight is weight
+        assert weight.is_leaf
+        assert weight.requires_grad
+        assert (weight.dtype, weight.stride(), weight.data_ptr()) == (dtype, stride, pointer)
+        torch.testing.assert_close(filter_norms(layer), norms, rtol=8 * torch.finfo(dtype).eps, atol=0)
+    ci.initialize_(contiguous, settings=QUICK)
+    for one, other in zip(model, contiguous, strict=True):
+        assert torch.equal(one.weight, other.weight), "the memory format must not change the result"
+
+
+def test_the_same_weights_give_the_same_result_and_no_random_state_changes():
+    first = zoo()
+    second = copy.deepcopy(first)
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    ci.initialize_(first, settings=QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    ci.initialize_(second, settings=QUICK)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value)
+
+
+def test_one_thread_and_several_give_the_same_bits():
+    first = zoo()
+    second = copy.deepcopy(first)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        ci.initialize_(first, settings=QUICK)
+        torch.set_num_threads(3)
+        ci.initialize_(second, settings=QUICK)
+    finally:
+        torch.set_num_threads(threads)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_it_works_under_any_gradient_mode_and_autocast(mode):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    expected = copy.deepcopy(model)
+    ci.initialize_(expected, settings=QUICK)
+    with mode():
+        ci.initialize_(model, settings=QUICK)
+    assert torch.equal(model[0].weight, expected[0].weight)
+    weight = expected[0].weight.detach().clone()
+    with mode():
+        assert ci.convsim_(weight, settings=QUICK) is weight
+
+
+def test_a_model_born_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3))
+        report = ci.initialize_(model, settings=QUICK)
+    assert all(layer.outcome is ci.Outcome.INITIALIZED for layer in report.layers)
+
+
+def test_the_paper_preset_under_inference_mode():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    with torch.inference_mode():
+        (layer,) = ci.initialize_(model, settings=ci.Settings.paper(steps=2)).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert layer.steps == 2
+
+
+class Wrapper(nn.Module):
+    """What torch.compile returns, as far as this package looks at it, without compiling anything."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Wrapper, nn.DataParallel, torch.compile, lambda m: Wrapper(nn.DataParallel(m))],
+    ids=["like compile", "DataParallel", "compile", "both"],
+)
+def test_wrappers_are_looked_through(wrap):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    expected = copy.deepcopy(model)
+    ci.initialize_(expected, settings=QUICK)
+    report = ci.initialize_(wrap(model), settings=QUICK)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert torch.equal(model[0].weight, expected[0].weight)
+
+
+def test_wrappers_inside_a_model_do_not_show_in_names():
+    model = nn.ModuleDict({"backbone": Wrapper(nn.Sequential(nn.Conv2d(3, 4, 3)))})
+    assert [layer.name for layer in ci.initialize_(model, settings=QUICK).layers] == ["backbone.0"]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+class OneWay(nn.Module):
+    def forward(self, x):
+        return x.tanh()
+
+
+def test_a_parametrized_weight_is_assigned_through_its_parametrization():
+    plain, parametrized = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    parametrized.load_state_dict(plain.state_dict())
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", Doubled())
+    with torch.no_grad():
+        parametrized.weight = plain.weight.detach()
+    (layer,) = ci.initialize_(parametrized, settings=QUICK).layers
+    ci.initialize_(plain, settings=QUICK)
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    torch.testing.assert_close(parametrized.weight, plain.weight)
+    assert parametrized.parametrizations.weight.original.requires_grad
+
+
+def test_parametrized_weight_norm_is_treated():
+    module = parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+    before = filter_norms(module)
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    torch.testing.assert_close(filter_norms(module), before, rtol=1e-5, atol=0)
+    assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"]
+
+
+def test_spectral_norm_keeps_another_weight_and_the_report_says_so():
+    module = parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+    (layer,) = ci.initialize_(module, settings=ci.Settings(steps=20)).layers
+    assert layer.outcome is ci.Outcome.APPROXIMATED
+    assert "differs by" in layer.reason
+    used = ci.convolutional_similarity(module.weight.detach(), normalized=True).item()
+    assert layer.after["normalized_similarity"] == pytest.approx(used, rel=1e-3)
+
+
+def test_a_parametrization_that_cannot_be_assigned_to_leaves_the_layer_as_it_was():
+    module = nn.Conv2d(3, 4, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", OneWay())
+    before = module.weight.clone()
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.FAILED
+    assert "right_inverse" in layer.reason
+    assert torch.equal(module.weight, before)
+
+
+def test_convsim_changes_a_weight_in_place_as_initialize_does():
+    for module in zoo().values():
+        weight = module.weight.detach().clone()
+        assert ci.convsim_(weight, groups=module.groups, transposed=module.transposed, settings=QUICK) is weight
+        ci.initialize_(module, settings=QUICK)
+        torch.testing.assert_close(weight, module.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 3), (4, 1, 3, 3)], ids=["one filter", "depthwise"])
+def test_convsim_leaves_weights_without_pairs_alone(shape):
+    weight = torch.randn(shape)
+    before = weight.clone()
+    ci.convsim_(weight, groups=shape[0])
+    assert torch.equal(weight, before)
+
+
+def test_a_parameter_that_requires_grad_is_changed_and_stays_a_leaf():
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    ci.convsim_(weight, settings=QUICK)
+    assert weight.is_leaf
+    assert weight.requires_grad
+    assert weight.grad is None
+
+
+def test_a_plan_changes_nothing_and_names_the_same_layers():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
+    before = copy.deepcopy(model.state_dict())
+    planned = plan(model, exclude=["2"])
+    done = ci.initialize_(copy.deepcopy(model), settings=QUICK, exclude=["2"])
+    assert [layer.outcome.value for layer in planned.layers] == ["planned", "skipped", "skipped"]
+    assert [layer.reason for layer in planned.layers] == [layer.reason for layer in done.layers]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_totals_count_outcomes_and_combine_measures():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
+    report = ci.initialize_(model, settings=QUICK)
+    first, _, last = report.layers
+    totals = report.totals
+    assert (totals["layers"], totals["initialized"], totals["skipped"]) == (3, 2, 1)
+    assert totals["before"]["similarity"] == pytest.approx(first.before["similarity"] + last.before["similarity"])
+    mean = (first.after["normalized_similarity"] + last.after["normalized_similarity"]) / 2
+    assert totals["after"]["normalized_similarity"] == pytest.approx(mean)
+
+
+def test_free_norms_show_in_the_report():
+    model = nn.Conv2d(16, 16, 3)
+    before = filter_norms(model)
+    (layer,) = ci.initialize_(model, settings=ci.Settings.paper(steps=60)).layers
+    assert layer.after["norm_ratio"] < 0.97
+    assert layer.after["norm_ratio"] == pytest.approx((filter_norms(model) / before).mean().item(), rel=1e-5)
+
+
+def test_an_interrupt_ends_the_work_and_puts_the_threads_back(monkeypatch):
+    class Bar:
+        def __init__(self, **options): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+        def update(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("convsim_init.initialize.tqdm", Bar)
+    threads = torch.get_num_threads()
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(6)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        ci.initialize_(model, settings=ci.Settings(steps=5000, tolerance=0))
+    assert torch.get_num_threads() == threads
+    changed = sum(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert changed <= 3, "layers not yet done must not be worked on to the end"
+
+
+@pytest.mark.cuda
+def test_a_model_on_the_gpu_is_treated_there_and_a_model_on_the_cpu_can_be():
+    on_gpu = nn.Sequential(nn.Conv2d(16, 32, 3))
+    on_cpu = copy.deepcopy(on_gpu)
+    on_gpu.cuda()
+    ci.initialize_(on_gpu, settings=QUICK)
+    ci.initialize_(on_cpu, settings=QUICK, device="cuda")
+    assert on_gpu[0].weight.is_cuda
+    assert not on_cpu[0].weight.is_cuda
+    torch.testing.assert_close(on_gpu[0].weight.cpu(), on_cpu[0].weight, rtol=1e-4, atol=1e-5)
