@@ -38,7 +38,12 @@ Examples:
   convsim-init cifar_resnet18 --exclude conv1 --steps 50 --out init.safetensors
   convsim-init resnet18 --preset paper --steps 200 --json
 """
-COUNT = click.IntRange(min=1)
+
+
+class Whole(click.IntRange):
+    """A whole number, in click's messages too."""
+
+    name = "whole number"
 
 
 class MainCommand(click.Command):
@@ -52,9 +57,9 @@ class MainCommand(click.Command):
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
-@click.option("--num-classes", type=COUNT, metavar="N", help="Outputs of the classifier. Default: the model's.")
-@click.option("--in-chans", type=COUNT, metavar="N", help="Channels of the input. Default: 3.")
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", default=0, help="Of the drawn weights. Default: 0.")
+@click.option("--num-classes", type=Whole(min=1), metavar="N", help="Outputs of the classifier. Default: the model's.")
+@click.option("--in-chans", type=Whole(min=1), metavar="N", help="Channels of the input. Default: 3.")
+@click.option("--seed", type=Whole(min=0), metavar="N", default=0, help="Of the drawn weights. Default: 0.")
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
@@ -71,7 +76,7 @@ class MainCommand(click.Command):
     all with all. Default: {DEFAULTS.channels}.""",
 )
 @click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
-@click.option("--steps", type=COUNT, metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
+@click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps. Default: auto.")

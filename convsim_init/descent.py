@@ -20,6 +20,7 @@ from convsim_init.similarity import all_finite, bank_similarity, count_pairs, fi
 
 BACKTRACKS = 5
 IDLE_STEPS = 2
+OFF_PLATEAU, PATIENCE = 0.95, 20
 NOTHING_LEFT = 1e-20
 
 
@@ -84,12 +85,13 @@ class _Progress:
 
     def __call__(self, loss: float) -> bool:
         """Note the loss reached; True if the descent should go on."""
-        previous = self.losses[-1] if self.losses else math.inf
         self.losses.append(loss)
-        # A plateau is left by steps that gain little, but more each time: one idle step proves nothing.
-        idle = previous - loss < self._settings.tolerance * previous
-        self._idle = self._idle + 1 if idle and self._settings.tolerance else 0
-        if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * self.losses[0]:
+        start, gain = self.losses[0], self.losses[-2] - loss if len(self.losses) > 1 else math.inf
+        # Wide layers start on a plateau: for some steps nearly nothing is gained, and then the more.
+        on_plateau = loss > OFF_PLATEAU * start and len(self.losses) <= PATIENCE
+        idle = gain < self._settings.tolerance * start and not on_plateau
+        self._idle = self._idle + 1 if idle else 0
+        if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * start:
             self.stop = Stop.CONVERGED
         self._on_step()
         return self.stop is Stop.STEPS and math.isfinite(loss) and len(self.losses) <= self._settings.steps

@@ -61,7 +61,8 @@ class Filters:
         """Move to ``distance`` down the direction from where `aim` looked along it.
 
         Returns:
-            Raw Convolutional Similarity there, or infinity where rounding has broken the norms. Its gradient is kept for `aim`.
+            Raw Convolutional Similarity there, or infinity where rounding has broken the norms. Its gradient is kept
+            for `aim`.
         """
         moving = distance != self._distance
         old, new = self._stretch(self._distance), self._stretch(distance)  # [G, 1, M]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convsim_init.similarity import real_fourier_basis
 
-KERNELS_PER_BLOCK = 32768
+VALUES_PER_BLOCK = 3_500_000  # all that a step touches; measured: more leaves the cache, less is all overhead
 
 
 class Halves:
@@ -63,7 +63,8 @@ class Fourier:
         """
         groups, filters, channels = bank.shape[:3]
         bank = bank.reshape(groups, filters, channels, -1)
-        room = groups * channels if whole else max(1, KERNELS_PER_BLOCK // filters)  # in channels
+        values = 5 * len(self.rotation) + 3 * self.points  # of a kernel: its coordinates, spectrum, power and so on
+        room = groups * channels if whole else max(1, VALUES_PER_BLOCK // (values * filters))  # in channels
         group_step, channel_step = max(1, room // channels), min(room, channels)
         for g in range(0, groups, group_step):
             for c in range(0, channels, channel_step):

@@ -32,7 +32,7 @@ class Settings:
         norm: ``"preserve"`` keeps each filter's L2 norm; ``"free"`` does not, and then similarity falls by shrinking.
         optimizer: ``"conjugate_gradient"`` with exact steps, nothing to tune; or ``"adam"``.
         steps: Most steps per layer, at least 1.
-        tolerance: Stop once a step lowers the loss by less than this fraction; 0 never stops early.
+        tolerance: Stop once steps lower the loss by less than this fraction of its start; 0 never stops early.
         learning_rate: Of Adam; conjugate gradients have none.
 
     Raises:
@@ -43,8 +43,8 @@ class Settings:
     channels: Channels = "matched"
     norm: Norm = "preserve"
     optimizer: Optimizer = "conjugate_gradient"
-    steps: int = 30
-    tolerance: float = 1e-4
+    steps: int = 50
+    tolerance: float = 2e-3
     learning_rate: float = 0.002
 
     def __post_init__(self) -> None:

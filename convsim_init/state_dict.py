@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.layers import unwrap
 from convsim_init.report import Report
+from convsim_init.similarity import all_finite
 
 PARALLEL_PREFIX = "module."
 COMPILED_PART = "_orig_mod"
@@ -31,7 +32,7 @@ def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
         raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
     entries = {".".join(part for part in key.split(".") if part != COMPILED_PART): state[key] for key in state}
     # A module that is no wrapper may well have a child called "module"; in a state dict nothing tells the two apart.
-    while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
+    while entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
     return entries
 
@@ -124,4 +125,4 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _all_finite(tensor: Tensor) -> bool:
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot tell for float8
-    return bool(wide.isfinite().all())
+    return tensor.numel() == 0 or all_finite(wide)

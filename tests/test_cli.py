@@ -1,6 +1,5 @@
 """The command as its user meets it: what it prints where, what it refuses, its exit status, and what it leaves."""
 
-import errno
 import fcntl
 import json
 import os
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +24,11 @@ import torch
 from torch import nn
 
 import convsim_init
-from convsim_init.cli.main import main
-from convsim_init.cli.main import cli as group
 from convsim_init.devices import available_devices
 from convsim_init.models import build_model, catalog
 from convsim_init.settings import Settings
 
-INIT = import_module("convsim_init.cli.init")
+MAIN, INIT = import_module("convsim_init.cli.main"), import_module("convsim_init.cli.init")
 SCRIPT = Path(sys.executable).with_name("convsim-init")
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
 OLD = b"the file that was there"
@@ -47,7 +44,7 @@ def command(capsys, tmp_path, monkeypatch) -> Run:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
-            main(list(arguments))
+            MAIN.main(list(arguments))
         out, err = capsys.readouterr()
         return caught.value.code, out, err
 
@@ -264,7 +261,8 @@ def test_options_may_stand_before_and_after_the_model(arguments, command):
     status, out, err = command(*arguments)
     assert (status, err) == (0, "")
     data = json.loads(out)
-    assert (data["model"], data["seed"], data["totals"]) == ("cifar_resnet18", 3, {"layers": 20, "planned": 20, "before": {}, "after": {}})  # fmt: skip
+    assert (data["model"], data["seed"]) == ("cifar_resnet18", 3)
+    assert [layer["outcome"] for layer in data["layers"]] == ["planned"] * 20
 
 
 def test_force_replaces_a_file(command, tmp_path):
@@ -283,7 +281,7 @@ def test_the_random_state_of_torch_is_left_alone(command):
 # The other commands
 
 
-@pytest.mark.parametrize(("pattern", "count"), [([], 21), (["resnet*"], 7), (["vgg16_bn"], 1)], ids=str)
+@pytest.mark.parametrize(("pattern", "count"), [([], 21), (["resne*"], 8), (["vgg16_bn"], 1)], ids=str)
 def test_list_shows_the_catalog(pattern, count, command):
     status, out, err = command("list", *pattern)
     assert (status, err) == (0, "")
@@ -319,8 +317,8 @@ def test_the_help_shows_every_option_and_command(arguments, command):
     status, out, err = command(*arguments)
     assert (status, err) == (0, "")
     assert out.startswith("Usage: convsim-init MODEL [--out PATH] [OPTIONS]\n   or: convsim-init COMMAND [ARGS]...\n")
-    for parameter in group.commands["init"].params[1:]:
-        assert all(re.search(rf"(^|[ ,]){name}[ \n]", out, re.M) for name in parameter.opts), parameter.opts
+    for parameter in MAIN.cli.commands["init"].params[1:]:
+        assert all(re.search(rf"(^|[ ,]){name}[ ,\n]", out, re.M) for name in parameter.opts), parameter.opts
     for name in ("list", "env"):
         assert re.search(rf"^  {name} ", out, re.M)
     assert "Examples:\n    convsim-init resnet18 --out init.safetensors\n" in out
@@ -346,7 +344,7 @@ def test_the_help_fits_its_terminal_and_stays_readable_in_a_wide_one(arguments, 
 
 
 def test_every_option_has_a_sentence_of_help():
-    for subcommand in group.commands.values():
+    for subcommand in MAIN.cli.commands.values():
         assert subcommand.help
         for option in [p for p in subcommand.params if p.param_type_name == "option"]:
             assert re.fullmatch(r".+\.", option.help, re.S), option.name
@@ -439,7 +437,7 @@ GONE = "gone/init.pt"
         *(
             pytest.param(
                 ["resnet18", option, value],
-                f"Invalid value for '{option}': '{value}' is not a valid integer{{}} {SEE}",
+                f"Invalid value for '{option}': '{value}' is not a valid whole number {SEE}",
                 id=f"{option[2:]}={value}",
             )
             for option, value in [("--steps", "x"), ("--steps", "1.5"), ("--num-classes", "ten"), ("--seed", "")]
@@ -458,7 +456,9 @@ GONE = "gone/init.pt"
                 ("--dtype", ("float32", "float16", "bfloat16", "float64")),
             ]
         ),
-        pytest.param(["resnet18", "--steps"], f"Option '--steps' requires an argument {SEE}", id="option-without-value"),
+        pytest.param(
+            ["resnet18", "--steps"], f"Option '--steps' requires an argument {SEE}", id="option-without-value"
+        ),
         pytest.param(
             ["resnet18", "--device", "gpu"],
             "expected the device to be auto, cpu, cuda, cuda:N or mps, got 'gpu'",
@@ -499,4 +499,355 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, co
 def test_an_unknown_option_is_refused(command):
     status, out, err = command("resnet18", "--frobnicate")
     assert (status, out) == (2, "")
-    assert re.fullmatch(r"Error: No such option:? '?--frobnicate'? .*\(see 'convsim-init --help'\)\n", err.replace("k", "k "))
+    assert re.fullmatch(r"Error: No such option.*--frobnicate.* \(see 'convsim-init --help'\)\n", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            ["--include", "layer9.*"],
+            "include: no convolution matches 'layer9.*'; there are conv1, layer1.0.conv1, layer1.0.conv2, "
+            "layer1.1.conv1 and 16 more",
+            id="include-nothing",
+        ),
+        pytest.param(
+            ["--exclude", "fc"],
+            "exclude: no convolution matches 'fc'; there are conv1, layer1.0.conv1, layer1.0.conv2, layer1.1.conv1 "
+            "and 16 more",
+            id="exclude-nothing",
+        ),
+        pytest.param(
+            ["--exclude", "*", "--convs-only"],
+            "convs_only: expected a report of changed convolutions, got one that changed none",
+            id="no-convs-changed",
+        ),
+        pytest.param(
+            ["--seed", str(2**63)],
+            f"seed: expected a whole number from 0 to {2**63 - 1}, got {2**63}; pass one in that range or leave it out",
+            id="seed-too-large",
+        ),
+        pytest.param(
+            ["--device", "cuda:99"],
+            f"expected a device that is here ({', '.join(available_devices())}) or auto, got 'cuda:99': choose another",
+            id="device-not-there",
+        ),
+    ],
+)
+def test_what_only_the_model_or_torch_can_tell_is_refused_too(arguments, message, command, tmp_path):
+    assert command("cifar_resnet18", *arguments, "--out", "init.pt") == (2, "", f"Error: {message}\n")
+    assert names(tmp_path) == []
+
+
+def small(*, conv: bool = True, nan_in: str = "") -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3) if conv else nn.Flatten(), nn.Conv1d(1, 1, 1) if conv else nn.Linear(2, 2))
+    model.add_module("last", nn.Conv2d(4, 4, 1) if conv else nn.ReLU())
+    model.add_module("head", nn.Linear(4, 2))
+    for name in nan_in.split():
+        model.get_parameter(name).data.view(-1)[0] = float("nan")
+    return model
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Let every name build the given model."""
+    return lambda model: monkeypatch.setattr(INIT, "build_model", lambda *_, **__: model)
+
+
+@pytest.mark.parametrize("options", [[], ["--out", "init.pt"], ["--dry-run"]], ids=["show", "write", "dry-run"])
+def test_a_model_without_convolutions_is_refused(options, build, command, tmp_path):
+    build(small(conv=False))
+    message = "Error: expected a model with convolutions, got Sequential, which has none\n"
+    assert command("resnet18", *options) == (2, "", message)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "layers"),
+    [("0.weight", "0"), ("0.weight last.weight", "0 and 1 more")],
+    ids=["one", "two"],
+)
+@pytest.mark.parametrize("options", [[], ["--out", "old.pt", "--force"]], ids=["show", "write"])
+def test_a_layer_that_fails_fails_the_run(where, layers, options, build, command, tmp_path):
+    (tmp_path / "old.pt").write_bytes(OLD)
+    build(small(nan_in=where))
+    status, out, err = command("resnet18", *options)
+    reason = "left as it was: its weight holds infinities or NaN"
+    advice = "nothing was written; --exclude leaves a layer alone"
+    assert (status, err) == (1, f"Error: {layers} failed, {reason}; {advice}\n")
+    assert re.search(rf"^0 +4x3x3x3 +failed +{reason}$", out, re.M)
+    assert out.endswith("nothing written\n")
+    assert (tmp_path / "old.pt").read_bytes() == OLD
+
+
+def test_a_layer_that_fails_is_in_the_json(build, command):
+    build(small(nan_in="0.weight"))
+    status, out, err = command("resnet18", "--json")
+    assert status == 1
+    assert len(err.splitlines()) == 1
+    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "initialized"]
+
+
+@pytest.mark.parametrize("where", ["head.bias", "1.bias"], ids=["no-convolution", "bias-of-a-convolution"])
+def test_other_weights_that_are_not_finite_are_refused(where, build, command, tmp_path):
+    build(small(nan_in=where))
+    message = f"Error: {where}: expected finite numbers, got infinities or NaN: nothing was written\n"
+    assert command("resnet18", "--out", "init.pt") == (2, "", message)
+    assert names(tmp_path) == []
+
+
+# What fails
+
+
+def raises(error: BaseException):
+    def raise_it(*_: object, **__: object) -> None:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("two\n  lines"), "Error: RuntimeError: two lines (--debug shows where)\n"),
+        (MemoryError(), "Error: MemoryError: (--debug shows where)\n"),
+        (ValueError("bad"), "Error: ValueError: bad (--debug shows where)\n"),
+    ],
+    ids=["of-torch", "no-memory", "no-input-error"],
+)
+def test_an_unforeseen_error_is_one_line(error, message, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(INIT, "build_model", raises(error))
+    assert command("resnet18", "--out", "init.pt") == (1, "", message)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "last"),
+    [
+        (["resnet18"], 1, "Error: RuntimeError: why (--debug shows where)"),
+        (["resnet81"], 2, "Error: expected the name of a built-in model, got 'resnet81'"),
+        (["list", "nothing"], 2, "Error: expected a pattern"),
+    ],
+    ids=["failure", "input", "list"],
+)
+def test_debug_shows_the_traceback_and_keeps_the_status(arguments, status, last, command, monkeypatch):
+    monkeypatch.setattr(INIT, "build_model", raises(RuntimeError("why")))
+    actual, out, err = command(*arguments, "--debug")
+    assert (actual, out) == (status, "")
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert err.splitlines()[-1].startswith(last)
+    assert "Traceback" not in command(*arguments)[2]
+
+
+@pytest.fixture
+def a_megabyte_of_disk():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("a_megabyte_of_disk")
+@pytest.mark.parametrize("name", ["init.safetensors", "init.pt"])
+def test_a_full_disk_fails_in_one_line_and_keeps_the_old_file(name, command, tmp_path):
+    (tmp_path / name).write_bytes(OLD)
+    status, out, err = command(*QUICK, "--out", name, "--force")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(rf"Error: could not write '{name}': .*File too large.*; nothing changed there\n", err)
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == OLD
+
+
+@pytest.mark.parametrize("place", ["convsim_init.initialize.initialize_", "safetensors.torch.save_file", "os.fsync"])
+def test_an_interrupt_anywhere_is_one_line(place, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(place, raises(KeyboardInterrupt()))
+    assert command(*QUICK, "--out", "init.safetensors") == (130, "", INTERRUPTED)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["resnet18"], ["env"]], ids=" ".join)
+def test_python_gets_its_interrupts_back_after_the_import_of_torch(arguments, command):
+    command(*arguments, "--dry-run") if arguments == ["resnet18"] else command(*arguments)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# As a process of its own
+
+
+def test_two_runs_write_the_same_bytes(tmp_path):
+    printed = []
+    for run in ("1", "2"):
+        (tmp_path / run).mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": run, "OMP_NUM_THREADS": run}
+        arguments = ["cifar_resnet18", "--steps", "2", "--out", "init.safetensors", "--json"]
+        status, out, err = run_process(*arguments, cwd=tmp_path / run, env=environment)
+        assert (status, err) == (0, "")
+        printed.append(without_times(json.loads(out)))
+    first, second = (tmp_path / run / "init.safetensors" for run in ("1", "2"))
+    assert first.read_bytes() == second.read_bytes()
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "convsim_init"]], ids=["script", "module"])
+def test_it_is_called_by_its_name_and_by_that_of_the_package(command, tmp_path):
+    done = subprocess.run([*command, "list", "--nope"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"Error: No such option.* \(see 'convsim-init list --help'\)\n", done.stderr)
+    done = subprocess.run([*command, "list", "vgg11"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "vgg11", "")
+
+
+QUICKLY = """
+import sys
+from convsim_init.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    heavy = {"torch", "numpy", "safetensors", "tqdm"} & sys.modules.keys()
+    print("imported:", *heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["resnet18", "--help"], 0),
+        (["list"], 0),
+        (["list", "--json"], 0),
+        (["--version"], 0),
+        ([], 2),
+        (["resnet81"], 2),
+        (["resnet18", "--steps", "0"], 2),
+        (["resnet18", "--num-classes", "0"], 2),
+        (["resnet18", "--device", "gpu"], 2),
+        (["resnet18", "--out", "gone/init.pt"], 2),
+        (["resnet18", "--out", "init"], 2),
+        (["resnet18", "--pairs", "x"], 2),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_what_needs_no_torch_answers_without_importing_it(arguments, status, tmp_path):
+    process = [sys.executable, "-c", QUICKLY, *arguments]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (status, "imported:")
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+from convsim_init.cli.main import main
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy", "convsim_init.checkpoint"])
+def test_an_interrupt_during_the_imports_ends_the_command(module, tmp_path):
+    process = [sys.executable, "-c", INTERRUPTED_IMPORT, module, *QUICK, "--out", "init.pt"]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
+    assert names(tmp_path) == []
+
+
+class Terminal:
+    """A terminal of 100 columns for a process to write to."""
+
+    def __init__(self) -> None:
+        self._ours, self.end = pty.openpty()
+        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        self.text = ""
+
+    def read(self, until: str = "") -> str:
+        """What was written, up to that text or, without one, the end."""
+        deadline = time.monotonic() + 60
+        while not (until and until in self.text) and time.monotonic() < deadline:
+            if select.select([self._ours], [], [], 1)[0]:
+                try:
+                    self.text += os.read(self._ours, 4096).decode()
+                except OSError:  # Linux tells the end in this way
+                    break
+        return self.text
+
+
+def start_on_a_terminal(*arguments: str, stream: str = "stderr", **options: object):
+    terminal = Terminal()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal.end}
+    process = start(*arguments, **streams, **options)
+    os.close(terminal.end)
+    return terminal, process
+
+
+def test_a_terminal_shows_progress_and_only_on_stderr(tmp_path):
+    terminal, process = start_on_a_terminal(*QUICK)
+    shown = terminal.read()
+    assert "layers:   0%" in shown
+    assert "0/20" in shown
+    assert re.search(r"\r +\r$", shown)  # the bar is wiped off
+    status, out, _ = finish(process)
+    assert status == 0
+    assert out.startswith("layer ")
+    assert "%|" not in out
+
+
+def test_quiet_shows_no_progress_on_a_terminal():
+    terminal, process = start_on_a_terminal(*QUICK, "--quiet")
+    assert (terminal.read(), finish(process)[:2]) == ("", (0, ""))
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["cifar_resnet18", "--dry-run"]], ids=" ".join)
+def test_a_terminal_gets_no_colours(arguments):
+    terminal, process = start_on_a_terminal(*arguments, stream="stdout")
+    assert "\x1b" not in terminal.read()
+    assert finish(process)[0] == 0
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
+def test_an_interrupt_of_the_descent_ends_it_and_leaves_no_partial_file(there, tmp_path):
+    path = tmp_path / "init.safetensors"
+    if there:
+        path.write_bytes(OLD)
+    endless = ["cifar_resnet18", "--preset", "paper", "--steps", "1000000"]
+    terminal, process = start_on_a_terminal(*endless, "--out", path, "--force")
+    try:
+        assert "layers:   0%" in terminal.read(until="layers:   0%")
+        time.sleep(0.5)  # into the descent
+        process.send_signal(signal.SIGINT)
+        assert terminal.read().endswith(f"\n{INTERRUPTED}".replace("\n", "\r\n"))
+        assert terminal.text.count("\n") == 2  # no traceback, of a thread either
+        assert finish(process)[:2] == (130, "")
+    finally:
+        process.kill()
+    assert names(tmp_path) == [path.name] * there
+    assert not there or path.read_bytes() == OLD
+
+
+# Streams that end early
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["resnet18", "--dry-run"], ["--help"]], ids=" ".join)
+def test_a_reader_that_leaves_early_is_no_error(arguments):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    process = start(*arguments, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    status, _, err = finish(process)
+    assert (status, err) == (1, "")
+
+
+def test_a_full_device_as_stdout_is_one_line(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        status, _, err = finish(start("list", stdout=full, stderr=subprocess.PIPE))
+    assert (status, err) == (1, "Error: OSError: [Errno 28] No space left on device (--debug shows where)\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("list >&-", 0), ("resnet81 2>&-", 2), ("resnet18 --dry-run >&- 2>&-", 0)],
+)
+def test_closed_streams_are_no_error(line, status):
+    done = subprocess.run(f"'{SCRIPT}' {line}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")
