@@ -5,7 +5,6 @@ torch is imported by the subcommands that need it, so that ``--help`` and ``list
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -78,12 +77,7 @@ def _run(arguments: Sequence[str]) -> int:
             click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
             return WRONG_USAGE
         status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
         return status if isinstance(status, int) else DONE
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except (KeyboardInterrupt, click.Abort):
         return interrupted()
     except click.UsageError as error:

@@ -25,18 +25,18 @@ def format_report(report: Report) -> str:
 
 
 def _row(layer: LayerReport) -> list[str]:
-    name, shape = layer.name or "(the model itself)", "x".join(map(str, layer.shape))
+    shape = "x".join(map(str, layer.shape))
     if not layer.after:
-        return [name, shape, layer.outcome.value, "", "", layer.reason or ""]
+        return [layer.name, shape, layer.outcome.value, "", "", layer.reason or ""]
     change, share = _change(layer.before, layer.after)
-    return [name, shape, change, share, f"{layer.after['norm_ratio']:.6f}", layer.reason or ""]
+    return [layer.name, shape, change, share, f"{layer.after['norm_ratio']:.6f}", layer.reason or ""]
 
 
 def _totals(report: Report) -> list[str]:
     totals = report.totals
     before, after = totals["before"], totals["after"]
     counts = [f"{totals[name]} {name}" for name in OUTCOMES if name in totals]
-    lines = [f"{report.model or 'model'}, {totals['layers']} convolutions: {', '.join(counts)}"]
+    lines = [f"{report.model}, {totals['layers']} convolutions: {', '.join(counts)}"]
     if after:
         change, share = _change(before, after)
         lines.append(f"mean normalized similarity {change} ({share.strip()}), norm ratio {after['norm_ratio']:.6f}")

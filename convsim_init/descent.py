@@ -123,13 +123,14 @@ def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: C
 
 def _step(filters: Filters, reached: float) -> float:
     """Move to the lowest loss along the conjugate direction, and nowhere if that is not lower; return the loss."""
-    distance = filters.aim()
-    for _ in range(BACKTRACKS if distance else 0):
-        loss = filters.arrive(distance)
-        if loss < reached:
-            return loss
-        distance /= 4
-    filters.arrive(0)
+    for _ in range(2):  # seen from where it stands already, the second direction is that of steepest descent
+        distance = filters.aim()
+        for _ in range(BACKTRACKS if distance else 0):
+            loss = filters.arrive(distance)
+            if loss < reached:
+                return loss
+            distance /= 4
+        filters.arrive(0)
     return reached
 
 

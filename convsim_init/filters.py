@@ -20,7 +20,8 @@ from convsim_init.parallel import Team
 from convsim_init.settings import Settings
 from convsim_init.similarity import nonzero, partner_power
 
-TRUSTED = 1e-3
+TRUSTED = 1e-3  # the norms of unit filters deviate by rounding only; by more, the loss is not that of unit filters
+FAR = 1.0  # squared tangent of the angle, 45 degrees, beyond which a filter's old direction says nothing of the new
 ROUNDING = 8  # a gradient so many units of rounding long, next to what was taken from it, holds nothing else
 
 
@@ -107,7 +108,8 @@ class Filters:
         if energy <= (ROUNDING * torch.finfo(along.dtype).eps) ** 2 * _total(along.square()):
             return 0.0
         beta = max(0.0, (energy - overlap) / self._energy)
-        if energy + beta * _total(climb) <= 0:
+        turned = self._preserve and self._distance**2 * float(self._speed.max()) > FAR
+        if turned or energy + beta * _total(climb) <= 0:
             beta = 0.0
         lean = beta * tilt - radial
         # What the squared norm of the new direction comes to, up to rounding; it is measured while it is turned.

@@ -32,7 +32,7 @@ def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
         raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
     entries = {".".join(part for part in key.split(".") if part != COMPILED_PART): state[key] for key in state}
     # A module that is no wrapper may well have a child called "module"; in a state dict nothing tells the two apart.
-    while entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
+    while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
     return entries
 

@@ -71,9 +71,6 @@ def test_every_kind_of_convolution_is_treated_and_keeps_its_norms():
         assert new.bias is None or torch.equal(new.bias, old.bias)
 
 
-DEPTHWISE = nn.Conv2d(4, 4, 3, groups=4)
-
-
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -382,6 +379,16 @@ def test_a_plan_changes_nothing_and_names_the_same_layers():
     assert [layer.reason for layer in planned.layers] == [layer.reason for layer in done.layers]
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_default_settings_reach_their_figures_on_every_layer_of_a_resnet18(seed):
+    report = ci.initialize_(ci.build_model("resnet18", seed=seed))
+    for layer in report.layers:
+        share = layer.after["normalized_similarity"] / layer.before["normalized_similarity"]
+        goal = {1: 0.55, 3: 0.10, 7: 0.45}[layer.shape[-1]]
+        assert share <= goal, f"{layer.name}: {share:.1%}"
+        assert layer.after["norm_ratio"] == pytest.approx(1, abs=1e-5)
 
 
 def test_totals_count_outcomes_and_combine_measures():
