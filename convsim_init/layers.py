@@ -43,8 +43,8 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
-        return next(self.module.parameters()).device
+        """Where its weight is, or what it is computed from."""
+        return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:

@@ -96,6 +96,16 @@ def test_what_cannot_be_treated_is_skipped_with_its_reason(module, reason):
         assert value.is_meta or torch.equal(module.state_dict()[key], value)
 
 
+def test_a_weight_that_is_no_parameter_is_skipped():
+    module = nn.Conv2d(3, 4, 3, bias=False)
+    weight = module.weight.detach()
+    del module.weight
+    module.register_buffer("weight", weight)
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert "no parameter" in layer.reason
+
+
 def test_zero_filters():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
     with torch.no_grad():
