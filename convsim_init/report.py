@@ -18,6 +18,7 @@ class Outcome(str, Enum):
 
     INITIALIZED = "initialized"
     APPROXIMATED = "approximated"  # written, but the layer does not use quite what was written
+    MEASURED = "measured"  # nothing was to be changed
     SKIPPED = "skipped"
     FAILED = "failed"  # attempted, and left as it was
     PLANNED = "planned"  # would be treated

@@ -152,8 +152,8 @@ def test_every_module_says_what_it_is_for(name):
 
 GROUPS = {
     "basis": {"errors", "settings", "version"},
-    "tensors": {"similarity", "fourier", "filters", "descent", "redundancy", "parallel"},
-    "modules": {"layers", "initialize", "report"},
+    "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel"},
+    "modules": {"layers", "initialize", "redundancy", "feature_maps", "report"},
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
     "files": {"files", "state_dict", "checkpoint"},
     "machine": {"devices"},
