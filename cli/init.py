@@ -14,11 +14,13 @@ from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
 from convsim_init.models import build_model, catalog
+from convsim_init.plots import check_plot, choose_layer, figure_of_run, save_figure
+from convsim_init.record import SUFFIXES as RECORD_SUFFIXES
+from convsim_init.record import save_record
 from convsim_init.report import LayerReport, Outcome
 from convsim_init.settings import CHANNELS, NORMS, PAIRS, PRESETS, Settings
 
 from .ending import ending_at_once
-from .table import format_report
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -83,7 +85,10 @@ class MainCommand(click.Command):
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the written floats. Default: float32.")
-@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw what it did: .png, .svg, .pdf.")
+@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps are drawn. Default: the most changed.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
@@ -104,6 +109,9 @@ def init(
     convs_only: bool,
     prefix: str | None,
     dtype: str | None,
+    record: Path | None,
+    plot: Path | None,
+    plot_layer: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -116,7 +124,14 @@ def init(
     _check_command(ctx, model)
     catalog.find(model)
     check_device_name(device)
-    file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": force}
+    if plot_layer is not None and plot is None:
+        raise click.UsageError("--plot-layer: nothing is drawn without --plot")
+    if record is not None:
+        check_target(record, overwrite=force, suffixes=RECORD_SUFFIXES)
+    if plot is not None:
+        check_plot(plot, overwrite=force)
+    forced = force and record is None and plot is None
+    file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": forced}
     target = _check_out(out, [option for option, value in file_options.items() if value], force)
 
     with ending_at_once():
@@ -124,16 +139,23 @@ def init(
 
         from convsim_init.checkpoint import save_checkpoint
         from convsim_init.initialize import initialize_, plan
+        from convsim_init.snapshot import take_snapshot
 
     place = find_device(device)
     network = build_model(model, num_classes=num_classes, in_chans=in_chans, seed=seed)
     if dry_run:
         report = plan(network, settings=settings, include=include, exclude=exclude)
     else:
+        before = None if record is None and plot is None else take_snapshot("before", network)
+        if before is not None and plot_layer is not None:
+            choose_layer([before], plot_layer)
         progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
         report = initialize_(
             network, settings=settings, include=include, exclude=exclude, device=place, progress=progress
         )
+        if before is not None:
+            after = take_snapshot("after", network)
+            report = report.with_measures(before.report, after.report)
     report.model, report.seed = model, seed
     failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
     if target is not None and not dry_run and not failed:
@@ -147,10 +169,15 @@ def init(
             overwrite=force,
         )
         report.file, report.file_bytes = str(target), target.stat().st_size
+    if not dry_run and not failed:
+        if record is not None:
+            save_record(report, record, overwrite=force)
+        if plot is not None and before is not None:
+            save_figure(figure_of_run(report, before, after, layer=plot_layer), plot, overwrite=force)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
-        click.echo(format_report(report))
+        click.echo(str(report))
     if failed:
         raise RunError(_failure(failed))
 

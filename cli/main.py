@@ -19,8 +19,10 @@ with ending_at_once():
     from convsim_init.errors import InputError, RunError
     from convsim_init.version import __version__
 
+    from .compare import compare
     from .env import env
     from .init import init
+    from .inspect import inspect
     from .list import list_models
 
 PROGRAM = "convsim-init"
@@ -62,6 +64,8 @@ def cli() -> None:
 
 
 cli.add_command(init)
+cli.add_command(inspect)
+cli.add_command(compare)
 cli.add_command(list_models)
 cli.add_command(env)
 

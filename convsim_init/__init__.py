@@ -13,8 +13,10 @@ from convsim_init.version import __version__
 if TYPE_CHECKING:
     from convsim_init.checkpoint import save_checkpoint
     from convsim_init.errors import InputError, RunError
+    from convsim_init.feature_maps import measure_feature_correlation
     from convsim_init.initialize import convsim_, initialize_
     from convsim_init.models import UnknownModelError, build_model
+    from convsim_init.redundancy import measure
     from convsim_init.report import LayerReport, Outcome, Report
     from convsim_init.settings import Settings
     from convsim_init.similarity import convolutional_similarity
@@ -31,6 +33,8 @@ _HOMES = {
     "convolutional_similarity": "similarity",
     "convsim_": "initialize",
     "initialize_": "initialize",
+    "measure": "redundancy",
+    "measure_feature_correlation": "feature_maps",
     "save_checkpoint": "checkpoint",
 }
 
@@ -47,6 +51,8 @@ __all__ = [
     "convolutional_similarity",
     "convsim_",
     "initialize_",
+    "measure",
+    "measure_feature_correlation",
     "save_checkpoint",
 ]
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convsim_init.errors import InputError, RunError
@@ -15,21 +15,45 @@ TORCH_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
-def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path, if a checkpoint can be written there.
+def check_source(path: str | os.PathLike[str]) -> Path:
+    """The path, if there is a file with a checkpoint's suffix that can be read.
+
+    Raises:
+        InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
+    """
+    source = Path(path)
+    _check_suffix(source, SUFFIXES)
+    try:
+        mode = source.stat().st_mode
+    except (OSError, ValueError) as error:
+        cause = _cause(error) if isinstance(error, OSError) else str(error)
+        raise InputError(f"cannot read {str(source)!r}: {cause}; check the path") from error
+    if not stat.S_ISREG(mode):
+        raise InputError(f"expected an ordinary file to read, got {str(source)!r}, which is none: name a file")
+    if not os.access(source, os.R_OK):
+        raise InputError(f"expected a file that may be read, got {str(source)!r}: change its permissions")
+    return source
+
+
+def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: Sequence[str] = SUFFIXES) -> Path:
+    """The path, if a file with one of these suffixes, by default a checkpoint's, can be written there.
 
     Raises:
         InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary file, or it exists
             and may not be replaced.
     """
     target = Path(path)
-    if target.suffix not in SUFFIXES:  # in lower case only: loaders look for just these
-        raise InputError(f"expected a file name ending in {', '.join(SUFFIXES)}, got {str(target)!r}: rename it")
+    _check_suffix(target, suffixes)
     try:
         _check_place(target, _real(target), overwrite=overwrite)
     except OSError as error:
         raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
     return target
+
+
+def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+    if path.suffix not in suffixes:  # in lower case only: loaders look for just these
+        raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: rename it")
 
 
 def _check_place(target: Path, real: Path, *, overwrite: bool) -> None:

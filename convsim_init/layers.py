@@ -82,13 +82,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
+def find_layers(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), *, frozen: bool = False
+) -> list[Layer]:
     """Every convolution of a model, once each, in the order of its modules.
 
     Args:
         model: Any module, wrapped or not.
         include: Shell patterns of layer names; where any are given, layers that match none are left alone.
         exclude: Shell patterns of layer names to leave alone.
+        frozen: Whether frozen layers will do, because nothing is to be changed.
 
     Raises:
         InputError: If the model has no convolution, or a pattern matches none of them.
@@ -100,10 +103,12 @@ def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name, _ in found):
                 raise InputError(f"{option}: no convolution matches {pattern!r}; there are {_some(found)}")
-    return list(_judge(found, include, exclude))
+    return list(_judge(found, include, exclude, frozen))
 
 
-def _judge(found: Sequence[tuple[str, _ConvNd]], include: Sequence[str], exclude: Sequence[str]) -> Iterator[Layer]:
+def _judge(
+    found: Sequence[tuple[str, _ConvNd]], include: Sequence[str], exclude: Sequence[str], frozen: bool
+) -> Iterator[Layer]:
     owners: dict[int, str] = {}
     for name, module in found:
         if include and not any(fnmatchcase(name, pattern) for pattern in include):
@@ -111,14 +116,14 @@ def _judge(found: Sequence[tuple[str, _ConvNd]], include: Sequence[str], exclude
         elif any(fnmatchcase(name, pattern) for pattern in exclude):
             obstacle = "excluded"
         else:
-            obstacle = _obstacle(module)
+            obstacle = _obstacle(module, frozen)
         if obstacle is None and not parametrize.is_parametrized(module, "weight"):
             owner = owners.setdefault(id(module.weight), name)
             obstacle = None if owner == name else f"shares its weight with {owner}"
         yield Layer(name, module, obstacle)
 
 
-def _obstacle(module: _ConvNd) -> str | None:
+def _obstacle(module: _ConvNd, frozen: bool) -> str | None:
     if parametrize.is_parametrized(module, "weight"):
         sources = list(module.parametrizations["weight"].parameters(recurse=False))  # type: ignore[index, union-attr]
     elif "weight" in module._parameters:
@@ -129,7 +134,7 @@ def _obstacle(module: _ConvNd) -> str | None:
         return "lazy, without a weight yet: run a forward pass first"
     if any(source.is_meta for source in sources):
         return "on the meta device, without data: move it with to_empty and initialize it first"
-    if not any(source.requires_grad for source in sources):
+    if not frozen and not any(source.requires_grad for source in sources):
         return "frozen: requires_grad is False"
     if any(source.dtype not in TREATED_DTYPES for source in sources):
         return f"its dtype {sources[0].dtype} is not treated"

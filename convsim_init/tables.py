@@ -1,0 +1,165 @@
+"""A report as a table for people, in text and in HTML, from its plain data."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+COLUMNS = {
+    "similarity": "normalized_similarity",
+    "corr-white": "feature_correlation_white",
+    "corr-natural": "feature_correlation_natural",
+    "rank-natural": "effective_rank_natural",
+}
+OUTCOMES = ("initialized", "approximated", "planned", "measured", "skipped", "failed")
+CHANGED_HEADER = ["layer", "shape", "similarity before -> after", "", "norm ratio", ""]
+MEASURED_HEADER = ["layer", "shape", *COLUMNS, ""]
+UNTREATED_HEADER = ["layer", "shape", "outcome", ""]
+OPEN_ROWS = 30  # a longer table is folded in HTML
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a header, and lines that sum them up."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    summary: Sequence[str]
+
+    def text(self) -> str:
+        """Columns two spaces apart, empty ones left out, then the summary."""
+        return f"{align([self.header, *self.rows])}\n\n" + "\n".join(self.summary)
+
+    def html(self) -> str:
+        """The summary, then the table, folded if it is long; everything escaped."""
+        head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in self.header)
+        rows = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        summary = "<br>".join(map(html.escape, self.summary))
+        opened = " open" if len(self.rows) <= OPEN_ROWS else ""
+        return (
+            f"<div><p>{summary}</p><details{opened}><summary>layers</summary>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details></div>"
+        )
+
+
+def report_table(data: Mapping[str, Any]) -> Table:
+    """One row a convolution, then the totals, of what `Report.to_dict` returns.
+
+    Similarity is the normalized one: blind to scale.
+    """
+    layers = data["layers"]
+    if any(layer["after"] for layer in layers):
+        header, rows = CHANGED_HEADER, [*map(_changed_row, layers)]
+    elif any(layer["before"] for layer in layers):
+        return _measured_table(data)
+    else:
+        header = UNTREATED_HEADER
+        rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
+    return Table(header, rows, [_counts(data), *_change_of_totals(data), f"{data['seconds']:.2f} s, {_file(data)}"])
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, columns two spaces apart, empty ones left out."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    used = [column for column, width in enumerate(widths) if width]
+    return "\n".join("  ".join(row[column].ljust(widths[column]) for column in used).rstrip() for row in rows)
+
+
+def as_csv(records: Sequence[Mapping[str, object]]) -> str:
+    """Flat records with the same keys as comma-separated values, the keys in the first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, records[0] if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def measure_cells(measures: Mapping[str, float]) -> list[str]:
+    """The measures of `COLUMNS`, ``-`` for those that are not there."""
+    cells = []
+    for name in COLUMNS.values():
+        digits = ".3e" if name == "normalized_similarity" else ".4f"
+        cells.append(format(measures[name], digits) if name in measures else "-")
+    return cells
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape such as ``64x3x7x7``."""
+    return "x".join(map(str, shape))
+
+
+def printable(name: str) -> str:
+    """A file name as any stream can show it, whatever bytes it is made of."""
+    return name.encode(errors="replace").decode()
+
+
+def shared_reason(layers: Sequence[Mapping[str, Any]]) -> str | None:
+    """The remark that stands beside each layer that was measured, if they have it in common."""
+    reasons = {layer["reason"] for layer in layers if layer["before"]}
+    return reasons.pop() if len(reasons) == 1 else None
+
+
+def _title(layer: Mapping[str, Any]) -> list[str]:
+    return [layer["name"] or "(the model itself)", shape_text(layer["shape"])]
+
+
+def _changed_row(layer: Mapping[str, Any]) -> list[str]:
+    reason = layer["reason"] or ""
+    if not layer["after"]:
+        return [*_title(layer), layer["outcome"], "", "", reason]
+    return [*_title(layer), *_change(layer["before"], layer["after"]), f"{layer['after']['norm_ratio']:.6f}", reason]
+
+
+def _measured_table(data: Mapping[str, Any]) -> Table:
+    measured = [layer for layer in data["layers"] if layer["before"]]
+    note = shared_reason(measured)
+    rows = []
+    for layer in data["layers"]:
+        if layer["before"]:
+            remark = "" if layer["reason"] == note else layer["reason"] or ""
+        else:
+            remark = ": ".join(filter(None, [layer["outcome"], layer["reason"]]))
+        rows.append([*_title(layer), *measure_cells(layer["before"]), remark])
+    rows.append([f"mean of {len(measured)}", "", *measure_cells(data["totals"]["before"]), ""])
+    summary = [
+        _counts(data),
+        f"sum of raw similarity {data['totals']['before']['similarity']:.4g}",
+        *([f"each layer: {note}"] if note else []),
+        f"{data['seconds']:.2f} s",
+    ]
+    return Table(MEASURED_HEADER, rows, summary)
+
+
+def _counts(data: Mapping[str, Any]) -> str:
+    totals = data["totals"]
+    counts = ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
+    return f"{printable(data['model'] or 'model')}, {totals['layers']} convolutions: {counts}"
+
+
+def _change_of_totals(data: Mapping[str, Any]) -> list[str]:
+    before, after = data["totals"]["before"], data["totals"]["after"]
+    if not after:
+        return []
+    change, share = _change(before, after)
+    return [
+        f"mean normalized similarity {change} ({share.strip()}), norm ratio {after['norm_ratio']:.6f}",
+        f"sum of raw similarity {before['similarity']:.4g} -> {after['similarity']:.4g}",
+    ]
+
+
+def _change(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, str]:
+    old, new = before["normalized_similarity"], after["normalized_similarity"]
+    return f"{old:.3e} -> {new:.3e}", f"{new / old:6.1%}" if old else ""
+
+
+def _file(data: Mapping[str, Any]) -> str:
+    if data["file"] is None or data["file_bytes"] is None:
+        return "nothing written"
+    return f"{printable(data['file'])} ({data['file_bytes'] / 1e6:.1f} MB)"

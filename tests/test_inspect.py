@@ -1,0 +1,451 @@
+"""The commands that look: inspect, compare, and what the main command records and draws."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from convsim_init import InputError, Settings, build_model, measure
+from convsim_init.comparison import compare
+from convsim_init.tables import COLUMNS
+
+MAIN = import_module("convsim_init.cli.main")
+INSPECT, COMPARE = import_module("convsim_init.cli.inspect"), import_module("convsim_init.cli.compare")
+QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
+OLD = b"the file that was there"
+MEASURES = [
+    *("similarity", "normalized_similarity"),
+    *("feature_correlation_white", "effective_rank_white", "feature_correlation_natural", "effective_rank_natural"),
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys, tmp_path, monkeypatch) -> Run:
+    """Run the command in this process, in an empty folder: its status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            MAIN.main(list(arguments))
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return run
+
+
+def cells(text: str) -> list[list[str]]:
+    return [re.split(r"\s{2,}", line) for line in text.split("\n\n")[0].splitlines()]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def small(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+
+
+# inspect
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.safetensors"])
+def test_inspect_measures_a_file(name, command, tmp_path):
+    state = small().state_dict()
+    safetensors.torch.save_file(state, name) if name == "a.safetensors" else torch.save({"state_dict": state}, name)
+    status, out, err = command("inspect", name)
+    assert (status, err, names(tmp_path)) == (0, "", [name])
+    header, *rows = cells(out)
+    assert header == ["layer", "shape", *COLUMNS]
+    report = measure(state)
+    for row, layer in zip(rows[:2], report.layers, strict=False):
+        values = [layer.before[measure] for measure in COLUMNS.values()]
+        assert row == [
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            f"{values[0]:.3e}",
+            *(f"{v:.4f}" for v in values[1:]),
+        ]
+    assert rows[2][:7] == ["3", "4x1x3x3", *"----", rows[2][6]]
+    assert rows[2][6].startswith("skipped: looks depthwise")
+    assert rows[3][0] == "mean of 2"
+    assert f"\n{name}, 3 convolutions: 2 measured, 1 skipped\n" in out
+
+
+def test_inspect_measures_a_model_with_its_groups(command):
+    data = json.loads(command("inspect", "cifar_resnet18", "--seed", "3", "--json")[1])
+    expected = measure(build_model("cifar_resnet18", seed=3))
+    assert (data["model"], data["seed"], data["file"]) == ("cifar_resnet18", 3, None)
+    assert [layer["before"] for layer in data["layers"]] == [layer.before for layer in expected.layers]
+    assert [layer["reason"] for layer in data["layers"]] == [None] * 20
+    assert set(data["layers"][0]["before"]) == set(MEASURES)
+    assert data["totals"] == expected.totals
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_inspect_sorts_from_high_to_low(column, command):
+    torch.save(small().state_dict(), "a.pt")
+    data = json.loads(command("inspect", "a.pt", "--sort", column, "--json")[1])
+    values = [layer["before"].get(COLUMNS[column]) for layer in data["layers"]]
+    assert values[2] is None
+    assert values[0] > values[1]
+
+
+def test_inspect_shows_the_included_layers_alone_and_their_totals(command):
+    data = json.loads(command("inspect", "cifar_resnet18", "--include", "layer4.*", "--include", "conv1", "--json")[1])
+    assert [layer["name"] for layer in data["layers"]][:2] == ["conv1", "layer4.0.conv1"]
+    assert data["totals"]["layers"] == len(data["layers"]) == 6
+
+
+def test_inspect_prints_values_for_a_spreadsheet(command):
+    torch.save(small().state_dict(), "a.pt")
+    rows = list(csv.DictReader(io.StringIO(command("inspect", "a.pt", "--csv")[1])))
+    assert [row["name"] for row in rows] == ["0", "2", "3"]
+    report = measure(torch.load("a.pt"))
+    for name, value in report.layers[0].before.items():
+        assert float(rows[0][name]) == pytest.approx(value, rel=1e-6)
+    assert rows[2]["similarity"] == ""
+    assert rows[0]["shape"] == "6x3x3x3"
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_inspect_draws_a_picture(suffix, command, tmp_path):
+    torch.save(small().state_dict(), "a.pt")
+    status, out, err = command("inspect", "a.pt", "--plot", f"a.{suffix}", "--plot-layer", "2", "--include", "[02]")
+    assert (status, err, names(tmp_path)) == (0, "", [f"a.{suffix}", "a.pt"] if suffix == "pdf" else names(tmp_path))
+    assert (tmp_path / f"a.{suffix}").stat().st_size > 5000
+    assert "mean of 2" in out
+
+
+def test_inspect_tells_of_weights_that_are_not_finite(command):
+    state = small().state_dict()
+    state["0.weight"][0] = float("nan")
+    torch.save(state, "a.pt")
+    status, out, _ = command("inspect", "a.pt")
+    assert status == 0
+    assert re.search(r"^0 .* failed: its weight holds infinities or NaN$", out, re.M)
+
+
+# compare
+
+
+def test_compare_shows_measures_side_by_side_and_what_differs(command):
+    first, second = small().state_dict(), small().state_dict()
+    second["2.weight"] = -2 * second["2.weight"]
+    second["1.bias"] = second["1.bias"] + 1
+    torch.save(first, "a.pt")
+    torch.save(second, "b.pt")
+    status, out, err = command("compare", "a.pt", "b.pt")
+    assert (status, err) == (0, "")
+    rows = cells(out)
+    assert rows[0] == ["layer", "shape", *COLUMNS, "weights"]
+    assert rows[1] == ["", *"ABABABAB"]
+    values = measure(first).layers[0].before
+    assert rows[2][:4] == ["0", "6x3x3x3", *[f"{values['normalized_similarity']:.3e}"] * 2]
+    assert [row[-1] for row in rows[2:5]] == ["identical", "different", "identical"]
+    assert rows[5][0] == "mean of the measured"
+    summary = out.split("\n\n")[1].splitlines()
+    assert summary[0].startswith("A  a.pt, 3 convolutions: 2 measured, 1 skipped")
+    assert summary[1].startswith("B  b.pt, 3 convolutions: 2 measured, 1 skipped")
+    assert summary[2:] == [
+        "11 entries of their state dicts: 9 identical, 2 different",
+        "different, and no convolution's weight: 1.bias",
+    ]
+
+
+def test_compare_tells_of_missing_layers_and_other_shapes():
+    first = {"a.weight": torch.randn(4, 3, 3, 3), "b.weight": torch.randn(4, 4, 1, 1), "head": torch.ones(10)}
+    second = {"a.weight": torch.randn(8, 3, 3, 3), "c.weight": torch.randn(4, 4, 1, 1), "head": torch.ones(10)}
+    compared = compare([("x", first), ("y", second), ("z", first)])
+    rows = {row[0]: row for row in compared.table.rows}
+    assert rows["a"][1] == "4x3x3x3 / 8x3x3x3"
+    assert [rows[name][-1] for name in "abc"] == ["shapes differ", "only in A, C", "only in B"]
+    assert rows["b"][2].split()[1] == "-"
+    assert str(compared).splitlines()[-4:] == [
+        "4 entries of their state dicts: 1 identical, 1 shapes differ, 2 not in all",
+        "shapes differ: a.weight (4x3x3x3 / 8x3x3x3)",
+        "only in A, C: b.weight",
+        "only in B: c.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "weights"),
+    [
+        pytest.param(lambda w: w.clone(), "identical", id="copy"),
+        pytest.param(lambda w: w.double(), "identical", id="dtype"),
+        pytest.param(lambda w: w + 1e-3, "different", id="values"),
+        pytest.param(lambda w: w.bfloat16(), "different", id="rounded"),
+        pytest.param(lambda w: w.flip(0), "different", id="permuted"),
+    ],
+)
+def test_weights_are_compared_by_value(other, weights):
+    weight = torch.randn(4, 3, 3, 3)
+    weight[0, 0, 0, 0] = float("nan")
+    compared = compare([("a", {"c.weight": weight}), ("b", {"c.weight": other(weight)})])
+    assert compared.layers[0].weights == weights
+
+
+def test_compare_takes_models_and_any_number(command):
+    torch.save({f"module.{key}": value for key, value in build_model("cifar_resnet18").state_dict().items()}, "a.pt")
+    data = json.loads(command("compare", "cifar_resnet18", "a.pt", "cifar_resnet18", "--json")[1])
+    assert data["compared"] == ["cifar_resnet18", "a.pt", "cifar_resnet18"]
+    assert {layer["weights"] for layer in data["layers"]} == {"identical"}
+    assert {entry["weights"] for entry in data["entries"]} == {"identical"}
+    assert len(data["entries"]) == 122
+    assert data["totals"][0] == data["totals"][2]
+    layer = data["layers"][0]
+    assert layer["shapes"] == [[64, 3, 3, 3]] * 3
+    assert set(layer["measures"][0]) == set(MEASURES)
+    assert layer["outcomes"] == ["measured"] * 3
+
+
+def test_compare_draws_a_picture(command, tmp_path):
+    for seed in (0, 1):
+        torch.save(small(seed).state_dict(), f"{seed}.pt")
+    assert command("compare", "0.pt", "1.pt", "--plot", "a.png", "--plot-layer", "2")[0] == 0
+    assert names(tmp_path) == ["0.pt", "1.pt", "a.png"]
+
+
+def test_a_parametrized_layer_is_compared_by_its_entries():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+    compared = compare([("a", model), ("b", model)])
+    assert [layer.weights for layer in compared.layers] == ["computed by a parametrization"]
+    assert {entry.weights for entry in compared.entries} == {"identical"}
+
+
+def test_one_alone_cannot_be_compared():
+    with pytest.raises(InputError, match="at least two"):
+        compare([("a", small())])
+
+
+# What the main command records and draws
+
+
+@pytest.fixture
+def small_model(monkeypatch) -> None:
+    """Let every name build a model that is quick to treat."""
+    monkeypatch.setattr(import_module("convsim_init.cli.init"), "build_model", lambda *_, seed, **__: small(seed))
+
+
+@pytest.mark.usefixtures("small_model")
+def test_the_run_is_recorded_and_drawn(command, tmp_path):
+    status, out, err = command(
+        "resnet18",
+        "--include",
+        "0",
+        "--steps",
+        "2",
+        "--seed",
+        "4",
+        "--out",
+        "a.pt",
+        "--report",
+        "a.json",
+        "--plot",
+        "a.png",
+        "--json",
+    )
+    assert (status, err, names(tmp_path)) == (0, "", ["a.json", "a.png", "a.pt"])
+    data, record = json.loads(out), json.loads((tmp_path / "a.json").read_text())
+    for key in ("model", "seed", "settings", "totals", "seconds", "file", "file_bytes"):
+        assert record[key] == data[key]
+    assert record["settings"] == asdict(Settings(steps=2))
+    layer = record["layers"][0]
+    assert set(layer["before"]) == set(MEASURES)
+    assert set(layer["after"]) == {*MEASURES, "norm_ratio"}
+    assert len(layer["losses"]) == layer["steps"] + 1 == 3
+    expected = measure(small(4)).layers[0].before
+    assert layer["before"] == pytest.approx(expected, rel=1e-5)
+    written = measure(torch.load(tmp_path / "a.pt")).layers[0].before
+    for name in MEASURES:
+        assert layer["after"][name] == pytest.approx(written[name], rel=1e-4)
+    assert all(not one["before"] for one in record["layers"][1:])
+
+
+@pytest.mark.usefixtures("small_model")
+def test_a_report_or_a_picture_changes_nothing_of_the_weights(command, tmp_path):
+    command("resnet18", "--out", "a.safetensors")
+    command("resnet18", "--out", "b.safetensors", "--report", "b.json", "--plot", "b.svg", "--plot-layer", "2")
+    first, second = (safetensors.torch.load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.usefixtures("small_model")
+def test_two_runs_draw_the_same_picture(command, tmp_path):
+    for name in ("a", "b"):
+        assert command("resnet18", "--plot", f"{name}.svg", "-q") == (0, "", "")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.usefixtures("small_model")
+def test_a_dry_run_records_and_draws_nothing(command, tmp_path):
+    status, _, err = command("resnet18", "--dry-run", "--report", "a.json", "--plot", "a.png")
+    assert (status, err, names(tmp_path)) == (0, "", [])
+
+
+@pytest.mark.usefixtures("small_model")
+def test_force_replaces_a_report_and_a_picture(command, tmp_path):
+    for name in ("a.json", "a.png"):
+        (tmp_path / name).write_bytes(OLD)
+    assert command("resnet18", "--report", "a.json", "--plot", "a.png", "--force")[0] == 0
+    assert OLD not in ((tmp_path / "a.json").read_bytes(), (tmp_path / "a.png").read_bytes())
+
+
+def test_a_layer_that_fails_leaves_neither_record_nor_picture(command, tmp_path, monkeypatch):
+    model = small()
+    with torch.no_grad():
+        model[0].weight[0] = float("inf")
+    monkeypatch.setattr(import_module("convsim_init.cli.init"), "build_model", lambda *_, **__: model)
+    status, _, err = command("resnet18", "--report", "a.json", "--plot", "a.png")
+    assert (status, names(tmp_path)) == (1, [])
+    assert "nothing was written" in err
+
+
+# What is refused
+
+
+def see(name: str = "") -> str:
+    return f"(see 'convsim-init {name} --help')" if name else "(see 'convsim-init --help')"
+
+
+EXISTS = "exists already: choose another name or overwrite it (--force in the shell)"
+ENDING = "expected a file name ending in"
+NOT_DRAWN = "nothing is drawn without --plot"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            pytest.param(["resnet18", *options], message, id=f"init{''.join(options)}")
+            for options, message in [
+                (["--report", "old.json"], f"'old.json' {EXISTS}"),
+                (["--plot", "old.png"], f"'old.png' {EXISTS}"),
+                (["--report", "new.txt"], f"{ENDING} .json, got 'new.txt': rename it"),
+                (["--plot", "new.jpg"], f"{ENDING} .png, .svg, .pdf, got 'new.jpg': rename it"),
+                (
+                    ["--report", "gone/a.json"],
+                    "expected an existing folder to write to, got '{}/gone': create it first",
+                ),
+                (["--plot-layer", "conv1"], f"--plot-layer: {NOT_DRAWN} {see()}"),
+                (["--report", "new.json", "--plot", "old.png"], f"'old.png' {EXISTS}"),
+            ]
+        ),
+        *(
+            pytest.param(["inspect", *rest], message, id=f"inspect {' '.join(rest)}")
+            for rest, message in [
+                ([], f"Missing argument 'FILE|MODEL' {see('inspect')}"),
+                (["gone.pt"], "cannot read 'gone.pt': No such file or directory; check the path"),
+                (["old.json"], f"{ENDING} .safetensors, .pt, .pth or a model's name, got 'old.json': rename it"),
+                (["resnet18", "--json", "--csv"], f"--json and --csv: choose one {see('inspect')}"),
+                (["old.pt", "--seed", "1"], f"--seed: a file has its weights already {see('inspect')}"),
+                (["resnet18", "--force"], f"--plot-layer, --force: {NOT_DRAWN} {see('inspect')}"),
+                (["resnet18", "--plot", "old.png"], f"'old.png' {EXISTS}"),
+            ]
+        ),
+        *(
+            pytest.param(["compare", *rest], message, id=f"compare {' '.join(rest)}")
+            for rest, message in [
+                ([], f"expected at least two models or checkpoints to compare {see('compare')}"),
+                (["resnet18"], f"expected at least two models or checkpoints to compare {see('compare')}"),
+                (["resnet18", "gone.pt"], "cannot read 'gone.pt': No such file or directory; check the path"),
+                (["resnet18", "resnet34", "--plot-layer", "x"], f"--plot-layer, --force: {NOT_DRAWN} {see('compare')}"),
+                (["resnet18", "resnet34", "--plot", "old.png"], f"'old.png' {EXISTS}"),
+            ]
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, command, tmp_path, monkeypatch):
+    for name in ("old.json", "old.png", "old.pt"):
+        (tmp_path / name).write_bytes(OLD)
+    for place in ("convsim_init.cli.init", "convsim_init.cli.source"):
+        monkeypatch.setattr(import_module(place), "build_model", lambda *_, **__: pytest.fail("it builds the model"))
+    status, out, err = command(*arguments)
+    assert (status, out, err) == (2, "", f"Error: {message.format(tmp_path if '/gone' in message else '')}\n")
+    assert all((tmp_path / name).read_bytes() == OLD for name in ("old.json", "old.png", "old.pt"))
+    assert len(names(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "bad.pt"], "expected a file written by torch.save, got 'bad.pt'"),
+        (["inspect", "head.pt"], "expected a state dict with convolution weights"),
+        (["inspect", "cifar_resnet18", "--include", "x*"], "include: no convolution matches 'x*'; there are conv1"),
+        (["inspect", "cifar_resnet18", "--plot", "a.png", "--plot-layer", "fc"], "expected a layer to draw, got 'fc'"),
+        (["compare", "cifar_resnet18", "head.pt"], "expected a state dict with convolution weights"),
+        ([*QUICK, "--plot", "a.png", "--plot-layer", "fc"], "expected a layer to draw, got 'fc': there are conv1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_only_the_weights_can_tell_is_refused_too(arguments, words, command, tmp_path, monkeypatch):
+    (tmp_path / "bad.pt").write_bytes(OLD)
+    torch.save({"head.weight": torch.ones(2, 2)}, tmp_path / "head.pt")
+    monkeypatch.setattr("convsim_init.initialize.initialize_", lambda *_, **__: pytest.fail("it computes"))
+    status, out, err = command(*arguments)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert words in err
+    assert names(tmp_path) == ["bad.pt", "head.pt"]
+
+
+def test_an_unknown_column_is_refused_with_those_there_are(command):
+    status, _, err = command("inspect", "resnet18", "--sort", "size")
+    assert status == 2
+    assert all(repr(column) in err for column in COLUMNS)
+
+
+# The help
+
+
+@pytest.mark.parametrize("module", [INSPECT, COMPARE], ids=["inspect", "compare"])
+def test_the_examples_of_the_help_are_right(module, command):
+    for name in ("checkpoint.safetensors", "init.safetensors"):
+        safetensors.torch.save_file(build_model("resnet18").state_dict(), name)
+    for name in ("checkpoint.pt", "before.pt", "after.pt"):
+        torch.save(small().state_dict(), name)
+    examples = re.findall(r"^ +convsim-init (.+)$", module.EPILOG, re.M)
+    assert examples
+    for example in examples:
+        assert command(*example.replace("resnet50", "resnet18").replace("'", "").split())[0] == 0
+
+
+QUICKLY = """
+import sys
+from convsim_init.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("imported:", *{"torch", "numpy", "matplotlib", "safetensors"} & sys.modules.keys(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["inspect", "--help"], 0),
+        (["compare", "--help"], 0),
+        (["inspect", "resnet81"], 2),
+        (["inspect", "gone.pt"], 2),
+        (["compare", "resnet18", "gone.pt"], 2),
+        (["resnet18", "--plot", "a.jpg"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_torch_answers_without_importing_it(arguments, status, tmp_path):
+    process = [sys.executable, "-c", QUICKLY, *arguments]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (status, "imported:")

@@ -1,0 +1,195 @@
+"""Checkpoints of other people: what is read from them, and what is refused."""
+
+import os
+import pickle
+import random
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from convsim_init.errors import InputError
+from convsim_init.reading import read_state_dict
+
+TENSORS = {"conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "conv.bias": torch.ones(2, dtype=torch.float16)}
+
+
+def wrapped(*names: str) -> dict[str, object]:
+    content: dict[str, object] = TENSORS
+    for name in names:
+        content = {"epoch": 3, name: content, "optimizer": {"state": {}}}
+    return content
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.safetensors"])
+def test_what_was_written_is_read_in_its_order(name, tmp_path):
+    path = tmp_path / name
+    safetensors.torch.save_file(TENSORS, path) if path.suffix == ".safetensors" else torch.save(TENSORS, path)
+    read = read_state_dict(path)
+    assert sorted(read) == sorted(TENSORS)
+    for key, tensor in TENSORS.items():
+        torch.testing.assert_close(read[key], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(OrderedDict(TENSORS), id="ordered"),
+        *(pytest.param(wrapped(n), id=n) for n in ("state_dict", "model", "model_state_dict", "state_dict_ema")),
+        pytest.param(wrapped("state_dict", "model"), id="twice"),
+        pytest.param({"state_dict_ema": {"other": torch.ones(1)}, "state_dict": TENSORS}, id="not-the-average"),
+        pytest.param({f"module.{key}": value for key, value in TENSORS.items()}, id="parallel"),
+        pytest.param({f"_orig_mod.{key}": value for key, value in TENSORS.items()}, id="compiled"),
+        pytest.param({f"module._orig_mod.{key}": value for key, value in TENSORS.items()}, id="both"),
+        pytest.param(wrapped("model") | {"extra": [1, "two", None]}, id="plain-extras"),
+        pytest.param({key: nn.Parameter(value) for key, value in TENSORS.items()}, id="parameters"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_wrappers_are_opened_and_prefixes_taken_off(content, zipped, tmp_path):
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    read = read_state_dict(tmp_path / "a.pt")
+    assert list(read) == list(TENSORS)
+    assert all(torch.equal(read[key], TENSORS[key]) for key in TENSORS)
+
+
+@pytest.mark.parametrize("keys", [["module.a", "b"], ["model", "model.a"], ["state_dict"]], ids=str)
+def test_names_that_only_look_like_wrappers_are_kept(keys, tmp_path):
+    torch.save(dict.fromkeys(keys, torch.ones(1)), tmp_path / "a.pt")
+    assert list(read_state_dict(tmp_path / "a.pt")) == keys
+
+
+class Bomb:
+    """Leaves a trace if it is ever unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+def saved(content: object) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path)
+
+
+def bytes_of(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    safetensors.torch.save_file(TENSORS, path) if path.suffix == ".safetensors" else torch.save(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip(path: Path) -> None:
+    torch.save({"weight": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def header(text: bytes, data: bytes = b"") -> Callable[[Path], object]:
+    return bytes_of(len(text).to_bytes(8, "little") + text + data)
+
+
+DAMAGED = "is damaged or of another kind: copy it again"
+SAVE = "save the model's state_dict()"
+SPARSE = torch.ones(2, 2).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        pytest.param("a.pt", lambda path: None, ["cannot read", "No such file", "check the path"], id="missing"),
+        pytest.param("a.pt", Path.mkdir, ["expected an ordinary file", "name a file"], id="folder"),
+        pytest.param("a.pt", os.mkfifo, ["expected an ordinary file", "name a file"], id="fifo"),
+        pytest.param("a.pt", lambda path: path.symlink_to(path), ["cannot read", "symbolic links"], id="loop"),
+        pytest.param("a.ckpt", saved(TENSORS), [".safetensors, .pt, .pth", "rename it"], id="suffix"),
+        *(
+            pytest.param(f"a.{suffix}", make, [DAMAGED], id=f"{kind}-{suffix}")
+            for suffix in ("pt", "safetensors")
+            for kind, make in [
+                ("empty", bytes_of(b"")),
+                ("text", bytes_of(b"<html>404: not found</html>")),
+                ("noise", bytes_of(random.Random(0).randbytes(5000))),
+                ("cut", cut),
+            ]
+        ),
+        pytest.param("a.pt", flip, ["expected an intact file", "fails its checksum: copy it again"], id="bit-flipped"),
+        pytest.param("a.safetensors", saved(TENSORS), [DAMAGED], id="torch-as-safetensors"),
+        pytest.param("a.pt", lambda p: safetensors.torch.save_file(TENSORS, p), [DAMAGED], id="safetensors-as-torch"),
+        pytest.param("a.safetensors", bytes_of(b"\xff" * 16), [DAMAGED], id="header-too-long"),
+        pytest.param("a.safetensors", header(b"[]"), [DAMAGED], id="header-no-object"),
+        pytest.param("a.safetensors", header(b"{}"), ["empty state dict", SAVE], id="no-tensors-safetensors"),
+        pytest.param(
+            "a.safetensors",
+            header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}', b"1234"),
+            [DAMAGED],
+            id="more-than-there-is",
+        ),
+        pytest.param("a.pt", saved({"a": Bomb()}), ["needs code to be run", "mkdir", "state_dict()"], id="code"),
+        pytest.param("a.pt", bytes_of(pickle.dumps(Bomb(), 2)), ["needs code to be run"], id="bare-pickle"),
+        pytest.param("a.pt", saved(nn.Conv2d(1, 1, 1)), ["needs code", "Conv2d", "state_dict()"], id="module"),
+        pytest.param("a.pt", saved({"args": Namespace(a=1), "model": TENSORS}), ["argparse.Namespace"], id="namespace"),
+        pytest.param("a.pt", lambda p: torch.jit.save(torch.jit.script(nn.ReLU()), p), ["TorchScript"], id="script"),
+        pytest.param("a.pt", saved([torch.ones(1)]), ["expected a state dict", "got list", SAVE], id="list"),
+        pytest.param("a.pt", saved(torch.ones(1)), ["expected a state dict", "got Tensor", SAVE], id="tensor"),
+        pytest.param("a.pt", saved(None), ["expected a state dict", "got NoneType", SAVE], id="none"),
+        pytest.param("a.pt", saved({}), ["empty state dict", SAVE], id="no-tensors"),
+        pytest.param("a.pt", saved({"model": {}}), ["empty state dict under 'model'", SAVE], id="wraps-nothing"),
+        pytest.param("a.pt", saved({"a": torch.ones(1), "b": 3}), ["only tensors", "int under 'b'"], id="number"),
+        pytest.param("a.pt", saved({"model": {"b": "x"}}), ["str under 'b' under 'model'"], id="wraps-text"),
+        pytest.param("a.pt", saved({1: torch.ones(1)}), ["only tensors", "under 1"], id="key-no-text"),
+        pytest.param("a.pt", saved({"x" * 9999: 1}), ["only tensors", "xxx..."], id="long-key"),
+        pytest.param("a.pt", saved({"a": SPARSE}), ["dense tensors", "under 'a'"], id="sparse"),
+        pytest.param(
+            "a.pt", saved({"a": torch.ones(1), "_orig_mod.a": torch.ones(1)}), ["2 keys for 1 tensors"], id="collision"
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # of TorchScript
+def test_what_cannot_be_read_is_refused_in_one_line(name, make, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(Path(name))
+    with pytest.raises(InputError) as caught:
+        read_state_dict(name)
+    message = str(caught.value)
+    assert name in message
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert len(message) < 300
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_that_may_not_be_read_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(TENSORS, path)
+    path.chmod(0)
+    with pytest.raises(InputError, match="expected a file that may be read"):
+        read_state_dict(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_damage_anywhere_gives_tensors_or_one_line(name, tmp_path):
+    path = tmp_path / name
+    tensors = {"a.weight": torch.ones(3, 2, 2, 2), "b": torch.zeros(5)}
+    safetensors.torch.save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    whole = path.read_bytes()
+    chance = random.Random(1)
+    refusals = []
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 5])):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        path.write_bytes(content[: chance.choice([len(content), len(content), chance.randrange(len(content))])])
+        try:
+            assert all(isinstance(tensor, torch.Tensor) for tensor in read_state_dict(path).values())
+        except InputError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert not [message for message in refusals if "\n" in message]
