@@ -86,6 +86,15 @@ def command_rows(repeats: int):
                 f"{(memory - peer_memory) / size:.2f}",
                 "≤ 6",
             )
+        ours, peer = in_turn([lambda: run([*command, "inspect", out]), lambda: run(IMPORT_TORCH)], repeats)
+        beyond = [statistics.median(r[i] for r in ours) - statistics.median(r[i] for r in peer) for i in range(2)]
+        yield (
+            "`convsim-init inspect` of that file, beyond `import torch`",
+            f"{beyond[0]:.2f} s",
+            f"and {beyond[1]:.0f} MiB, of which the model {size:.0f} MiB",
+            "",
+            "≤ 4 s, ≤ 1 GiB + model",
+        )
         for arguments in (["--help"], ["list"]):
             times = [run([*command, *arguments])[0] for _ in range(repeats)]
             yield (f"`convsim-init {arguments[0]}`", f"{statistics.median(times):.3f} s", "", "", "< 0.3 s")

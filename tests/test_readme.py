@@ -34,7 +34,7 @@ def run(line, folder):
 
 
 def test_every_command_and_every_line_of_python_runs(tmp_path, monkeypatch):
-    for package in ("torchvision", "timm", "sklearn"):
+    for package in ("torchvision", "timm", "sklearn", "matplotlib"):
         pytest.importorskip(package)
     assert len(commands()) >= 8
     for line in commands():
