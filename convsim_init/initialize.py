@@ -54,7 +54,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
     if pair_obstacle(bank, settings.channels) is None:
-        with full_precision(weight.device), Team(_threads(weight.device)) as team:
+        with full_precision(weight.device), Team.for_devices(weight.device) as team:
             descent = descend(bank, settings, team=team)
         weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
     return weight
@@ -98,7 +98,7 @@ def initialize_(
     reports: dict[str, LayerReport] = {}
     with (
         tqdm(total=len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
-        Team(_threads(*(torch.device(device or layer.device) for layer in layers))) as team,
+        Team.for_devices(*(torch.device(device or layer.device) for layer in layers)) as team,
     ):
         treat = partial(_treat, settings=settings, device=device, checkpoint=team.checkpoint)
         for report in team.as_completed(treat, largest_first):
@@ -170,11 +170,6 @@ def _lower(
 def _bank(weight: Tensor, groups: int, transposed: bool, settings: Settings) -> Tensor:
     bank = filter_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
     return bank.to(accumulation_dtype(weight.dtype), memory_format=torch.contiguous_format)
-
-
-def _threads(*devices: torch.device) -> int:
-    """Threads to use: an accelerator needs but one to be kept busy."""
-    return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
 
 
 def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:

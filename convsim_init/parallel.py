@@ -41,6 +41,11 @@ class Team:
         self._inference = torch.is_inference_mode_enabled()
         self._intra_op = torch.get_num_threads()
 
+    @classmethod
+    def for_devices(cls, *devices: torch.device) -> Team:
+        """As many threads as torch would use on the CPU; an accelerator needs but one to be kept busy."""
+        return cls(torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1)
+
     def __enter__(self) -> Team:
         torch.set_num_threads(1)
         return self

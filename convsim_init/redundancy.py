@@ -80,9 +80,8 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
             raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}")
     else:
         raise InputError(f"expected a module or its state dict, got {type(model_or_state_dict).__name__}")
-    on_cpu = all(source.device.type == "cpu" for source in sources)
     largest_first = sorted(sources, key=lambda source: -math.prod(source.shape))
-    with Team(torch.get_num_threads() if on_cpu else 1) as team:
+    with Team.for_devices(*(source.device for source in sources)) as team:
         reports = {report.name: report for report in team.as_completed(_measure, largest_first)}
     return Report(Settings(), [reports[source.name] for source in sources], time.perf_counter() - started)
 

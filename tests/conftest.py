@@ -1,4 +1,5 @@
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(capsys, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process, in an empty folder: its status, stdout and stderr."""
+    from convsim_init.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return run

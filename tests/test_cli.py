@@ -38,20 +38,6 @@ INTERRUPTED = "Error: interrupted; no partial file is left\n"
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def command(capsys, tmp_path, monkeypatch) -> Run:
-    """Run the command in this process, in an empty folder: its status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            MAIN.main(list(arguments))
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -20,7 +20,6 @@ from convsim_init import InputError, Settings, build_model, measure
 from convsim_init.comparison import compare
 from convsim_init.tables import COLUMNS
 
-MAIN = import_module("convsim_init.cli.main")
 INSPECT, COMPARE = import_module("convsim_init.cli.inspect"), import_module("convsim_init.cli.compare")
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
 OLD = b"the file that was there"
@@ -30,20 +29,6 @@ MEASURES = [
 ]
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys, tmp_path, monkeypatch) -> Run:
-    """Run the command in this process, in an empty folder: its status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            MAIN.main(list(arguments))
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
 
 
 def cells(text: str) -> list[list[str]]:
