@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
-from convsim_init.layers import find_layers, unwrap
+from convsim_init.layers import find_convolutions, unwrap
 from convsim_init.similarity import accumulation_dtype, full_precision
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
@@ -50,9 +50,9 @@ def measure_feature_correlation(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         maps: dict[str, FeatureMaps] = {}
-        for layer in find_layers(model):
-            maps[layer.name] = FeatureMaps(rank=len(layer.module.kernel_size))
-            stack.callback(layer.module.register_forward_hook(maps[layer.name].hook).remove)
+        for name, module in find_convolutions(model):
+            maps[name] = FeatureMaps(rank=len(module.kernel_size))
+            stack.callback(module.register_forward_hook(maps[name].hook).remove)
         _run(model, batch)
     if not any(one.count for one in maps.values()):
         raise InputError("expected a model that calls its convolutions, got one whose forward pass called none")

@@ -14,19 +14,19 @@ from tqdm import tqdm
 
 from convsim_init.descent import Stop, descend
 from convsim_init.errors import InputError
-from convsim_init.layers import Layer, RefusedError, find_layers, pair_obstacle
+from convsim_init.layers import Layer, find_layers, pair_obstacle
 from convsim_init.parallel import Team
 from convsim_init.redundancy import measure_bank
 from convsim_init.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings
 from convsim_init.similarity import (
-    accumulation_dtype,
     all_finite,
     bank_weight,
-    filter_bank,
+    computing_bank,
     filter_norms,
     full_precision,
 )
+from convsim_init.weights import RefusedError
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN.
     """
     settings = settings or Settings()
-    bank = _bank(weight, groups, transposed, settings)
+    bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
     if pair_obstacle(bank, settings.channels) is None:
@@ -118,10 +118,9 @@ def plan(
     for layer in find_layers(model, _patterns("include", include), _patterns("exclude", exclude)):
         reason = layer.obstacle
         if reason is None:
-            bank = _bank(layer.module.weight, layer.module.groups, layer.module.transposed, settings)
-            reason = pair_obstacle(bank, settings.channels)
+            reason = pair_obstacle(layer.bank(settings.channels), settings.channels)
         outcome = Outcome.SKIPPED if reason else Outcome.PLANNED
-        reports.append(LayerReport(layer.name, type(layer.module).__name__, layer.shape, outcome, reason))
+        reports.append(LayerReport(layer.name, layer.kind, layer.shape, outcome, layer.explained(reason)))
     return Report(settings, reports, time.perf_counter() - started)
 
 
@@ -134,19 +133,14 @@ def _treat(
     if reason is None:
         with full_precision(torch.device(device or layer.device)):
             outcome, reason, details = _lower(layer, checkpoint, settings, device)
-    kind, seconds = type(layer.module).__name__, time.perf_counter() - started
-    return LayerReport(layer.name, kind, layer.shape, outcome, reason, seconds=seconds, **details)
+    seconds, reason = time.perf_counter() - started, layer.explained(reason)
+    return LayerReport(layer.name, layer.kind, layer.shape, outcome, reason, seconds=seconds, **details)
 
 
 def _lower(
     layer: Layer, checkpoint: Callable[[], None], settings: Settings, device: torch.device | str | None
 ) -> tuple[Outcome, str | None, dict[str, Any]]:
-    groups, transposed = layer.module.groups, layer.module.transposed
-
-    def read() -> Tensor:
-        return _bank(layer.module.weight.detach().to(device), groups, transposed, settings)
-
-    bank = read()
+    bank = layer.bank(settings.channels, device)
     if not all_finite(bank):
         return Outcome.FAILED, "left as it was: its weight holds infinities or NaN", {}
     obstacle = pair_obstacle(bank, settings.channels)
@@ -158,18 +152,13 @@ def _lower(
     if descent.stop is Stop.NON_FINITE:
         return Outcome.FAILED, f"left as it was: {descent.stop.value}", details
     try:
-        difference = layer.write(bank_weight(descent.bank, groups=groups, transposed=transposed))
+        difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:
         return Outcome.FAILED, str(error), details
-    written = read()
+    written = layer.bank(settings.channels, device)
     norm_ratio = float((filter_norms(written) / norms)[norms > 0].mean())
     details |= {"before": before, "after": measure_bank(written, settings.channels) | {"norm_ratio": norm_ratio}}
     return Outcome.APPROXIMATED if difference else Outcome.INITIALIZED, difference, details
-
-
-def _bank(weight: Tensor, groups: int, transposed: bool, settings: Settings) -> Tensor:
-    bank = filter_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
-    return bank.to(accumulation_dtype(weight.dtype), memory_format=torch.contiguous_format)
 
 
 def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:

@@ -1,74 +1,66 @@
-"""The convolutions of a module: which of them are treated, why the others are not, and how their weights are set."""
+"""The convolutions of a model or of a state dict: which are treated, and why the others are not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
+from convsim_init.entries import find_entries
 from convsim_init.errors import InputError
 from convsim_init.settings import Channels
-
-TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class RefusedError(RuntimeError):
-    """A parametrization refuses to be assigned to."""
+from convsim_init.similarity import computing_bank
+from convsim_init.standardized import ForwardWeight, has_forward_of_its_own
+from convsim_init.weights import EntryWeight, Weight, held_weight
 
 
 class Layer:
-    """One convolution of a model.
+    """One convolution.
 
     Attributes:
         name: Its dotted name in the unwrapped model.
-        module: The convolution.
+        kind: Its class.
+        weight: The weight that its forward pass uses.
+        groups: Its groups.
+        transposed: Whether it is a transposed one.
+        note: What groups and transposed were told from, where no module says it.
         obstacle: Why it cannot or must not be treated; None if it can.
     """
 
-    def __init__(self, name: str, module: _ConvNd, obstacle: str | None) -> None:
+    def __init__(
+        self, name: str, kind: str, weight: Weight, *, groups: int, transposed: bool, note: str | None = None
+    ) -> None:
         self.name = name
-        self.module = module
-        self.obstacle = obstacle
+        self.kind = kind
+        self.weight = weight
+        self.groups = groups
+        self.transposed = transposed
+        self.note = note
+        self.obstacle: str | None = None
 
     @property
     def shape(self) -> list[int]:
         """Shape of the weight; empty while a lazy module has none."""
-        weight = self.module.weight
-        return [] if isinstance(weight, UninitializedParameter) else list(weight.shape)
+        return self.weight.shape
 
     @property
     def device(self) -> torch.device:
         """Where its weight is, or what it is computed from."""
-        return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
+        return self.weight.sources[0].device
 
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> str | None:
-        """Set the weight, through its parametrization if it has one.
+    def bank(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor:
+        """The weight that is used as a filter bank ``[G, M, C, *kernel_size]`` to compute with; not to be changed."""
+        weight = self.weight.read().to(device)
+        return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
 
-        Returns:
-            What differs, if the layer then does not use the weight it was given.
-
-        Raises:
-            RefusedError: If the parametrization refuses the weight.
-        """
-        if not parametrize.is_parametrized(self.module, "weight"):
-            self.module.weight.copy_(weight)
-            return None
-        before = self.module.weight.clone()
-        try:
-            self.module.weight = weight.to(before.device, before.dtype)
-        except Exception as error:  # whatever the parametrization's own code raises
-            raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
-        difference = torch.linalg.vector_norm((self.module.weight - weight.to(before)).double())
-        relative = float(difference / torch.linalg.vector_norm(weight.double()))
-        if relative <= 1e-5 or relative <= 4 * torch.finfo(before.dtype).eps:
-            return None
-        return f"its parametrization keeps a weight that differs by {relative:.1%} from the one it was given"
+    def explained(self, reason: str | None) -> str | None:
+        """What became of it, and what it was taken for where that was told from little."""
+        if reason is None or self.note is None:
+            return reason or self.note
+        return reason if (self.groups, self.transposed) == (1, False) else f"{self.note}: {reason}"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -82,63 +74,64 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
+    """Every convolution of a model, once each, in the order of its modules, with its name in the unwrapped model.
+
+    Raises:
+        InputError: If the model has no convolution.
+    """
+    inner = unwrap(model)
+    found = [(_bare(name), module) for name, module in inner.named_modules() if isinstance(module, _ConvNd)]
+    if not found:
+        raise InputError(f"expected a model with convolutions, got {type(inner).__name__}, which has none")
+    return found
+
+
 def find_layers(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), *, frozen: bool = False
+    source: nn.Module | Mapping[str, object],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    frozen: bool = False,
 ) -> list[Layer]:
-    """Every convolution of a model, once each, in the order of its modules.
+    """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
     Args:
-        model: Any module, wrapped or not.
+        source: Any module, wrapped or not, or a state dict.
         include: Shell patterns of layer names; where any are given, layers that match none are left alone.
         exclude: Shell patterns of layer names to leave alone.
         frozen: Whether frozen layers will do, because nothing is to be changed.
 
     Raises:
-        InputError: If the model has no convolution, or a pattern matches none of them.
+        InputError: If there is no convolution, a pattern matches none of them, or the source is something else.
     """
-    found = [(_bare(name), module) for name, module in unwrap(model).named_modules() if isinstance(module, _ConvNd)]
-    if not found:
-        raise InputError(f"expected a model with convolutions, got {type(unwrap(model)).__name__}, which has none")
+    if isinstance(source, nn.Module):
+        layers = [_layer_of(name, module) for name, module in find_convolutions(source)]
+        obstacles = dict[str, str | None]()
+    elif isinstance(source, Mapping):
+        entries = list(find_entries(source))
+        if not entries:
+            many = f"{len(source)} entries without any" if source else "an empty one"
+            raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}")
+        layers = [
+            Layer(e.name, e.kind, EntryWeight(e.weight), groups=e.groups, transposed=e.transposed, note=e.note)
+            for e in entries
+        ]
+        obstacles = {entry.name: entry.obstacle for entry in entries}
+    else:
+        raise InputError(f"expected a module or its state dict, got {type(source).__name__}")
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name, _ in found):
-                raise InputError(f"{option}: no convolution matches {pattern!r}; there are {_some(found)}")
-    return list(_judge(found, include, exclude, frozen))
-
-
-def _judge(
-    found: Sequence[tuple[str, _ConvNd]], include: Sequence[str], exclude: Sequence[str], frozen: bool
-) -> Iterator[Layer]:
+            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+                raise InputError(f"{option}: no convolution matches {pattern!r}; there are {_some(layers)}")
     owners: dict[int, str] = {}
-    for name, module in found:
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
-            obstacle: str | None = "not included"
-        elif any(fnmatchcase(name, pattern) for pattern in exclude):
-            obstacle = "excluded"
-        else:
-            obstacle = _obstacle(module, frozen)
-        if obstacle is None and not parametrize.is_parametrized(module, "weight"):
-            owner = owners.setdefault(id(module.weight), name)
-            obstacle = None if owner == name else f"shares its weight with {owner}"
-        yield Layer(name, module, obstacle)
-
-
-def _obstacle(module: _ConvNd, frozen: bool) -> str | None:
-    if parametrize.is_parametrized(module, "weight"):
-        sources = list(module.parametrizations["weight"].parameters(recurse=False))  # type: ignore[index, union-attr]
-    elif "weight" in module._parameters:
-        sources = [module.weight]
-    else:
-        return "its weight is no parameter: a hook such as the old weight_norm computes it"
-    if any(isinstance(source, UninitializedParameter) for source in sources):
-        return "lazy, without a weight yet: run a forward pass first"
-    if any(source.is_meta for source in sources):
-        return "on the meta device, without data: move it with to_empty and initialize it first"
-    if not frozen and not any(source.requires_grad for source in sources):
-        return "frozen: requires_grad is False"
-    if any(source.dtype not in TREATED_DTYPES for source in sources):
-        return f"its dtype {sources[0].dtype} is not treated"
-    return None
+    for layer in layers:
+        layer.obstacle = _unselected(layer.name, include, exclude) or obstacles.get(layer.name)
+        layer.obstacle = layer.obstacle or layer.weight.obstacle(frozen=frozen)
+        if layer.obstacle is None:
+            owner = owners.setdefault(id(layer.weight.sources[0]), layer.name)
+            layer.obstacle = None if owner == layer.name else f"shares its weight with {owner}"
+    return layers
 
 
 def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
@@ -155,10 +148,23 @@ def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     return None
 
 
+def _layer_of(name: str, module: _ConvNd) -> Layer:
+    weight = held_weight(module)
+    if has_forward_of_its_own(module):
+        weight = ForwardWeight(module, weight)
+    return Layer(name, type(module).__name__, weight, groups=module.groups, transposed=module.transposed)
+
+
+def _unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        return "not included"
+    return "excluded" if any(fnmatchcase(name, pattern) for pattern in exclude) else None
+
+
 def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _some(found: Sequence[tuple[str, _ConvNd]]) -> str:
-    names = [name or "(the model itself)" for name, _ in found[:4]]
-    return ", ".join(names) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+def _some(layers: Sequence[Layer]) -> str:
+    names = [layer.name or "(the model itself)" for layer in layers[:4]]
+    return ", ".join(names) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")

@@ -98,6 +98,14 @@ def filter_bank(weight: Tensor, *, groups: int = 1, transposed: bool = False, ch
     return bank.flatten(0, 1)[None] if channels == "all" else bank
 
 
+def computing_bank(
+    weight: Tensor, *, groups: int = 1, transposed: bool = False, channels: Channels = "matched"
+) -> Tensor:
+    """`filter_bank` of a weight in the dtype that computations run in, contiguous; it may share the weight's memory."""
+    bank = filter_bank(weight, groups=groups, transposed=transposed, channels=channels)
+    return bank.to(accumulation_dtype(weight.dtype), memory_format=torch.contiguous_format)
+
+
 def bank_weight(bank: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
     """The convolution's weight that `filter_bank` viewed as ``bank``."""
     filters = bank.reshape(groups, -1, *bank.shape[2:])  # [G, M, C, *kernel_size], also where every pair counted

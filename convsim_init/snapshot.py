@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from convsim_init.layers import find_layers
 from convsim_init.redundancy import measure
 from convsim_init.report import Report
-from convsim_init.similarity import filter_bank
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Snapshot:
         label: What people call it, for instance ``"before"``.
         report: Of `measure`.
         banks: The filters of each layer that was measured, ``[G, M, C, *kernel_size]`` on the CPU, G
-            groups of M filters of C input channels. Layers whose weight is computed by a parametrization have none.
+            groups of M filters of C input channels.
     """
 
     label: str
@@ -47,25 +45,8 @@ def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor]) -> Snaps
         InputError: If there is no convolution.
     """
     report = measure(source)
-    measured = [layer.name for layer in report.layers if layer.before]
-    banks = _copied(source) if isinstance(source, nn.Module) else _shared(source)
-    return Snapshot(label, report, {name: banks[name] for name in measured if name in banks})
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    banks = {}
-    for layer in find_layers(model, frozen=True):
-        module = layer.module
-        if layer.obstacle is None and not parametrize.is_parametrized(module, "weight"):
-            weight = module.weight.detach().cpu().clone()
-            banks[layer.name] = filter_bank(weight, groups=module.groups, transposed=module.transposed)
-    return banks
-
-
-def _shared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = {f".{key}".removesuffix(".weight")[1:]: value for key, value in state.items() if _is_weight(key, value)}
-    return {name: filter_bank(weight.detach().cpu()) for name, weight in weights.items()}
-
-
-def _is_weight(key: str, value: Tensor) -> bool:
-    return f".{key}".endswith(".weight") and value.dim() > 2 and value.is_floating_point() and value.numel() > 0
+    measured = {layer.name for layer in report.layers if layer.before}
+    banks = {layer.name: layer.bank().cpu() for layer in find_layers(source, frozen=True) if layer.name in measured}
+    if isinstance(source, nn.Module):
+        banks = {name: bank.clone() for name, bank in banks.items()}
+    return Snapshot(label, report, banks)

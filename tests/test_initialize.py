@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
 from convsim_init.initialize import plan
@@ -79,7 +79,8 @@ def test_every_kind_of_convolution_is_treated_and_keeps_its_norms():
         (nn.Conv2d(4, 4, 3).requires_grad_(False), "frozen"),
         (nn.LazyConv2d(4, 3), "run a forward pass first"),
         (nn.Conv2d(4, 4, 3, device="meta"), "meta device"),
-        (nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), "weight_norm"),
+        (nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), "spectral_norm"),
+        (prune.random_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5), "pruning"),
         (nn.Conv2d(4, 4, 3, dtype=torch.complex64), "torch.complex64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

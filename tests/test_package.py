@@ -153,7 +153,17 @@ def test_every_module_says_what_it_is_for(name):
 GROUPS = {
     "basis": {"errors", "settings", "tables", "version"},
     "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel"},
-    "modules": {"layers", "initialize", "redundancy", "feature_maps", "report", "snapshot"},
+    "modules": {
+        "layers",
+        "weights",
+        "standardized",
+        "entries",
+        "initialize",
+        "redundancy",
+        "feature_maps",
+        "report",
+        "snapshot",
+    },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
     "files": {"files", "state_dict", "checkpoint", "reading", "record", "comparison"},
     "pictures": {"plots", "panels"},
