@@ -63,6 +63,8 @@ class ForwardWeight(Weight):
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
             return f"no telling which weight {kind} uses: a trial pass ended with {type(error).__name__}: {text}"
+        if not used.any() and held.any():
+            return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
         for self._centred in (False, True):
             if difference("class", self._slopes(used, held) * self._variable(held), used) is None:
                 return None

@@ -1,0 +1,263 @@
+"""What counts is the weight that a forward pass uses, however the module comes by it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import convsim_init as ci
+
+QUICK = ci.Settings(steps=4)
+
+
+def used_weight(module, monkeypatch):
+    """The weight of the convolution that a forward pass runs."""
+    seen = []
+
+    def spy(x, weight, *rest):
+        seen.append(weight.detach().clone())
+        return convolve(x, weight, *rest)
+
+    convolve = F.conv2d
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "conv2d", spy)
+        module(torch.randn(1, module.in_channels, 16, 16))
+    (weight,) = seen
+    return weight
+
+
+class Standardized(nn.Conv2d):
+    """As in arXiv 1903.10520, with a gain that may be of either sign."""
+
+    def __init__(self, *args, gain=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.full((self.out_channels, 1, 1, 1), gain))
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = self.gain * weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Scaled(nn.Conv2d):
+    """An equalized learning rate: the parameter times a constant."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight * 0.3, bias)
+
+
+class Normalized(nn.Conv2d):
+    """Filters of unit norm."""
+
+    def forward(self, x):
+        return F.conv2d(x, F.normalize(self.weight.flatten(1), dim=1).view_as(self.weight), self.bias)
+
+
+def timm_layer(name):
+    def build(*args, **kwargs):
+        return getattr(pytest.importorskip("timm.layers"), name)(*args, **kwargs)
+
+    return build
+
+
+def transformers_layer(*args, **kwargs):
+    pytest.importorskip("transformers")
+    from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+
+    return WeightStandardizedConv2d(*args, **kwargs)
+
+
+CLASSES = {
+    "standardized": Standardized,
+    "negative gain": lambda *args, **kwargs: Standardized(*args, gain=-0.7, **kwargs),
+    "scaled": Scaled,
+    "normalized": Normalized,
+    **{name: timm_layer(name) for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")},
+    "Conv2dSame": timm_layer("Conv2dSame"),
+    "transformers": transformers_layer,
+}
+CENTRED = {"standardized", "negative gain", "transformers"} | {name for name in CLASSES if "Std" in name}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_weight_that_is_used_is_lowered_and_reported(name, monkeypatch):
+    module = CLASSES[name](8, 16, 3)
+    before = used_weight(module, monkeypatch)
+    raw = module.weight.detach().clone()
+    (layer,) = ci.initialize_(module).layers
+    after = used_weight(module, monkeypatch)
+
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    for measures, weight in ((layer.before, before), (layer.after, after)):
+        measured = float(ci.convolutional_similarity(weight, normalized=True))
+        assert measures["normalized_similarity"] == pytest.approx(measured, rel=1e-4)
+    assert ci.measure(module).layers[0].before["similarity"] == pytest.approx(layer.after["similarity"], rel=1e-4)
+    share = layer.after["normalized_similarity"] / layer.before["normalized_similarity"]
+    assert share < (0.2 if name in CENTRED else 0.1)
+    torch.testing.assert_close(after.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        module.weight.detach().flatten(1).norm(dim=1), raw.flatten(1).norm(dim=1), rtol=1e-4, atol=0
+    )
+    if name in CENTRED:
+        torch.testing.assert_close(module.weight.detach().mean((1, 2, 3)), raw.mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_that_uses_its_parameter_gets_the_same_bits_as_the_plain_convolution():
+    module = timm_layer("Conv2dSame")(4, 8, 3)
+    plain = nn.Conv2d(4, 8, 3)
+    plain.load_state_dict(module.state_dict())
+    ci.initialize_(module, settings=QUICK)
+    ci.initialize_(plain, settings=QUICK)
+    assert torch.equal(module.weight, plain.weight)
+
+
+def test_standardized_layers_with_groups_and_in_half_precision(monkeypatch):
+    module = Standardized(8, 16, 3, groups=2).bfloat16()
+    before = ci.measure(module).layers[0].before["normalized_similarity"]
+    (layer,) = ci.initialize_(module).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert layer.after["normalized_similarity"] < 0.4 * before
+    assert layer.after["norm_ratio"] == pytest.approx(1, abs=1e-2)
+
+
+def test_standardization_keeps_norms_that_were_to_be_free():
+    module = Standardized(4, 8, 3)
+    (layer,) = ci.initialize_(module, settings=ci.Settings.paper(steps=20)).layers
+    assert layer.outcome is ci.Outcome.APPROXIMATED
+    assert "keeps a weight that differs" in layer.reason
+    assert layer.after["norm_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+class Polynomial(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight + self.weight**3, self.bias)
+
+
+class Elsewhere(nn.Conv2d):
+    def forward(self, x):
+        return x.mean() * self.weight
+
+
+class Conditional(nn.Conv2d):
+    def forward(self, x, routing):
+        return F.conv2d(x, routing * self.weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Polynomial(4, 8, 3), "Polynomial computes its weight from the parameter in a way that is not known here"),
+        (Elsewhere(4, 8, 3), "no telling which weight Elsewhere uses: a trial pass ended with RuntimeError: no conv"),
+        (Conditional(4, 8, 3), "no telling which weight Conditional uses: a trial pass ended with TypeError"),
+        (Standardized(4, 8, 3, gain=0.0), "all weights are zero that Standardized makes of its parameter"),
+        (Standardized(4, 8, 3).requires_grad_(False), "frozen"),
+        (Standardized(4, 8, 3, device="meta"), "meta device"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_a_class_does_otherwise_is_left_alone_with_the_reason(module, reason):
+    before = copy.deepcopy(module.state_dict())
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert layer.reason.startswith(reason) or reason in layer.reason
+    for key, value in before.items():
+        assert value.is_meta or torch.equal(value, module.state_dict()[key])
+
+
+def test_a_layer_that_is_not_selected_is_not_tried():
+    class Loud(nn.Conv2d):
+        def forward(self, x):
+            raise AssertionError("run")
+
+    model = nn.Sequential(Loud(4, 8, 3), nn.Conv2d(8, 8, 3))
+    assert ci.initialize_(model, exclude=["0"], settings=QUICK).layers[0].reason == "excluded"
+
+
+def test_a_trial_pass_leaves_no_trace():
+    class Counting(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.norm = nn.BatchNorm2d(self.in_channels)
+
+        def forward(self, x):
+            return F.conv2d(self.norm(x), self.weight, self.bias)
+
+    module = Counting(4, 8, 3).train()
+    buffers = {key: value.clone() for key, value in module.named_buffers()}
+    state = torch.get_rng_state()
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert module.norm.training
+    assert all(torch.equal(value, buffers[key]) for key, value in module.named_buffers())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The old and the new weight_norm
+
+
+def normed(new, dim):
+    module = nn.Conv2d(4, 8, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return (parametrizations.weight_norm if new else nn.utils.weight_norm)(module, dim=dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("new", [False, True], ids=["old", "new"])
+def test_weight_norm_of_both_kinds(new, dim, monkeypatch):
+    module = normed(new, dim)
+    plain = nn.Conv2d(4, 8, 3)
+    with torch.no_grad():
+        plain.weight.copy_(used_weight(module, monkeypatch))
+    (layer,) = ci.initialize_(module).layers
+    ci.initialize_(plain)
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    torch.testing.assert_close(module.weight.detach(), plain.weight.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(used_weight(module, monkeypatch), plain.weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_old_weight_norm_is_trained_as_before():
+    module = normed(False, 0)
+    ci.initialize_(module, settings=QUICK)
+    module(torch.randn(1, 4, 8, 8)).sum().backward()
+    assert module.weight_g.grad.abs().sum() > 0
+    assert module.weight_v.grad.abs().sum() > 0
+    assert set(dict(module.named_parameters())) == {"weight_g", "weight_v", "bias"}
+
+
+@pytest.mark.parametrize("parametrize", [parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_parametrizations_that_keep_another_weight_say_so(parametrize, monkeypatch):
+    module = parametrize(nn.Conv2d(4, 8, 3))
+    before = used_weight(module, monkeypatch)
+    (layer,) = ci.initialize_(module).layers
+    after = used_weight(module.eval(), monkeypatch)
+    if layer.outcome is ci.Outcome.FAILED:
+        assert "cannot be assigned to" in layer.reason
+        torch.testing.assert_close(after, before)
+    else:
+        assert layer.outcome is ci.Outcome.APPROXIMATED
+        assert "its parametrization keeps a weight that differs" in layer.reason
+        measured = float(ci.convolutional_similarity(after, normalized=True))
+        assert layer.after["normalized_similarity"] == pytest.approx(measured, rel=1e-3)
+
+
+# A whole network of them
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "resnetv2_50x1_bit"])
+def test_a_standardized_network_of_timm(name):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name).eval()
+    report = ci.initialize_(model, include=["*.0.*"])
+    treated = [layer for layer in report.layers if layer.after and layer.shape[2:] == [3, 3]]
+    assert treated
+    for layer in treated:
+        assert "StdConv2d" in layer.kind
+        assert layer.after["normalized_similarity"] <= 0.15 * layer.before["normalized_similarity"]
+        assert layer.after["norm_ratio"] == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
