@@ -146,7 +146,7 @@ def init(
     if dry_run:
         report = plan(network, settings=settings, include=include, exclude=exclude)
     else:
-        before = None if record is None and plot is None else take_snapshot("before", network)
+        before = None if record is None and plot is None else take_snapshot("before", network, copy=True)
         if before is not None and plot_layer is not None:
             choose_layer([before], plot_layer)
         progress = not quiet and sys.stderr is not None and sys.stderr.isatty()

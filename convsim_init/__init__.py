@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from convsim_init.version import __version__
 
 if TYPE_CHECKING:
+    from convsim_init.base import draw_base_
     from convsim_init.checkpoint import save_checkpoint
     from convsim_init.errors import InputError, RunError
     from convsim_init.feature_maps import measure_feature_correlation
@@ -32,6 +33,7 @@ _HOMES = {
     "build_model": "models",
     "convolutional_similarity": "similarity",
     "convsim_": "initialize",
+    "draw_base_": "base",
     "initialize_": "initialize",
     "measure": "redundancy",
     "measure_feature_correlation": "feature_maps",
@@ -50,6 +52,7 @@ __all__ = [
     "build_model",
     "convolutional_similarity",
     "convsim_",
+    "draw_base_",
     "initialize_",
     "measure",
     "measure_feature_correlation",

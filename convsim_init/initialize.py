@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
 
 
 def initialize_(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, object],
     *,
     settings: Settings | None = None,
     include: Sequence[str] = (),
@@ -77,8 +77,13 @@ def initialize_(
     weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state of the
     caller stay as they were. The same weights and settings give the same result.
 
+    What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
+    standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
+    reported as approximated.
+
     Args:
-        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through. Or a state dict, whose
+            tensors are then changed; what its layers are is told by name and shape, as in `measure`.
         settings: How. Default: `Settings()`.
         include: Shell patterns of layer names, such as ``"layer4.*"``; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
@@ -89,7 +94,7 @@ def initialize_(
         What became of each layer.
 
     Raises:
-        InputError: If the model has no convolution or a pattern matches none.
+        InputError: If there is no convolution, or a pattern matches none.
     """
     settings = settings or Settings()
     started = time.perf_counter()
@@ -109,7 +114,11 @@ def initialize_(
 
 @torch.no_grad()
 def plan(
-    model: nn.Module, *, settings: Settings | None = None, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module | Mapping[str, object],
+    *,
+    settings: Settings | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Report:
     """What `initialize_` would do, without doing it: layers to treat are reported as planned."""
     settings = settings or Settings()

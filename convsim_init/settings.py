@@ -14,12 +14,14 @@ Channels = Literal["matched", "all"]
 Norm = Literal["preserve", "free"]
 Optimizer = Literal["conjugate_gradient", "adam"]
 Preset = Literal["convsim", "paper"]
+Base = Literal["model", "kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal"]
 
 PAIRS: tuple[Pairs, ...] = get_args(Pairs)
 CHANNELS: tuple[Channels, ...] = get_args(Channels)
 NORMS: tuple[Norm, ...] = get_args(Norm)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+BASES: tuple[Base, ...] = get_args(Base)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ class Snapshot:
         return replace(self, report=report, banks={name: bank for name, bank in self.banks.items() if name in names})
 
 
-def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor]) -> Snapshot:
-    """Measure a model or a state dict and keep its filters: of a model, whose weights may change, a copy.
+def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor], *, copy: bool = False) -> Snapshot:
+    """Measure a model or a state dict and keep its filters, or a copy of them if they are about to change.
 
     Raises:
         InputError: If there is no convolution.
@@ -47,6 +47,6 @@ def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor]) -> Snaps
     report = measure(source)
     measured = {layer.name for layer in report.layers if layer.before}
     banks = {layer.name: layer.bank().cpu() for layer in find_layers(source, frozen=True) if layer.name in measured}
-    if isinstance(source, nn.Module):
+    if copy:
         banks = {name: bank.clone() for name, bank in banks.items()}
     return Snapshot(label, report, banks)

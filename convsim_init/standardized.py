@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.weights import Weight, difference, evaluating
+from convsim_init.weights import Weight, difference, evaluating, wide
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = {
@@ -90,24 +90,24 @@ class ForwardWeight(Weight):
         slopes = self._slopes(used, held)  # [M, 1, ...]
         wanted = self._variable(weight)
         wanted *= _ratios(_norms(weight), _norms(wanted))
-        changed = held.double() - self._variable(held) + wanted / torch.where(slopes == 0, 1, slopes)
+        changed = wide(held) - self._variable(held) + wanted / torch.where(slopes == 0, 1, slopes)
         self._held.write(torch.where(slopes == 0, held, changed).to(weight))
         return difference("class", wanted, self.read())
 
     def _variable(self, weight: Tensor) -> Tensor:
-        """What of a weight ``[M, ...]`` its class makes use of, in float64."""
-        weight = weight.double()
+        """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
+        weight = wide(weight)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight.clone()
 
     def _slopes(self, used: Tensor, held: Tensor) -> Tensor:
         """For each filter the factor from the held weight to the one that is used, ``[M, 1, ...]``."""
         variable = self._variable(held)
         axes = tuple(range(1, used.dim()))
-        return _ratios((used.double() * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
+        return _ratios((wide(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
 
 
 def _norms(weight: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(weight.double(), dim=tuple(range(1, weight.dim())), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(wide(weight), dim=tuple(range(1, weight.dim())), keepdim=True)
     return norms
 
 

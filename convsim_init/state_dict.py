@@ -14,6 +14,7 @@ from convsim_init.report import Report
 from convsim_init.similarity import all_finite
 
 PARALLEL_PREFIX = "module."
+MODEL_PREFIX = "model."
 COMPILED_PART = "_orig_mod"
 
 
@@ -35,6 +36,12 @@ def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
     while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
     return entries
+
+
+def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """A state dict without the ``model.`` that Lightning puts before every key, and what was taken off."""
+    prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
+    return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
 
 
 def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:

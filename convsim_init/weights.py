@@ -147,11 +147,16 @@ def held_weight(module: _ConvNd) -> Weight:
 
 def difference(what: str, weight: Tensor, computed: Tensor) -> str | None:
     """Words for how far a computed weight is from the one that was wanted; None if they agree in its dtype."""
-    distance = torch.linalg.vector_norm((computed - weight.to(computed)).double())
-    relative = float(distance / torch.linalg.vector_norm(weight.double())) if distance > 0 else 0.0
+    distance = torch.linalg.vector_norm(wide(computed - weight.to(computed)))
+    relative = float(distance / torch.linalg.vector_norm(wide(weight))) if distance > 0 else 0.0
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
     return f"its {what} keeps a weight that differs by {relative:.1%} from the one it was given"
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the widest floating dtype of its device."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 @contextmanager

@@ -158,6 +158,7 @@ GROUPS = {
         "weights",
         "standardized",
         "entries",
+        "base",
         "initialize",
         "redundancy",
         "feature_maps",

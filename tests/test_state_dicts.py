@@ -1,0 +1,91 @@
+"""A bare checkpoint: its convolutions are told by name and shape, and initialized where they stand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import convsim_init as ci
+from convsim_init.entries import BY_BIAS, BY_SHAPE, DEPTHWISE
+
+QUICK = ci.Settings(steps=4)
+
+
+def test_plain_convolutions_come_out_as_from_the_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, bias=False), nn.Conv1d(8, 4, 3))
+    state = copy.deepcopy(model.state_dict())
+    tensors = {key: value.data_ptr() for key, value in state.items()}
+    report = ci.initialize_(state, settings=QUICK)
+    expected = ci.initialize_(model, settings=QUICK)
+    assert [layer.name for layer in report.layers] == [layer.name for layer in expected.layers]
+    for layer, twin in zip(report.layers, expected.layers, strict=True):
+        assert (layer.kind, layer.shape, layer.outcome) == (twin.kind, twin.shape, twin.outcome)
+        assert layer.after == twin.after
+        assert layer.reason == BY_SHAPE
+    for key, value in model.state_dict().items():
+        assert torch.equal(state[key], value), key
+    assert {key: value.data_ptr() for key, value in state.items()} == tensors
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_shows_in_the_length_of_its_bias(groups):
+    module = nn.ConvTranspose2d(8, 12, 3, groups=groups)
+    state = copy.deepcopy(nn.Sequential(module).state_dict())
+    (layer,) = ci.initialize_(state, settings=QUICK).layers
+    (twin,) = ci.initialize_(module, settings=QUICK).layers
+    assert (layer.kind, layer.reason) == ("ConvTranspose2d", BY_BIAS)
+    assert layer.after == twin.after
+    assert torch.equal(state["0.weight"], module.weight)
+    assert ci.measure(state).layers[0].before == ci.measure(module).layers[0].before
+
+
+def test_one_channel_per_filter_looks_depthwise():
+    state = copy.deepcopy(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)).state_dict())
+    before = {key: value.clone() for key, value in state.items()}
+    (layer,) = ci.initialize_(state, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert layer.reason.startswith(DEPTHWISE)
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+    (layer,) = ci.initialize_(state, settings=ci.Settings(channels="all", steps=4)).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"a.weight_v": torch.randn(4, 3, 3, 3)}, "parametrized"),
+        ({"a.parametrizations.weight.original1": torch.randn(4, 3, 3, 3)}, "parametrized"),
+        ({"a.weight": torch.ones(4, 3, 3, 3, dtype=torch.int64)}, "dtype torch.int64"),
+        ({"a.weight": torch.zeros(4, 3, 3, 3)}, "all weights are zero"),
+        ({"a.weight": torch.empty(0, 3, 3, 3)}, "empty"),
+        ({"a.weight": torch.randn(1, 3, 3, 3)}, "only one filter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_is_left_alone(entry, reason):
+    state = {key: value.clone() for key, value in entry.items()}
+    (layer,) = ci.initialize_(state, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert reason in layer.reason
+    assert all(torch.equal(state[key], value) for key, value in entry.items())
+
+
+def test_a_tensor_under_two_names_is_treated_once():
+    weight = torch.randn(4, 3, 3, 3)
+    report = ci.initialize_({"a.weight": weight, "b.weight": weight}, settings=QUICK)
+    assert [layer.reason for layer in report.layers] == [BY_SHAPE, "shares its weight with a"]
+
+
+def test_patterns_select_entries_too():
+    state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
+    report = ci.initialize_(state, include=["1"], settings=QUICK)
+    assert [layer.outcome.value for layer in report.layers] == ["skipped", "initialized"]
+    with pytest.raises(ci.InputError, match="no convolution matches 'stem'"):
+        ci.initialize_(state, include=["stem"])
+
+
+@pytest.mark.parametrize("state", [{}, {"a.weight": torch.ones(3, 3)}, {"a.bias": torch.ones(3)}])
+def test_a_state_dict_without_convolutions(state):
+    with pytest.raises(ci.InputError, match="expected a state dict with convolution weights"):
+        ci.initialize_(state)
