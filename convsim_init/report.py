@@ -76,6 +76,7 @@ class Report:
         seed: Seed of its weights, if it was built by name.
         file: The checkpoint, if one was written.
         file_bytes: Its size.
+        remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
     """
 
     settings: Settings
@@ -85,6 +86,7 @@ class Report:
     seed: int | None = None
     file: str | None = None
     file_bytes: int | None = None
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ class Report:
             "seconds": self.seconds,
             "file": self.file,
             "file_bytes": self.file_bytes,
+            "remarks": list(self.remarks),
         }
 
     def to_records(self) -> list[dict[str, str | int | float | None]]:

@@ -62,7 +62,8 @@ def report_table(data: Mapping[str, Any]) -> Table:
     else:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
-    return Table(header, rows, [_counts(data), *_change_of_totals(data), f"{data['seconds']:.2f} s, {_file(data)}"])
+    end = f"{data['seconds']:.2f} s, {_file(data)}"
+    return Table(header, rows, [_counts(data), *_remarks(data), *_change_of_totals(data), end])
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -130,6 +131,7 @@ def _measured_table(data: Mapping[str, Any]) -> Table:
     rows.append([f"mean of {len(measured)}", "", *measure_cells(data["totals"]["before"]), ""])
     summary = [
         _counts(data),
+        *_remarks(data),
         f"sum of raw similarity {data['totals']['before']['similarity']:.4g}",
         *([f"each layer: {note}"] if note else []),
         f"{data['seconds']:.2f} s",
@@ -141,6 +143,10 @@ def _counts(data: Mapping[str, Any]) -> str:
     totals = data["totals"]
     counts = ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
     return f"{printable(data['model'] or 'model')}, {totals['layers']} convolutions: {counts}"
+
+
+def _remarks(data: Mapping[str, Any]) -> list[str]:
+    return [printable(remark) for remark in data["remarks"]]
 
 
 def _change_of_totals(data: Mapping[str, Any]) -> list[str]:

@@ -90,6 +90,15 @@ def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
     ]
 
 
+@pytest.mark.parametrize("report", [run(), measured(0.25)], ids=["run", "measured"])
+def test_remarks_stand_below_the_counts(report):
+    report.remarks = ["taken from there", "odd\udcff name"]
+    counts, *others = str(report).split("\n\n")[1].splitlines()
+    assert "3 convolutions: 2 init" in counts or "2 convolutions: 1 measured" in counts
+    assert others[:2] == ["taken from there", "odd? name"]
+    assert report.to_dict()["remarks"] == report.remarks
+
+
 def test_a_measured_model_shows_its_measures_and_their_means():
     table, summary = str(measured(0.25, 0.75)).split("\n\n")
     rows = [re.split(r"\s{2,}", line) for line in table.splitlines()]
