@@ -10,7 +10,7 @@ import click
 from convsim_init.plots import check_plot, figure_of, save_figure
 
 from .ending import ending_at_once
-from .source import check_source_or_model, load
+from .source import ModelOptions, check_source_or_model, is_file, load, model_options
 
 EPILOG = """\b
 Examples:
@@ -21,33 +21,41 @@ Examples:
 
 @click.command(epilog=EPILOG, short_help="Show models or checkpoints side by side.")
 @click.argument("specs", metavar="A B [C]...", nargs=-1)
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the drawn weights of MODELs. Default: 0.")
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf.")
 @click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most different.")
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def compare(
-    specs: tuple[str, ...], seed: int | None, as_json: bool, plot: Path | None, plot_layer: str | None, force: bool
+    specs: tuple[str, ...],
+    how: ModelOptions,
+    as_json: bool,
+    plot: Path | None,
+    plot_layer: str | None,
+    force: bool,
 ) -> None:
     """Show models or checkpoints side by side: their measures layer by layer, and in what they differ.
 
-    A, B and so on are each a checkpoint (.safetensors, .pt, .pth) or the name of a built-in model. What the measures
-    mean, `convsim-init inspect --help` says.
+    A, B and so on are each a checkpoint (.safetensors, .pt, .pth) or a MODEL as `convsim-init --help` describes it; the
+    options for a MODEL go for each of them. What the measures mean, `convsim-init inspect --help` says.
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
+    if how.given and all(map(is_file, specs)):
+        raise click.UsageError(f"{', '.join(how.given)}: a file has its weights already")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
     for spec in specs:
-        check_source_or_model(spec)
+        check_source_or_model(spec, how)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with ending_at_once():
         from convsim_init import comparison
 
-    compared = comparison.compare([(spec, load(spec, seed)) for spec in specs])
+    loaded = [load(spec, how) for spec in specs]
+    compared = comparison.compare([(one.name, one.content) for one in loaded])
     if picture is not None:
-        figure = figure_of(compared.snapshots, title=" | ".join(specs), layer=plot_layer)
+        figure = figure_of(compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer)
         save_figure(figure, picture, overwrite=force)
     click.echo(json.dumps(compared.to_dict(), indent=2) if as_json else str(compared))

@@ -13,7 +13,7 @@ import click
 from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
-from convsim_init.models import build_model, catalog
+from convsim_init.models import build_model, resolve
 from convsim_init.plots import check_plot, choose_layer, figure_of_run, save_figure
 from convsim_init.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.record import save_record
@@ -21,6 +21,7 @@ from convsim_init.report import LayerReport, Outcome
 from convsim_init.settings import CHANNELS, NORMS, PAIRS, PRESETS, Settings
 
 from .ending import ending_at_once
+from .source import ModelOptions, Whole, model_options
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -28,24 +29,19 @@ DEFAULTS, PAPER = Settings(), Settings.paper()
 HELP = """
 Write a checkpoint of decorrelated weights, ready to train from.
 
-MODEL is the name of a built-in model (see `convsim-init list`). Its convolutions are drawn as usual; then every
-layer's filters are moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is
-low. The file is an ordinary full state dict. Without --out nothing is written: the table alone shows what would be
-gained.
+MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, or a function of your own that returns a model:
+package.module:function or path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
+moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. The file is an
+ordinary full state dict. Without --out nothing is written: the table alone shows what would be gained.
 """
 EPILOG = """\b
 Examples:
   convsim-init resnet18 --out init.safetensors
   convsim-init resnet50 --num-classes 10 --seed 3 --out r50.pt
+  convsim-init timm:convnext_atto --model-arg drop_path_rate=0.1
   convsim-init cifar_resnet18 --exclude conv1 --steps 50 --out init.safetensors
   convsim-init resnet18 --preset paper --steps 200 --json
 """
-
-
-class Whole(click.IntRange):
-    """A whole number, in click's messages too."""
-
-    name = "whole number"
 
 
 class MainCommand(click.Command):
@@ -59,9 +55,7 @@ class MainCommand(click.Command):
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
-@click.option("--num-classes", type=Whole(min=1), metavar="N", help="Outputs of the classifier. Default: the model's.")
-@click.option("--in-chans", type=Whole(min=1), metavar="N", help="Channels of the input. Default: 3.")
-@click.option("--seed", type=Whole(min=0), metavar="N", default=0, help="Of the drawn weights. Default: 0.")
+@model_options
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
@@ -99,9 +93,7 @@ def init(
     /,
     model: str,
     out: Path | None,
-    num_classes: int | None,
-    in_chans: int | None,
-    seed: int,
+    how: ModelOptions,
     preset: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -122,7 +114,7 @@ def init(
     chosen = {name: value for name, value in choices.items() if value is not None}
     settings = replace(Settings.preset(preset), **chosen)  # type: ignore[arg-type]
     _check_command(ctx, model)
-    catalog.find(model)
+    how.check(model)
     check_device_name(device)
     if plot_layer is not None and plot is None:
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
@@ -142,7 +134,10 @@ def init(
         from convsim_init.snapshot import take_snapshot
 
     place = find_device(device)
-    network = build_model(model, num_classes=num_classes, in_chans=in_chans, seed=seed)
+    found, seed = resolve(model), how.seed or 0
+    network = build_model(
+        found.spec.text, num_classes=how.num_classes, in_chans=how.in_chans, seed=seed, **how.arguments
+    )
     if dry_run:
         report = plan(network, settings=settings, include=include, exclude=exclude)
     else:
@@ -156,7 +151,8 @@ def init(
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
-    report.model, report.seed = model, seed
+    report.model, report.seed = found.spec.text, seed
+    report.remarks += [found.remark] if found.remark else []
     failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
     if target is not None and not dry_run and not failed:
         save_checkpoint(

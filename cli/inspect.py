@@ -11,13 +11,13 @@ from convsim_init.plots import check_plot, figure_of, save_figure
 from convsim_init.tables import COLUMNS, as_csv
 
 from .ending import ending_at_once
-from .source import check_source_or_model, is_file, load
+from .source import ModelOptions, check_source_or_model, is_file, load, model_options
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
-FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is the name of a built-in model. A file does not tell which of its
-convolutions are grouped or transposed: they are measured as if none was.
+FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what `convsim-init --help` says. A file does not tell which of
+its convolutions are grouped or transposed: they are measured as if none was.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional
@@ -37,7 +37,7 @@ Examples:
 
 @click.command(help=HELP, epilog=EPILOG, short_help="Measure how redundant the filters of a model are.")
 @click.argument("spec", metavar="FILE|MODEL")
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the drawn weights of a MODEL. Default: 0.")
+@model_options
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Show only layers whose name matches. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
@@ -48,7 +48,7 @@ Examples:
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def inspect(
     spec: str,
-    seed: int | None,
+    how: ModelOptions,
     sort: str | None,
     include: tuple[str, ...],
     as_json: bool,
@@ -60,25 +60,26 @@ def inspect(
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if as_json and comma_separated:
         raise click.UsageError("--json and --csv: choose one")
-    if seed is not None and is_file(spec):
-        raise click.UsageError("--seed: a file has its weights already")
+    if how.given and is_file(spec):
+        raise click.UsageError(f"{', '.join(how.given)}: a file has its weights already")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    check_source_or_model(spec)
+    check_source_or_model(spec, how)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with ending_at_once():
         from convsim_init.redundancy import measure
         from convsim_init.snapshot import take_snapshot
 
-    source = load(spec, seed)
+    loaded = load(spec, how)
     if picture is None:
-        report = measure(source).select(include)
+        report = measure(loaded.content).select(include)
     else:
-        snapshot = take_snapshot(spec, source).select(include)
-        save_figure(figure_of([snapshot], title=spec, layer=plot_layer), picture, overwrite=force)
+        snapshot = take_snapshot(loaded.name, loaded.content).select(include)
+        save_figure(figure_of([snapshot], title=loaded.name, layer=plot_layer), picture, overwrite=force)
         report = snapshot.report
-    report.model, report.seed = spec, None if is_file(spec) else seed or 0
+    report.model, report.seed = loaded.name, loaded.seed
+    report.remarks += loaded.remarks
     if sort is not None:
         report = report.sorted_by(COLUMNS[sort])
     if as_json:

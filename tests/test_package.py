@@ -151,7 +151,7 @@ def test_every_module_says_what_it_is_for(name):
 # Which module may import which
 
 GROUPS = {
-    "basis": {"errors", "settings", "tables", "version"},
+    "basis": {"errors", "files", "settings", "tables", "version"},
     "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel"},
     "modules": {
         "layers",
@@ -166,7 +166,7 @@ GROUPS = {
         "snapshot",
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
-    "files": {"files", "state_dict", "checkpoint", "reading", "record", "comparison"},
+    "files": {"state_dict", "checkpoint", "reading", "record", "comparison"},
     "pictures": {"plots", "panels"},
     "machine": {"devices"},
     "cli": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.cli")},

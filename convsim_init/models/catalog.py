@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -104,21 +104,8 @@ def names(pattern: str | None = None) -> list[str]:
     return [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
 
 
-def closest(name: str) -> list[str]:
-    """Up to three built-in names like `name`: those that it begins, then those spelled alike; empty if none is."""
+def closest(name: str, known: Collection[str] = MODELS) -> list[str]:
+    """Up to three known names like `name`: those that it begins, then those spelled alike; empty if none is."""
     typed = name.lower()
-    begun = [known for known in MODELS if typed and known.startswith(typed)]
-    return list(dict.fromkeys(begun + get_close_matches(typed, MODELS)))[:3]
-
-
-def find(name: str) -> Entry:
-    """The catalog's entry of that name.
-
-    Raises:
-        UnknownModelError: No built-in model has that name.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    alike = closest(name)
-    hint = f"did you mean {' or '.join(alike)}? For all names" if alike else "for all names"
-    raise UnknownModelError(f"expected the name of a built-in model, got {name!r}: {hint} run `convsim-init list`")
+    begun = [one for one in known if typed and one.startswith(typed)]
+    return list(dict.fromkeys(begun + get_close_matches(typed, known)))[:3]

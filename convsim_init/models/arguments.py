@@ -1,0 +1,63 @@
+"""Arguments of a model as a user types them: ``KEY=VALUE``. Nothing is evaluated but literals."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+from convsim_init.errors import InputError
+
+LONGEST = 1000  # characters; no argument of a model comes near, and short text cannot nest deep enough to harm
+OWN = {"num_classes": "--num-classes", "in_chans": "--in-chans", "seed": "--seed"}
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+OPENERS = tuple("[({'\"")
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
+    """Arguments by name.
+
+    A value is a Python literal such as ``3``, ``0.5``, ``[1, 2]`` or ``'text'``; ``true``, ``false``, ``none`` and
+    ``null`` in any case; and anything else is text as it stands.
+
+    Args:
+        texts: Each ``KEY=VALUE``.
+
+    Raises:
+        InputError: If one is not of that form, is named twice or after another option, or opens a bracket or quote
+            and is no literal.
+    """
+    arguments: dict[str, object] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--model-arg: expected KEY=VALUE with the name of an argument as KEY, got {_short(text)}")
+        if key in OWN:
+            raise InputError(f"--model-arg: {key} has an option of its own: use {OWN[key]}")
+        if key in arguments:
+            raise InputError(f"--model-arg: expected each argument once, got {_short(key)} twice: leave one out")
+        arguments[key] = _value(key, value)
+    return arguments
+
+
+def _value(key: str, text: str) -> object:
+    if len(text) > LONGEST:
+        raise InputError(
+            f"--model-arg: expected a value of at most {LONGEST} characters for {_short(key)}, got {len(text)}: write "
+            f"a factory that knows it"
+        )
+    if text.strip().lower() in WORDS:
+        return WORDS[text.strip().lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        if text.lstrip().startswith(OPENERS):
+            raise InputError(
+                f"--model-arg: expected a Python literal such as [1, 2] or 'text' for {_short(key)}, got "
+                f"{_short(text)}: put quotes around each text in it"
+            ) from error
+        return text
+
+
+def _short(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,0 +1,133 @@
+"""torchvision's and timm's models, by their own registries and without pretrained weights.
+
+Neither library is imported before one of its models is asked for; torch comes with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from convsim_init.errors import InputError
+from convsim_init.models.catalog import UnknownModelError, closest
+from convsim_init.models.spec import LIBRARIES, Source
+
+if TYPE_CHECKING:
+    import torch
+
+TRAINED = {
+    Source.TORCHVISION: ("weights", "weights_backbone", "pretrained", "pretrained_backbone"),
+    Source.TIMM: ("pretrained", "checkpoint_path"),
+}
+
+
+def installed() -> list[Source]:
+    """The libraries that are there, in the order in which a bare name is looked up in them."""
+    return [library for library in LIBRARIES if find_spec(library.value) is not None]
+
+
+def check(library: Source, name: str, arguments: Mapping[str, object]) -> None:
+    """Refuse what can be refused without torch.
+
+    Raises:
+        InputError: If the library is not installed, or an argument is none that its models take.
+    """
+    if library not in installed():
+        raise InputError(
+            f"{library.value}:{name} needs the package {library.value}, which is not installed: "
+            f"pip install 'convsim-init[{library.value}]'"
+        )
+    trained = [argument for argument in arguments if argument in TRAINED[library]]
+    if trained:
+        raise InputError(
+            f"{library.value}:{name}: expected arguments of a model that is yet to be trained, got {trained[0]}: leave "
+            f"it out; the weights are drawn anew"
+        )
+    if library is Source.TORCHVISION and "in_chans" in arguments:
+        raise InputError(
+            f"{library.value}:{name}: torchvision's models take no in_chans: leave it out, or take timm's or a factory "
+            f"of your own"
+        )
+
+
+def names(library: Source, pattern: str = "*") -> list[str]:
+    """The names of a library's models that match a shell pattern, in the library's order.
+
+    Raises:
+        InputError: If the library is not installed or cannot be imported.
+    """
+    check(library, pattern, {})
+    registry = _load(library)
+    if library is Source.TIMM:
+        return [str(name) for name in registry.list_models(pattern)]
+    return [str(name) for name in registry.list_models(include=pattern)]
+
+
+def has(library: Source, name: str) -> bool:
+    """Whether a library has a model of that name; timm's may carry the tag of pretrained weights."""
+    registry = _load(library)
+    return bool(registry.is_model(name)) if library is Source.TIMM else name in registry.list_models()
+
+
+def find(library: Source, name: str) -> Callable[[Mapping[str, object]], torch.nn.Module]:
+    """What builds a library's model, with weights drawn anew, from its arguments.
+
+    Raises:
+        UnknownModelError: If the library has no such model, with the closest names.
+        InputError: If the library cannot be imported.
+    """
+    if not has(library, name):
+        alike = " or ".join(f"{library.value}:{one}" for one in closest(name, names(library)))
+        hint = f"did you mean {alike}? For all names" if alike else "for all names"
+        raise UnknownModelError(
+            f"expected the name of a model of {library.value}, got {name!r}: {hint} run "
+            f"`convsim-init list '{library.value}:*'`"
+        )
+    registry = _load(library)
+    if library is Source.TIMM:
+        builder = partial(registry.create_model, name, pretrained=False)
+    else:
+        builder = registry.get_model_builder(name)
+        # A detection or segmentation model's backbone would be downloaded if its weights were not declined too.
+        declined = {"weights", "weights_backbone"} & inspect.signature(builder).parameters.keys()
+        builder = partial(builder, **dict.fromkeys(declined))
+    return partial(_build, f"{library.value}:{name}", builder)
+
+
+def _build(text: str, builder: Callable[..., torch.nn.Module], arguments: Mapping[str, object]) -> torch.nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of defaults that torchvision means to change one day
+            return builder(**arguments)
+    except Exception as error:  # whatever the library raises at arguments that do not fit
+        raise InputError(f"{text} raised {type(error).__name__}: {error}; --debug shows where") from error
+
+
+@cache
+def _load(library: Source) -> ModuleType:
+    try:
+        return import_module("torchvision.models" if library is Source.TORCHVISION else library.value)
+    except Exception as error:  # a build for another torch fails in many ways
+        cause = f"{type(error).__name__}: {error}"
+        if "torchvision" not in cause or isinstance(error, ModuleNotFoundError):
+            raise InputError(
+                f"cannot import {library.value}: {cause}; pip install 'convsim-init[{library.value}]'"
+            ) from error
+        raise InputError(
+            f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({cause}): install both "
+            f"from the same place, for the same CUDA version or for the CPU, as pytorch.org/get-started shows"
+        ) from error
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of an unknown version"

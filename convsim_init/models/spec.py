@@ -1,0 +1,81 @@
+"""What a model's spec says: which source it names, and what there. Imports no torch and runs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from convsim_init.errors import InputError
+from convsim_init.files import SUFFIXES
+from convsim_init.models import catalog
+
+FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
+
+
+class Source(str, Enum):
+    """Where a model comes from."""
+
+    BUILT_IN = "built-in"
+    ANY = "any"  # a bare name that is not built in: of the first installed library that has it
+    TORCHVISION = "torchvision"
+    TIMM = "timm"
+    MODULE = "module"  # a factory in a module that can be imported
+    FILE = "file"  # a factory in a Python file
+    CHECKPOINT = "checkpoint"  # a file of weights
+
+
+LIBRARIES = (Source.TORCHVISION, Source.TIMM)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A spec in its parts.
+
+    Attributes:
+        text: As the user wrote it.
+        source: Where the model comes from.
+        place: The module or the path; empty for other sources.
+        name: The model's name, or the factory's, which may have dots.
+    """
+
+    text: str
+    source: Source
+    place: str
+    name: str
+
+
+def parse(text: str) -> Spec:
+    """The parts of a spec.
+
+    Raises:
+        InputError: If it is not of one of the forms.
+    """
+    place, colon, name = text.rpartition(":")
+    library = next((source for source in LIBRARIES if text.startswith(f"{source.value}:")), None)
+    if library is not None:
+        name = text.partition(":")[2]
+        return Spec(text, library, "", name) if name else _refuse(text, f"name a model: {text}NAME")
+    if Path(text).suffix in SUFFIXES:
+        return Spec(text, Source.CHECKPOINT, text, "")
+    if text in catalog.MODELS:
+        return Spec(text, Source.BUILT_IN, "", text)
+    if not colon:
+        if text.endswith(".py"):
+            _refuse(text, f"name the function in it that returns the model: {text}:FUNCTION")
+        return Spec(text, Source.ANY, "", text)
+    if not _is_dotted_name(name):
+        _refuse(text, "after the colon stands the name of a function or class")
+    if place.endswith(".py"):
+        return Spec(text, Source.FILE, place, name)
+    if _is_dotted_name(place):
+        return Spec(text, Source.MODULE, place, name)
+    return _refuse(text, "before the colon stands a module's name or a path that ends in .py")
+
+
+def _is_dotted_name(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def _refuse(text: str, advice: str) -> Spec:
+    raise InputError(f"expected {FORMS}, got {text!r}: {advice}")
