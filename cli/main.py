@@ -24,6 +24,7 @@ with ending_at_once():
     from .init import init
     from .inspect import inspect
     from .list import list_models
+    from .verify import verify
 
 PROGRAM = "convsim-init"
 
@@ -66,6 +67,7 @@ def cli() -> None:
 cli.add_command(init)
 cli.add_command(inspect)
 cli.add_command(compare)
+cli.add_command(verify)
 cli.add_command(list_models)
 cli.add_command(env)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from convsim_init.errors import InputError, RunError
     from convsim_init.feature_maps import measure_feature_correlation
     from convsim_init.initialize import convsim_, initialize_
+    from convsim_init.load_report import LoadReport
+    from convsim_init.loading import load_checkpoint
     from convsim_init.models import UnknownModelError, build_model
     from convsim_init.redundancy import measure
     from convsim_init.report import LayerReport, Outcome, Report
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "InputError": "errors",
     "LayerReport": "report",
+    "LoadReport": "load_report",
     "Outcome": "report",
     "Report": "report",
     "RunError": "errors",
@@ -33,6 +36,7 @@ _HOMES = {
     "convolutional_similarity": "similarity",
     "convsim_": "initialize",
     "initialize_": "initialize",
+    "load_checkpoint": "loading",
     "measure": "redundancy",
     "measure_feature_correlation": "feature_maps",
     "save_checkpoint": "checkpoint",
@@ -41,6 +45,7 @@ _HOMES = {
 __all__ = [
     "InputError",
     "LayerReport",
+    "LoadReport",
     "Outcome",
     "Report",
     "RunError",
@@ -51,6 +56,7 @@ __all__ = [
     "convolutional_similarity",
     "convsim_",
     "initialize_",
+    "load_checkpoint",
     "measure",
     "measure_feature_correlation",
     "save_checkpoint",
