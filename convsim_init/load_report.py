@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,30 +88,38 @@ class LoadReport:
             yield f"prefix: the file's keys have {_quoted(prefix)}; load_checkpoint takes it off, strict loaders do not"
         if self.added:
             yield (
-                f"prefix: the file's keys lack {_quoted(self.added)}; load_checkpoint puts it there, for "
-                f"strict loaders write the file with --prefix {_shown(self.added)}"
+                f"prefix: the file's keys lack {_quoted(self.added)}; load_checkpoint puts it there, for strict "
+                f"loaders write the file with --prefix {_shown(self.added)}"
             )
-        yield from _line("missing in the file", [_shown(key) for key in self.missing])
-        yield from _line("unexpected, not in the model", [_shown(key) for key in self.unexpected])
-        yield from _line("of one shape, perhaps renamed", [f"{_shown(old)} for {_shown(new)}" for old, new in self.renamed.items()])
-        shapes = [
-            f"{_shown(key)} (file {shape_text(file) or 'scalar'}, model {shape_text(model) or 'scalar'})"
-            for key, (file, model) in self.mismatched.items()
-        ]
-        yield from _line("other shape", shapes)
-        yield from _line("infinities or NaN", [_shown(key) for key in self.non_finite])
-        yield from _line("missing, but tied", [f"{_shown(a)} to {_shown(b)}" for a, b in self.tied.items()])
-        conflicts = [f"{_shown(a)} and {_shown(b)}" for a, b in self.conflicting.items()]
-        yield from _line("tied in the model, different in the file", conflicts)
-        for title, dtypes in (("other kind of dtype", self.retyped), ("dtype narrowed", self.narrowed)):
-            entries = [f"{_shown(key)} (file {file}, model {model})" for key, (file, model) in dtypes.items()]
-            yield from _line(title, entries)
+        yield from _line("missing in the file", map(_shown, self.missing))
+        yield from _line("unexpected, not in the model", map(_shown, self.unexpected))
+        yield from _line("of one shape, perhaps renamed", _pairs(self.renamed, "for"))
+        shapes = {key: (_size(file), _size(model)) for key, (file, model) in self.mismatched.items()}
+        yield from _line("other shape", _sides(shapes))
+        yield from _line("infinities or NaN", map(_shown, self.non_finite))
+        yield from _line("missing, but tied", _pairs(self.tied, "to"))
+        yield from _line("tied in the model, different in the file", _pairs(self.conflicting, "and"))
+        yield from _line("other kind of dtype", _sides(self.retyped))
+        yield from _line("dtype narrowed", _sides(self.narrowed))
 
 
-def _line(title: str, entries: Sequence[str]) -> Iterator[str]:
-    if entries:
-        more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
-        yield f"{title}, {len(entries)}: {', '.join(entries[:SHOWN])}{more}"
+def _line(title: str, entries: Iterable[str]) -> Iterator[str]:
+    shown = list(entries)
+    if shown:
+        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        yield f"{title}, {len(shown)}: {', '.join(shown[:SHOWN])}{more}"
+
+
+def _pairs(keys: Mapping[str, str], between: str) -> list[str]:
+    return [f"{_shown(a)} {between} {_shown(b)}" for a, b in keys.items()]
+
+
+def _sides(entries: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [f"{_shown(key)} (file {file}, model {model})" for key, (file, model) in entries.items()]
+
+
+def _size(shape: Sequence[int]) -> str:
+    return shape_text(shape) or "scalar"
 
 
 def _shown(key: str) -> str:

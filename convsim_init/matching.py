@@ -47,7 +47,9 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     compiled = any(key != source for key, source in raw.items())
     removed, added = find_prefixes(theirs, own)
     moved = {added + key.removeprefix(removed): key for key in theirs if key.startswith(removed)}
-    sources = {key: moved[key] for key in own if key in moved}
+    taken = {moved[key] for key in own if key in moved}
+    as_they_are = theirs.keys() - taken  # where only some keys have the prefix
+    sources = {key: moved.get(key, key) for key in own if key in moved or key in as_they_are}
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}
     absent = [key for key in own if key not in sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -107,7 +108,7 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _explain(name: str, path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
         return f"cannot read {name}: {error.strerror}; check the file"
     message = str(error)
     code = re.search(r"GLOBAL (\S{1,80})", message)
