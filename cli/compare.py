@@ -10,7 +10,7 @@ import click
 from convsim_init.plots import check_plot, figure_of, save_figure
 
 from .ending import ending_at_once
-from .source import ModelOptions, check_source_or_model, is_file, load, model_options
+from .source import ModelOptions, check_sources, like_option, load, model_options
 
 EPILOG = """\b
 Examples:
@@ -22,6 +22,7 @@ Examples:
 @click.command(epilog=EPILOG, short_help="Show models or checkpoints side by side.")
 @click.argument("specs", metavar="A B [C]...", nargs=-1)
 @model_options
+@like_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf.")
 @click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most different.")
@@ -30,6 +31,7 @@ Examples:
 def compare(
     specs: tuple[str, ...],
     how: ModelOptions,
+    like: str | None,
     as_json: bool,
     plot: Path | None,
     plot_layer: str | None,
@@ -42,18 +44,15 @@ def compare(
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
-    if how.given and all(map(is_file, specs)):
-        raise click.UsageError(f"{', '.join(how.given)}: a file has its weights already")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    for spec in specs:
-        check_source_or_model(spec, how)
+    check_sources(specs, how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with ending_at_once():
         from convsim_init import comparison
 
-    loaded = [load(spec, how) for spec in specs]
+    loaded = [load(spec, how, like) for spec in specs]
     compared = comparison.compare([(one.name, one.content) for one in loaded])
     if picture is not None:
         figure = figure_of(compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer)

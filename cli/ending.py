@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_USAGE, MISMATCH, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def fail(message: str, status: int) -> int:

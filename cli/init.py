@@ -13,15 +13,14 @@ import click
 from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
-from convsim_init.models import build_model, resolve
 from convsim_init.plots import check_plot, choose_layer, figure_of_run, save_figure
 from convsim_init.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.record import save_record
 from convsim_init.report import LayerReport, Outcome
-from convsim_init.settings import CHANNELS, NORMS, PAIRS, PRESETS, Settings
+from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
 from .ending import ending_at_once
-from .source import ModelOptions, Whole, model_options
+from .source import ModelOptions, Whole, check_sources, like_option, load, model_options
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -31,14 +30,16 @@ Write a checkpoint of decorrelated weights, ready to train from.
 
 MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, or a function of your own that returns a model:
 package.module:function or path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
-moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. The file is an
-ordinary full state dict. Without --out nothing is written: the table alone shows what would be gained.
+moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
+weights in a FILE (.safetensors, .pt, .pth). What is written is an ordinary full state dict. Without --out nothing is
+written: the table alone shows what would be gained.
 """
 EPILOG = """\b
 Examples:
   convsim-init resnet18 --out init.safetensors
   convsim-init resnet50 --num-classes 10 --seed 3 --out r50.pt
   convsim-init timm:convnext_atto --model-arg drop_path_rate=0.1
+  convsim-init weights.pt --like timm:regnety_002 --out init.safetensors
   convsim-init cifar_resnet18 --exclude conv1 --steps 50 --out init.safetensors
   convsim-init resnet18 --preset paper --steps 200 --json
 """
@@ -53,9 +54,17 @@ class MainCommand(click.Command):
 
 
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
-@click.argument("model")
+@click.argument("model", metavar="MODEL|FILE")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
 @model_options
+@like_option
+@click.option(
+    "--base",
+    type=click.Choice(BASES),
+    default="model",
+    help="""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default. Default: model,
+    as they are.""",
+)
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
@@ -94,7 +103,9 @@ def init(
     model: str,
     out: Path | None,
     how: ModelOptions,
-    preset: str,
+    like: str | None,
+    base: Base,
+    preset: Preset,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     device: str,
@@ -112,9 +123,9 @@ def init(
 ) -> None:
     """Run the main command; what can be refused without torch is refused before it is loaded."""
     chosen = {name: value for name, value in choices.items() if value is not None}
-    settings = replace(Settings.preset(preset), **chosen)  # type: ignore[arg-type]
+    settings = replace(Settings.preset(preset), **chosen)
     _check_command(ctx, model)
-    how.check(model)
+    check_sources([model], how, like, drawn=base != "model")
     check_device_name(device)
     if plot_layer is not None and plot is None:
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
@@ -129,18 +140,20 @@ def init(
     with ending_at_once():
         import torch
 
+        from convsim_init.base import draw_base_
         from convsim_init.checkpoint import save_checkpoint
         from convsim_init.initialize import initialize_, plan
         from convsim_init.snapshot import take_snapshot
 
     place = find_device(device)
-    found, seed = resolve(model), how.seed or 0
-    network = build_model(
-        found.spec.text, num_classes=how.num_classes, in_chans=how.in_chans, seed=seed, **how.arguments
-    )
+    start = load(model, how, like)
+    network, seed = start.content, start.seed
     if dry_run:
         report = plan(network, settings=settings, include=include, exclude=exclude)
     else:
+        if base != "model":
+            seed = how.seed or 0
+            draw_base_(network, base, seed=seed, include=include, exclude=exclude)
         before = None if record is None and plot is None else take_snapshot("before", network, copy=True)
         if before is not None and plot_layer is not None:
             choose_layer([before], plot_layer)
@@ -151,8 +164,8 @@ def init(
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
-    report.model, report.seed = found.spec.text, seed
-    report.remarks += [found.remark] if found.remark else []
+    report.model, report.seed, report.base = start.name, seed, base
+    report.remarks += start.remarks
     failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
     if target is not None and not dry_run and not failed:
         save_checkpoint(

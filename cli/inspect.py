@@ -11,13 +11,13 @@ from convsim_init.plots import check_plot, figure_of, save_figure
 from convsim_init.tables import COLUMNS, as_csv
 
 from .ending import ending_at_once
-from .source import ModelOptions, check_source_or_model, is_file, load, model_options
+from .source import ModelOptions, check_sources, like_option, load, model_options
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
 FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what `convsim-init --help` says. A file does not tell which of
-its convolutions are grouped or transposed: they are measured as if none was.
+its convolutions are grouped or transposed: they are told by their shapes, unless --like names the model.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional
@@ -38,6 +38,7 @@ Examples:
 @click.command(help=HELP, epilog=EPILOG, short_help="Measure how redundant the filters of a model are.")
 @click.argument("spec", metavar="FILE|MODEL")
 @model_options
+@like_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Show only layers whose name matches. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
@@ -49,6 +50,7 @@ Examples:
 def inspect(
     spec: str,
     how: ModelOptions,
+    like: str | None,
     sort: str | None,
     include: tuple[str, ...],
     as_json: bool,
@@ -60,18 +62,16 @@ def inspect(
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if as_json and comma_separated:
         raise click.UsageError("--json and --csv: choose one")
-    if how.given and is_file(spec):
-        raise click.UsageError(f"{', '.join(how.given)}: a file has its weights already")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    check_source_or_model(spec, how)
+    check_sources([spec], how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with ending_at_once():
         from convsim_init.redundancy import measure
         from convsim_init.snapshot import take_snapshot
 
-    loaded = load(spec, how)
+    loaded = load(spec, how, like)
     if picture is None:
         report = measure(loaded.content).select(include)
     else:

@@ -24,6 +24,7 @@ with ending_at_once():
     from .init import init
     from .inspect import inspect
     from .list import list_models
+    from .verify import verify
 
 PROGRAM = "convsim-init"
 
@@ -33,7 +34,7 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the usage of the default command and of the others."""
-        formatter.write_usage(ctx.command_path, "MODEL [--out PATH] [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "MODEL|FILE [--out PATH] [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="   or: ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,6 +67,7 @@ def cli() -> None:
 cli.add_command(init)
 cli.add_command(inspect)
 cli.add_command(compare)
+cli.add_command(verify)
 cli.add_command(list_models)
 cli.add_command(env)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,9 @@ from convsim_init.models.arguments import parse_arguments
 
 if TYPE_CHECKING:
     import torch
+
+
+TOLD = "layers of a file are told by names and shapes; --like MODEL settles which are grouped or transposed"
 
 
 class Whole(click.IntRange):
@@ -48,6 +51,12 @@ class ModelOptions:
     def check(self, spec: str) -> None:
         """Refuse, without torch, what is no model that can be built like this."""
         check_model(spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
+
+    def build(self, spec: str) -> torch.nn.Module:
+        """Build the model."""
+        return build_model(
+            spec, num_classes=self.num_classes, in_chans=self.in_chans, seed=self.seed or 0, **self.arguments
+        )
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,51 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
+like_option = click.option(
+    "--like", metavar="MODEL", help="Model that a FILE's weights belong to: tells which layers are grouped and so on."
+)
+
+
 def is_file(spec: str) -> bool:
     """Whether it names a checkpoint, by its suffix, and not a model."""
     return Path(spec).suffix in SUFFIXES
 
 
-def check_source_or_model(spec: str, how: ModelOptions) -> None:
-    """Refuse what is neither a file that can be read nor a model that can be built, without torch."""
+def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
+    """Refuse, without torch, what is neither a file nor a model, and options that would change nothing.
+
+    Args:
+        specs: Files and models.
+        how: Options for models.
+        like: Model that the files' weights belong to.
+        drawn: Whether weights are drawn for files too.
+    """
+    files = [spec for spec in specs if is_file(spec)]
+    for spec in specs:
+        _check_source(spec, how)
+    if like is None:
+        unused = how.given if len(files) == len(specs) else []
+    elif not files:
+        raise click.UsageError("--like: expected a FILE that is like that model, got none")
+    else:
+        how.check(like)
+        unused = [option for option in how.given if option == "--seed"] if len(files) == len(specs) else []
+    unused = [option for option in unused if not (option == "--seed" and drawn)]
+    if unused:
+        hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
+        raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
+
+
+def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
+    """The model that is built from that spec, or what is in that file: a state dict or, with `like`, that model."""
+    if is_file(spec):
+        return _load_file(spec) if like is None else _load_like(spec, like, how)
+    found = resolve(spec)
+    name, remarks = found.spec.text, [found.remark] if found.remark else []
+    return Loaded(how.build(name), name, how.seed or 0, remarks)
+
+
+def _check_source(spec: str, how: ModelOptions) -> None:
     if is_file(spec):
         check_source(spec)
     elif ":" not in spec and Path(spec).is_file():
@@ -117,12 +164,22 @@ def check_source_or_model(spec: str, how: ModelOptions) -> None:
         how.check(spec)
 
 
-def load(spec: str, how: ModelOptions) -> Loaded:
-    """The state dict in that file, or the model that is built from that spec."""
-    if is_file(spec):
-        from convsim_init.reading import read_state_dict
+def _load_file(path: str) -> Loaded:
+    from convsim_init.reading import read_state_dict
+    from convsim_init.state_dict import without_model_prefix
 
-        return Loaded(read_state_dict(spec), spec)
-    found, seed = resolve(spec), how.seed or 0
-    model = build_model(found.spec.text, num_classes=how.num_classes, in_chans=how.in_chans, seed=seed, **how.arguments)
-    return Loaded(model, found.spec.text, seed, [found.remark] if found.remark else [])
+    state, prefix = without_model_prefix(read_state_dict(path))
+    remarks = [TOLD]
+    if prefix:
+        remarks.append(f"{prefix!r} was taken off every key of {path}; --prefix {prefix} puts it back")
+    return Loaded(state, path, None, remarks)
+
+
+def _load_like(path: str, like: str, how: ModelOptions) -> Loaded:
+    from convsim_init.loading import load_checkpoint
+
+    found = resolve(like)
+    model = how.build(found.spec.text)
+    report = load_checkpoint(model, path, strict=True)
+    remarks = [found.remark] if found.remark else []
+    return Loaded(model, path, None, [*remarks, *str(report).splitlines()])

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from convsim_init.errors import InputError, RunError
     from convsim_init.feature_maps import measure_feature_correlation
     from convsim_init.initialize import convsim_, initialize_
+    from convsim_init.load_report import LoadReport
+    from convsim_init.loading import load_checkpoint
     from convsim_init.models import UnknownModelError, build_model
     from convsim_init.redundancy import measure
     from convsim_init.report import LayerReport, Outcome, Report
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "InputError": "errors",
     "LayerReport": "report",
+    "LoadReport": "load_report",
     "Outcome": "report",
     "Report": "report",
     "RunError": "errors",
@@ -35,6 +38,7 @@ _HOMES = {
     "convsim_": "initialize",
     "draw_base_": "base",
     "initialize_": "initialize",
+    "load_checkpoint": "loading",
     "measure": "redundancy",
     "measure_feature_correlation": "feature_maps",
     "save_checkpoint": "checkpoint",
@@ -43,6 +47,7 @@ _HOMES = {
 __all__ = [
     "InputError",
     "LayerReport",
+    "LoadReport",
     "Outcome",
     "Report",
     "RunError",
@@ -54,6 +59,7 @@ __all__ = [
     "convsim_",
     "draw_base_",
     "initialize_",
+    "load_checkpoint",
     "measure",
     "measure_feature_correlation",
     "save_checkpoint",

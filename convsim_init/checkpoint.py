@@ -76,6 +76,7 @@ def _metadata(report: Report | None) -> dict[str, str]:
         about |= {
             "model": report.model,
             "seed": report.seed,
+            "base": report.base,
             "settings": asdict(report.settings),
             "totals": report.totals,
         }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -20,19 +25,43 @@ from convsim_init.state_dict import bare_entries
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
 
+class Checkpoint(NamedTuple):
+    """The tensors of a file under its own keys, and what it keeps them under, such as ``"state_dict"``, or nothing."""
+
+    tensors: dict[str, Tensor]
+    wrapper: str
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU.
+    """The tensors of a checkpoint, as `read_checkpoint` does, without what wrappers add to their keys.
+
+    What DistributedDataParallel and torch.compile add is taken off.
+
+    Raises:
+        InputError: If the file is missing, damaged, holds anything but tensors, or two keys are then the same.
+    """
+    tensors = read_checkpoint(path).tensors
+    bare = {key: value for key, value in bare_entries(tensors).items() if isinstance(value, Tensor)}
+    if len(bare) < len(tensors):
+        raise InputError(
+            f"expected the keys of {str(path)!r} to differ in more than '_orig_mod', got {len(tensors)} keys for "
+            f"{len(bare)} tensors: save the unwrapped model's state_dict()"
+        )
+    return bare
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The tensors of a checkpoint, on the CPU, under the keys that they have there.
 
     A dict that holds the state dict under ``state_dict``, ``model``, ``model_state_dict`` or ``state_dict_ema`` is
-    opened: the first of these that is there. What DistributedDataParallel and torch.compile add to the keys is taken
-    off. Files of `torch.save` are read with ``weights_only=True``, always: no code in them is run. Their tensors stay
-    on the disk until they are used.
+    opened: the first of these that is there. Files of `torch.save` are read with ``weights_only=True``, always: no
+    code in them is run. Their tensors stay on the disk until they are used.
 
     Args:
         path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`.
 
     Returns:
-        Dense tensors by key, at least one, in the order of the file.
+        Dense tensors, at least one, in the order of the file.
 
     Raises:
         InputError: If the file is missing, damaged, or holds anything but tensors.
@@ -40,12 +69,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source = check_source(path)
     name = repr(str(source))
     try:
-        content = _read_torch(source) if source.suffix in TORCH_SUFFIXES else safetensors.torch.load_file(source)
+        content = _read_torch(source) if source.suffix in TORCH_SUFFIXES else _read_safetensors(source)
     except InputError:
         raise
     except Exception as error:  # whatever these libraries and the system raise at what they cannot read
         raise InputError(_explain(name, source, error)) from error
-    return _tensors(name, content)
+    return _checked(name, content)
 
 
 def _read_torch(path: Path) -> object:
@@ -62,8 +91,24 @@ def _read_torch(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
+def _read_safetensors(path: Path) -> object:
+    tensors = safetensors.torch.load_file(path)
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
+    return tensors
+
+
+def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(f"expected each key once, got {path!r}, whose header repeats {_short(twice)}: write it again")
+    return entries
+
+
 def _explain(name: str, path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
         return f"cannot read {name}: {error.strerror}; check the file"
     message = str(error)
     code = re.search(r"GLOBAL (\S{1,80})", message)
@@ -78,8 +123,9 @@ def _explain(name: str, path: Path, error: Exception) -> str:
     return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
 
 
-def _tensors(name: str, content: object) -> dict[str, Tensor]:
-    inner, place = _unwrapped(content)
+def _checked(name: str, content: object) -> Checkpoint:
+    inner, opened = _unwrapped(content)
+    place = f" under {opened!r}" if opened else ""
     if not isinstance(inner, Mapping):
         raise InputError(
             f"expected a state dict in {name}, got {type(inner).__name__}{place}: save the model's state_dict()"
@@ -93,17 +139,11 @@ def _tensors(name: str, content: object) -> dict[str, Tensor]:
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             what = f"a sparse, quantized or empty one under {_short(key)}{place}"
             raise InputError(f"expected dense tensors in {name}, got {what}: convert it and save it again")
-    tensors = {key: value for key, value in bare_entries(inner).items() if isinstance(value, Tensor)}
-    if len(tensors) < len(inner):
-        raise InputError(
-            f"expected the keys of {name} to differ in more than '_orig_mod', got {len(inner)} keys for "
-            f"{len(tensors)} tensors: save the unwrapped model's state_dict()"
-        )
-    return tensors
+    return Checkpoint(dict(inner), opened)
 
 
 def _unwrapped(content: object) -> tuple[object, str]:
-    """The innermost state dict, and words for where it was."""
+    """The innermost state dict, and the names of what it was in, joined by dots."""
     opened: list[str] = []
     while isinstance(content, Mapping) and len(opened) < len(WRAPPERS):
         wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -111,7 +151,7 @@ def _unwrapped(content: object) -> tuple[object, str]:
             break
         content = content[wrapper]
         opened.append(wrapper)
-    return content, f" under {'.'.join(opened)!r}" if opened else ""
+    return content, ".".join(opened)
 
 
 def _short(key: object) -> str:

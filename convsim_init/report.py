@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from convsim_init.errors import InputError
-from convsim_init.settings import Settings
+from convsim_init.settings import Base, Settings
 from convsim_init.tables import Table, report_table, shape_text
 
 Measures = dict[str, float]
@@ -73,7 +73,8 @@ class Report:
         layers: Every convolution, in the model's order.
         seconds: Time for all of it.
         model: Spec of the model, if it was built by name.
-        seed: Seed of its weights, if it was built by name.
+        seed: Seed of its weights, if they were drawn here.
+        base: Scheme that its convolutions were drawn anew by before; ``"model"`` if they were left as they are.
         file: The checkpoint, if one was written.
         file_bytes: Its size.
         remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
@@ -84,6 +85,7 @@ class Report:
     seconds: float = 0.0
     model: str | None = None
     seed: int | None = None
+    base: Base = "model"
     file: str | None = None
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
@@ -107,6 +109,7 @@ class Report:
         return {
             "model": self.model,
             "seed": self.seed,
+            "base": self.base,
             "settings": asdict(self.settings),
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": self.totals,

@@ -31,7 +31,7 @@ def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
     strange = [key for key in state if not isinstance(key, str)]
     if strange:
         raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
-    entries = {".".join(part for part in key.split(".") if part != COMPILED_PART): state[key] for key in state}
+    entries = {bare_key(key): state[key] for key in state}
     # A module that is no wrapper may well have a child called "module"; in a state dict nothing tells the two apart.
     while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
@@ -42,6 +42,11 @@ def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     """A state dict without the ``model.`` that Lightning puts before every key, and what was taken off."""
     prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
+
+
+def bare_key(key: str) -> str:
+    """A key without the part that torch.compile adds."""
+    return ".".join(part for part in key.split(".") if part != COMPILED_PART)
 
 
 def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:

@@ -54,16 +54,17 @@ def report_table(data: Mapping[str, Any]) -> Table:
 
     Similarity is the normalized one: blind to scale.
     """
-    layers = data["layers"]
+    layers, note = data["layers"], None
     if any(layer["after"] for layer in layers):
-        header, rows = CHANGED_HEADER, [*map(_changed_row, layers)]
+        note = shared_reason(layers)
+        header, rows = CHANGED_HEADER, [_changed_row(layer, note) for layer in layers]
     elif any(layer["before"] for layer in layers):
         return _measured_table(data)
     else:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
     end = f"{data['seconds']:.2f} s, {_file(data)}"
-    return Table(header, rows, [_counts(data), *_remarks(data), *_change_of_totals(data), end])
+    return Table(header, rows, [_counts(data), *_remarks(data), *_change_of_totals(data), *_common(note), end])
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -111,8 +112,8 @@ def _title(layer: Mapping[str, Any]) -> list[str]:
     return [layer["name"] or "(the model itself)", shape_text(layer["shape"])]
 
 
-def _changed_row(layer: Mapping[str, Any]) -> list[str]:
-    reason = layer["reason"] or ""
+def _changed_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
+    reason = "" if layer["reason"] == note else layer["reason"] or ""
     if not layer["after"]:
         return [*_title(layer), layer["outcome"], "", "", reason]
     return [*_title(layer), *_change(layer["before"], layer["after"]), f"{layer['after']['norm_ratio']:.6f}", reason]
@@ -133,7 +134,7 @@ def _measured_table(data: Mapping[str, Any]) -> Table:
         _counts(data),
         *_remarks(data),
         f"sum of raw similarity {data['totals']['before']['similarity']:.4g}",
-        *([f"each layer: {note}"] if note else []),
+        *_common(note),
         f"{data['seconds']:.2f} s",
     ]
     return Table(MEASURED_HEADER, rows, summary)
@@ -147,6 +148,10 @@ def _counts(data: Mapping[str, Any]) -> str:
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:
     return [printable(remark) for remark in data["remarks"]]
+
+
+def _common(note: str | None) -> list[str]:
+    return [f"each layer: {note}"] if note else []
 
 
 def _change_of_totals(data: Mapping[str, Any]) -> list[str]:

@@ -152,21 +152,16 @@ def test_every_module_says_what_it_is_for(name):
 
 GROUPS = {
     "basis": {"errors", "files", "settings", "tables", "version"},
-    "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel"},
+    "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel", "dtypes"},
     "modules": {
-        "layers",
-        "weights",
-        "standardized",
-        "entries",
-        "base",
-        "initialize",
-        "redundancy",
-        "feature_maps",
-        "report",
-        "snapshot",
+        *("layers", "weights", "standardized", "entries"),
+        *("base", "initialize", "redundancy", "feature_maps", "report", "snapshot"),
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
-    "files": {"state_dict", "checkpoint", "reading", "record", "comparison"},
+    "files": {
+        *("state_dict", "checkpoint", "reading", "record", "comparison"),
+        *("loading", "matching", "prefixes", "load_report"),
+    },
     "pictures": {"plots", "panels"},
     "machine": {"devices"},
     "cli": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.cli")},
