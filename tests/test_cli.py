@@ -103,7 +103,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (status, err) == (0, "")
     data = json.loads(out)
     assert set(data) == {
-        "model", "seed", "settings", "layers", "totals", "seconds", "file", "file_bytes", "remarks",
+        "model", "seed", "base", "settings", "layers", "totals", "seconds", "file", "file_bytes", "remarks",
     }  # fmt: skip
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
     assert data["settings"] == asdict(Settings(steps=2))
