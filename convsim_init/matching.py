@@ -46,10 +46,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
 
     compiled = any(key != source for key, source in raw.items())
     removed, added = find_prefixes(theirs, own)
-    moved = {added + key.removeprefix(removed): key for key in theirs if key.startswith(removed)}
-    taken = {moved[key] for key in own if key in moved}
-    as_they_are = theirs.keys() - taken  # where only some keys have the prefix
-    sources = {key: moved.get(key, key) for key in own if key in moved or key in as_they_are}
+    sources = _sources(theirs, own, removed, added)
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}
     absent = [key for key in own if key not in sources]
@@ -88,6 +85,13 @@ def _raw_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return raw if len(raw) == len(tensors) else {key: key for key in tensors}
 
 
+def _sources(theirs: Shapes, own: Shapes, removed: str, added: str) -> dict[str, str]:
+    """The file's key for each of the model's that it has, as it is where it lacks the prefix that others have."""
+    moved = {added + key.removeprefix(removed): key for key in theirs if key.startswith(removed)}
+    left = theirs.keys() - {moved[key] for key in own if key in moved}
+    return {key: moved.get(key, key) for key in own if key in moved or key in left}
+
+
 def _twins(model: nn.Module) -> dict[str, list[str]]:
     """For each key whose tensor has other names as well, these names."""
     inner = unwrap(model)
@@ -101,10 +105,12 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
 
 def _conflicting(twins: Mapping[str, Sequence[str]], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
+    seen: set[str] = set()
     for key, tensor in tensors.items():
-        for twin in twins.get(key, ()):
-            if twin in tensors and twin not in found and not torch.equal(tensor, tensors[twin]):
+        for twin in seen.intersection(twins.get(key, ())):
+            if not torch.equal(tensor, tensors[twin]):
                 found[key] = twin
+        seen.add(key)
     return found
 
 

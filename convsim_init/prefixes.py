@@ -15,8 +15,9 @@ def find_prefixes(file: Shapes, model: Shapes) -> tuple[str, str]:
     """The prefix to take off a file's keys and the one to put in its place, either or both of them empty.
 
     Prefixes are whole parts of a dotted name, ``"model."`` or ``"0.model."``. Chosen are those under which most
-    tensors have the name and shape of one of the model's, then most the name; the fewest parts where that is equal.
-    A change must bring together more than half of the keys of the smaller side.
+    tensors have the name and shape of one of the model's, then most the name; the fewest parts where that is equal. A
+    change must bring together more than half of the keys of the smaller side. Where two changes serve as well, as with
+    two copies of a network in one file, there is none: which is meant cannot be known.
 
     Args:
         file: Shapes by the file's keys.
@@ -29,7 +30,9 @@ def find_prefixes(file: Shapes, model: Shapes) -> tuple[str, str]:
             score = _score(removed, added, file, model)
             if score[1] > enough:
                 scores[removed, added] = score
-    return max(scores, key=lambda prefixes: scores[prefixes])
+    best = max(scores.values())
+    found = [prefixes for prefixes, score in scores.items() if score == best]
+    return found[0] if len(found) == 1 else ("", "")
 
 
 def _shared_prefixes(keys: Shapes, enough: float) -> list[str]:
@@ -45,9 +48,11 @@ def _prefixes(key: str) -> list[str]:
 
 def _score(removed: str, added: str, file: Shapes, model: Shapes) -> tuple[int, int, int]:
     if len(file) <= len(model):
-        pairs = [(key, added + key[len(removed) :]) for key in file if key.startswith(removed)]
+        names = [key[len(removed) :] for key in file if key.startswith(removed)]
     else:
-        pairs = [(removed + key[len(added) :], key) for key in model if key.startswith(added)]
-    met = [(mine, theirs) for mine, theirs in pairs if mine in file and theirs in model]
-    fitting = sum(list(file[mine]) == list(model[theirs]) for mine, theirs in met)
+        names = [key[len(added) :] for key in model if key.startswith(added)]
+    met = [name for name in names if removed + name in file and added + name in model]
+    if removed and added:
+        met = [name for name in met if "." in name]  # that both have a "weight" says nothing
+    fitting = sum(list(file[removed + name]) == list(model[added + name]) for name in met)
     return fitting, len(met), -(removed.count(".") + added.count("."))

@@ -738,6 +738,7 @@ finally:
         (["resnet18", "--device", "gpu"], 2),
         (["resnet18", "--out", "gone/init.pt"], 2),
         (["resnet18", "--out", "init"], 2),
+        (["verify", "gone.pt", "resnet18"], 2),
         (["resnet18", "--pairs", "x"], 2),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",

@@ -1,0 +1,528 @@
+"""Loading checkpoints: what matches under which prefixes, what is told of the rest, and what stays as it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import convsim_init as ci
+from convsim_init.loading import verify_checkpoint
+from convsim_init.prefixes import find_prefixes
+
+State = dict[str, Tensor]
+
+
+class Wrapper(nn.Module):
+    """Holds a network under a dotted name, as trainers do, and what else they hold."""
+
+    def __init__(self, name: str, network: nn.Module, **others: nn.Module) -> None:
+        super().__init__()
+        first, _, rest = name.partition(".")
+        self.add_module(first, Wrapper(rest, network) if rest else network)
+        for other, module in others.items():
+            self.add_module(other, module)
+
+
+def small(seed: int = 0, classes: int = 5) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4, classes))
+
+
+def saved(state: State | nn.Module, name: str = "a.pt") -> str:
+    torch.save(state.state_dict() if isinstance(state, nn.Module) else state, name)
+    return name
+
+
+def values(model: nn.Module) -> State:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_equal(model: nn.Module, expected: State) -> None:
+    assert model.state_dict().keys() == expected.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# Everything matches
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.pth"])
+def test_a_whole_file_is_loaded(name):
+    ci.save_checkpoint(small(1), name)
+    model = small(2)
+    report = ci.load_checkpoint(model, Path(name))
+    assert_equal(model, values(small(1)))
+    assert (report.complete, report.exact, report.expected) == (True, True, 11)
+    assert list(report.matched) == list(model.state_dict())
+    assert str(report) == f"{name} into Sequential: 11 of 11 keys matched"
+
+
+@pytest.mark.parametrize(
+    "build", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")], ids=["tv", "timm"]
+)
+def test_networks_of_others_get_every_value(build):
+    source = ci.build_model("resnet18", seed=7)
+    ci.save_checkpoint(source, "a.safetensors")
+    model = build()
+    assert ci.load_checkpoint(model, "a.safetensors").exact
+    assert_equal(model, source.state_dict())
+
+
+# Prefixes
+
+PREFIXES = ["", "model.", "backbone.", "0.model.", "0.0.", "timm_model.", "resnet.", "module.", "a.b.c.d."]
+
+
+@pytest.mark.parametrize("inside", PREFIXES, ids="model={}".format)
+@pytest.mark.parametrize("written", PREFIXES, ids="file={}".format)
+def test_prefixes_are_taken_off_and_put_before(written, inside):
+    network = small(2)
+    model = Wrapper(inside[:-1], network) if inside else network
+    saved({written + key: value for key, value in small(1).state_dict().items()})
+    report = ci.load_checkpoint(model, "a.pt")
+    assert_equal(network, values(small(1)))
+    assert report.complete
+    assert report.exact == (written == inside)
+    assert report.matched == {inside + key: written + key for key in network.state_dict()}
+    if written == inside:
+        assert (report.removed, report.added) == ([], "")
+    elif {written, inside} != {"0.model.", "model."}:  # which have a part in common
+        assert (report.removed, report.added) == ([written] if written else [], inside)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model._orig_mod."])
+def test_what_compiling_adds_is_taken_off_wherever_it_stands(prefix):
+    saved({prefix + key: value for key, value in small(1).state_dict().items()})
+    model = small(2)
+    report = ci.load_checkpoint(model, "a.pt")
+    assert_equal(model, values(small(1)))
+    assert "".join(sorted(report.removed)) == "".join(sorted(filter(None, ["_orig_mod.", prefix[:-10]])))
+    assert "'_orig_mod.'" in str(report)
+    assert not report.exact
+
+
+def test_a_prefix_on_some_keys_is_taken_off_these():
+    state = small(1).state_dict()
+    saved({("model." if key < "4" else "") + key: value for key, value in state.items()})
+    model = small(2)
+    report = ci.load_checkpoint(model, "a.pt")
+    assert_equal(model, state)
+    assert (report.removed, report.complete, report.exact) == (["model."], True, False)
+
+
+def test_of_two_copies_in_a_file_the_one_without_a_prefix_is_taken():
+    state, average = small(1).state_dict(), small(3).state_dict()
+    saved({f"ema.{key}": value for key, value in average.items()} | state)
+    model = small(2)
+    report = ci.load_checkpoint(model, "a.pt")
+    assert_equal(model, state)
+    assert report.removed == []
+    assert report.unexpected == [f"ema.{key}" for key in average]
+
+
+def test_a_backbone_is_found_in_a_larger_model_and_in_a_larger_file():
+    detector = Wrapper("backbone", small(1), neck=nn.Linear(3, 3), head=nn.Linear(2, 2))
+    model = small(2)
+    report = ci.load_checkpoint(model, saved(detector))
+    assert_equal(model, values(small(1)))
+    assert report.unexpected == ["neck.weight", "neck.bias", "head.weight", "head.bias"]
+    other = Wrapper("backbone", small(3), neck=nn.Linear(3, 3), head=nn.Linear(2, 2))
+    report = ci.load_checkpoint(other, saved(small(1)))
+    assert_equal(other.backbone, values(small(1)))
+    assert (report.added, report.missing) == ("backbone.", ["neck.weight", "neck.bias", "head.weight", "head.bias"])
+    assert "--prefix backbone." in str(report)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "expected"),
+    [
+        pytest.param("a.w a.b", "a.w a.b", ("", ""), id="equal"),
+        pytest.param("x.a.w x.a.b", "a.w a.b", ("x.", ""), id="off"),
+        pytest.param("a.w a.b", "x.y.a.w x.y.a.b", ("", "x.y."), id="before"),
+        pytest.param("x.a.w x.a.b", "y.a.w y.a.b", ("x.", "y."), id="both"),
+        pytest.param("x.z.a.w x.z.a.b", "y.z.a.w y.z.a.b", ("x.", "y."), id="common-parts-stay"),
+        pytest.param("x.a.w x.a.b", "b.w b.b", ("", ""), id="only-the-last-part-in-common"),
+        pytest.param("w b", "f.w f.b g.w g.b", ("", ""), id="no-choice-of-two-places"),
+        pytest.param("p.a p.b q.c q.d", "a b c d", ("", ""), id="half-is-not-enough"),
+        pytest.param("p.a p.b p.c q.d", "a b c d", ("p.", ""), id="more-than-half"),
+        pytest.param("a b p.a p.b", "a b", ("", ""), id="no-change-where-equal"),
+        pytest.param("q.a q.b p.a p.b", "a b", ("", ""), id="no-choice-of-two-copies"),
+        pytest.param("q.p.a q.p.b p.a p.b", "a b", ("p.", ""), id="fewest-parts"),
+        pytest.param("xa.w xa.b", "a.w a.b", ("", ""), id="whole-parts-only"),
+        pytest.param("", "a", ("", ""), id="empty-file"),
+        pytest.param("a", "", ("", ""), id="empty-model"),
+        pytest.param("m.w", "w", ("m.", ""), id="one-key"),
+    ],
+)
+def test_find_prefixes(file, model, expected):
+    assert find_prefixes({key: [1] for key in file.split()}, {key: [1] for key in model.split()}) == expected
+
+
+def test_shapes_tell_copies_with_the_same_names_apart():
+    file = {"0.w": [3], "0.b": [3], "1.w": [5], "1.b": [5]}
+    assert find_prefixes(file, {"w": [5], "b": [5]}) == ("1.", "")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param([f"{i}.a.b.w" for i in range(20_000)], id="many"),
+        pytest.param(["." * 100_000] * 2 + ["." * 99_999], id="dots"),
+    ],
+)
+def test_odd_keys_cost_no_more_than_their_number(keys):
+    steps = 0
+
+    class Counting(dict):
+        def __getitem__(self, key):
+            nonlocal steps
+            steps += 1
+            return super().__getitem__(key)
+
+        def __contains__(self, key):
+            nonlocal steps
+            steps += 1
+            return super().__contains__(key)
+
+    file = Counting.fromkeys(keys, [1])
+    find_prefixes(file, Counting.fromkeys(["0.a.b.w", "x.w", "v", "."], [1]))
+    assert steps < 1000 + 40 * len(file)
+
+
+# What does not match
+
+
+def test_a_head_of_another_size_stays_the_models():
+    model = small(2, classes=3)
+    head = values(model[4])
+    report = ci.load_checkpoint(model, saved(small(1)))
+    assert_equal(model, values(small(1)) | {f"4.{key}": value for key, value in head.items()})
+    assert report.mismatched == {"4.weight": ([5, 4], [3, 4]), "4.bias": ([5], [3])}
+    assert "9 of 11 keys matched" in str(report)
+    assert "other shape, 2: 4.weight (file 5x4, model 3x4), 4.bias (file 5, model 3)" in str(report)
+    assert (report.complete, report.exact) == (False, False)
+
+
+def test_missing_and_unexpected_keys_are_told_and_guessed_to_be_renamed():
+    state = small(1).state_dict()
+    state["2.wait"] = state.pop("2.weight")
+    state["more"] = torch.ones(3)
+    model = small(2)
+    kept = model[2].weight.clone()
+    report = ci.load_checkpoint(model, saved(state))
+    assert torch.equal(model[2].weight, kept)
+    assert (report.missing, report.unexpected) == (["2.weight"], ["2.wait", "more"])
+    assert report.renamed == {"2.wait": "2.weight"}
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["missing"], data["unexpected"], data["complete"]) == (["2.weight"], ["2.wait", "more"], False)
+
+
+def test_long_lists_are_shortened_in_text_alone():
+    report = ci.load_checkpoint(ci.build_model("resnet18"), saved({"fc.bias": torch.ones(1000)}))
+    assert "missing in the file, 121: conv1.weight, bn1.weight, bn1.bias, bn1.running_mean and 117 more" in str(report)
+    assert len(report.missing) == len(report.to_dict()["missing"]) == 121
+    assert repr(report) == str(report)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        pytest.param(
+            {"features.0.kernel": torch.ones(2, 3)}, ["'features.0.kernel' (2x3)", "'0.weight' (6x3x3x3)"], id="names"
+        ),
+        pytest.param({"0.weight": torch.ones(2, 3)}, ["'0.weight' (2x3)", "'0.weight' (6x3x3x3)"], id="shapes"),
+        pytest.param({"x" * 9999: torch.ones(())}, ["xxx' (scalar)", "none of which fits"], id="long"),
+    ],
+)
+def test_nothing_that_matches_is_an_error_with_examples(state, words):
+    model = small(2)
+    with pytest.raises(ci.InputError) as caught:
+        ci.load_checkpoint(model, saved(state))
+    assert all(word in str(caught.value) for word in [*words, "Sequential", "'a.pt'"]), caught.value
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert_equal(model, values(small(2)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda state: {key: state[key] for key in state if key != "0.bias"}, id="missing"),
+        pytest.param(lambda state: state | {"more": torch.ones(1)}, id="unexpected"),
+        pytest.param(lambda state: state | {"0.bias": torch.ones(1)}, id="mismatched"),
+        pytest.param(lambda state: state | {"0.bias": state["0.bias"] * float("nan")}, id="nan"),
+    ],
+)
+def test_strict_refuses_what_is_not_complete(damage: Callable[[State], State]):
+    model = small(2)
+    saved(damage(small(1).state_dict()))
+    with pytest.raises(
+        ci.InputError, match=r"complete for the model, got a\.pt into Sequential: 1[01] of 11 keys .*; "
+    ):
+        ci.load_checkpoint(model, "a.pt", strict=True)
+    assert_equal(model, values(small(2)))
+    assert not ci.load_checkpoint(model, "a.pt").complete
+
+
+def test_strict_takes_a_complete_file_under_a_prefix():
+    saved({f"model.{key}": value for key, value in small(1).state_dict().items()})
+    model = small(2)
+    assert ci.load_checkpoint(model, "a.pt", strict=True).complete
+    assert_equal(model, values(small(1)))
+
+
+# Dtypes and values
+
+
+@pytest.mark.parametrize(
+    ("written", "own", "narrowed"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float16, torch.float32, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float32, torch.float64, False),
+        (torch.float8_e4m3fn, torch.float16, False),
+        (torch.float64, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+        (torch.float16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float16, True),
+        (torch.complex128, torch.complex64, True),
+        (torch.int32, torch.int64, False),
+        (torch.int64, torch.int32, True),
+        (torch.uint8, torch.int8, True),
+        (torch.bool, torch.bool, False),
+    ],
+    ids=str,
+)
+def test_the_models_dtype_is_kept_and_loss_is_told(written, own, narrowed):
+    model = nn.Module()
+    model.register_buffer("x", torch.zeros(4, dtype=own))
+    state = {"x": torch.tensor([0, 1, 1, 0]).to(written)}
+    report = ci.load_checkpoint(model, saved(state))
+    assert model.x.dtype == own
+    assert torch.equal(model.x, state["x"].to(own))
+    name = [str(dtype).removeprefix("torch.") for dtype in (written, own)]
+    assert report.narrowed == ({"x": tuple(name)} if narrowed else {})
+    assert (report.retyped, report.exact) == ({}, True)
+    assert (f"dtype narrowed, 1: x (file {name[0]}, model {name[1]})" in str(report)) == narrowed
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+@pytest.mark.parametrize("written", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_another_kind_of_dtype_is_told(written):
+    report = ci.load_checkpoint(small(), saved(small(1).state_dict() | {"0.bias": torch.ones(6, dtype=written)}))
+    assert report.retyped == {"0.bias": (str(written).removeprefix("torch."), "float32")}
+    assert "other kind of dtype, 1: 0.bias" in str(report)
+    assert (report.complete, report.exact) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (float("nan"), torch.float32),
+        (float("-inf"), torch.float32),
+        (float("nan"), torch.float16),
+        (1e30, torch.float16),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_once_loaded_is_told(value, dtype):
+    state = small(1).state_dict()
+    state["2.weight"][1, 2] = value
+    report = ci.load_checkpoint(small().to(dtype), saved(state))
+    assert report.non_finite == ["2.weight"]
+    assert "infinities or NaN, 1: 2.weight" in str(report)
+    assert not report.complete
+
+
+# Models of every kind
+
+
+def test_a_compiled_model_is_looked_through():
+    network = small(2)
+    assert ci.load_checkpoint(torch.compile(network), saved(small(1))).exact
+    assert_equal(network, values(small(1)))
+
+
+def test_a_compiled_part_is_looked_through():
+    model = Wrapper("model", torch.compile(small(2)), head=nn.Linear(2, 2))
+    report = ci.load_checkpoint(model, saved(Wrapper("model", small(1), head=nn.Linear(2, 2))))
+    assert_equal(model.model._orig_mod, values(small(1)))
+    assert report.complete
+    assert "model.0.weight" in report.matched
+
+
+def test_models_in_parallel_are_looked_through(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = [nn.DataParallel(small(2)), nn.parallel.DistributedDataParallel(small(2))]
+        for model in [*wrapped, torch.compile(wrapped[1])]:
+            assert ci.load_checkpoint(model, saved(small(1))).exact
+        for model in wrapped:
+            assert_equal(model.module, values(small(1)))
+            assert ci.load_checkpoint(small(), saved(model)).removed == ["module."]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm]
+)
+def test_parametrized_convolutions_get_what_they_are_computed_from(wrap):
+    models = [small(1), small(2)]
+    for model in models:
+        wrap(model[0])
+    report = ci.load_checkpoint(models[1], saved(models[0]))
+    assert report.exact
+    assert_equal(models[1], values(models[0]))
+    models[0].eval(), models[1].eval()
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    report = ci.load_checkpoint(models[1], saved(small(3)))
+    assert "0.weight" in report.unexpected
+    assert [key for key in report.missing if key.startswith("0.parametrizations.weight.")]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("absent", ["first.weight", "second.weight"])
+def test_a_tied_weight_is_loaded_under_either_name(absent):
+    state, model = values(Tied()), Tied()
+    other = ({"first.weight", "second.weight"} - {absent}).pop()
+    report = ci.load_checkpoint(model, saved({key: state[key] for key in state if key != absent}))
+    assert_equal(model, state)
+    assert model.first.weight is model.second.weight
+    assert (report.tied, report.missing) == ({absent: other}, [])
+    assert (report.complete, report.exact) == (True, False)
+    assert f"missing, but tied, 1: {absent} to {other}" in str(report)
+
+
+def test_tied_weights_that_differ_in_the_file_are_told():
+    state = values(Tied())
+    assert ci.load_checkpoint(Tied(), saved(state)).exact
+    state["second.weight"] = state["second.weight"] + 1
+    report = ci.load_checkpoint(Tied(), saved(state))
+    assert report.conflicting == {"second.weight": "first.weight"}
+    assert not report.complete
+    assert "tied in the model, different in the file, 1: second.weight and first.weight" in str(report)
+
+
+def test_a_model_on_the_meta_device_is_refused_but_can_be_verified():
+    with torch.device("meta"):
+        model = small()
+    with pytest.raises(ci.InputError, match=r"0\.weight: expected a tensor with data, got one on the meta device"):
+        ci.load_checkpoint(model, saved(small(1)))
+    assert verify_checkpoint(model, "a.pt").exact
+
+
+def test_a_model_partly_on_the_meta_device_is_left_as_it_was():
+    model = small(2)
+    model[4].to("meta")
+    before = values(model[:4])
+    with pytest.raises(ci.InputError, match=r"4\.weight"):
+        ci.load_checkpoint(model, saved(small(1)))
+    assert_equal(model[:4], before)
+
+
+def test_a_lazy_model_is_refused_and_stays_lazy():
+    model = nn.Sequential(nn.LazyConv2d(6, 3))
+    with pytest.raises(ci.InputError, match=r"lazy '0\.weight': run a forward pass first"):
+        ci.load_checkpoint(model, saved(small(1)))
+    assert isinstance(model[0], nn.LazyConv2d)
+
+
+def test_extra_state_counts_as_a_key():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            raise AssertionError
+
+    report = ci.load_checkpoint(Extra(2, 2), saved(nn.Linear(2, 2)))
+    assert (report.missing, report.expected, report.complete) == (["_extra_state"], 3, False)
+
+
+def test_what_is_not_a_value_stays_as_it_was():
+    model = small(2).to(memory_format=torch.channels_last).eval()
+    model[0].weight.requires_grad_(False)
+    parameters = list(model.parameters())
+    ci.load_checkpoint(model, saved(small(1)))
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not model[0].weight.requires_grad
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.training
+
+
+def test_a_load_that_fails_half_way_changes_nothing():
+    model = small(2)
+    model[4].weight = nn.Parameter(torch.ones(1, 4).expand(5, 4))  # many numbers in one place: cannot be written
+    before = values(model)
+    with pytest.raises(ci.RunError, match="cannot be written"):
+        ci.load_checkpoint(model, saved(small(1)))
+    assert_equal(model, before)
+
+
+def test_an_interrupt_changes_nothing(monkeypatch):
+    model = small(2)
+    load = nn.Linear._load_from_state_dict
+    calls: list[object] = []
+
+    def interrupted(self, *arguments):
+        load(self, *arguments)
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Linear, "_load_from_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ci.load_checkpoint(model, saved(small(1)))
+    assert len(calls) == 2
+    assert_equal(model, values(small(2)))
+
+
+@pytest.mark.parametrize("model", [None, {}, "resnet18", small().state_dict()], ids=lambda x: type(x).__name__)
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(ci.InputError, match="expected a module to load into, got "):
+        ci.load_checkpoint(model, saved(small()))
+
+
+def test_a_module_without_tensors_is_refused():
+    with pytest.raises(ci.InputError, match=r"such as none, got 'a\.pt'"):
+        ci.load_checkpoint(nn.ReLU(), saved(small()))
+
+
+def test_wrappers_in_a_file_are_opened_and_named():
+    torch.save({"epoch": 3, "model": {f"module.{key}": value for key, value in small(1).state_dict().items()}}, "a.pt")
+    model = small(2)
+    report = ci.load_checkpoint(model, "a.pt")
+    assert_equal(model, values(small(1)))
+    assert (report.wrapper, report.removed) == ("model", ["module."])
+
+
+def test_a_key_that_a_header_repeats_is_refused():
+    safetensors.torch.save_file({"0.bias": torch.ones(6)}, "a.safetensors")
+    content = Path("a.safetensors").read_bytes()
+    text = content[8 : 8 + int.from_bytes(content[:8], "little")].decode().strip()
+    twice = f"{text[:-1]},{text[1:]}".encode()
+    Path("a.safetensors").write_bytes(len(twice).to_bytes(8, "little") + twice + content[-24:])
+    with pytest.raises(
+        ci.InputError, match=r"expected each key once, got 'a\.safetensors', whose header repeats '0\.bias'"
+    ):
+        ci.load_checkpoint(small(), "a.safetensors")
