@@ -1,32 +1,11 @@
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-
-
-def _declare_torchvision_operators() -> None:
-    """Let a torchvision wheel built for CUDA be imported beside a CPU torch.
-
-    Its extension does not load there, and the import stops at operators that only the extension declares. Where it
-    does load, declaring them first would clash with it.
-    """
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return
-    for library in Path(found.origin).parent.glob("_C.*"):
-        try:
-            torch.ops.load_library(library)
-        except OSError:
-            continue
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
+from shim import torchvision_operators
 
 # At import, not in a fixture: test modules and timm import torchvision while they are collected.
-_declare_torchvision_operators()
+torchvision_operators.declare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -341,7 +341,7 @@ def test_every_option_has_a_sentence_of_help():
 
 def test_the_examples_of_the_help_are_right(command):
     examples = re.findall(r"^ +convsim-init (.+)$", INIT.EPILOG, re.M)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         assert command(*example.split(), "--dry-run")[0] == 0
 
@@ -365,17 +365,6 @@ GONE = "gone/init.pt"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(
-            ["resnet81"],
-            "expected the name of a built-in model, got 'resnet81': did you mean resnet18 or resnet152 or resnet101? "
-            "For all names run `convsim-init list`",
-            id="model-misspelled",
-        ),
-        pytest.param(
-            ["nothing-like-it"],
-            "expected the name of a built-in model, got 'nothing-like-it': for all names run `convsim-init list`",
-            id="model-unknown",
-        ),
         pytest.param(["--seed", "3"], f"Missing argument 'MODEL' {SEE}", id="no-model"),
         pytest.param(["resnet18", "resnet50"], f"Got unexpected extra argument (resnet50) {SEE}", id="two-models"),
         pytest.param(
@@ -465,7 +454,8 @@ GONE = "gone/init.pt"
         ),
         pytest.param(
             ["list", "nothing*"],
-            "expected a pattern that a model's name matches, got 'nothing*'; `convsim-init list` shows all",
+            "expected a pattern that a model's name matches, got 'nothing*'; `convsim-init list` shows the built-in "
+            "ones, `convsim-init list 'timm:*'` and 'torchvision:*' the libraries'",
             id="list-nothing",
         ),
         pytest.param(
@@ -640,7 +630,7 @@ def test_an_unforeseen_error_is_one_line(error, message, command, tmp_path, monk
     ("arguments", "status", "last"),
     [
         (["resnet18"], 1, "Error: RuntimeError: why (--debug shows where)"),
-        (["resnet81"], 2, "Error: expected the name of a built-in model, got 'resnet81'"),
+        (["gone.py:make"], 2, "Error: expected a Python file to read, got 'gone.py'"),
         (["list", "nothing"], 2, "Error: expected a pattern"),
     ],
     ids=["failure", "input", "list"],
@@ -732,7 +722,6 @@ finally:
         (["list", "--json"], 0),
         (["--version"], 0),
         ([], 2),
-        (["resnet81"], 2),
         (["resnet18", "--steps", "0"], 2),
         (["resnet18", "--num-classes", "0"], 2),
         (["resnet18", "--device", "gpu"], 2),
@@ -872,7 +861,7 @@ def test_a_full_device_as_stdout_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "status"),
-    [("list >&-", 0), ("resnet81 2>&-", 2), (f"{' '.join(QUICK)} >&- 2>&-", 0)],
+    [("list >&-", 0), ("gone.py:make 2>&-", 2), (f"{' '.join(QUICK)} >&- 2>&-", 0)],
     ids=["stdout", "stderr", "both"],
 )
 def test_closed_streams_are_no_error(line, status):

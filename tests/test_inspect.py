@@ -423,7 +423,6 @@ finally:
     [
         (["inspect", "--help"], 0),
         (["compare", "--help"], 0),
-        (["inspect", "resnet81"], 2),
         (["inspect", "gone.pt"], 2),
         (["compare", "resnet18", "gone.pt"], 2),
         (["resnet18", "--plot", "a.jpg"], 2),

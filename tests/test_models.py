@@ -258,21 +258,6 @@ LARGEST = "9223372036854775807"
     ("spec", "arguments", "error", "message"),
     [
         pytest.param(
-            "resnet81",
-            {},
-            UnknownModelError,
-            "expected the name of a built-in model, got 'resnet81': did you mean resnet18 or resnet152 or resnet101? "
-            "For all names run `convsim-init list`",
-            id="misspelled",
-        ),
-        pytest.param(
-            "zzz\n",
-            {},
-            UnknownModelError,
-            "expected the name of a built-in model, got 'zzz\\n': for all names run `convsim-init list`",
-            id="nothing-alike",
-        ),
-        pytest.param(
             18,
             {},
             InputError,

@@ -1,5 +1,6 @@
 """The README keeps its word: its commands and its Python run, in order, in an empty folder."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -25,12 +26,14 @@ def commands():
 def run(line, folder):
     program, *arguments = shlex.split(line, comments=True)
     if program == "convsim-init":
-        command = [sys.executable, "-m", "convsim_init", *arguments]
+        here = [str(ROOT / argument) if argument.startswith("examples/") else argument for argument in arguments]
+        command = [sys.executable, "-m", "convsim_init", *here]
     else:
         assert program == "python", f"a command this test does not know: {line}"
         assert arguments == ["examples/digits.py"]
         command = [sys.executable, str(ROOT / arguments[0]), "--seeds", "1", "--epochs", "1", "--train", "100"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "shim")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_every_command_and_every_line_of_python_runs(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def build_model(
     arguments = _arguments(num_classes, in_chans, kwargs)
     _check(found, arguments)
     own = found.source in (Source.MODULE, Source.FILE)
-    with factories.importable(found) if own else nullcontext():
+    with factories.surroundings(found) if own else nullcontext():
         with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
             build = _builder(found)
         with _reproducible(checked_seed):
@@ -123,7 +123,7 @@ def _builder(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
         return partial(built_in.build, spec.name)
     if spec.source in (Source.TORCHVISION, Source.TIMM):
         return libraries.find(spec.source, spec.name)
-    return partial(factories.build, spec, factories.find(spec))
+    return factories.find(spec)
 
 
 @contextmanager

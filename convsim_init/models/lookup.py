@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from convsim_init.errors import InputError
 from convsim_init.models import catalog, libraries
 from convsim_init.models.catalog import UnknownModelError, closest
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
@@ -31,13 +32,20 @@ def resolve(text: str) -> Resolved:
     """What a spec means: a bare name that is not built in is torchvision's if it has that model, else timm's.
 
     Raises:
-        UnknownModelError: If none that is installed has it.
-        InputError: If the spec is malformed, or a library cannot be imported.
+        UnknownModelError: If none that is installed has it, or one cannot be imported.
+        InputError: If the spec is malformed.
     """
     spec = parse(text)
     if spec.source is not Source.ANY:
         return Resolved(spec)
-    owners = [library for library in libraries.installed() if libraries.has(library, text)]
+    try:
+        owners = [library for library in libraries.installed() if libraries.has(library, text)]
+    except InputError as error:
+        alike = " or ".join(closest(text))
+        hint = f" (did you mean {alike}?)" if alike else ""
+        raise UnknownModelError(
+            f"{text!r} is no built-in model{hint}, and the libraries cannot be asked: {error}"
+        ) from error
     if not owners:
         raise _unknown(text)
     first, *others = owners

@@ -1,0 +1,125 @@
+"""Importing modules and files of the user's own, which runs their code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module, invalidate_caches
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from convsim_init.errors import InputError
+
+# What the files of a folder have imported from it. Other folders may hold other modules of the same names.
+_beside: dict[Path, dict[str, ModuleType]] = {}
+
+
+def is_importable(module: str) -> bool:
+    """Whether the package that a module is in can be found from the working folder; nothing is run to tell."""
+    top = module.partition(".")[0]
+    invalidate_caches()
+    with _on_path(Path.cwd()):
+        return top in sys.modules or find_spec(top) is not None
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Let code import what lies in the working folder, and print to stderr only."""
+    with _on_path(Path.cwd()), redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def running_file(file: str) -> Iterator[None]:
+    """Let code import what lies beside a file, and print to stderr only."""
+    folder = Path(file).resolve().parent
+    for other in _beside.keys() - {folder}:
+        for name in _beside[other]:
+            sys.modules.pop(name, None)
+    beside = _beside.setdefault(folder, {})
+    sys.modules.update(beside)
+    known = set(sys.modules)
+    try:
+        with _on_path(folder), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        new = {name: sys.modules[name] for name in sys.modules.keys() - known if name.partition(".")[0] not in known}
+        beside.update({name: module for name, module in new.items() if _lies_in(folder, name, module)})
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Turn whatever code raises, but an interrupt, into one line.
+
+    Raises:
+        InputError: In its place.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} raised {type(error).__name__}: {error}; --debug shows where") from error
+
+
+def load_module(name: str) -> ModuleType:
+    """The module of that name; to be called within `running`.
+
+    Raises:
+        InputError: If it is not there or its import fails.
+    """
+    try:
+        with telling(f"importing {name}"):
+            return import_module(name)
+    except InputError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{name}.".startswith(f"{missing.name}."):
+            raise InputError(
+                f"expected a module that can be imported, got {name!r}: there is no {missing.name!r}"
+            ) from missing
+        raise
+
+
+def load_file(file: str) -> ModuleType:
+    """The file as a module, under a name that clashes with nothing; to be called within `running_file`.
+
+    The same file is not run twice, for the sake of what it may register; an edited one is another.
+
+    Raises:
+        InputError: If it cannot be read or running it fails.
+    """
+    path = Path(file).resolve()
+    with telling(file):
+        identity = f"{path}\n{path.stat().st_mtime_ns}"
+        name = "convsim_init_file_" + hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = spec_from_file_location(name, path)
+        assert spec is not None  # its name ends in .py
+        assert spec.loader is not None
+        module = sys.modules[name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    before = sys.path.copy()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _lies_in(folder: Path, name: str, module: ModuleType) -> bool:
+    """Whether it is a module, or in a package, that stands in the folder itself; an environment below it is not."""
+    top = folder / name.partition(".")[0]
+    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    return isinstance(place, str) and (Path(place) == top.with_suffix(".py") or Path(place).is_relative_to(top))
