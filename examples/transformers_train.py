@@ -1,6 +1,6 @@
 """transformers: a folder with config.json and model.safetensors, `from_pretrained` and the Trainer.
 
-    convsim-init resnet18 --prefix timm_model. --out init.safetensors
+    convsim-init resnet18 --out init.safetensors
     python examples/transformers_train.py init.safetensors
 
 First a network of transformers' own, initialized in Python; then a timm network, initialized by the command.
@@ -34,8 +34,8 @@ class ShowMatches(TrainerCallback):
         self.weights = load_file(file)
 
     def on_train_begin(self, *_: object, model: PreTrainedModel, **__: object) -> None:
-        state = model.state_dict()
-        same = sum(torch.equal(value.cpu(), self.weights[key]) for key, value in state.items() if key in self.weights)
+        state = {key.removeprefix("timm_model."): value.cpu() for key, value in model.state_dict().items()}
+        same = sum(torch.equal(value, self.weights[key]) for key, value in state.items() if key in self.weights)
         print(f"matched {same} of {len(state)}")
 
 
