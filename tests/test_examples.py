@@ -38,11 +38,11 @@ def start(server, tmp_path, folder) -> Callable[..., Callable[[], str]]:
 
     def start(target: Callable[..., None], *arguments: str, **environment: str) -> Callable[[], str]:
         log = tmp_path / f"log-{environment.get('RANK', '0')}"
-        process = server.Process(target=run_there, args=(target, arguments, folder, environment, log))
+        process = server.Process(target=run_there, args=(target, arguments, folder, environment, log), daemon=True)
         process.start()
 
         def finish() -> str:
-            process.join()
+            process.join(300)  # one of two that wait for each other would wait for ever
             text = log.read_text()
             assert process.exitcode == 0, text
             return text
