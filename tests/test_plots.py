@@ -41,7 +41,7 @@ class Small(nn.Module):
 def run() -> tuple[Report, Snapshot, Snapshot]:
     torch.manual_seed(0)
     model = Small()
-    before = take_snapshot("before", model)
+    before = take_snapshot("before", model, copy=True)
     report = initialize_(model, settings=Settings(steps=4))
     return report, before, take_snapshot("after", model)
 
@@ -366,10 +366,10 @@ def test_of_one_model_the_most_correlated_layer_is_shown():
 # Snapshots
 
 
-def test_a_snapshot_of_a_model_keeps_its_weights_and_one_of_a_state_dict_copies_none():
+def test_a_snapshot_keeps_a_copy_where_it_is_asked_to():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     weight = model[0].weight.detach().clone()
-    kept, shared = take_snapshot("a", model), take_snapshot("b", model.state_dict())
+    kept, shared = take_snapshot("a", model, copy=True), take_snapshot("b", model.state_dict())
     with torch.no_grad():
         model[0].weight.zero_()
     assert torch.equal(kept.banks["0"][0], weight)
@@ -380,7 +380,7 @@ def test_a_snapshot_keeps_what_was_measured_in_the_models_order():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1))
     model.append(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)))
     snapshot = take_snapshot("x", model)
-    assert list(snapshot.banks) == ["0", "2"]
+    assert list(snapshot.banks) == ["0", "2", "3"]
     assert list(snapshot.select(["[12]"]).banks) == ["2"]
     assert [layer.name for layer in snapshot.select(["[12]"]).report.layers] == ["1", "2"]
     assert dataclasses.replace(snapshot, label="y").banks is snapshot.banks
