@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from convsim_init.errors import InputError
 from convsim_init.files import TORCH_SUFFIXES, check_source
 from convsim_init.state_dict import bare_entries
+from convsim_init.vetting import is_zipped, vet_torch_file
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
@@ -45,40 +44,24 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise
     except Exception as error:  # whatever these libraries and the system raise at what they cannot read
         raise InputError(_explain(name, source, error)) from error
-    return _tensors(name, content)
+    return _tensors(name, content, source.stat().st_size)
 
 
 def _read_torch(path: Path) -> object:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:  # torch takes damaged tensors as they are
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise InputError(
-                f"expected an intact file, got {str(path)!r}, where {damaged!r} fails its checksum: copy it again"
-            )
+    vet_torch_file(path)
     with warnings.catch_warnings():  # about what the error will tell, or about nothing of ours
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipped(path))
 
 
 def _explain(name: str, path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot read {name}: {error.strerror}; check the file"
-    message = str(error)
-    code = re.search(r"GLOBAL (\S{1,80})", message)
-    if code is not None:
-        return (
-            f"expected a file of tensors alone, got {name}, which needs code to be run ({code[1]!r}): where you trust "
-            f"it, load it and save its state_dict()"
-        )
-    if "TorchScript" in message:
-        return f"expected a file of tensors, got {name}, a TorchScript archive: save its state_dict() instead"
     writer = "torch.save" if path.suffix in TORCH_SUFFIXES else "safetensors"
     return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
 
 
-def _tensors(name: str, content: object) -> dict[str, Tensor]:
+def _tensors(name: str, content: object, size: int) -> dict[str, Tensor]:
     inner, place = _unwrapped(content)
     if not isinstance(inner, Mapping):
         raise InputError(
@@ -93,6 +76,10 @@ def _tensors(name: str, content: object) -> dict[str, Tensor]:
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             what = f"a sparse, quantized or empty one under {_short(key)}{place}"
             raise InputError(f"expected dense tensors in {name}, got {what}: convert it and save it again")
+        # One row that stands for a million, or memory that the file names and does not fill.
+        if max(value.nbytes, value.untyped_storage().nbytes()) > size:
+            what = f"shape {list(value.shape)} under {_short(key)}{place}"
+            raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
     tensors = {key: value for key, value in bare_entries(inner).items() if isinstance(value, Tensor)}
     if len(tensors) < len(inner):
         raise InputError(

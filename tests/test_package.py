@@ -155,7 +155,7 @@ GROUPS = {
     "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel"},
     "modules": {"layers", "initialize", "redundancy", "feature_maps", "report", "snapshot"},
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
-    "files": {"files", "state_dict", "checkpoint", "reading", "record", "comparison"},
+    "files": {"files", "scratch", "state_dict", "checkpoint", "reading", "record", "comparison", "vetting"},
     "pictures": {"plots", "panels"},
     "machine": {"devices"},
     "cli": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.cli")},
