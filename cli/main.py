@@ -6,11 +6,10 @@ torch is imported by the subcommands that need it, so that ``--help`` and ``list
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from .ending import DONE, FAILED, WRONG_USAGE, ending_at_once, fail, interrupted
+from .ending import DONE, FAILED, WRONG_USAGE, Terminated, ending_at_once, ending_in_time, fail, interrupted
 
 with ending_at_once():
     import click
@@ -74,7 +73,9 @@ cli.add_command(env)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
+    with ending_in_time():
+        status = _run(sys.argv[1:] if arguments is None else list(arguments))
+    sys.exit(status)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -84,13 +85,15 @@ def _run(arguments: Sequence[str]) -> int:
             return WRONG_USAGE
         status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else DONE
-    except (KeyboardInterrupt, click.Abort):
-        return interrupted()
+    except (KeyboardInterrupt, click.Abort) as error:
+        return interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
     except click.UsageError as error:
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
         if "--debug" in arguments:
+            import traceback
+
             traceback.print_exc()
         if isinstance(error, InputError):
             return fail(str(error), WRONG_USAGE)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convsim_init.errors import InputError, RunError
+from convsim_init.scratch import scratch_folder
 
 TORCH_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -26,8 +26,7 @@ def check_source(path: str | os.PathLike[str]) -> Path:
     try:
         mode = source.stat().st_mode
     except (OSError, ValueError) as error:
-        cause = _cause(error) if isinstance(error, OSError) else str(error)
-        raise InputError(f"cannot read {str(source)!r}: {cause}; check the path") from error
+        raise InputError(f"cannot read {str(source)!r}: {_cause(error)}; check the path") from error
     if not stat.S_ISREG(mode):
         raise InputError(f"expected an ordinary file to read, got {str(source)!r}, which is none: name a file")
     if not os.access(source, os.R_OK):
@@ -46,7 +45,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffi
     _check_suffix(target, suffixes)
     try:
         _check_place(target, _real(target), overwrite=overwrite)
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
     return target
 
@@ -84,32 +85,33 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         RunError: If the block or the replacement fails with an operating system's error.
     """
-    real = _real(target)
-    temporary = real.with_name(f".{secrets.token_hex(8)}.convsim-init.tmp")
     try:
-        # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        mode = os.fstat(descriptor).st_mode & 0o777
-        os.close(descriptor)
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary, os.O_RDWR)
-        temporary.replace(real)
-        with contextlib.suppress(OSError):  # not every system lets a folder be opened
-            _sync(real.parent, os.O_RDONLY)
+        real = _real(target)
+        with scratch_folder(real.parent) as folder:
+            temporary = folder / "new"
+            try:
+                # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
+                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                mode = os.fstat(descriptor).st_mode & 0o777
+                os.close(descriptor)
+                yield temporary
+                temporary.chmod(mode)
+                _sync(temporary, os.O_RDWR)
+                temporary.replace(real)
+            finally:
+                temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not every system lets a folder be opened
+                _sync(real.parent, os.O_RDONLY)
     except OSError as error:
         raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _cause(error: OSError) -> str:
-    return " ".join((error.strerror or str(error)).split())
+def _cause(error: OSError | ValueError) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +19,7 @@ from torch import Tensor
 from convsim_init.errors import InputError
 from convsim_init.files import TORCH_SUFFIXES, check_source
 from convsim_init.state_dict import bare_entries
+from convsim_init.vetting import is_zipped, vet_torch_file
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
@@ -74,21 +73,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise
     except Exception as error:  # whatever these libraries and the system raise at what they cannot read
         raise InputError(_explain(name, source, error)) from error
-    return _checked(name, content)
+    return _checked(name, content, source.stat().st_size)
 
 
 def _read_torch(path: Path) -> object:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:  # torch takes damaged tensors as they are
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise InputError(
-                f"expected an intact file, got {str(path)!r}, where {damaged!r} fails its checksum: copy it again"
-            )
+    vet_torch_file(path)
     with warnings.catch_warnings():  # about what the error will tell, or about nothing of ours
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipped(path))
 
 
 def _read_safetensors(path: Path) -> object:
@@ -110,20 +102,11 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _explain(name: str, path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
         return f"cannot read {name}: {error.strerror}; check the file"
-    message = str(error)
-    code = re.search(r"GLOBAL (\S{1,80})", message)
-    if code is not None:
-        return (
-            f"expected a file of tensors alone, got {name}, which needs code to be run ({code[1]!r}): where you trust "
-            f"it, load it and save its state_dict()"
-        )
-    if "TorchScript" in message:
-        return f"expected a file of tensors, got {name}, a TorchScript archive: save its state_dict() instead"
     writer = "torch.save" if path.suffix in TORCH_SUFFIXES else "safetensors"
     return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
 
 
-def _checked(name: str, content: object) -> Checkpoint:
+def _checked(name: str, content: object, size: int) -> Checkpoint:
     inner, opened = _unwrapped(content)
     place = f" under {opened!r}" if opened else ""
     if not isinstance(inner, Mapping):
@@ -139,6 +122,10 @@ def _checked(name: str, content: object) -> Checkpoint:
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             what = f"a sparse, quantized or empty one under {_short(key)}{place}"
             raise InputError(f"expected dense tensors in {name}, got {what}: convert it and save it again")
+        # One row that stands for a million, or memory that the file names and does not fill.
+        if max(value.nbytes, value.untyped_storage().nbytes()) > size:
+            what = f"shape {list(value.shape)} under {_short(key)}{place}"
+            raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
     return Checkpoint(dict(inner), opened)
 
 

@@ -151,7 +151,7 @@ def test_every_module_says_what_it_is_for(name):
 # Which module may import which
 
 GROUPS = {
-    "basis": {"errors", "files", "settings", "tables", "version"},
+    "basis": {"errors", "files", "scratch", "settings", "tables", "version"},
     "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel", "dtypes"},
     "modules": {
         *("layers", "weights", "standardized", "entries"),
@@ -159,7 +159,7 @@ GROUPS = {
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
     "files": {
-        *("state_dict", "checkpoint", "reading", "record", "comparison"),
+        *("state_dict", "checkpoint", "reading", "vetting", "record", "comparison"),
         *("loading", "matching", "prefixes", "load_report"),
     },
     "pictures": {"plots", "panels"},
