@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import TORCH_SUFFIXES, check_target, replacing
 from convsim_init.report import Report
-from convsim_init.state_dict import bare_entries, changed_entries, plain_tensors
+from convsim_init.state_dict import bare_entries, changed_entries, module_versions, plain_tensors, with_versions
 from convsim_init.version import __version__
 
 METADATA_KEY = "__metadata__"
@@ -64,7 +64,7 @@ def save_checkpoint(
     tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}
     with replacing(target) as temporary:
         if target.suffix in TORCH_SUFFIXES:
-            _write_torch(tensors, temporary)
+            _write_torch(with_versions(tensors, module_versions(model_or_state_dict, prefix)), temporary)
         else:
             _write_safetensors(tensors, temporary, _metadata(report))
     return target
@@ -83,10 +83,10 @@ def _metadata(report: Report | None) -> dict[str, str]:
     return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}
 
 
-def _write_torch(tensors: dict[str, Tensor], path: Path) -> None:
+def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:
     # By way of memory: torch hides what a file's write raises, such as a full disk, behind an error of its own.
     buffer = io.BytesIO()
-    torch.save(tensors, buffer)
+    torch.save(state, buffer)
     path.write_bytes(buffer.getbuffer())
 
 

@@ -34,6 +34,7 @@ class LoadReport:
         conflicting: The same, but both are in the file, with different values.
         non_finite: Matched keys that hold, in the model's dtype, infinities or NaN.
         retyped: Matched keys whose dtype is of another kind, such as integers for floats: the file's and the model's.
+        refused: What the model's own strict loading raised although all of this is well; empty if nothing.
         narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the model's.
     """
 
@@ -53,6 +54,7 @@ class LoadReport:
     non_finite: list[str] = field(default_factory=list)
     retyped: dict[str, tuple[str, str]] = field(default_factory=dict)
     narrowed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    refused: str = ""
 
     @property
     def complete(self) -> bool:
@@ -62,7 +64,7 @@ class LoadReport:
     @property
     def exact(self) -> bool:
         """Whether it is complete for strict loaders too, which change no key and know no tied ones."""
-        return self.complete and not (self.removed or self.added or self.tied or self.retyped)
+        return self.complete and not (self.removed or self.added or self.tied or self.retyped or self.refused)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
@@ -90,6 +92,11 @@ class LoadReport:
             yield (
                 f"prefix: the file's keys lack {_quoted(self.added)}; load_checkpoint puts it there, for strict "
                 f"loaders write the file with --prefix {_shown(self.added)}"
+            )
+        if self.refused:
+            yield (
+                f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
+                f"which holds it"
             )
         yield from _line("missing in the file", map(_shown, self.missing))
         yield from _line("unexpected, not in the model", map(_shown, self.unexpected))

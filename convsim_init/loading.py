@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from convsim_init.errors import InputError, RunError
 from convsim_init.layers import unwrap
 from convsim_init.load_report import LoadReport
 from convsim_init.matching import match
-from convsim_init.reading import read_checkpoint
-from convsim_init.state_dict import bare_key
+from convsim_init.reading import Checkpoint, read_checkpoint
+from convsim_init.state_dict import bare_key, module_versions, with_versions
 from convsim_init.tables import shape_text
 
 EXAMPLES = 2
@@ -58,17 +59,32 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
 
 
 def verify_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> LoadReport:
-    """What `load_checkpoint` would report, without loading; ``exact`` tells whether strict loaders take the file.
+    """What `load_checkpoint` would report; ``exact`` tells whether strict loaders take the file.
+
+    Where all seems well the model's own ``load_state_dict`` has the last word: the weights are then the file's.
 
     Args:
-        model: Any module, on the meta device too: its values do not matter.
+        model: Any module; one on the meta device has nothing loaded into it, and no last word.
         path: As for `load_checkpoint`.
         name: What to call the model. Default: its class.
 
     Raises:
         InputError: If the file cannot be read, or the model is lazy.
     """
-    return match(read_checkpoint(path), model, file=str(path), name=name)
+    checkpoint = read_checkpoint(path)
+    report = match(checkpoint, model, file=str(path), name=name)
+    return replace(report, refused=_refusal(model, checkpoint)) if report.exact else report
+
+
+def _refusal(model: nn.Module, checkpoint: Checkpoint) -> str:
+    inner = unwrap(model)
+    if any(tensor.is_meta for tensor in (*inner.parameters(), *inner.buffers())):
+        return ""
+    try:
+        inner.load_state_dict(with_versions(checkpoint.tensors, checkpoint.versions), strict=True)
+    except Exception as error:  # whatever a module's own loading raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
 
 
 def _write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -79,7 +95,8 @@ def _write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             raise InputError(f"{key}: expected a tensor with data, got one on the meta device: call to_empty first")
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in own.items()}
     try:
-        inner.load_state_dict({key: tensors[bare_key(key)] for key in own}, strict=False)
+        fitting = {key: tensors[bare_key(key)] for key in own}
+        inner.load_state_dict(with_versions(fitting, module_versions(model)), strict=False)
     except BaseException as error:
         with contextlib.suppress(RuntimeError):  # again of the tensors that cannot be written
             inner.load_state_dict(before, strict=False)

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,24 @@ from torch import Tensor
 
 from convsim_init.errors import InputError
 from convsim_init.files import TORCH_SUFFIXES, check_source
-from convsim_init.state_dict import bare_entries
+from convsim_init.state_dict import bare_entries, module_versions
 from convsim_init.vetting import is_zipped, vet_torch_file
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
 
 class Checkpoint(NamedTuple):
-    """The tensors of a file under its own keys, and what it keeps them under, such as ``"state_dict"``, or nothing."""
+    """The tensors of a file under its own keys.
+
+    Attributes:
+        tensors: Dense ones, on the CPU.
+        wrapper: What the file keeps them under, such as ``"state_dict"``; empty if under nothing.
+        versions: What `torch.save` kept of the modules' notes, see `module_versions`.
+    """
 
     tensors: dict[str, Tensor]
     wrapper: str
+    versions: OrderedDict[str, object] | None = None
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -126,7 +133,7 @@ def _checked(name: str, content: object, size: int) -> Checkpoint:
         if max(value.nbytes, value.untyped_storage().nbytes()) > size:
             what = f"shape {list(value.shape)} under {_short(key)}{place}"
             raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
-    return Checkpoint(dict(inner), opened)
+    return Checkpoint(dict(inner), opened, module_versions(inner))
 
 
 def _unwrapped(content: object) -> tuple[object, str]:

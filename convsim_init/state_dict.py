@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -36,6 +37,26 @@ def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
     while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
     return entries
+
+
+def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") -> OrderedDict[str, object] | None:
+    """What modules note beside a state dict's tensors, such as their versions, under bare names.
+
+    Some refuse a state dict without it. It travels in files of `torch.save` alone.
+    """
+    state = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
+    noted = getattr(state, "_metadata", None)
+    if not isinstance(noted, Mapping) or (prefix and not prefix.endswith(".")):
+        return None
+    return OrderedDict((f"{prefix}{bare_key(name)}".removesuffix("."), value) for name, value in noted.items())
+
+
+def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] | None) -> OrderedDict[str, Tensor]:
+    """A state dict that carries what `module_versions` returned."""
+    state = OrderedDict(tensors)
+    if versions is not None:
+        state._metadata = versions  # type: ignore[attr-defined]
+    return state
 
 
 def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

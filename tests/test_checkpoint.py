@@ -302,6 +302,7 @@ def test_metadata_tells_what_made_the_weights(tmp_path):
         "version": __version__,
         "model": "small",
         "seed": 7,
+        "base": "model",
         "settings": asdict(report.settings),
         "totals": report.totals,
     }
@@ -391,9 +392,9 @@ def test_safe_open_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["init.pt", "init.pth"])
-def test_a_torch_file_is_a_plain_dict_of_plain_tensors(name, tmp_path):
+def test_a_torch_file_is_a_state_dict_of_plain_tensors(name, tmp_path):
     written = torch.load(save_checkpoint(small(), tmp_path / name), weights_only=True)
-    assert type(written) is dict
+    assert type(written) is type(small().state_dict())
     for value in written.values():
         assert type(value) is Tensor
         assert not value.requires_grad

@@ -526,3 +526,38 @@ def test_a_key_that_a_header_repeats_is_refused():
         ci.InputError, match=r"expected each key once, got 'a\.safetensors', whose header repeats '0\.bias'"
     ):
         ci.load_checkpoint(small(), "a.safetensors")
+
+
+# Modules that want to know the version of a state dict
+
+
+class Versioned(nn.Sequential):
+    """As torchvision's MNASNet: it refuses a state dict that does not say by which version it was written."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be set to 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_versions_travel_in_files_of_torch_save(tmp_path, prefix):
+    model = Versioned(nn.Conv2d(3, 4, 3))
+    outer = nn.ModuleDict({"model": Versioned(nn.Conv2d(3, 4, 3))}) if prefix else Versioned(nn.Conv2d(3, 4, 3))
+    path = ci.save_checkpoint(model, tmp_path / "init.pt", prefix=prefix)
+    outer.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    assert verify_checkpoint(outer, path).exact
+
+
+def test_a_file_without_versions_is_loaded_here_and_verify_says_that_others_refuse_it(tmp_path):
+    model, fresh = Versioned(nn.Conv2d(3, 4, 3)), Versioned(nn.Conv2d(3, 4, 3))
+    path = ci.save_checkpoint(model, tmp_path / "init.safetensors")
+    assert ci.load_checkpoint(fresh, path).complete
+    assert torch.equal(fresh[0].weight, model[0].weight)
+    report = verify_checkpoint(model, path)
+    assert not report.exact
+    assert "strict loading raised ValueError: version should be set to 2" in str(report)
+    with pytest.raises(ValueError, match="version should be set"):
+        fresh.load_state_dict(safetensors.torch.load_file(path))
