@@ -9,7 +9,7 @@ from convsim_init import Outcome, Settings, convsim_, initialize_, measure, save
 from convsim_init.errors import InputError
 from convsim_init.similarity import filter_norms
 
-SEEDS = range(10**6, 10**6 + 300)
+SEEDS = range(10**6, 10**6 + 180)
 
 
 @pytest.mark.parametrize("chunk", range(6))
