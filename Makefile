@@ -4,13 +4,22 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench clean
+LOWEST := build/lowest
+LOWEST_TESTS := release or metadata or state_dict or floats or give_the_same_bytes or odd_keys or bad_input or globs or \
+	what_cannot_be_read or json
+
+.PHONY: demo test test-lowest check bench clean
 
 demo: $(VENV)/.installed  ## write init.safetensors: a ResNet-18 to train from
 	$(BIN)/convsim-init resnet18 --out init.safetensors --force
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+# What reads and writes files and parses options, with the oldest packages that pyproject.toml allows.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -p no:cacheprovider tests/test_versions.py tests/test_checkpoint.py \
+		tests/test_reading.py tests/test_cli.py tests/test_inspect.py -k '$(LOWEST_TESTS)'
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .
@@ -33,3 +42,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	touch $@ $(VENV)/.installed
+
+# All that is not named in constraints-lowest.txt is seen through to the first environment.
+$(LOWEST)/.installed: constraints-lowest.txt $(VENV)/.installed-dev
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --requirement constraints-lowest.txt
+	$(BIN)/python -c "import site; print('import site;', *(f'site.addsitedir({p!r});' for p in site.getsitepackages()))" \
+		> $$($(LOWEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/rest.pth
+	touch $@

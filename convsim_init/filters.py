@@ -105,7 +105,8 @@ class Filters:
         climb = self._climb + tilt * radial
         before = (self._radial_before - self._distance * self._climb_before) / self._stretch(self._distance)
         energy, overlap = _total(steepness), self._overlap - _total(radial * before)
-        if energy <= (ROUNDING * torch.finfo(along.dtype).eps) ** 2 * _total(along.square()):
+        rounding = (ROUNDING * torch.finfo(along.dtype).eps) ** 2 * _total(along.square())
+        if energy <= rounding:
             return 0.0
         beta = max(0.0, (energy - overlap) / self._energy)
         turned = self._preserve and self._distance**2 * float(self._speed.max()) > FAR
@@ -127,6 +128,8 @@ class Filters:
         speeds, looks = zip(*self._team.map(work, self._blocks), strict=True)
         self._speed, self._energy, self._distance = self._gather(speeds), energy, 0.0
         self._radial, self._radial_before, self._climb_before = along, radial, steepness + beta * climb
+        if _total(self._speed) <= rounding:  # the energy, a difference, may be more than there is to follow
+            return 0.0
         # Where the expansion falls for ever, turn the fastest filter by an eighth and see.
         fastest = float(self._speed.max())
         coefficients = [sum(parts) for parts in zip(*looks, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from convsim_init.errors import InputError
@@ -56,9 +57,9 @@ class Settings:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise InputError(f"expected steps to be a whole number of at least 1, got {self.steps!r}")
-        if not 0 <= self.tolerance < 1:
+        if not (isinstance(self.tolerance, Real) and 0 <= self.tolerance < 1):
             raise InputError(f"expected tolerance to be at least 0 and less than 1, got {self.tolerance!r}")
-        if not 0 < self.learning_rate < math.inf:
+        if not (isinstance(self.learning_rate, Real) and 0 < self.learning_rate < math.inf):
             raise InputError(f"expected learning_rate to be positive and finite, got {self.learning_rate!r}")
 
     @classmethod

@@ -187,7 +187,9 @@ def filter_norms(bank: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1)
     if bank.device.type == "mps" or bool(((norms > SMALL_NORM) & (norms < LARGE_NORM)).all()):
         return norms
-    exact: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1, dtype=torch.float64)  # squares cannot vanish
+    filters = bank.flatten(2).double()
+    largest = filters.abs().amax(-1)  # squares of shares of it neither vanish nor overflow
+    exact: Tensor = largest * torch.linalg.vector_norm(filters / nonzero(largest)[..., None], dim=-1)
     return exact
 
 

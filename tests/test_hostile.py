@@ -1,0 +1,238 @@
+"""Files and choices made to do harm: nothing is run, and nothing allocated because a number claims it."""
+
+import json
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from convsim_init import Settings, measure
+from convsim_init.errors import InputError
+from convsim_init.files import check_target
+from convsim_init.initialize import plan
+from convsim_init.reading import read_state_dict
+
+GIGA = 10**9
+quick = settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def integer(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def pickled_tensor(numel: int, offset: int, size: int, stride: int, *, legacy: bool) -> bytes:
+    """What `torch.save` pickles of ``{"a": tensor}``, with the numbers given."""
+    text = lambda value: b"X" + struct.pack("<I", len(value)) + value  # noqa: E731
+    storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + integer(numel)
+    storage += b"NtQ" if legacy else b"tQ"
+    shape = b"(" + integer(size) + b"t(" + integer(stride) + b"t"
+    rest = b"\x89ccollections\nOrderedDict\n)RtRs."
+    return (
+        b"\x80\x02}" + text(b"a") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + integer(offset) + shape + rest
+    )
+
+
+def archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", compression) as file:
+            file.writestr("a/data.pkl", content)
+            file.writestr("a/byteorder", b"little")
+            file.writestr("a/version", b"3\n")
+            file.writestr("a/data/0", bytes(64))
+
+    return write
+
+
+def legacy(content: bytes) -> Callable[[Path], object]:
+    """A file from before PyTorch 1.6 whose storages are nowhere."""
+    start = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    return lambda path: path.write_bytes(b"".join(start) + content + pickle.dumps([], 2))
+
+
+def safetensors_file(header: bytes, length: int | None = None) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
+
+
+def twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", pickle.dumps({}, 2))
+        file.writestr("b/data.pkl", pickle.dumps({}, 2))
+    path.write_bytes(path.read_bytes().replace(b"b/data.pkl", b"a/data.pkl"))
+
+
+DAMAGED = "is damaged or of another kind: copy it again"
+CODE = "needs code to be run"
+LARGE = "expected tensors no larger than the file"
+EXPANDED_COPY = (
+    b"\x80\x02ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n."  # would copy every row that is but claimed
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        pytest.param("a.pt", archive(pickled_tensor(GIGA, 0, GIGA, 1, legacy=False)), DAMAGED, id="storage"),
+        pytest.param("a.pt", archive(pickled_tensor(16, 0, GIGA, 1, legacy=False)), DAMAGED, id="size"),
+        pytest.param("a.pt", archive(pickled_tensor(16, GIGA, 16, 1, legacy=False)), DAMAGED, id="offset"),
+        pytest.param("a.pt", archive(pickled_tensor(16, 0, GIGA, 0, legacy=False)), LARGE, id="expanded"),
+        pytest.param("a.pt", legacy(pickled_tensor(GIGA, 0, GIGA, 1, legacy=True)), LARGE, id="legacy-storage"),
+        pytest.param("a.pt", legacy(pickled_tensor(16, 0, GIGA, 1, legacy=True)), LARGE, id="legacy-size"),
+        pytest.param("a.pt", legacy(pickled_tensor(16, 0, GIGA, 0, legacy=True)), LARGE, id="legacy-expanded"),
+        pytest.param("a.pt", archive(pickle.dumps(bytearray(9), 2)), CODE, id="bytearray"),
+        pytest.param("a.pt", legacy(pickle.dumps(bytearray(9), 2)), CODE, id="legacy-bytearray"),
+        pytest.param("a.pt", archive(EXPANDED_COPY), CODE, id="expanded-copy"),
+        pytest.param("a.pt", archive(b"\x80\x02ctorch.storage\nUntypedStorage\n."), CODE, id="untyped-storage"),
+        pytest.param("a.pt", archive(b"\x80\x02" + bytes(10**7), zipfile.ZIP_DEFLATED), DAMAGED, id="bomb"),
+        pytest.param("a.pt", twice, DAMAGED, id="two-of-a-name"),
+        pytest.param("a.pt", lambda path: path.write_bytes(b"\x80\x02X\xff\xff\xff\x7fa"), DAMAGED, id="text"),
+        pytest.param("a.safetensors", safetensors_file(b"{}", 90_000_000), DAMAGED, id="header-length"),
+        pytest.param("a.safetensors", safetensors_file(b"{}", 2**63), DAMAGED, id="header-length-absurd"),
+        pytest.param(
+            "a.safetensors",
+            safetensors_file(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'),
+            DAMAGED,
+            id="shape-that-overflows",
+        ),
+    ],
+)
+def test_claims_are_refused_and_never_allocated(name, make, message, tmp_path):
+    make(tmp_path / name)
+    torch.save({"a": torch.ones(3)}, tmp_path / "plain.pt")
+    read_state_dict(tmp_path / "plain.pt")  # what is imported and mapped on first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError) as caught:
+        read_state_dict(tmp_path / name)
+    assert message in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5  # KiB; each claims a gigabyte
+
+
+def test_overlapping_and_repeated_tensors_are_refused_or_read_as_they_are(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entry = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    header = f'{{"a":{entry},"b":{entry}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(InputError, match=DAMAGED):
+        read_state_dict(path)
+
+
+names = st.text(max_size=8) | st.sampled_from(["a.weight", "weight", "__metadata__", "module.a.weight"])
+numbers = st.integers(-1, 2**65) | st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 64])
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "BOOL", "U8", "F8_E4M3", "F4", "?"]),
+        "shape": st.lists(numbers, max_size=5),
+        "data_offsets": st.lists(numbers, min_size=2, max_size=2),
+    }
+)
+whole_entries = st.lists(st.integers(0, 3), max_size=5).map(
+    lambda shape: {
+        "dtype": "U8",
+        "shape": shape,
+        "data_offsets": [0, int(torch.tensor([1, *shape]).prod())],
+    }
+)
+
+
+@quick
+@given(
+    header=st.dictionaries(names, entries | whole_entries | st.dictionaries(names, names), max_size=2),
+    size=st.integers(0, 128),
+)
+def test_any_header_gives_tensors_or_one_line(header, size, tmp_path):
+    text = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    check_reading(path)
+
+
+@quick
+@given(content=st.binary(max_size=200), name=st.sampled_from(["a.pt", "a.safetensors"]))
+def test_any_bytes_give_tensors_or_one_line(content, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    check_reading(tmp_path / name)
+
+
+def check_reading(path: Path) -> None:
+    message = ""
+    try:
+        tensors = read_state_dict(path)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= path.stat().st_size
+        measure(tensors)
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+MODEL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv1d(4, 2, 1)))
+
+
+@quick
+@given(patterns=st.lists(st.text("[]!*?^-.01\\ab") | st.text(max_size=20), max_size=3), excluded=st.booleans())
+def test_any_pattern_chooses_layers_or_is_refused(patterns, excluded):
+    message = ""
+    try:
+        report = plan(MODEL, **{"exclude" if excluded else "include": patterns})
+        assert [layer.name for layer in report.layers] == ["0", "1.0", "1.1"]
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.binary(max_size=3)
+
+
+@quick
+@given(choices=st.dictionaries(st.sampled_from(list(Settings.__dataclass_fields__)), anything, max_size=3))
+def test_any_settings_are_valid_or_refused(choices):
+    try:
+        made = Settings(**choices)
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert made.steps >= 1
+        assert 0 <= made.tolerance < 1
+
+
+@quick
+@given(name=st.text(max_size=300), suffix=st.sampled_from([".pt", ".safetensors", ".json", ""]))
+def test_any_path_is_a_target_or_refused(name, suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        check_target(name + suffix)
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        str(error).encode()
+    assert not list(tmp_path.iterdir())
+
+
+PLANTED = """
+import os, sys, torch
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+torch.save({"w": torch.ones(1), "state_dict": Planted()}, "a.pt")
+from convsim_init.cli.main import main
+main(["inspect", "a.pt"])
+"""
+
+
+def test_a_planted_pickle_is_refused_and_not_run(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PLANTED], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "posix.mkdir" in done.stderr
+    assert not (tmp_path / "exploded").exists()
