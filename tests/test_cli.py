@@ -369,7 +369,7 @@ GONE = "gone/init.pt"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--seed", "3"], f"Missing argument 'MODEL' {SEE}", id="no-model"),
+        pytest.param(["--seed", "3"], f"Missing argument 'MODEL|FILE...' {SEE}", id="no-model"),
         pytest.param(
             ["--json", "list"],
             f"'list' is a command, not a model: write it before all options {SEE}",
