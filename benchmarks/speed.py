@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,12 +32,14 @@ from convsim_init.similarity import filter_bank
 RESULTS = Path(__file__).parent / "results"
 IMPORT_TORCH = [sys.executable, "-c", "import torch"]
 FEW_STEPS, MANY_STEPS = 4, 24
+SEEDS = 20
 TARGET = 0.1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="medians are over so many (default 5)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of the sweep (default {SEEDS})")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     options = parser.parse_args()
     lines = [
@@ -50,7 +53,7 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     print("\n".join(lines))
-    for part in (command_rows, step_rows, target_rows, scaling_rows):
+    for part in (command_rows, partial(sweep_rows, seeds=options.seeds), step_rows, target_rows, scaling_rows):
         for row in part(options.repeats):
             lines.append("| " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
@@ -98,6 +101,34 @@ def command_rows(repeats: int):
         for arguments in (["--help"], ["list"]):
             times = [run([*command, *arguments])[0] for _ in range(repeats)]
             yield (f"`convsim-init {arguments[0]}`", f"{statistics.median(times):.3f} s", "", "", "< 0.3 s")
+
+
+def sweep_rows(repeats: int, seeds: int):
+    """Several seeds in one command against one seed, time and peak memory of the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "convsim_init", "resnet18", "--force"]
+        many = [*command, "--seeds", f"0:{seeds}", "--out", str(Path(folder) / "s{seed}.safetensors")]
+        one = [*command, "--out", str(Path(folder) / "one.safetensors")]
+        parts = [lambda: run(many), lambda: run(one), lambda: run(IMPORT_TORCH)]
+        medians = [
+            [statistics.median(column) for column in zip(*part, strict=True)] for part in in_turn(parts, repeats)
+        ]
+        (seconds, memory), (one_seconds, _), (_, torch_memory) = medians
+        size = Path(one[-1]).stat().st_size / 2**20
+    yield (
+        f"`convsim-init resnet18 --seeds 0:{seeds} --out …`",
+        f"{seconds:.2f} s",
+        f"one command {one_seconds:.2f} s",
+        f"{seconds / one_seconds:.2f}",
+        f"≤ 12 for {SEEDS}",
+    )
+    yield (
+        f"its peak memory beyond `import torch`, over the model's {size:.0f} MiB",
+        f"{memory:.0f} MiB",
+        f"{torch_memory:.0f} MiB",
+        f"{(memory - torch_memory) / size:.2f}",
+        "≤ 5",
+    )
 
 
 def step_rows(repeats: int):

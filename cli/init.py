@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from convsim_init.devices import check_device_name, find_device
+from convsim_init.devices import check_device_name
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
-from convsim_init.plots import check_plot, choose_layer, figure_of_run, save_figure
+from convsim_init.plots import check_plot
 from convsim_init.record import SUFFIXES as RECORD_SUFFIXES
-from convsim_init.record import save_record
-from convsim_init.report import LayerReport, Outcome
+from convsim_init.runs import Files, plan_runs
+from convsim_init.seeds import parse_seeds
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
-from .ending import ending_at_once
-from .source import ModelOptions, Whole, check_sources, like_option, load, model_options
+from .run import Choices, carry_out, failure
+from .source import ModelOptions, Whole, check_sources, is_file, like_option, model_options
+from .sweep import sweep
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -33,6 +35,9 @@ package.module:function or path/to/file.py:function. Its convolutions are drawn 
 moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
 weights in a FILE (.safetensors, .pt, .pth). What is written is an ordinary full state dict. Without --out nothing is
 written: the table alone shows what would be gained.
+
+Several MODELs and seeds are initialized one after the other, a line of the result for each; what was written before is
+kept. {model} and {seed} in a file's name stand for the run's.
 """
 EPILOG = """\b
 Examples:
@@ -41,6 +46,7 @@ Examples:
   convsim-init timm:convnext_atto --model-arg drop_path_rate=0.1
   convsim-init weights.pt --like timm:regnety_002 --out init.safetensors
   convsim-init cifar_resnet18 --exclude conv1 --steps 50 --out init.safetensors
+  convsim-init resnet18 resnet34 --seeds 0:5 --out '{model}-s{seed}.safetensors'
   convsim-init resnet18 --preset paper --steps 200 --json
 """
 
@@ -54,9 +60,10 @@ class MainCommand(click.Command):
 
 
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
-@click.argument("model", metavar="MODEL|FILE")
+@click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
 @model_options
+@click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
 @like_option
 @click.option(
     "--base",
@@ -91,18 +98,19 @@ class MainCommand(click.Command):
 @click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw what it did: .png, .svg, .pdf.")
 @click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps are drawn. Default: the most changed.")
-@click.option("--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def init(
     ctx: click.Context,
     /,
-    model: str,
+    models: tuple[str, ...],
     out: Path | None,
     how: ModelOptions,
+    seeds: str | None,
     like: str | None,
     base: Base,
     preset: Preset,
@@ -119,93 +127,81 @@ def init(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    debug: bool,
     **choices: Any,
 ) -> None:
     """Run the main command; what can be refused without torch is refused before it is loaded."""
     chosen = {name: value for name, value in choices.items() if value is not None}
     settings = replace(Settings.preset(preset), **chosen)
-    _check_command(ctx, model)
-    check_sources([model], how, like, drawn=base != "model")
+    _check_commands(ctx, models)
+    check_sources(models, how, like, drawn=base != "model")
     check_device_name(device)
     if plot_layer is not None and plot is None:
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
-    if record is not None:
-        check_target(record, overwrite=force, suffixes=RECORD_SUFFIXES)
-    if plot is not None:
-        check_plot(plot, overwrite=force)
     forced = force and record is None and plot is None
     file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": forced}
-    target = _check_out(out, [option for option, value in file_options.items() if value], force)
+    useless = [option for option, value in file_options.items() if value]
+    if out is None and useless:
+        raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
+    runs = plan_runs(_starts(models, how, seeds, drawn=base != "model"), Files(out, record, plot))
+    alone = len(models) == 1 and seeds is None
+    for run in runs:
+        _check_files(run.files, overwrite=force or not alone)
 
-    with ending_at_once():
-        import torch
-
-        from convsim_init.base import draw_base_
-        from convsim_init.checkpoint import save_checkpoint
-        from convsim_init.initialize import initialize_, plan
-        from convsim_init.snapshot import take_snapshot
-
-    place = find_device(device)
-    start = load(model, how, like)
-    network, seed = start.content, start.seed
-    if dry_run:
-        report = plan(network, settings=settings, include=include, exclude=exclude)
-    else:
-        if base != "model":
-            seed = how.seed or 0
-            draw_base_(network, base, seed=seed, include=include, exclude=exclude)
-        before = None if record is None and plot is None else take_snapshot("before", network, copy=True)
-        if before is not None and plot_layer is not None:
-            choose_layer([before], plot_layer)
-        progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
-        report = initialize_(
-            network, settings=settings, include=include, exclude=exclude, device=place, progress=progress
-        )
-        if before is not None:
-            after = take_snapshot("after", network)
-            report = report.with_measures(before.report, after.report)
-    report.model, report.seed, report.base = start.name, seed, base
-    report.remarks += start.remarks
-    failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
-    if target is not None and not dry_run and not failed:
-        save_checkpoint(
-            network,
-            target,
-            report=report,
-            prefix=prefix or "",
-            convs_only=convs_only,
-            dtype=getattr(torch, dtype or "float32"),
-            overwrite=force,
-        )
-        report.file, report.file_bytes = str(target), target.stat().st_size
-    if not dry_run and not failed:
-        if record is not None:
-            save_record(report, record, overwrite=force)
-        if plot is not None and before is not None:
-            save_figure(figure_of_run(report, before, after, layer=plot_layer), plot, overwrite=force)
+    options = Choices(
+        settings=settings,
+        how=how,
+        like=like,
+        base=base,
+        include=include,
+        exclude=exclude,
+        device=device,
+        convs_only=convs_only,
+        prefix=prefix or "",
+        dtype=dtype or "float32",
+        plot_layer=plot_layer,
+        force=force,
+        dry_run=dry_run,
+    )
+    progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    if not alone:
+        sweep(runs, options, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
+        return
+    report = carry_out(runs[0], options, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         click.echo(str(report))
-    if failed:
-        raise RunError(_failure(failed))
+    failed = failure(report)
+    if failed is not None:
+        raise RunError(failed)
 
 
-def _check_command(ctx: click.Context, model: str) -> None:
+def _check_commands(ctx: click.Context, models: Sequence[str]) -> None:
     group = ctx.parent.command if ctx.parent else None
-    if isinstance(group, click.Group) and model in group.commands:
-        raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
+    for model in models:
+        if isinstance(group, click.Group) and model in group.commands:
+            raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
 
 
-def _check_out(out: Path | None, file_options: list[str], force: bool) -> Path | None:
-    if out is not None:
-        return check_target(out, overwrite=force)
-    if file_options:
-        raise click.UsageError(f"{', '.join(file_options)}: nothing is written without --out")
-    return None
+def _starts(
+    models: Sequence[str], how: ModelOptions, seeds: str | None, *, drawn: bool
+) -> list[tuple[str, int | None]]:
+    """Model and seed of each run; a file has a seed only if weights are drawn anew."""
+    if seeds is None:
+        return [(model, how.seed or 0 if drawn or not is_file(model) else None) for model in models]
+    if how.seed is not None:
+        raise click.UsageError("--seed and --seeds: choose one")
+    for model in models:
+        if is_file(model) and not drawn:
+            raise click.UsageError(f"--seeds: {model!r} has its weights already; --base draws them anew")
+    return [(model, seed) for model in models for seed in parse_seeds(seeds)]
 
 
-def _failure(failed: list[LayerReport]) -> str:
-    first, others = failed[0], len(failed) - 1
-    more = f" and {others} more" if others else ""
-    return f"{first.name}{more} failed, {first.reason}; nothing was written; --exclude leaves a layer alone"
+def _check_files(files: Files, *, overwrite: bool) -> None:
+    if files.record is not None:
+        check_target(files.record, overwrite=overwrite, suffixes=RECORD_SUFFIXES)
+    if files.plot is not None:
+        check_plot(files.plot, overwrite=overwrite)
+    if files.out is not None:
+        check_target(files.out, overwrite=overwrite)

@@ -33,7 +33,7 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the usage of the default command and of the others."""
-        formatter.write_usage(ctx.command_path, "MODEL|FILE [--out PATH] [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "MODEL|FILE... [--out PATH] [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="   or: ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

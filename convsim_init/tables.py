@@ -67,6 +67,12 @@ def report_table(data: Mapping[str, Any]) -> Table:
     return Table(header, rows, [_counts(data), *_remarks(data), *_change_of_totals(data), *_common(note), end])
 
 
+def report_cells(data: Mapping[str, Any]) -> list[str]:
+    """What `Report.to_dict` returns in a few words: outcomes, the change of the normalized similarity if any, time."""
+    before, after = data["totals"]["before"], data["totals"]["after"]
+    return [_outcomes(data["totals"]), *(_change(before, after) if after else ()), f"{data['seconds']:.2f} s"]
+
+
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines, columns two spaces apart, empty ones left out."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -141,9 +147,12 @@ def _measured_table(data: Mapping[str, Any]) -> Table:
 
 
 def _counts(data: Mapping[str, Any]) -> str:
-    totals = data["totals"]
-    counts = ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
-    return f"{printable(data['model'] or 'model')}, {totals['layers']} convolutions: {counts}"
+    name = printable(data["model"] or "model")
+    return f"{name}, {data['totals']['layers']} convolutions: {_outcomes(data['totals'])}"
+
+
+def _outcomes(totals: Mapping[str, Any]) -> str:
+    return ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:
