@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -15,6 +16,8 @@ from convsim_init.settings import Channels
 from convsim_init.similarity import computing_bank
 from convsim_init.standardized import ForwardWeight, has_forward_of_its_own
 from convsim_init.weights import EntryWeight, Weight, held_weight
+
+LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
 
 class Layer:
@@ -137,6 +140,9 @@ def find_layers(
 def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     """Why the filters of a bank ``[G, M, C, *kernel_size]`` form no pair whose similarity could be lowered."""
     groups, filters = bank.shape[:2]
+    taps = math.prod(bank.shape[3:])
+    if taps * math.prod(2 * size - 1 for size in bank.shape[3:]) > LARGEST_BASIS:
+        return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
     if filters == 1:
         many = "; channels='all' would compare them" if channels == "matched" and groups > 1 else ""
         return "one filter per group shares its channels with no other" + many if groups > 1 else "only one filter"

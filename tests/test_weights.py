@@ -196,6 +196,18 @@ def test_a_trial_pass_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_kernels_too_large_for_memory_are_left_alone():
+    model = nn.Sequential(nn.Conv1d(1, 2, 100_000), nn.Conv2d(1, 2, 46), nn.Conv1d(1, 2, 3))
+    report = ci.initialize_(model, settings=QUICK)
+    assert "100000 taps are too large" in report.layers[0].reason
+    assert "2116 taps are too large" in report.layers[1].reason
+    assert report.layers[2].outcome is ci.Outcome.INITIALIZED
+    measured = ci.measure(model.state_dict())
+    assert [layer.outcome.value for layer in measured.layers] == ["skipped", "skipped", "skipped"]
+    assert "100000 taps are too large" in measured.layers[0].reason
+    assert torch.equal(ci.convsim_(model[0].weight.detach().clone()), model[0].weight)
+
+
 # The old and the new weight_norm
 
 
