@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import convsim_init as ci
 from convsim_init.layers import find_layers
-from convsim_init.similarity import filter_norms
+from convsim_init.similarity import filter_norms, nonzero
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["model", "outcome", "parameters", "layers", "treated", "largest_norm_error", "skipped", "seconds", "detail"]
@@ -128,7 +128,9 @@ def check(spec: str, steps: int) -> dict[str, object]:
     )
     names = {layer.name for layer in treated}
     after = {layer.name: layer for layer in find_layers(model) if layer.name in names}
-    errors = [float((norms_of(layer) / norms[name] - 1).abs().nan_to_num().max()) for name, layer in after.items()]
+    errors = [
+        float(((norms_of(layer) - norms[name]) / nonzero(norms[name])).abs().max()) for name, layer in after.items()
+    ]
     allowed = [NORM_ERROR[layer.weight.sources[0].dtype] for layer in after.values()]
     expect(
         all(error <= bound for error, bound in zip(errors, allowed, strict=True)),

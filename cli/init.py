@@ -68,9 +68,10 @@ class MainCommand(click.Command):
 @click.option(
     "--base",
     type=click.Choice(BASES),
+    metavar="SCHEME",
     default="model",
-    help="""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default. Default: model,
-    as they are.""",
+    help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
+    {", ".join(BASES[1:])}. Default: {BASES[0]}, as they are.""",
 )
 @click.option(
     "--preset",
