@@ -83,7 +83,7 @@ def rows_of(records: Iterable[Record], case: Case) -> tuple[float, list[Row]]:
 
 
 def steps_to(threshold: float, run: Record) -> tuple[float, bool]:
-    """Steps until test accuracy first reaches a threshold, between two tests by a straight line; whether it ever did."""
+    """Steps until test accuracy first reaches a threshold, interpolated between tests; and whether it ever does."""
     tested = list(zip(points(run.case.steps), run.curve, strict=True))
     if tested[0][1] >= threshold:
         return tested[0][0], True
@@ -125,7 +125,8 @@ def table(records: Iterable[Record], case: Case) -> list[str]:
         "",
         f"{case.steps} steps; threshold {threshold:.1%}.",
         "",
-        "| arm | rate | seeds | accuracy, % | gain over base, points | steps to threshold | fewer than base, % | missed |",
+        "| arm | rate | seeds | accuracy, % | gain over base, points "
+        "| steps to threshold | fewer than base, % | missed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -40,9 +40,9 @@ MOST_EXTENSIONS = 2
 FIRST_TUNING_SEED = 1000
 ABOUT = [
     "Made by `python benchmarks/training.py`. Each arm at the learning rate that was best for it on tuning seeds; then "
-    "fresh seeds, the same for all arms. Mean ± standard error; differences to the base in pairs of equal seeds, ± half "
-    "of the 95 % interval (Student's t). Threshold: 90 % of the base's mean final accuracy; runs that miss it count with "
-    "all their steps.",
+    "fresh seeds, the same for all arms. Mean ± standard error; differences to the base in pairs of equal seeds, ± "
+    "half of the 95 % interval (Student's t). Threshold: 90 % of the base's mean final accuracy; runs that miss it "
+    "count with all their steps.",
     "",
 ]
 
