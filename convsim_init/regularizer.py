@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -11,7 +12,7 @@ from convsim_init.errors import InputError
 from convsim_init.gradient import quick_similarity
 from convsim_init.layers import find_convolutions, find_layers, lone_obstacle, used_weight
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
-from convsim_init.similarity import computing_bank, full_precision, normalized_similarity
+from convsim_init.similarity import computing_bank, full_precision
 
 
 class ConvolutionalSimilarity:
@@ -75,10 +76,7 @@ class ConvolutionalSimilarity:
     def __call__(self) -> Tensor:
         """The sum, a scalar on the device of the first layer that counts; differentiable once."""
         terms = [self._similarity(module) for module in self._modules.values()]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term.to(total.device)
-        return total
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def _similarity(self, module: _ConvNd) -> Tensor:
         weight = used_weight(module).compute()
@@ -86,6 +84,4 @@ class ConvolutionalSimilarity:
             bank = computing_bank(
                 weight, groups=module.groups, transposed=module.transposed, channels=self._channels
             )  # [G, M, C, *kernel_size]
-            if self._normalized:
-                return normalized_similarity(bank, self._pairs, self._channels, raw=quick_similarity)
-            return quick_similarity(bank, self._pairs, self._channels)
+            return quick_similarity(bank, self._pairs, self._channels, normalized=self._normalized)

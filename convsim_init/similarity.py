@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -61,7 +61,11 @@ def convolutional_similarity(
     bank = filter_bank(weight, groups=groups, transposed=transposed, channels=channels)  # [G, M, C, *kernel_size]
     with full_precision(weight.device):
         bank = bank.to(accumulation_dtype(weight.dtype))
-        return normalized_similarity(bank, pairs, channels) if normalized else bank_similarity(bank, pairs, channels)
+        if not normalized:
+            return bank_similarity(bank, pairs, channels)
+        norms = filter_norms(bank)  # [G, M]
+        unit = (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
+        return bank_similarity(unit, pairs, channels) / count_pairs(norms > 0, pairs).clamp(min=1)
 
 
 def bank_similarity(bank: Tensor, pairs: Pairs, channels: Channels) -> Tensor:
@@ -70,15 +74,6 @@ def bank_similarity(bank: Tensor, pairs: Pairs, channels: Channels) -> Tensor:
     spectrum = torch.einsum("nt,gmct->ngcm", basis, bank.reshape(*bank.shape[:3], -1))
     power = power_spectrum(spectrum, channels)  # [F, G, C, M]
     return torch.sum(power * partner_power(power, pairs)) / 2
-
-
-def normalized_similarity(
-    bank: Tensor, pairs: Pairs, channels: Channels, raw: Callable[[Tensor, Pairs, Channels], Tensor] = bank_similarity
-) -> Tensor:
-    """Mean over pairs of the similarity of the unit filters, of which ``raw`` computes the sum."""
-    norms = filter_norms(bank)  # [G, M]
-    unit = (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
-    return raw(unit, pairs, channels) / count_pairs(norms > 0, pairs).clamp(min=1)
 
 
 def filter_bank(weight: Tensor, *, groups: int = 1, transposed: bool = False, channels: Channels = "matched") -> Tensor:

@@ -12,44 +12,54 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
 from convsim_init.gradient import quick_similarity
-from convsim_init.similarity import bank_similarity
+from convsim_init.similarity import filter_bank
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
 
 
 @choices
-@pytest.mark.parametrize(
-    "shape", [(1, 5, 3, 3, 3), (2, 4, 3, 2, 5), (1, 6, 4, 1, 1), (1, 3, 2, 4), (3, 3, 2, 2, 3, 2)], ids=str
-)
-def test_quick_similarity_is_the_definition(shape, pairs, channels):
-    if channels == "all":
-        shape = (1, *shape[1:])
-    bank = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    expected, actual = bank_similarity(bank, pairs, channels), quick_similarity(bank, pairs, channels)
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (8, 3, 2, 5), (6, 4, 1, 1), (4, 2, 4), (4, 3, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_quick_similarity_is_the_definition(shape, groups, normalized, pairs, channels):
+    weight = torch.randn(2 * shape[0], *shape[1:], dtype=torch.float64, requires_grad=True)
+    bank = filter_bank(weight, groups=groups, channels=channels)
+    actual = quick_similarity(bank, pairs, channels, normalized=normalized)
+    expected = ci.convolutional_similarity(weight, groups=groups, pairs=pairs, channels=channels, normalized=normalized)
     torch.testing.assert_close(actual, expected)
-    for value in (expected, actual):
-        value.mul(3).backward()
-        bank.grad, gradient = None, bank.grad
-        if value is expected:
-            wanted = gradient
+    (gradient,), (wanted,) = (torch.autograd.grad(3 * value, weight) for value in (actual, expected))
     torch.testing.assert_close(gradient, wanted)
 
 
 @choices
-def test_gradcheck(pairs, channels):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_gradcheck(pairs, channels, normalized):
     bank = torch.randn(1, 4, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda b: quick_similarity(b, pairs, channels), bank)
+    assert torch.autograd.gradcheck(lambda b: quick_similarity(b, pairs, channels, normalized=normalized), bank)
 
 
-def test_a_layer_of_several_blocks(monkeypatch):
-    monkeypatch.setattr("convsim_init.fourier.VALUES_PER_BLOCK", 1)
-    test_quick_similarity_is_the_definition((2, 4, 3, 3, 3), "all", "matched")
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_layer_of_several_blocks(normalized, monkeypatch):
+    monkeypatch.setattr("convsim_init.gradient.VALUES_PER_BLOCK", 1)
+    test_quick_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched")
+
+
+def test_filters_that_are_zero_have_no_gradient_and_harm_none():
+    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    weight[2] = 0
+    weight.requires_grad_()
+    actual = quick_similarity(weight[None], "all", "matched", normalized=True)
+    torch.testing.assert_close(actual, ci.convolutional_similarity(weight, normalized=True))
+    (gradient,) = torch.autograd.grad(actual, weight)
+    assert gradient.isfinite().all()
+    (wanted,) = torch.autograd.grad(ci.convolutional_similarity(weight, normalized=True), weight)
+    torch.testing.assert_close(gradient[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
     bank = torch.randn(1, 3, 2, 3, 3, requires_grad=True)
-    value = quick_similarity(bank, "all", "matched")
+    value = quick_similarity(bank, "all", "matched", normalized=False)
     (gradient,) = torch.autograd.grad(value * bank.sum(), bank, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
