@@ -66,7 +66,7 @@ def _value_and_gradient(
     points, frequencies = len(basis), len(basis) // 2 + 1
     step = inputs if channels == "all" else max(1, VALUES_PER_BLOCK // (points * groups * filters))
     values, gradients = [], []
-    for some in kernels.split(step, dim=2):
+    for some in torch.split(kernels, step, dim=2):
         spectrum = basis @ some.permute(3, 0, 2, 1).reshape(taps, -1)  # [N, G c M]
         spectrum = spectrum.view(points, groups, -1, filters)
         power = power_spectrum(spectrum, channels)  # [F, G, c, M]
