@@ -5,6 +5,8 @@ Letters: G groups, M filters of a group, C input channels of a group, T taps, N 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,10 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from convsim_init.settings import Channels, Pairs
 from convsim_init.similarity import (
+    bank_weight,
+    computing_bank,
     count_pairs,
     filter_norms,
+    full_precision,
     nonzero,
     partner_power,
+    per_filter,
     power_spectrum,
     real_fourier_basis,
 )
@@ -25,43 +31,62 @@ from convsim_init.similarity import (
 VALUES_PER_BLOCK = 2**20  # of a spectrum: what stays in a core's cache
 
 
-def quick_similarity(bank: Tensor, pairs: Pairs, channels: Channels, *, normalized: bool) -> Tensor:
-    """Convolutional Similarity of a bank ``[G, M, C, *kernel_size]``, float32 or float64; differentiable once."""
-    similarity: Tensor = _Similarity.apply(bank, pairs, channels, normalized)  # type: ignore[no-untyped-call]
-    return similarity
+@dataclass(frozen=True)
+class Layout:
+    """How the weight of a convolution is to be read: its groups, and whether it is that of a transposed one."""
+
+    groups: int = 1
+    transposed: bool = False
 
 
-class _Similarity(torch.autograd.Function):
-    """With P the power of the spectrum X and Q that of the partners, CS = <P, Q> / 2 and dCS/dX = 2 Q X."""
+def summed_similarity(
+    weights: Sequence[Tensor], layouts: Sequence[Layout], pairs: Pairs, channels: Channels, *, normalized: bool
+) -> Tensor:
+    """Sum of `convolutional_similarity` over weights, on the device of the first; differentiable once.
 
+    One node of the autograd graph for all of them: for small layers a node each costs more than the arithmetic.
+    """
+    total: Tensor = _Sum.apply(layouts, pairs, channels, normalized, *weights)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, bank: Tensor, pairs: Pairs, channels: Channels, normalized: bool) -> Tensor:
-        kernels = bank.flatten(3)  # [G, M, C, T]
-        if not normalized:
-            value, gradient = _value_and_gradient(kernels, bank.shape[3:], pairs, channels)
-        else:
-            lengths = filter_norms(bank)[..., None, None]  # [G, M, 1, 1]
-            norms = nonzero(lengths).to(bank.dtype)
-            unit = kernels / norms
-            value, gradient = _value_and_gradient(unit, bank.shape[3:], pairs, channels)
-            scale = 1 / count_pairs(lengths[..., 0, 0] > 0, pairs).clamp(min=1)
-            along = (unit * gradient).sum((2, 3), keepdim=True)
-            value, gradient = scale * value, (gradient - along * unit) * (scale / norms)
-        ctx.save_for_backward(gradient.view(bank.shape))
-        return value
+    def forward(
+        ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
+    ) -> Tensor:
+        values, gradients = [], []
+        for weight, layout in zip(weights, layouts, strict=True):
+            with full_precision(weight.device):
+                bank = computing_bank(weight, groups=layout.groups, transposed=layout.transposed, channels=channels)
+                value, gradient = (_normalized if normalized else _raw)(bank, pairs, channels)
+            values.append(value.to(weights[0].device))
+            wide = bank_weight(gradient, groups=layout.groups, transposed=layout.transposed)
+            gradients.append(wide.to(weight.dtype))
+        ctx.save_for_backward(*gradients)
+        return sum(values[1:], values[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return outer * gradient, None, None, None
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [(outer.to(gradient.device) * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors]
+        return None, None, None, None, *gradients
 
 
-def _value_and_gradient(
-    kernels: Tensor, kernel_size: tuple[int, ...], pairs: Pairs, channels: Channels
-) -> tuple[Tensor, Tensor]:
-    """Raw similarity of kernels ``[G, M, C, T]``, and its gradient of that shape."""
-    basis, twice_adjoint = _basis(kernel_size, kernels.dtype, kernels.device)  # [N, T], [T, N]
+def _normalized(bank: Tensor, pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
+    lengths = filter_norms(bank)  # [G, M]
+    norms = per_filter(nonzero(lengths), bank).to(bank.dtype)
+    unit = bank / norms
+    value, gradient = _raw(unit, pairs, channels)
+    scale = (1 / count_pairs(lengths > 0, pairs).clamp(min=1)).to(bank.dtype)
+    along = (unit * gradient).flatten(2).sum(2)  # [G, M]
+    return scale * value, gradient.sub_(per_filter(along, bank) * unit).mul_(scale / norms)
+
+
+def _raw(bank: Tensor, pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
+    """With P the power of the spectrum X and Q that of the partners, CS = <P, Q> / 2 and dCS/dX = 2 Q X."""
+    basis, twice_adjoint = _basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T], [T, N]
+    kernels = bank.flatten(3)  # [G, M, C, T]
     groups, filters, inputs, taps = kernels.shape
     points, frequencies = len(basis), len(basis) // 2 + 1
     step = inputs if channels == "all" else max(1, VALUES_PER_BLOCK // (points * groups * filters))
@@ -76,9 +101,7 @@ def _value_and_gradient(
         spectrum[frequencies:] *= partners[1:]
         gradient = twice_adjoint @ spectrum.view(points, -1)  # [T, G c M]
         gradients.append(gradient.view(taps, groups, -1, filters).permute(1, 3, 2, 0))  # [G, M, c, T]
-    if len(values) == 1:
-        return values[0], gradients[0].contiguous()
-    return torch.stack(values).sum(), torch.cat(gradients, dim=2).contiguous()
+    return sum(values[1:], values[0]), torch.cat(gradients, dim=2).view(bank.shape)
 
 
 @lru_cache(maxsize=64)

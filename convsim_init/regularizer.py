@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.errors import InputError
-from convsim_init.gradient import quick_similarity
+from convsim_init.gradient import Layout, summed_similarity
 from convsim_init.layers import find_convolutions, find_layers, lone_obstacle, used_weight
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
-from convsim_init.similarity import computing_bank, full_precision
 
 
 class ConvolutionalSimilarity:
@@ -75,13 +72,11 @@ class ConvolutionalSimilarity:
 
     def __call__(self) -> Tensor:
         """The sum, a scalar on the device of the first layer that counts; differentiable once."""
-        terms = [self._similarity(module) for module in self._modules.values()]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-    def _similarity(self, module: _ConvNd) -> Tensor:
-        weight = used_weight(module).compute()
-        with full_precision(weight.device):
-            bank = computing_bank(
-                weight, groups=module.groups, transposed=module.transposed, channels=self._channels
-            )  # [G, M, C, *kernel_size]
-            return quick_similarity(bank, self._pairs, self._channels, normalized=self._normalized)
+        modules = self._modules.values()
+        return summed_similarity(
+            [used_weight(module).compute() for module in modules],
+            [Layout(module.groups, module.transposed) for module in modules],
+            self._pairs,
+            self._channels,
+            normalized=self._normalized,
+        )

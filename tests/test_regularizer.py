@@ -11,8 +11,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
-from convsim_init.gradient import quick_similarity
-from convsim_init.similarity import filter_bank
+from convsim_init.gradient import Layout, summed_similarity
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
@@ -22,10 +21,9 @@ choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("shape", [(5, 3, 3, 3), (8, 3, 2, 5), (6, 4, 1, 1), (4, 2, 4), (4, 3, 2, 2, 3)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_quick_similarity_is_the_definition(shape, groups, normalized, pairs, channels):
+def test_its_similarity_is_the_definition(shape, groups, normalized, pairs, channels):
     weight = torch.randn(2 * shape[0], *shape[1:], dtype=torch.float64, requires_grad=True)
-    bank = filter_bank(weight, groups=groups, channels=channels)
-    actual = quick_similarity(bank, pairs, channels, normalized=normalized)
+    actual = summed_similarity([weight], [Layout(groups)], pairs, channels, normalized=normalized)
     expected = ci.convolutional_similarity(weight, groups=groups, pairs=pairs, channels=channels, normalized=normalized)
     torch.testing.assert_close(actual, expected)
     (gradient,), (wanted,) = (torch.autograd.grad(3 * value, weight) for value in (actual, expected))
@@ -35,21 +33,24 @@ def test_quick_similarity_is_the_definition(shape, groups, normalized, pairs, ch
 @choices
 @pytest.mark.parametrize("normalized", [False, True])
 def test_gradcheck(pairs, channels, normalized):
-    bank = torch.randn(1, 4, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda b: quick_similarity(b, pairs, channels, normalized=normalized), bank)
+    weights = [torch.randn(4, 2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    layouts = [Layout(2), Layout(2, transposed=True)]
+    assert torch.autograd.gradcheck(
+        lambda *ws: summed_similarity(ws, layouts, pairs, channels, normalized=normalized), weights
+    )
 
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_layer_of_several_blocks(normalized, monkeypatch):
     monkeypatch.setattr("convsim_init.gradient.VALUES_PER_BLOCK", 1)
-    test_quick_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched")
+    test_its_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched")
 
 
 def test_filters_that_are_zero_have_no_gradient_and_harm_none():
     weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
     weight[2] = 0
     weight.requires_grad_()
-    actual = quick_similarity(weight[None], "all", "matched", normalized=True)
+    actual = summed_similarity([weight], [Layout()], "all", "matched", normalized=True)
     torch.testing.assert_close(actual, ci.convolutional_similarity(weight, normalized=True))
     (gradient,) = torch.autograd.grad(actual, weight)
     assert gradient.isfinite().all()
@@ -58,9 +59,9 @@ def test_filters_that_are_zero_have_no_gradient_and_harm_none():
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
-    bank = torch.randn(1, 3, 2, 3, 3, requires_grad=True)
-    value = quick_similarity(bank, "all", "matched", normalized=False)
-    (gradient,) = torch.autograd.grad(value * bank.sum(), bank, create_graph=True)
+    weight = torch.randn(3, 2, 3, 3, requires_grad=True)
+    value = summed_similarity([weight], [Layout()], "all", "matched", normalized=False)
+    (gradient,) = torch.autograd.grad(value * weight.sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -218,6 +219,15 @@ def test_under_autocast_it_is_computed_in_full_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = term()
     torch.testing.assert_close(actual, ci.convolutional_similarity(model.weight))
+
+
+def test_half_precision_passes_gradients_of_its_own_dtype():
+    model = nn.Conv2d(8, 16, 3).to(torch.bfloat16)
+    term = ci.ConvolutionalSimilarity(model)()
+    torch.testing.assert_close(term, ci.convolutional_similarity(model.weight))
+    term.backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.dtype == torch.bfloat16
 
 
 def test_under_distributed_data_parallel_every_process_adds_the_same_gradient(tmp_path):
