@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## write init.safetensors: a ResNet-18 to train from
 	$(BIN)/convsim-init resnet18 --out init.safetensors --force
 
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # What reads and writes files and parses options, with the oldest packages that pyproject.toml allows.
 test-lowest: $(LOWEST)/.installed

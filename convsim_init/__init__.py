@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from convsim_init.loading import load_checkpoint
     from convsim_init.models import UnknownModelError, build_model
     from convsim_init.redundancy import measure
+    from convsim_init.regularizer import ConvolutionalSimilarity
     from convsim_init.report import LayerReport, Outcome, Report
     from convsim_init.settings import Settings
     from convsim_init.similarity import convolutional_similarity
 
 _HOMES = {
+    "ConvolutionalSimilarity": "regularizer",
     "InputError": "errors",
     "LayerReport": "report",
     "LoadReport": "load_report",
@@ -45,6 +47,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ConvolutionalSimilarity",
     "InputError",
     "LayerReport",
     "LoadReport",

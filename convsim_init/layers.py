@@ -137,6 +137,20 @@ def find_layers(
     return layers
 
 
+def used_weight(module: _ConvNd) -> Weight:
+    """The weight that a convolution's forward pass uses."""
+    weight = held_weight(module)
+    return ForwardWeight(module, weight) if has_forward_of_its_own(module) else weight
+
+
+def lone_obstacle(filters: int, groups: int, channels: Channels) -> str | None:
+    """Why filters form no pair whatever their values are, given how many of them there are in a group."""
+    if filters > 1:
+        return None
+    many = "; channels='all' would compare them" if channels == "matched" and groups > 1 else ""
+    return "one filter per group shares its channels with no other" + many if groups > 1 else "only one filter"
+
+
 def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     """Why the filters of a bank ``[G, M, C, *kernel_size]`` form no pair whose similarity could be lowered."""
     groups, filters = bank.shape[:2]
@@ -144,8 +158,7 @@ def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     if taps * math.prod(2 * size - 1 for size in bank.shape[3:]) > LARGEST_BASIS:
         return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
     if filters == 1:
-        many = "; channels='all' would compare them" if channels == "matched" and groups > 1 else ""
-        return "one filter per group shares its channels with no other" + many if groups > 1 else "only one filter"
+        return lone_obstacle(filters, groups, channels)
     alive = bank.flatten(2).ne(0).any(-1).sum(-1)  # [G]
     if not alive.any():
         return "all weights are zero"
@@ -155,10 +168,7 @@ def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
 
 
 def _layer_of(name: str, module: _ConvNd) -> Layer:
-    weight = held_weight(module)
-    if has_forward_of_its_own(module):
-        weight = ForwardWeight(module, weight)
-    return Layer(name, type(module).__name__, weight, groups=module.groups, transposed=module.transposed)
+    return Layer(name, type(module).__name__, used_weight(module), groups=module.groups, transposed=module.transposed)
 
 
 def _unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:

@@ -70,12 +70,12 @@ class ForwardWeight(Weight):
                 return None
         return f"{kind} computes its weight from the parameter in a way that is not known here"
 
-    def read(self) -> Tensor:
+    def compute(self) -> Tensor:
         """The weight that a forward pass hands to the convolution."""
         module, held = self._module, self._held.read()
         size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
         try:
-            with torch.no_grad(), evaluating(module), _Capture(held.shape):
+            with evaluating(module), _Capture(held.shape):
                 module(held.new_zeros(1, module.in_channels, *size))
         except _CapturedError as captured:
             return captured.weight
@@ -140,5 +140,5 @@ class _Capture(TorchFunctionMode):
         if func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if list(weight.shape) == self._shape:
-                raise _CapturedError(weight.detach())
+                raise _CapturedError(weight)
         return func(*args, **kwargs)

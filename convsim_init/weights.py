@@ -49,9 +49,14 @@ class Weight:
             return f"its dtype {self.sources[0].dtype} is not treated"
         return "its weight is empty" if 0 in self.shape else None
 
+    def compute(self) -> Tensor:
+        """The weight that is used, differentiable by the sources."""
+        return self.sources[0]
+
     def read(self) -> Tensor:
         """The weight that is used, detached; it may share memory with the sources."""
-        return self.sources[0].detach()
+        with torch.no_grad():
+            return self.compute().detach()
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
@@ -85,10 +90,10 @@ class ParametrizedWeight(Weight):
         """Its shape; empty while a lazy module has none."""
         return [] if any(is_lazy(source) for source in self.sources) else list(self.read().shape)
 
-    def read(self) -> Tensor:
+    def compute(self) -> Tensor:
         """The weight that is computed, in evaluation mode: spectral_norm's would change its buffers in training."""
-        with torch.no_grad(), evaluating(self._module.parametrizations):  # type: ignore[arg-type]
-            return self._module.weight.detach()
+        with evaluating(self._module.parametrizations):  # type: ignore[arg-type]
+            return self._module.weight
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
@@ -108,10 +113,9 @@ class NormedWeight(Weight):
         super().__init__(module.weight_v, module.weight_g)  # type: ignore[arg-type]
         self._module, self._hook = module, hook
 
-    def read(self) -> Tensor:
+    def compute(self) -> Tensor:
         """What the hook computes."""
-        with torch.no_grad():
-            weight: Tensor = self._hook.compute_weight(self._module)
+        weight: Tensor = self._hook.compute_weight(self._module)
         return weight
 
     @torch.no_grad()

@@ -1,4 +1,8 @@
+import os
 from collections.abc import Callable
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out already; for processes that tests start, too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -152,10 +152,10 @@ def test_every_module_says_what_it_is_for(name):
 
 GROUPS = {
     "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
-    "tensors": {"similarity", "fourier", "filters", "descent", "correlation", "parallel", "dtypes"},
+    "tensors": {"similarity", "fourier", "gradient", "filters", "descent", "correlation", "parallel", "dtypes"},
     "modules": {
-        *("layers", "weights", "standardized", "entries"),
-        *("base", "initialize", "redundancy", "feature_maps", "report", "results", "snapshot"),
+        *("layers", "weights", "standardized", "entries", "base", "initialize"),
+        *("redundancy", "feature_maps", "regularizer", "report", "results", "snapshot"),
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
     "files": {

@@ -1,0 +1,161 @@
+"""The arms of the training benchmark: what is done to a network's convolutions before, or while, it is trained.
+
+Every arm is given the same base draw, He's normal distribution as in torchvision's ResNets, and where it is not about
+norms each filter ends with the norm that it had there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import convsim_init as ci
+
+Start = Callable[[nn.Module, Tensor], object]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to start, and perhaps a term of the loss.
+
+    Attributes:
+        about: In a few words.
+        start: Changes the convolutions of a network in place, given training images.
+        penalty: Weight of the Convolutional Similarity added to the loss.
+        normalized: Whether the penalty is the normalized similarity.
+    """
+
+    about: str
+    start: Start = lambda model, images: None
+    penalty: float = 0.0
+    normalized: bool = False
+
+
+def draw_base(model: nn.Module) -> None:
+    """Draw every convolution from He's normal distribution over the fan out, with zero biases."""
+    for conv in convolutions(model):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    """Every convolution, in the order of the modules."""
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _each(redraw: Callable[[Tensor], Tensor]) -> Start:
+    """Redraw each weight, and give each filter the norm it had."""
+
+    @torch.no_grad()
+    def start(model: nn.Module, images: Tensor) -> None:
+        for conv in convolutions(model):
+            conv.weight.copy_(with_norms_of(conv.weight, redraw(conv.weight.clone())))
+
+    return start
+
+
+def with_norms_of(weight: Tensor, other: Tensor) -> Tensor:
+    """The filters of ``other``, each with the norm of that of ``weight``."""
+    norms, old = (w.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for w in (weight, other))
+    return other * (norms / old)
+
+
+def one_channel(weight: Tensor) -> Tensor:
+    """Keep one input channel of each filter, chosen at random."""
+    chosen = torch.randint(weight.shape[1], (len(weight),))
+    return weight * F.one_hot(chosen, weight.shape[1])[:, :, None, None]
+
+
+def delta_orthogonal(weight: Tensor) -> Tensor:
+    """An orthogonal matrix at the middle tap, zeros elsewhere (Xiao et al., arXiv 1806.05393).
+
+    A layer with one input channel stays: all its filters would be the same.
+    """
+    if weight.shape[1] == 1:
+        return weight
+    middle = tuple(size // 2 for size in weight.shape[2:])
+    filters = torch.zeros_like(weight)
+    filters[(..., *middle)] = nn.init.orthogonal_(torch.empty(weight.shape[:2]))
+    return filters
+
+
+@torch.no_grad()
+def patch_whitened(model: nn.Module, images: Tensor) -> None:
+    """Orthogonal filters for whitened patches: feature maps of training images do not correlate before activations.
+
+    Layer by layer in one forward pass, each from the patches that reach it.
+    """
+
+    def whiten(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        patches = F.unfold(inputs[0], conv.kernel_size, padding=conv.padding, stride=conv.stride)
+        patches = patches.transpose(1, 2).flatten(0, 1)  # [N, C kH kW]
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        values += 1e-2 * values.mean()
+        filters = nn.init.orthogonal_(torch.empty(len(conv.weight), len(values)))
+        filters = filters @ (vectors / values.sqrt()) @ vectors.T
+        conv.weight.copy_(with_norms_of(conv.weight, filters.view_as(conv.weight)))
+
+    handles = [conv.register_forward_pre_hook(whiten) for conv in convolutions(model)]
+    model(images[:256])
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def kernel_norms(model: nn.Module, images: Tensor) -> None:
+    """Random kernels with the norms of convsim's: how it divides a filter among channels, without its patterns."""
+    drawn = [conv.weight.clone() for conv in convolutions(model)]
+    ci.initialize_(model)
+    for conv, kernels in zip(convolutions(model), drawn, strict=True):
+        norms, old = (w.flatten(2).norm(dim=2)[..., None, None] for w in (conv.weight, kernels))
+        conv.weight.copy_(kernels * (norms / old))
+
+
+def convsim(model: nn.Module, images: Tensor, settings: ci.Settings | None = None, ones: bool = True) -> None:
+    """Convolutional Similarity lowered, with or without the 1x1 layers."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    exclude = [] if ones else [name for name in names if model.get_submodule(name).kernel_size == (1, 1)]
+    ci.initialize_(model, settings=settings, exclude=exclude)
+
+
+@torch.no_grad()
+def paper_rescaled(model: nn.Module, images: Tensor) -> None:
+    """The paper's recipe, its filters then rescaled to their first norms."""
+    before = [conv.weight.clone() for conv in convolutions(model)]
+    convsim(model, images, ci.Settings.paper())
+    for conv, weight in zip(convolutions(model), before, strict=True):
+        conv.weight.copy_(with_norms_of(weight, conv.weight))
+
+
+def pytorch_default(model: nn.Module, images: Tensor) -> None:
+    """What `torch.nn.Conv2d` draws by itself, of its own smaller norms."""
+    for conv in convolutions(model):
+        conv.reset_parameters()
+
+
+LONG = ci.Settings(steps=200, tolerance=0)
+
+ARMS: dict[str, Arm] = {
+    "base": Arm("He's normal distribution, fan out"),
+    "convsim": Arm("Convolutional Similarity lowered, default settings", convsim),
+    "one channel": Arm("control: each filter keeps one random channel", _each(one_channel)),
+    "orthogonal": Arm("orthogonal filters", _each(lambda weight: nn.init.orthogonal_(torch.empty(weight.shape)))),
+    "patch-whitened": Arm("control that sees the data: orthogonal on whitened patches", patch_whitened),
+    "kernel norms": Arm("control: random kernels with the norms of convsim's", kernel_norms),
+    "delta-orthogonal": Arm("an orthogonal matrix at the middle tap", _each(delta_orthogonal)),
+    "convsim, 10 steps": Arm("10 steps at most", partial(convsim, settings=ci.Settings(steps=10))),
+    "convsim, 200 steps": Arm("200 steps, never stopping early", partial(convsim, settings=LONG)),
+    "convsim, all channels": Arm("`channels=all`", partial(convsim, settings=ci.Settings(channels="all"))),
+    "convsim, not 1x1": Arm("1×1 layers left as they are", partial(convsim, ones=False)),
+    "paper": Arm("about norms: the paper's recipe, 100 steps", partial(convsim, settings=ci.Settings.paper())),
+    "paper, rescaled": Arm("the paper's recipe at the base's norms", paper_rescaled),
+    "regularizer": Arm("normalized similarity added to the loss, weight 1", penalty=1.0, normalized=True),
+    "regularizer, raw": Arm("raw similarity added to the loss, weight 0.001", penalty=1e-3),
+    "PyTorch's default": Arm("about norms: what `nn.Conv2d` draws", pytorch_default),
+}  # fmt: skip

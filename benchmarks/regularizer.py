@@ -1,0 +1,86 @@
+"""What `ConvolutionalSimilarity` costs in a step of training: with and without it, in turn, at batch 64.
+
+    python benchmarks/regularizer.py [--repeats 60] [--write]
+
+Time of one thread's own work, so that what else runs on the machine adds little; medians. With ``--write`` the table
+goes to ``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS
+from speed import cpu_name
+
+import convsim_init as ci
+from convsim_init.devices import describe_environment
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 64
+CASES = {"resnet": (3, 32), "vgg": (3, 32), "cifar_resnet18": (3, 32)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=60, help="of each step, a tenth for cifar_resnet18 (default 60)")
+    parser.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [
+        f"# Cost of the regularizer on {cpu_name()}, {datetime.date.today()}",
+        "",
+        "Made by `python benchmarks/regularizer.py --write`: a step of SGD at batch 64 in one thread, "
+        "CPU time, median of many steps in turn.",
+        "",
+        *(f"- {name}: {value}" for name, value in describe_environment().items()),
+        "",
+        "| network | input | convolution weights | step without | with, raw | more | with, normalized | more |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    for name in options.networks:
+        lines.append("| " + " | ".join(row(name, options.repeats)) + " |")
+        print(lines[-1], flush=True)
+    if options.write:
+        (RESULTS / "regularizer-cpu.md").write_text("\n".join(lines) + "\n")
+
+
+def row(name: str, repeats: int) -> list[str]:
+    channels, side = CASES[name]
+    model = NETWORKS[name](channels, 10, 1.0)
+    images, labels = torch.randn(BATCH, channels, side, side), torch.randint(10, (BATCH,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    terms = [None, *(ci.ConvolutionalSimilarity(model, normalized=normalized) for normalized in (False, True))]
+
+    def step(term: ci.ConvolutionalSimilarity | None) -> float:
+        started = time.process_time()
+        loss = F.cross_entropy(model(images), labels)
+        if term is not None:
+            loss = loss + 1e-3 * term()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return time.process_time() - started
+
+    times: list[list[float]] = [[], [], []]
+    for _ in range(max(3, repeats // 10) if name == "cifar_resnet18" else repeats):
+        for column, term in zip(times, terms, strict=True):
+            column.append(step(term))
+    without, raw, normalized = (1e3 * statistics.median(column) for column in times)
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 4)
+    cells = [name, f"{channels}×{side}×{side}", f"{weights / 1e6:.2f} M", f"{without:.1f} ms"]
+    for with_term in (raw, normalized):
+        cells += [f"{with_term:.1f} ms", f"{with_term / without - 1:+.1%}"]
+    return cells
+
+
+if __name__ == "__main__":
+    main()

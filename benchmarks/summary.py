@@ -1,0 +1,141 @@
+"""What the runs of the training benchmark come to: means, and differences to the base in pairs of equal seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fit import points
+from records import Case, Record
+from scipy import stats
+
+BASE = "base"
+THRESHOLD = 0.9
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and how far the ends of its confidence interval (Student's t) are from it; NaN for one value."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an arm came to at its best learning rate.
+
+    Attributes:
+        gain: Of final accuracy over the base, in points of a percent.
+        saved: Steps to the threshold fewer than the base's, as a share of the base's mean, in percent.
+        missed: Runs that never reached the threshold; they count with all their steps.
+    """
+
+    arm: str
+    rate: float
+    runs: list[Record]
+    accuracy: str
+    gain: Interval | None
+    steps: str
+    saved: Interval | None
+    missed: int
+
+
+def rows_of(records: Iterable[Record], case: Case) -> tuple[float, list[Row]]:
+    """The threshold of a case, a share of the base's mean final accuracy, and a row for each arm with final runs."""
+    arms: dict[str, list[Record]] = {}
+    for record in records:
+        if record.case == case and record.final:
+            arms.setdefault(record.arm, []).append(record)
+    arms = {arm: _of_one_rate(runs) for arm, runs in arms.items()}
+    if BASE not in arms:
+        return math.nan, []
+    threshold = THRESHOLD * statistics.fmean(run.accuracy for run in arms[BASE])
+    base_steps = statistics.fmean(steps_to(threshold, run)[0] for run in arms[BASE])
+    rows = []
+    for arm, runs in arms.items():
+        reached = [steps_to(threshold, run) for run in runs]
+        gain = saved = None
+        if arm != BASE:
+            gain = paired(runs, arms[BASE], lambda run: 100 * run.accuracy)
+            saved = paired(runs, arms[BASE], lambda run: -100 * steps_to(threshold, run)[0] / base_steps)
+        rows.append(
+            Row(
+                arm,
+                runs[0].rate,
+                runs,
+                mean_and_error([100 * run.accuracy for run in runs]),
+                gain,
+                mean_and_error([steps for steps, _ in reached]),
+                saved,
+                sum(not found for _, found in reached),
+            )
+        )
+    return threshold, rows
+
+
+def steps_to(threshold: float, run: Record) -> tuple[float, bool]:
+    """Steps until test accuracy first reaches a threshold, interpolated between tests; and whether it ever does."""
+    tested = list(zip(points(run.case.steps), run.curve, strict=True))
+    if tested[0][1] >= threshold:
+        return tested[0][0], True
+    for (before, low), (after, high) in pairwise(tested):
+        if high >= threshold:
+            return before + (after - before) * (threshold - low) / (high - low), True
+    return run.case.steps, False
+
+
+def paired(runs: Sequence[Record], base: Sequence[Record], value) -> Interval:
+    """Mean difference between runs of equal seeds, with its confidence interval."""
+    others = {run.seed: value(run) for run in base}
+    return interval([value(run) - others[run.seed] for run in runs if run.seed in others])
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and half the width of its confidence interval, by Student's t."""
+    if len(values) < 2:
+        return Interval(statistics.fmean(values) if values else math.nan, math.nan)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return Interval(statistics.fmean(values), quantile * standard_error(values))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
+
+
+def table(records: Iterable[Record], case: Case) -> list[str]:
+    """The table of a case, in Markdown; empty where the base has no final runs."""
+    threshold, rows = rows_of(records, case)
+    if not rows:
+        return []
+    lines = [
+        f"## {case.task}, {case.network}, width {case.width:g}, momentum {case.momentum:g}",
+        "",
+        f"{case.steps} steps; threshold {threshold:.1%}.",
+        "",
+        "| arm | rate | seeds | accuracy, % | gain over base, points "
+        "| steps to threshold | fewer than base, % | missed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.arm, f"{row.rate:g}", str(len(row.runs)), row.accuracy, str(row.gain or ""), row.steps]
+        lines.append("| " + " | ".join([*cells, str(row.saved or ""), str(row.missed or "")]) + " |")
+    return [*lines, ""]
+
+
+def _of_one_rate(runs: list[Record]) -> list[Record]:
+    """The runs at the learning rate that most were made at: the tuned one."""
+    ((rate, _),) = Counter(run.rate for run in runs).most_common(1)
+    return sorted((run for run in runs if run.rate == rate), key=lambda run: run.seed)

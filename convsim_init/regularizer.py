@@ -1,0 +1,82 @@
+"""Convolutional Similarity as a term of the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from convsim_init.errors import InputError
+from convsim_init.gradient import Layout, summed_similarity
+from convsim_init.layers import find_convolutions, find_layers, lone_obstacle, used_weight
+from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
+
+
+class ConvolutionalSimilarity:
+    r"""The summed Convolutional Similarity of a model's convolutions, to be added to a loss (arXiv 2411.03226).
+
+    .. math:: L = L_{task} + \lambda \sum_{layers} CS(W)
+
+    What counts is the weight that the forward pass uses, also behind a parametrization, weight_norm or a class that
+    standardizes its weight; it is read anew at each call, on its own device. Make the term once the model is as it will
+    be trained: layers that are frozen by then are left out. A weight used twice counts once. Under
+    DistributedDataParallel add it to the loss before the one `backward`: every process adds the same gradient.
+
+    Args:
+        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        pairs: Filter pairs that count, as in `convolutional_similarity`.
+        channels: Kernels compared, as in `convolutional_similarity`.
+        normalized: Sum the layers' mean similarities of two filters, each from 0 to 1 and blind to scale, instead of
+            the raw ones. The raw sum grows with the square of the filters and falls when weights shrink: it is also a
+            weight decay.
+        include: Shell patterns of layer names; where any are given, layers that match none are left out.
+        exclude: Shell patterns of layer names to leave out.
+
+    Attributes:
+        skipped: Why each of the others does not, by its name.
+
+    Raises:
+        InputError: If an option is unknown, a pattern matches no layer, or no layer is left.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pairs: Pairs = "all",
+        channels: Channels = "matched",
+        normalized: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        check_choice("pairs", pairs, PAIRS)
+        check_choice("channels", channels, CHANNELS)
+        self.skipped: dict[str, str] = {}
+        self._modules = dict(find_convolutions(model))
+        for layer in find_layers(model, include, exclude):
+            module = self._modules[layer.name]
+            filters = module.out_channels // (module.groups if channels == "matched" else 1)
+            reason = layer.obstacle or lone_obstacle(filters, module.groups, channels)
+            if reason is not None:
+                self.skipped[layer.name] = reason
+                del self._modules[layer.name]
+        if not self._modules:
+            name, reason = next(iter(self.skipped.items()))
+            raise InputError(f"expected a model with a convolution to regularize, got none: {name}: {reason}")
+        self._pairs, self._channels, self._normalized = pairs, channels, normalized
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that count."""
+        return list(self._modules)
+
+    def __call__(self) -> Tensor:
+        """The sum, a scalar on the device of the first layer that counts; differentiable once."""
+        modules = self._modules.values()
+        return summed_similarity(
+            [used_weight(module).compute() for module in modules],
+            [Layout(module.groups, module.transposed) for module in modules],
+            self._pairs,
+            self._channels,
+            normalized=self._normalized,
+        )

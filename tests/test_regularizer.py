@@ -1,0 +1,247 @@
+"""The regularization term: the definition's value and gradient, for the weights that are used; and training with it."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
+
+import convsim_init as ci
+from convsim_init.gradient import Layout, summed_similarity
+
+CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
+choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
+
+
+@choices
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (8, 3, 2, 5), (6, 4, 1, 1), (4, 2, 4), (4, 3, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_its_similarity_is_the_definition(shape, groups, normalized, pairs, channels):
+    weight = torch.randn(2 * shape[0], *shape[1:], dtype=torch.float64, requires_grad=True)
+    actual = summed_similarity([weight], [Layout(groups)], pairs, channels, normalized=normalized)
+    expected = ci.convolutional_similarity(weight, groups=groups, pairs=pairs, channels=channels, normalized=normalized)
+    torch.testing.assert_close(actual, expected)
+    (gradient,), (wanted,) = (torch.autograd.grad(3 * value, weight) for value in (actual, expected))
+    torch.testing.assert_close(gradient, wanted)
+
+
+@choices
+@pytest.mark.parametrize("normalized", [False, True])
+def test_gradcheck(pairs, channels, normalized):
+    weights = [torch.randn(4, 2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    layouts = [Layout(2), Layout(2, transposed=True)]
+    assert torch.autograd.gradcheck(
+        lambda *ws: summed_similarity(ws, layouts, pairs, channels, normalized=normalized), weights
+    )
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_layer_of_several_blocks(normalized, monkeypatch):
+    monkeypatch.setattr("convsim_init.gradient.VALUES_PER_BLOCK", 1)
+    test_its_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched")
+
+
+def test_filters_that_are_zero_have_no_gradient_and_harm_none():
+    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    weight[2] = 0
+    weight.requires_grad_()
+    actual = summed_similarity([weight], [Layout()], "all", "matched", normalized=True)
+    torch.testing.assert_close(actual, ci.convolutional_similarity(weight, normalized=True))
+    (gradient,) = torch.autograd.grad(actual, weight)
+    assert gradient.isfinite().all()
+    (wanted,) = torch.autograd.grad(ci.convolutional_similarity(weight, normalized=True), weight)
+    torch.testing.assert_close(gradient[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    weight = torch.randn(3, 2, 3, 3, requires_grad=True)
+    value = summed_similarity([weight], [Layout()], "all", "matched", normalized=False)
+    (gradient,) = torch.autograd.grad(value * weight.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.square().mean((1, 2, 3), keepdim=True).sqrt(), self.bias)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def mixed():
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.Conv2d(6, 4, (1, 3), groups=2),
+        nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Conv2d(6, 1, 1),
+        nn.Conv1d(3, 5, 4),
+    )
+    return model.double()
+
+
+@choices
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_sum_over_layers_and_its_gradient(pairs, channels, normalized):
+    model = mixed()
+    options = {"pairs": pairs, "channels": channels, "normalized": normalized}
+    term = ci.ConvolutionalSimilarity(model, **options)
+    assert set(term.skipped) == ({"3", "4"} if channels == "matched" else {"4"})
+    expected = sum(
+        ci.convolutional_similarity(
+            model[int(name)].weight, groups=model[int(name)].groups, transposed=model[int(name)].transposed, **options
+        )
+        for name in term.layers
+    )
+    actual = term()
+    torch.testing.assert_close(actual, expected)
+    weights = [model[int(name)].weight for name in term.layers]
+    gradients = torch.autograd.grad(actual, weights)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, weights))
+
+
+def parametrized():
+    layer = nn.Conv2d(3, 6, 3)
+    register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+USED = {
+    "parametrized": (parametrized, lambda m: m.weight),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), lambda m: m.weight),
+    "old weight norm": (lambda: weight_norm(nn.Conv2d(3, 6, 3)), lambda m: m.weight),
+    "standardized": (
+        lambda: Standardized(3, 6, 3),
+        lambda m: F.layer_norm(m.weight, m.weight.shape[1:], eps=0),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(("build", "used"), USED.values(), ids=USED.keys())
+def test_what_counts_is_the_weight_that_is_used(build, used):
+    model = build().double()
+    model(torch.zeros(1, 3, 4, 4, dtype=torch.float64))  # the old weight_norm computes its weight in here
+    actual, expected = ci.ConvolutionalSimilarity(model)(), ci.convolutional_similarity(used(model))
+    torch.testing.assert_close(actual, expected)
+    parameters = [p for p in model.parameters() if p.dim() > 1]
+    gradients = torch.autograd.grad(actual, parameters)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters))
+
+
+def test_spectral_norm_is_read_without_a_power_iteration():
+    layer = parametrizations.spectral_norm(nn.Conv2d(3, 6, 3))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    ci.ConvolutionalSimilarity(layer)().backward()
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+    assert layer.training
+    assert layer.parametrizations.weight.original.grad.any()
+
+
+def test_layers_left_out_say_why():
+    model = mixed()
+    model[0].weight.requires_grad_(False)
+    model[1].weight = nn.Parameter(torch.empty(model[1].weight.shape, device="meta"))
+    term = ci.ConvolutionalSimilarity(model, exclude=["5"])
+    assert term.layers == ["2"]
+    assert term.skipped == {
+        "0": "frozen: requires_grad is False",
+        "1": "on the meta device, without data: move it with to_empty and initialize it first",
+        "3": "one filter per group shares its channels with no other; channels='all' would compare them",
+        "4": "only one filter",
+        "5": "excluded",
+    }
+
+
+def test_a_shared_weight_counts_once():
+    conv = nn.Conv2d(4, 4, 3)
+    twin = nn.Conv2d(4, 4, 3)
+    twin.weight = conv.weight
+    term = ci.ConvolutionalSimilarity(nn.Sequential(conv, twin))
+    torch.testing.assert_close(term(), ci.convolutional_similarity(conv.weight))
+
+
+def test_a_weight_put_in_its_place_counts():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    term = ci.ConvolutionalSimilarity(model)
+    model.load_state_dict({"0.weight": torch.zeros(4, 3, 3, 3), "0.bias": torch.zeros(4)}, assign=True)
+    assert term() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Conv2d(3, 1, 3), {}, "a convolution to regularize, got none: : only one filter"),
+        (nn.Linear(3, 1), {}, "a model with convolutions, got Linear"),
+        (nn.Conv2d(3, 4, 3), {"pairs": "some"}, "expected pairs to be one of"),
+        (nn.Conv2d(3, 4, 3), {"channels": "some"}, "expected channels to be one of"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), {"include": ["x"]}, "include: no convolution matches 'x'"),
+    ],
+)
+def test_bad_input(model, options, message):
+    with pytest.raises(ci.InputError, match=message):
+        ci.ConvolutionalSimilarity(model, **options)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_training_with_it_lowers_the_similarity(normalized):
+    images = torch.randn(16, 1, 8, 8)
+
+    def trained(weight):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        term = ci.ConvolutionalSimilarity(model, normalized=normalized)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        for _ in range(50):
+            loss = (model(images) - 1).square().mean() + weight * term()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return term().item()
+
+    assert trained(1.0) < 0.8 * trained(0.0)
+
+
+def test_under_autocast_it_is_computed_in_full_precision():
+    model = nn.Conv2d(8, 16, 3)
+    term = ci.ConvolutionalSimilarity(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = term()
+    torch.testing.assert_close(actual, ci.convolutional_similarity(model.weight))
+
+
+def test_half_precision_passes_gradients_of_its_own_dtype():
+    model = nn.Conv2d(8, 16, 3).to(torch.bfloat16)
+    term = ci.ConvolutionalSimilarity(model)()
+    torch.testing.assert_close(term, ci.convolutional_similarity(model.weight))
+    term.backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.dtype == torch.bfloat16
+
+
+def test_under_distributed_data_parallel_every_process_adds_the_same_gradient(tmp_path):
+    images = torch.randn(4, 3, 8, 8)
+
+    def gradients(wrap):
+        torch.manual_seed(0)
+        model = wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+        (model(images).square().mean() + ci.ConvolutionalSimilarity(model)()).backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients(lambda model: model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(gradients(nn.parallel.DistributedDataParallel), expected)
+    finally:
+        dist.destroy_process_group()
