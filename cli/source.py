@@ -156,7 +156,7 @@ def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
 def _check_source(spec: str, how: ModelOptions) -> None:
     if is_file(spec):
         check_source(spec)
-    elif ":" not in spec and Path(spec).is_file():
+    elif ":" not in spec and Path(spec).suffix != ".py" and Path(spec).is_file():
         raise InputError(
             f"expected a file name ending in {', '.join(SUFFIXES)} or a model's name, got {spec!r}: rename it"
         )

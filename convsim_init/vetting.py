@@ -17,6 +17,7 @@ from convsim_init.errors import InputError
 
 ZIP_SIGNATURE = b"PK\3\4"
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages; their data follow
+UNTYPED = "torch.storage UntypedStorage"
 DENSE_TENSORS = re.compile(
     r"""collections\ (OrderedDict|Counter)
     | torch(\.\w+)*\ (?!Untyped|Typed)\w*Storage
@@ -76,6 +77,11 @@ def _vet_archive(path: Path) -> None:
 
 def _vet_pickle(path: Path, pickle: object) -> None:
     for operation, argument, _ in pickletools.genops(pickle):  # type: ignore[arg-type]
+        if operation.name == "GLOBAL" and argument == UNTYPED:  # a pickle may also call it, for memory without end
+            raise InputError(
+                f"expected tensors of a dtype with a storage class of its own in {str(path)!r}, got others, such as "
+                f"float8: save them as .safetensors"
+            )
         if operation.name == "GLOBAL" and not DENSE_TENSORS.fullmatch(str(argument)):
             raise InputError(
                 f"expected a file of dense tensors alone, got {str(path)!r}, which needs code to be run "

@@ -96,7 +96,12 @@ EXPANDED_COPY = (
         pytest.param("a.pt", archive(pickle.dumps(bytearray(9), 2)), CODE, id="bytearray"),
         pytest.param("a.pt", legacy(pickle.dumps(bytearray(9), 2)), CODE, id="legacy-bytearray"),
         pytest.param("a.pt", archive(EXPANDED_COPY), CODE, id="expanded-copy"),
-        pytest.param("a.pt", archive(b"\x80\x02ctorch.storage\nUntypedStorage\n."), CODE, id="untyped-storage"),
+        pytest.param(
+            "a.pt",
+            archive(b"\x80\x02ctorch.storage\nUntypedStorage\n."),
+            "save them as .safetensors",
+            id="untyped-storage",
+        ),
         pytest.param("a.pt", archive(b"\x80\x02" + bytes(10**7), zipfile.ZIP_DEFLATED), DAMAGED, id="bomb"),
         pytest.param("a.pt", twice, DAMAGED, id="two-of-a-name"),
         pytest.param("a.pt", lambda path: path.write_bytes(b"\x80\x02X\xff\xff\xff\x7fa"), DAMAGED, id="text"),

@@ -161,7 +161,7 @@ def test_base_weights_for_a_file_take_a_seed(command, weights):
         (["weights.safetensors", "--num-classes", "3"], "--num-classes: a file has its weights already; --like names"),
         (["weights.safetensors", "--like", GROUPED, "--seed", "1"], "--seed: a file has its weights already"),
         (["weights.safetensors", "--like", "weights.safetensors"], "expected a model to build, got the checkpoint"),
-        (["weights.safetensors", "--like", "resnet18"], "most keys do not match: the file looks like another model"),
+        (["weights.safetensors", "--like", "resnet18"], "none of which fits"),
         (["weights.safetensors", "--like", "nothing_like_it"], "expected the name of a model"),
         (["resnet18", "--like", "resnet18"], "--like: expected a FILE that is like that model"),
         (["inspect", "resnet18", "--like", "resnet18"], "--like: expected a FILE"),
