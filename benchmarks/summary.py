@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from arms import ARMS
@@ -13,7 +13,7 @@ from fit import points
 from records import Case, Record
 from scipy import stats
 
-BASE = "base"
+BASE, OURS = "base", "convsim"
 THRESHOLD = 0.9
 CONFIDENCE = 0.95
 
@@ -141,6 +141,23 @@ def table(records: Iterable[Record], case: Case, rate: float | None = None) -> l
         cells = [row.arm, f"{row.rate:g}", str(len(row.runs)), row.accuracy, str(row.gain or ""), row.steps]
         lines.append("| " + " | ".join([*cells, str(row.saved or ""), str(row.missed or "")]) + " |")
     return [*lines, ""]
+
+
+def comparisons(records: Sequence[Record], case: Case) -> list[str]:
+    """What convsim gains in final accuracy over other arms, over the base ten seeds at a time, and at full width."""
+    runs = {row.arm: row.runs for row in rows_of(records, case)[1]}
+    ours = runs.pop(OURS, None)
+    if ours is None:
+        return []
+    over = {f"over {arm}": (ours, others) for arm, others in runs.items()}
+    for first in range(0, len(ours), 10) if len(ours) > 10 else ():
+        some = [run for run in ours if first <= run.seed < first + 10]
+        over[f"over {BASE}, seeds {first} to {first + len(some) - 1}"] = (some, runs[BASE])
+    if case.width != 1:
+        full = {row.arm: row.runs for row in rows_of(records, replace(case, width=1.0))[1]}
+        over |= {f"over {BASE} of width 1": (ours, full[BASE])} if BASE in full else {}
+    lines = [f"- {name}: {paired(*pair, lambda run: 100 * run.accuracy)}" for name, pair in over.items()]
+    return [f"{OURS}, points of final accuracy:", "", *lines, ""]
 
 
 def _tuned_rate(records: Sequence[Record], case: Case, arm: str) -> float:

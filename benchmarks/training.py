@@ -1,7 +1,7 @@
 """Does it help? Small networks trained from every start, each at its own best learning rate, on the same seeds.
 
     pip install '.[bench]'
-    python benchmarks/training.py                           # all arms on digits and patches: about 3 hours on 2 cores
+    python benchmarks/training.py                           # all arms on digits and patches: an hour or two on a core
     python benchmarks/training.py --arms base convsim       # fewer
     python benchmarks/training.py --data ~/cifar-10-batches-bin --cases cifar:cifar_resnet18 --device cuda
 
@@ -26,7 +26,7 @@ from networks import NETWORKS
 from pictures import draw
 from records import Case, Record, Records
 from speed import cpu_name
-from summary import table
+from summary import comparisons, table
 from tasks import TASKS, Data, Task, cifar_task
 from tqdm import tqdm
 
@@ -147,7 +147,7 @@ def write(records: Records, folder: Path) -> None:
     lines += ["", f"{len(runs)} runs, {sum(run.seconds for run in runs) / 3600:.1f} hours.", ""]
     for case in sorted({run.case for run in runs}):
         rows = table(runs, case)
-        lines += rows
+        lines += rows + comparisons(runs, case)
         for rate in sorted({run.rate for run in runs if run.case == case and run.final}):
             lines += table(runs, case, rate)
         if rows:
