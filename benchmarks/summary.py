@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from arms import ARMS
 from fit import points
 from records import Case, Record
 from scipy import stats
 
-BASE = "base"
+BASE, OURS = "base", "convsim"
 THRESHOLD = 0.9
 CONFIDENCE = 0.95
 
@@ -49,13 +49,20 @@ class Row:
     missed: int
 
 
-def rows_of(records: Iterable[Record], case: Case) -> tuple[float, list[Row]]:
-    """The threshold of a case, a share of the base's mean final accuracy, and a row for each arm with final runs."""
+def rows_of(records: Iterable[Record], case: Case, rate: float | None = None) -> tuple[float, list[Row]]:
+    """The threshold of a case, a share of the base's mean final accuracy, and a row for each arm with final runs.
+
+    Each arm at its tuned rate, or all at one rate.
+    """
+    records = sorted(
+        (run for run in records if run.case == case), key=lambda run: (list(ARMS).index(run.arm), run.seed)
+    )
     arms: dict[str, list[Record]] = {}
-    for record in records:
-        if record.case == case and record.final:
-            arms.setdefault(record.arm, []).append(record)
-    arms = {arm: _of_one_rate(runs) for arm, runs in arms.items()}
+    for arm in dict.fromkeys(run.arm for run in records):
+        wanted = _tuned_rate(records, case, arm) if rate is None else rate
+        runs = [run for run in records if run.final and run.arm == arm and run.rate == wanted]
+        if runs:
+            arms[arm] = runs
     if BASE not in arms:
         return math.nan, []
     threshold = THRESHOLD * statistics.fmean(run.accuracy for run in arms[BASE])
@@ -115,13 +122,14 @@ def mean_and_error(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
 
 
-def table(records: Iterable[Record], case: Case) -> list[str]:
-    """The table of a case, in Markdown; empty where the base has no final runs."""
-    threshold, rows = rows_of(records, case)
-    if not rows:
+def table(records: Iterable[Record], case: Case, rate: float | None = None) -> list[str]:
+    """The table of a case, or of one rate there, in Markdown; empty where there is nothing to compare the base with."""
+    threshold, rows = rows_of(records, case, rate)
+    if len(rows) < 2:
         return []
+    title = f"{case.task}, {case.network}, width {case.width:g}, momentum {case.momentum:g}"
     lines = [
-        f"## {case.task}, {case.network}, width {case.width:g}, momentum {case.momentum:g}",
+        f"## {title}" if rate is None else f"### {title}: every arm at rate {rate:g}",
         "",
         f"{case.steps} steps; threshold {threshold:.1%}.",
         "",
@@ -135,7 +143,30 @@ def table(records: Iterable[Record], case: Case) -> list[str]:
     return [*lines, ""]
 
 
-def _of_one_rate(runs: list[Record]) -> list[Record]:
-    """The runs at the learning rate that most were made at: the tuned one."""
-    ((rate, _),) = Counter(run.rate for run in runs).most_common(1)
-    return sorted((run for run in runs if run.rate == rate), key=lambda run: run.seed)
+def comparisons(records: Sequence[Record], case: Case) -> list[str]:
+    """What convsim gains in final accuracy over other arms, over the base ten seeds at a time, and at full width."""
+    runs = {row.arm: row.runs for row in rows_of(records, case)[1]}
+    ours = runs.pop(OURS, None)
+    if ours is None:
+        return []
+    over = {f"over {arm}": (ours, others) for arm, others in runs.items()}
+    for first in range(0, len(ours), 10) if len(ours) > 10 else ():
+        some = [run for run in ours if first <= run.seed < first + 10]
+        over[f"over {BASE}, seeds {first} to {first + len(some) - 1}"] = (some, runs[BASE])
+    if case.width != 1:
+        full = {row.arm: row.runs for row in rows_of(records, replace(case, width=1.0))[1]}
+        over |= {f"over {BASE} of width 1": (ours, full[BASE])} if BASE in full else {}
+    lines = [f"- {name}: {paired(*pair, lambda run: 100 * run.accuracy)}" for name, pair in over.items()]
+    return [f"{OURS}, points of final accuracy:", "", *lines, ""]
+
+
+def _tuned_rate(records: Sequence[Record], case: Case, arm: str) -> float:
+    """The best one of the tuning round, or the only one of the final round."""
+    tuned, final = dict[float, list[float]](), set[float]()
+    for run in records:
+        if run.case == case and run.arm == arm:
+            if run.final:
+                final.add(run.rate)
+            else:
+                tuned.setdefault(run.rate, []).append(run.accuracy)
+    return max(tuned, key=lambda rate: statistics.fmean(tuned[rate])) if tuned else min(final)

@@ -1,7 +1,7 @@
 """Does it help? Small networks trained from every start, each at its own best learning rate, on the same seeds.
 
     pip install '.[bench]'
-    python benchmarks/training.py                           # all arms on digits and patches: about 3 hours on 2 cores
+    python benchmarks/training.py                           # all arms on digits and patches: an hour or two on a core
     python benchmarks/training.py --arms base convsim       # fewer
     python benchmarks/training.py --data ~/cifar-10-batches-bin --cases cifar:cifar_resnet18 --device cuda
 
@@ -26,7 +26,7 @@ from networks import NETWORKS
 from pictures import draw
 from records import Case, Record, Records
 from speed import cpu_name
-from summary import table
+from summary import comparisons, table
 from tasks import TASKS, Data, Task, cifar_task
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--momenta", nargs="+", type=float, default=[0.9])
     parser.add_argument("--widths", nargs="+", type=float, default=[1.0], help="factors on every layer's filters")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid to begin with")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid to begin with; one: no tuning")
     parser.add_argument("--seeds", type=int, default=10, help="of the final round")
     parser.add_argument("--tuning-seeds", type=int, default=3, help="of the tuning round")
     parser.add_argument("--steps", type=int, help="of each run; default: the task's own")
@@ -99,7 +99,12 @@ class Trainer:
         self._tasks, self._records, self._device = tasks, records, device
 
     def tune(self, case: Case, arm: str, rates: list[float], tuning_seeds: int, seeds: int) -> None:
-        """Both rounds of an arm."""
+        """Both rounds of an arm; a single rate is taken as it is."""
+        best = rates[0] if len(rates) == 1 else self._best_rate(case, arm, rates, tuning_seeds)
+        for seed in range(seeds):
+            self.train(case, arm, best, seed, final=True)
+
+    def _best_rate(self, case: Case, arm: str, rates: list[float], tuning_seeds: int) -> float:
         reached = {rate: self._mean(case, arm, rate, tuning_seeds) for rate in sorted(rates)}
         best = max(reached, key=reached.__getitem__)
         for _ in range(MOST_EXTENSIONS):
@@ -108,8 +113,7 @@ class Trainer:
             further = float(f"{best * FACTOR if best == max(reached) else best / FACTOR:.1g}")
             reached[further] = self._mean(case, arm, further, tuning_seeds)
             best = max(reached, key=reached.__getitem__)
-        for seed in range(seeds):
-            self.train(case, arm, best, seed, final=True)
+        return best
 
     def _mean(self, case: Case, arm: str, rate: float, seeds: int) -> float:
         tried = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
@@ -143,7 +147,9 @@ def write(records: Records, folder: Path) -> None:
     lines += ["", f"{len(runs)} runs, {sum(run.seconds for run in runs) / 3600:.1f} hours.", ""]
     for case in sorted({run.case for run in runs}):
         rows = table(runs, case)
-        lines += rows
+        lines += rows + comparisons(runs, case)
+        for rate in sorted({run.rate for run in runs if run.case == case and run.final}):
+            lines += table(runs, case, rate)
         if rows:
             draw(runs, case, folder / f"{case.task}-{case.network}-w{case.width:g}-m{case.momentum:g}.png")
     (folder / "training.md").write_text("\n".join(lines))

@@ -22,7 +22,7 @@ from cifar import read_cifar
 from fit import batches_of, fit, points, schedule
 from networks import NETWORKS
 from records import Case, Record, Records
-from summary import interval, paired, rows_of, steps_to
+from summary import comparisons, interval, paired, rows_of, steps_to
 from tasks import TASKS, Data, textures
 
 CASE = Case("digits", "vgg", 1.0, 0.9, 20)
@@ -261,11 +261,25 @@ def test_rows_take_the_final_round_at_the_tuned_rate():
     size = len(points(20))
     runs = [record("base", seed, [0.8] * size) for seed in range(3)]
     runs += [record("convsim", seed, [0.8 + 0.01 * seed] * size) for seed in range(3)]
-    runs += [record("convsim", 1000, [1.0] * size, final=False), record("convsim", 7, [1.0] * size, rate=0.3)]
-    threshold, (base, ours) = rows_of(runs, CASE)
+    runs += [record("convsim", 7, [1.0] * size, rate=0.3), record("base", 7, [0.5] * size, rate=0.3)]
+    for rate, accuracy in ((0.1, 0.8), (0.3, 0.7)):
+        runs += [record(arm, 1000, [accuracy] * size, rate=rate, final=False) for arm in ("convsim", "base")]
+    threshold, (base, ours) = rows_of(runs[::-1], CASE)
     assert threshold == pytest.approx(0.72)
     assert base.gain is None
     assert (ours.rate, len(ours.runs)) == (0.1, 3)
     assert ours.gain.mean == pytest.approx(1.0)
     assert ours.saved.mean == 0
     assert ours.missed == 0
+    _, (base, ours) = rows_of(runs, CASE, rate=0.3)
+    assert ours.gain.mean == pytest.approx(50)
+    assert ours.rate == base.rate == 0.3
+
+
+def test_comparisons_are_with_each_arm_and_ten_seeds_at_a_time():
+    runs = [record("base", seed, [0.5] * len(points(20))) for seed in range(12)]
+    runs += [record("convsim", seed, [0.51 if seed < 10 else 0.53] * len(points(20))) for seed in range(12)]
+    lines = comparisons(runs, CASE)
+    assert "- over base, seeds 0 to 9: +1.00 ± 0.00" in lines
+    assert "- over base, seeds 10 to 11: +3.00 ± 0.00" in lines
+    assert comparisons(runs[:12], CASE) == []
