@@ -160,13 +160,18 @@ def _lower(
     details: dict[str, Any] = {"steps": descent.steps, "losses": descent.losses}
     if descent.stop is Stop.NON_FINITE:
         return Outcome.FAILED, f"left as it was: {descent.stop.value}", details
+    put_back = layer.weight.keep()
     try:
         difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:
         return Outcome.FAILED, str(error), details
     written = layer.bank(settings.channels, device)
     norm_ratio = float((filter_norms(written) / norms)[norms > 0].mean())
-    details |= {"before": before, "after": measure_bank(written, settings.channels) | {"norm_ratio": norm_ratio}}
+    after = measure_bank(written, settings.channels)
+    if difference and all(after[name] >= before[name] for name in before):
+        put_back()
+        return Outcome.SKIPPED, f"left as it was: {difference} and is no better", details
+    details |= {"before": before, "after": after | {"norm_ratio": norm_ratio}}
     return Outcome.APPROXIMATED if difference else Outcome.INITIALIZED, difference, details
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.weights import Weight, difference, evaluating, wide
+from convsim_init.weights import Weight, difference, evaluating, keep_tensors, wide
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = {
@@ -93,6 +93,16 @@ class ForwardWeight(Weight):
         changed = wide(held) - self._variable(held) + wanted / torch.where(slopes == 0, 1, slopes)
         self._held.write(torch.where(slopes == 0, held, changed).to(weight))
         return difference("class", wanted, self.read())
+
+    def keep(self) -> Callable[[], None]:
+        """What gives back what the held weight is held in."""
+        put_back, undo = keep_tensors(self.sources), self._held.keep()
+
+        def undo_both() -> None:
+            put_back()
+            undo()
+
+        return undo_both
 
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""

@@ -134,6 +134,11 @@ def _memory(value: object) -> object:
 
 def _dense(key: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
+        if f".{key}".endswith("._extra_state"):
+            raise InputError(
+                f"{key}: expected only tensors in the state dict, got a module's extra state of type "
+                f"{type(value).__name__}, which no file of tensors holds: save the state dict without it"
+            )
         hint = ": pass the state dict inside it" if isinstance(value, Mapping) else ""
         raise InputError(f"{key}: expected a tensor in the state dict, got {type(value).__name__}{hint}")
     if is_lazy(value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -71,6 +71,10 @@ class Weight:
         self.sources[0].copy_(weight)
         return None
 
+    def keep(self) -> Callable[[], None]:
+        """What undoes a `write` that came to another weight; here it never does."""
+        return lambda: None
+
 
 class EntryWeight(Weight):
     """A tensor of a state dict."""
@@ -105,6 +109,16 @@ class ParametrizedWeight(Weight):
             raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
         return difference("parametrization", weight, self._module.weight)
 
+    def keep(self) -> Callable[[], None]:
+        """What gives the parametrization back its parameters and buffers, which it may have made anew."""
+        parametrizations: nn.ModuleDict = self._module.parametrizations  # type: ignore[assignment]
+        state = {key: value.clone() for key, value in parametrizations.state_dict().items()}
+
+        def put_back() -> None:
+            parametrizations.load_state_dict(state)
+
+        return put_back
+
 
 class NormedWeight(Weight):
     """A weight that the hook of the old `torch.nn.utils.weight_norm` computes: a direction times a length."""
@@ -128,6 +142,10 @@ class NormedWeight(Weight):
         self._module.weight.copy_(computed)
         return difference("weight_norm", weight, computed)
 
+    def keep(self) -> Callable[[], None]:
+        """What gives back direction, length and what the hook left on the module."""
+        return keep_tensors([*self.sources, self._module.weight])
+
 
 class ComputedWeight(Weight):
     """A weight that something unknown computes."""
@@ -147,6 +165,18 @@ def held_weight(module: _ConvNd) -> Weight:
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return NormedWeight(module, hook)
     return ComputedWeight(module.weight)
+
+
+def keep_tensors(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """What gives tensors back the values that they have now."""
+    values = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+    return put_back
 
 
 def difference(what: str, weight: Tensor, computed: Tensor) -> str | None:

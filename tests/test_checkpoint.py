@@ -788,3 +788,20 @@ def test_a_key_that_safetensors_keeps_for_itself_is_refused(tmp_path):
         save_checkpoint(state, tmp_path / "init.safetensors")
     assert names(tmp_path) == []
     assert_holds(save_checkpoint(state, tmp_path / "init.pt"), state)
+
+
+class WithExtraState(nn.Conv2d):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@formats
+def test_extra_state_is_refused_for_what_it_is(name, tmp_path):
+    with pytest.raises(
+        InputError, match=r"^_extra_state: expected only tensors .* a module's extra state of type dict"
+    ):
+        save_checkpoint(WithExtraState(3, 4, 3), tmp_path / name)
+    assert not list(tmp_path.iterdir())

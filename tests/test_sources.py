@@ -78,6 +78,14 @@ def leaves():
     sys.exit(3)
 
 
+class Strange(BaseException):
+    pass
+
+
+def strange():
+    raise Strange(4)
+
+
 def nothing():
     pass
 
@@ -423,6 +431,7 @@ BAD = [
     ("net.py:pair", "expected it to return a torch.nn.Module, got type tuple: return the model alone"),
     ("net.py:raises", f"net.py:raises raised ValueError: two lines; {DEBUG}"),
     ("net.py:leaves", f"net.py:leaves raised SystemExit: 3; {DEBUG}"),
+    ("net.py:strange", f"net.py:strange raised Strange: 4; {DEBUG}"),
     ("net.py:needs", "expected arguments that fit (width), got none: missing a required argument: 'width'"),
     (
         "net.py:make --in-chans 1 --model-arg foo=1",

@@ -195,3 +195,10 @@ def test_bad_starts(command, tmp_path, weights, arguments, message):
     assert len(err.splitlines()) == 1
     assert "planted" not in err
     assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == files
+
+
+def test_a_run_that_treats_nothing_says_so(command, tmp_path, weights):
+    status, out, err = command("weights.safetensors", "--include", "3", "--exclude", "3", "--out", "same.safetensors")
+    assert (status, err) == (0, "")
+    assert "no convolution was treated: the weights are as they were" in out
+    assert torch.equal(load_file(tmp_path / "same.safetensors")["0.weight"], weights[0].weight)

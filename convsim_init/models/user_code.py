@@ -60,7 +60,9 @@ def telling(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, and whatever else a user's code derives from it
         raise InputError(f"{what} raised {type(error).__name__}: {error}; --debug shows where") from error
 
 
