@@ -66,10 +66,10 @@ def carry_out(run: Run, choices: Choices, *, progress: bool) -> Report:
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
     report.remarks += start.remarks
-    if not choices.dry_run and not any(layer.after for layer in report.layers):
-        report.remarks.append("no convolution was treated: the weights are as they were")
     if choices.dry_run or failure(report) is not None:
         return report
+    if not any(layer.after for layer in report.layers):
+        report.remarks.append("no convolution was treated: the weights are as they were")
     files = run.files
     if files.out is not None:
         save_checkpoint(
