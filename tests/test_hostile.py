@@ -1,5 +1,6 @@
 """Files and choices made to do harm: nothing is run, and nothing allocated because a number claims it."""
 
+import ast
 import json
 import pickle
 import resource
@@ -20,6 +21,8 @@ from convsim_init import Settings, measure
 from convsim_init.errors import InputError
 from convsim_init.files import check_target
 from convsim_init.initialize import plan
+from convsim_init.models import check_model
+from convsim_init.models.arguments import WORDS, parse_arguments
 from convsim_init.reading import read_state_dict
 
 GIGA = 10**9
@@ -222,6 +225,51 @@ def test_any_path_is_a_target_or_refused(name, suffix, tmp_path, monkeypatch):
     except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017
         str(error).encode()
+    assert not list(tmp_path.iterdir())
+
+
+parts = st.sampled_from(
+    ["timm:", "torchvision:", "net.py:", "os:", "os.path:", "resnet18", "a.pt", ".", ":", "\0", "__"]
+)
+CALLS = ("os.system", "os.remove", "builtins.eval", "builtins.exec", "builtins.open", "subprocess.Popen")
+
+
+@quick
+@given(spec=st.lists(parts | st.text(max_size=6), max_size=4).map("".join))
+def test_any_model_is_told_apart_without_running_anything(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text("raise SystemError('run')")
+    modules = set(sys.modules)
+    try:
+        check_model(spec)
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        str(error).encode()
+    assert {name.partition(".")[0] for name in set(sys.modules) - modules} <= {"timm", "torchvision"}
+
+
+@quick
+@given(
+    key=st.sampled_from(["width", "seed", "", "a b", "__class__"]) | st.text(max_size=5),
+    value=st.sampled_from([f"{call}('touch planted')" for call in CALLS])
+    | st.text("[](){}'\"_.0-9,xe", max_size=40)
+    | st.text(),
+)
+def test_any_argument_is_a_literal_or_text(key, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        arguments = parse_arguments([f"{key}={value}"])
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        str(error).encode()
+    else:
+        (parsed,) = arguments.values()
+        name, _, value = f"{key}={value}".partition("=")
+        assert list(arguments) == [name]
+        assert not callable(parsed)
+        assert (
+            parsed == value or ast.literal_eval(value) == parsed or value.strip().lower() in WORDS or parsed != parsed
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -35,8 +36,8 @@ def run_python(*arguments: str | Path, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from the source distribution, so that both are shown to be complete."""
+def archives(tmp_path_factory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel built from it, so that both are shown to be complete."""
     folder = tmp_path_factory.mktemp("build")  # a copy: building litters its folder, and takes up old litter
     for name in ("convsim_init", "cli"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -46,7 +47,12 @@ def wheel(tmp_path_factory) -> Path:
     (archive,) = folder.glob("*.tar.gz")
     run_python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", archive, cwd=folder)
     (built,) = folder.glob("*.whl")
-    return built
+    return archive, built
+
+
+@pytest.fixture
+def wheel(archives) -> Path:
+    return archives[1]
 
 
 def test_the_wheel_holds_exactly_the_package(wheel):
@@ -62,6 +68,23 @@ def test_the_wheel_holds_exactly_the_package(wheel):
             assert archive.read(name) == path.read_bytes()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
+
+
+@pytest.mark.parametrize("kind", ["source distribution", "wheel"])
+def test_it_is_installed_in_a_clean_environment(kind, archives, tmp_path):
+    run_python("-m", "venv", "--without-pip", tmp_path / "clean", cwd=tmp_path)
+    python = tmp_path / "clean" / "bin" / "python"
+    rest = tmp_path / "clean" / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (rest / "rest.pth").write_text(sysconfig.get_paths()["purelib"])  # what it depends on; not the editable install
+    archive = archives[kind == "wheel"]
+    pip = ["-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-build-isolation"]
+    run_python(*pip, "--ignore-installed", archive, cwd=tmp_path)
+    command = tmp_path / "clean" / "bin" / "convsim-init"
+    done = subprocess.run([command, "list", "vgg11"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.startswith("vgg11 ")
+    code = "import convsim_init.cli as cli, convsim_init; print(cli.__file__, convsim_init.__file__)"
+    where = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    assert all(Path(path).is_relative_to(rest) for path in where.split())
 
 
 WHERE = """

@@ -19,7 +19,8 @@ with atheris.instrument_imports(include=["convsim_init", "fnmatch"]):
     from convsim_init.errors import InputError
     from convsim_init.files import check_source, check_target
     from convsim_init.initialize import plan
-    from convsim_init.models import catalog
+    from convsim_init.models.arguments import parse_arguments
+    from convsim_init.models.spec import parse
     from convsim_init.settings import CHANNELS, NORMS, OPTIMIZERS, PAIRS, Settings
 
 from torch import nn
@@ -49,8 +50,12 @@ def patterns(data: atheris.FuzzedDataProvider) -> None:
     plan(MODEL, include=include, exclude=exclude)
 
 
-def name(data: atheris.FuzzedDataProvider) -> None:
-    catalog.find(data.ConsumeUnicode(60))
+def spec(data: atheris.FuzzedDataProvider) -> None:
+    parse(data.PickValueInList(["", "timm:", "torchvision:", "net.py:"]) + data.ConsumeUnicode(60))
+
+
+def argument(data: atheris.FuzzedDataProvider) -> None:
+    parse_arguments([data.PickValueInList(["", "width="]) + data.ConsumeUnicode(80)])
 
 
 def target(data: atheris.FuzzedDataProvider) -> None:
@@ -61,7 +66,7 @@ def source(data: atheris.FuzzedDataProvider) -> None:
     check_source(data.ConsumeUnicode(300) + data.PickValueInList([".pt", ".safetensors", ""]))
 
 
-CHOICES: list[Callable[[atheris.FuzzedDataProvider], None]] = [settings, patterns, name, target, source]
+CHOICES: list[Callable[[atheris.FuzzedDataProvider], None]] = [settings, patterns, spec, argument, target, source]
 
 
 def test_one_input(content: bytes) -> None:
