@@ -79,7 +79,7 @@ def initialize_(
 
     What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
     standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
-    reported as approximated.
+    reported as approximated, or, if it came out no better, put back and skipped.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through. Or a state dict, whose
