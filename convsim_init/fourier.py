@@ -31,6 +31,7 @@ class Halves:
         self.whole = whole
         self.first, self.second = whole[:half], whole[half:]
         self.first_rows, self.second_rows = self.first.flatten(1), self.second.flatten(1)
+        self.flat = whole.flatten()
 
 
 class Fourier:
@@ -40,6 +41,7 @@ class Fourier:
         rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
         points: N of the lattice on which full cross-correlations just fit.
         coarse_points: N of the smallest lattice of odd sides on which norms are still exact.
+        identity: ``[F, 1, 1, 1]``; coefficients times it come back from `twice_adjoint` as twice the kernels.
         coarse_is_free: Whether the coordinates are the coefficients on the coarse lattice, up to their weights.
     """
 
@@ -49,6 +51,9 @@ class Fourier:
         coarse = real_fourier_basis(kernel_size, torch.float64, cpu, [k | 1 for k in kernel_size])
         self.points, self.coarse_points = len(full), len(coarse)
         self.coarse_is_free = self.coarse_points == taps
+        identity = full.new_full((self.points // 2 + 1, 1, 1, 1), math.sqrt(2 / self.points))
+        identity[0] = math.sqrt(1 / self.points)
+        self.identity = identity.to(device, dtype)
         lengths = torch.linalg.vector_norm(coarse, dim=1, keepdim=True)
         rotation = coarse / lengths if self.coarse_is_free else _parity_rotation(taps)
         self.rotation = rotation.to(device, dtype)
