@@ -53,14 +53,17 @@ def available_devices() -> list[str]:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, devices and threads, for a bug report."""
+    """Versions, devices and threads, for a bug report; and how a step of the descent is computed on the CPU."""
     import torch
+
+    from convsim_init.compiled import library
 
     return {
         "convsim-init": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: _version(package) for package in PACKAGES},
+        "step": "compiled" if library() else "in torch's operations",
         "cuda": torch.version.cuda or "none",
         "devices": ", ".join(map(_describe, available_devices())),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convsim_init.similarity import real_fourier_basis
 
-VALUES_PER_BLOCK = 3_500_000  # all that a step touches; measured: more leaves the cache, less is all overhead
+WEIGHTS_PER_BLOCK = 2**17  # measured: of more the cache holds less, of fewer the calls cost more
 
 
 class Halves:
@@ -41,8 +41,10 @@ class Fourier:
         rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
         points: N of the lattice on which full cross-correlations just fit.
         coarse_points: N of the smallest lattice of odd sides on which norms are still exact.
-        identity: ``[F, 1, 1, 1]``; coefficients times it come back from `twice_adjoint` as twice the kernels.
+        identity: ``[F, 1, 1, 1]``; coefficients times it come back from `Basis.twice_adjoint` as twice the kernels.
         coarse_is_free: Whether the coordinates are the coefficients on the coarse lattice, up to their weights.
+        coarse_constant: Then the factor of the constant's power, next to that of the others.
+        full, coarse: The bases of both lattices, over the coordinates.
     """
 
     def __init__(self, kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -57,8 +59,9 @@ class Fourier:
         lengths = torch.linalg.vector_norm(coarse, dim=1, keepdim=True)
         rotation = coarse / lengths if self.coarse_is_free else _parity_rotation(taps)
         self.rotation = rotation.to(device, dtype)
-        self._full = _Basis(full @ rotation.T, self.rotation)
-        self._coarse = _Basis(coarse @ rotation.T, self.rotation)
+        self.coarse_constant = math.sqrt(2) if self.coarse_is_free else 1.0
+        self.full = Basis(full @ rotation.T, self.rotation)
+        self.coarse = Basis(coarse @ rotation.T, self.rotation)
 
     def blocks(self, bank: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
         """Cut a bank ``[G, M, C, *kernel_size]`` into blocks that fit a core's cache, or into one.
@@ -68,15 +71,15 @@ class Fourier:
         """
         groups, filters, channels = bank.shape[:3]
         bank = bank.reshape(groups, filters, channels, -1)
-        values = 5 * len(self.rotation) + 3 * self.points  # of a kernel: its coordinates, spectrum, power and so on
-        room = groups * channels if whole else max(1, VALUES_PER_BLOCK // (values * filters))  # in channels
+        taps = len(self.rotation)
+        room = groups * channels if whole else max(1, WEIGHTS_PER_BLOCK // (taps * filters))  # in channels
         group_step, channel_step = max(1, room // channels), min(room, channels)
         for g in range(0, groups, group_step):
             for c in range(0, channels, channel_step):
                 some_groups, some_channels = slice(g, g + group_step), slice(c, c + channel_step)
-                taps = bank[some_groups, :, some_channels].permute(3, 0, 2, 1)  # [T, g, c, M]
-                rotated = torch.mm(self.rotation, taps.reshape(len(self.rotation), -1))
-                yield some_groups, some_channels, rotated.view(taps.shape)
+                some = bank[some_groups, :, some_channels].permute(3, 0, 2, 1)  # [T, g, c, M]
+                rotated = torch.mm(self.rotation, some.reshape(taps, -1))
+                yield some_groups, some_channels, rotated.view(some.shape)
 
     def bank(self, blocks: Sequence[tuple[slice, slice, Tensor]], shape: torch.Size) -> Tensor:
         """The bank of that shape that was cut into blocks by `blocks`."""
@@ -86,32 +89,27 @@ class Fourier:
             bank[groups, :, channels] = taps.permute(1, 3, 2, 0)
         return bank.view(shape)
 
-    def forward(self, coordinates: Halves, out: Halves) -> None:
-        """Coefficients ``[N, g, c, M]`` of kernels ``[T, g, c, M]``."""
-        self._full.forward(coordinates, out)
 
-    def twice_adjoint(self, spectrum: Halves, out: Halves) -> None:
-        """Twice the adjoint of `forward`, ``[N, g, c, M]`` to ``[T, g, c, M]``."""
-        self._full.twice_adjoint(spectrum, out)
+class Basis:
+    """A Fourier basis ``[N, T]`` over even and odd coordinates.
 
-    def coarse_forward(self, coordinates: Halves, out: Halves) -> None:
-        """Coefficients on the coarse lattice; where `coarse_is_free` there is no need for them."""
-        self._coarse.forward(coordinates, out)
-
-
-class _Basis:
-    """A Fourier basis ``[N, T]`` over even and odd coordinates: its two blocks that are not zero."""
+    Attributes:
+        first: Its block of cosines over even coordinates.
+        second: That of sines over odd ones; elsewhere there are zeros.
+    """
 
     def __init__(self, basis: Tensor, like: Tensor) -> None:
         cosines, even = (len(basis) + 1) // 2, (basis.shape[1] + 1) // 2
-        self._first, self._second = basis[:cosines, :even].to(like), basis[cosines:, even:].to(like)
-        self._twice_first, self._twice_second = 2 * self._first.T, 2 * self._second.T
+        self.first, self.second = basis[:cosines, :even].to(like), basis[cosines:, even:].to(like)
+        self._twice_first, self._twice_second = 2 * self.first.T, 2 * self.second.T
 
     def forward(self, coordinates: Halves, out: Halves) -> None:
-        torch.mm(self._first, coordinates.first_rows, out=out.first_rows)
-        torch.mm(self._second, coordinates.second_rows, out=out.second_rows)
+        """Coefficients ``[N, g, c, M]`` of kernels ``[T, g, c, M]``."""
+        torch.mm(self.first, coordinates.first_rows, out=out.first_rows)
+        torch.mm(self.second, coordinates.second_rows, out=out.second_rows)
 
     def twice_adjoint(self, spectrum: Halves, out: Halves) -> None:
+        """Twice the adjoint of `forward`, ``[N, g, c, M]`` to ``[T, g, c, M]``."""
         torch.mm(self._twice_first, spectrum.first_rows, out=out.first_rows)
         torch.mm(self._twice_second, spectrum.second_rows, out=out.second_rows)
 

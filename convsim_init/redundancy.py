@@ -82,7 +82,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     raw = normalized = 0.0
     for groups, _, weights in fourier.blocks(unit, whole=channels == "all"):
         spectrum = weights.new_empty(fourier.points, *weights.shape[1:])
-        fourier.forward(Halves(weights), out=Halves(spectrum))
+        fourier.full.forward(Halves(weights), out=Halves(spectrum))
         power = power_spectrum(spectrum, channels)  # [F, g, c, M]
         normalized += float(torch.sum(power * partner_power(power, "all"))) / 2
         power = power * energies[groups]

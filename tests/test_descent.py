@@ -31,9 +31,9 @@ LAYERS = {
 layers = pytest.mark.parametrize(("shape", "layout"), LAYERS.values(), ids=LAYERS.keys())
 
 
-@pytest.fixture(params=[1, 700, 3000, 10**9], ids=lambda n: f"blocks of {n}")
+@pytest.fixture(params=[1, 90, 400, 10**9], ids=lambda n: f"blocks of {n}")
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(fourier, "VALUES_PER_BLOCK", request.param)
+    monkeypatch.setattr(fourier, "WEIGHTS_PER_BLOCK", request.param)
 
 
 def unit(bank):

@@ -1,0 +1,227 @@
+/* The arithmetic of a conjugate-gradient step on a block of a layer, fused: what `blocks.py` does in many passes over the
+ * block, this does channel by channel in one, with all that lies between in a core's cache.
+ *
+ * A block is [g, c, T, M]: g groups, c channels, T taps a kernel, of which the first are even, M filters. The spectrum of
+ * a kernel has N rows: F cosines, then N - F sines. Only what the defaults need: float32, all pairs, matched channels.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Compiled for several generations of processors; the one at hand is found when the library is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LANES = 8, CHUNK = 4 * LANES }; /* filters at a time */
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef struct {
+    int64_t taps, even, points, cosines, groups, channels, filters, coarse_points, coarse_cosines;
+    const float *first, *second;               /* the basis: [F, even] and [N - F, taps - even] */
+    const float *identity;                     /* [F]: partners whose gradient is twice the weights */
+    const float *coarse_first, *coarse_second; /* of the coarse lattice; null where the weights are its coefficients */
+    float coarse_constant;                     /* factor of the constant's power there */
+} Layout;
+
+INLINE int64_t chunks(const Layout *l) { return (l->filters + CHUNK - 1) / CHUNK; }
+
+/* Two rows [CHUNK] of a matrix product, or twice the same one. */
+INLINE void two_rows(const float *a, const float *b, int64_t step, int64_t columns, const float *restrict in, float *out_a,
+                     float *out_b, float factor) {
+    Vector a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}; /* kept in registers */
+    for (int64_t t = 0; t < columns; t++, in += CHUNK, a += step, b += step) {
+        const Vector *part = (const Vector *)in;
+        a0 += *a * part[0], a1 += *a * part[1], a2 += *a * part[2], a3 += *a * part[3];
+        b0 += *b * part[0], b1 += *b * part[1], b2 += *b * part[2], b3 += *b * part[3];
+    }
+    Vector *to_a = (Vector *)out_a, *to_b = (Vector *)out_b;
+    to_a[0] = factor * a0, to_a[1] = factor * a1, to_a[2] = factor * a2, to_a[3] = factor * a3;
+    to_b[0] = factor * b0, to_b[1] = factor * b1, to_b[2] = factor * b2, to_b[3] = factor * b3;
+}
+
+/* out[rows, CHUNK] = factor * matrix[rows, columns] @ in[columns, CHUNK]; steps exchanged: its transpose. */
+INLINE void product(const float *restrict matrix, int64_t row_step, int64_t column_step, int64_t rows, int64_t columns,
+                    const float *restrict in, float *restrict out, float factor) {
+    for (int64_t r = 0; r < rows; r += 2) {
+        const int64_t other = r + 1 < rows ? r + 1 : r;
+        two_rows(matrix + r * row_step, matrix + other * row_step, column_step, columns, in, out + r * CHUNK,
+                 out + other * CHUNK, factor);
+    }
+}
+
+INLINE float total(const float *lanes) {
+    float sum = 0;
+    for (int i = 0; i < CHUNK; i++) sum += lanes[i];
+    return sum;
+}
+
+/* Move n filters' weights, and take them along to a chunk; filters that are missing there are zero. */
+INLINE void move(int64_t n, int64_t taps, int64_t step, const float *restrict keep, const float *restrict add, float *restrict weights,
+                 const float *restrict ascent, float *restrict chunk, double *restrict squares) {
+    float sums[CHUNK] = {0};
+    for (int64_t t = 0; t < taps; t++, weights += step, ascent += step, chunk += CHUNK)
+        for (int64_t i = 0; i < n; i++) {
+            chunk[i] = weights[i] = weights[i] * keep[i] + ascent[i] * add[i];
+            sums[i] += chunk[i] * chunk[i];
+        }
+    for (int64_t i = 0; i < n; i++) squares[i] += sums[i];
+}
+
+/* Keep n filters' gradient, and add to what is known of each; return its inner product with the previous one. */
+INLINE float keep_gradient(int64_t n, int64_t taps, int64_t step, const float *restrict chunk, const float *restrict weights,
+                           const float *restrict ascent, const float *restrict previous, float *restrict gradient, double *restrict sums, int64_t next) {
+    float along[CHUNK] = {0}, squares[CHUNK] = {0}, climb[CHUNK] = {0}, overlap[CHUNK] = {0};
+    for (int64_t t = 0; t < taps; t++) {
+        for (int64_t i = 0; i < n; i++) {
+            const float g = chunk[i];
+            gradient[i] = g;
+            along[i] += g * weights[i];
+            squares[i] += g * g;
+            climb[i] += g * ascent[i];
+            overlap[i] += g * previous[i];
+        }
+        chunk += CHUNK, weights += CHUNK, gradient += step, ascent += step, previous += step;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        sums[i] += along[i];
+        sums[next + i] += squares[i];
+        sums[2 * next + i] += climb[i];
+    }
+    return total(overlap);
+}
+
+/* Turn n filters' directions, and take them and the weights along to chunks. */
+INLINE void turn(int64_t n, int64_t taps, int64_t step, float beta, const float *restrict lean, const float *restrict weights,
+                 const float *restrict gradient, float *restrict ascent, float *restrict weights_chunk, float *restrict ascent_chunk) {
+    for (int64_t t = 0; t < taps; t++) {
+        for (int64_t i = 0; i < n; i++) {
+            weights_chunk[i] = weights[i];
+            ascent_chunk[i] = ascent[i] = gradient[i] + beta * ascent[i] + lean[i] * weights[i];
+        }
+        weights += step, gradient += step, ascent += step, weights_chunk += CHUNK, ascent_chunk += CHUNK;
+    }
+}
+
+/* Floats of scratch memory that either function needs. */
+int64_t scratch_size(const Layout *l) {
+    const int64_t arriving = chunks(l) * (l->taps + l->points) + l->cosines + l->taps;
+    const int64_t aiming = 2 * l->taps + 2 * l->coarse_points + 3 * l->coarse_cosines;
+    return CHUNK * (arriving > aiming ? arriving : aiming);
+}
+
+/* Move to weights * keep + ascent * add (both per filter), and take the gradient there, less 2 * half_taken * weights.
+ * sums[4, g, M]: the gradient along the weights, its squared norms, along the ascents; squared norms of the weights. */
+FOR_EVERY_PROCESSOR
+void arrive(const Layout *l, const float *keep, const float *add, const float *half_taken, float *weights,
+            const float *ascent, float *gradient, const float *previous, float *scratch, double *sums, double *overlap) {
+    const int64_t M = l->filters, T = l->taps, N = l->points, F = l->cosines, odd = T - l->even;
+    const int64_t step = M, next = l->groups * M; /* between taps, between sums */
+    float *all_w = scratch, *all_x = all_w + chunks(l) * T * CHUNK, *lanes = all_x + chunks(l) * N * CHUNK;
+    float *g = lanes + F * CHUNK, none[CHUNK] = {0}; /* the constant has no sine */
+    for (int64_t i = 0; i < 4 * next; i++) sums[i] = 0;
+    *overlap = 0;
+
+    for (int64_t row = 0; row < l->groups * l->channels; row++) {
+        const int64_t group = row / l->channels * M;
+        for (int64_t i = 0; i < F * CHUNK; i++) lanes[i] = 0;
+        for (int64_t m = 0; m < M; m += CHUNK) {
+            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = row * T * M + m, filter = group + m;
+            float *w = all_w + m * T, *x = all_x + m * N;
+            if (n == CHUNK) {
+                move(CHUNK, T, step, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
+            } else {
+                for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
+                move(n, T, step, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
+            }
+            product(l->first, l->even, 1, F, l->even, w, x, 1);
+            product(l->second, odd, 1, N - F, odd, w + l->even * CHUNK, x + F * CHUNK, 1);
+            for (int64_t f = 0; f < F; f++) {
+                const float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
+                for (int64_t i = 0; i < CHUNK; i++)
+                    lanes[f * CHUNK + i] += cosine[i] * cosine[i] + sine[i] * sine[i];
+            }
+        }
+        for (int64_t f = 0; f < F; f++) lanes[f] = total(lanes + f * CHUNK);
+        for (int64_t m = 0; m < M; m += CHUNK) {
+            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = row * T * M + m, filter = group + m;
+            float *w = all_w + m * T, *x = all_x + m * N, taken[CHUNK] = {0};
+            for (int64_t i = 0; i < n; i++) taken[i] = half_taken[filter + i];
+            for (int64_t f = 0; f < F; f++) {
+                float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
+                for (int64_t i = 0; i < CHUNK; i++) {
+                    const float power = cosine[i] * cosine[i] + sine[i] * sine[i];
+                    const float partners = lanes[f] - power - taken[i] * l->identity[f];
+                    cosine[i] *= partners;
+                    sine[i] *= partners;
+                }
+            }
+            product(l->first, 1, l->even, l->even, F, x, g, 2);
+            product(l->second, 1, odd, odd, N - F, x + F * CHUNK, g + l->even * CHUNK, 2);
+            if (n == CHUNK)
+                *overlap += keep_gradient(CHUNK, T, step, g, w, ascent + at, previous + at, gradient + at, sums + filter, next);
+            else
+                *overlap += keep_gradient(n, T, step, g, w, ascent + at, previous + at, gradient + at, sums + filter, next);
+        }
+    }
+}
+
+/* Turn the ascents to gradient + beta * ascent + lean * weights, and look along them: with the power at distance t
+ * P0 - 2 t P1 + t^2 (P2 + slow * P0) on the coarse lattice, how the terms i <= j are coupled; couplings[3, 3]. */
+FOR_EVERY_PROCESSOR
+void aim(const Layout *l, float beta, const float *lean, const float *slow, const float *weights, const float *gradient,
+         float *ascent, float *scratch, double *couplings) {
+    const int64_t M = l->filters, T = l->taps, N = l->coarse_points, F = l->coarse_cosines, odd = T - l->even;
+    const int64_t step = M;
+    float *w = scratch, *a = w + T * CHUNK, *wx = l->coarse_first ? a + T * CHUNK : w;
+    float *ax = l->coarse_first ? wx + N * CHUNK : a, *lanes = a + (T + 2 * N) * CHUNK, none[CHUNK] = {0};
+    for (int64_t i = 0; i < 9; i++) couplings[i] = 0;
+
+    for (int64_t row = 0; row < l->groups * l->channels; row++) {
+        const int64_t group = row / l->channels * M;
+        float products[5][CHUNK] = {{0}};
+        for (int64_t i = 0; i < 3 * F * CHUNK; i++) lanes[i] = 0;
+        for (int64_t m = 0; m < M; m += CHUNK) {
+            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = row * T * M + m, filter = group + m;
+            float slower[CHUNK] = {0};
+            for (int64_t i = 0; i < n; i++) slower[i] = slow[filter + i];
+            if (n == CHUNK) {
+                turn(CHUNK, T, step, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
+            } else {
+                for (int64_t i = 0; i < 2 * T * CHUNK; i++) w[i] = 0;
+                turn(n, T, step, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
+            }
+            if (l->coarse_first) {
+                product(l->coarse_first, l->even, 1, F, l->even, w, wx, 1);
+                product(l->coarse_second, odd, 1, N - F, odd, w + l->even * CHUNK, wx + F * CHUNK, 1);
+                product(l->coarse_first, l->even, 1, F, l->even, a, ax, 1);
+                product(l->coarse_second, odd, 1, N - F, odd, a + l->even * CHUNK, ax + F * CHUNK, 1);
+            }
+            for (int64_t f = 0; f < F; f++) {
+                const float *wc = wx + f * CHUNK, *ws = f ? wc + (F - 1) * CHUNK : none; /* cosines, sines */
+                const float *ac = ax + f * CHUNK, *as = f ? ac + (F - 1) * CHUNK : none;
+                const float scale = f ? 1 : l->coarse_constant;
+                float *s = lanes + 3 * f * CHUNK;
+                for (int64_t i = 0; i < CHUNK; i++) {
+                    const float p0 = scale * (wc[i] * wc[i] + ws[i] * ws[i]);
+                    const float p1 = scale * (wc[i] * ac[i] + ws[i] * as[i]);
+                    const float p2 = scale * (ac[i] * ac[i] + as[i] * as[i]) + slower[i] * p0;
+                    s[i] += p0, s[CHUNK + i] += p1, s[2 * CHUNK + i] += p2;
+                    products[0][i] += p0 * p1, products[1][i] += p0 * p2, products[2][i] += p1 * p1;
+                    products[3][i] += p1 * p2, products[4][i] += p2 * p2;
+                }
+            }
+        }
+        for (int64_t f = 0; f < F; f++) {
+            const float *s = lanes + 3 * f * CHUNK;
+            const double s0 = total(s), s1 = total(s + CHUNK), s2 = total(s + 2 * CHUNK);
+            couplings[1] += s0 * s1, couplings[2] += s0 * s2, couplings[4] += s1 * s1;
+            couplings[5] += s1 * s2, couplings[8] += s2 * s2;
+        }
+        couplings[1] -= total(products[0]), couplings[2] -= total(products[1]), couplings[4] -= total(products[2]);
+        couplings[5] -= total(products[3]), couplings[8] -= total(products[4]);
+    }
+}

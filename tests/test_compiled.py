@@ -1,0 +1,123 @@
+"""The compiled step against the same step in torch's operations, block by block and as a whole."""
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from convsim_init import compiled, fourier
+from convsim_init.blocks import TorchBlock
+from convsim_init.compiled import CompiledBlock
+from convsim_init.descent import descend
+from convsim_init.devices import describe_environment
+from convsim_init.fourier import Fourier
+from convsim_init.settings import Settings
+from convsim_init.similarity import filter_norms
+from convsim_init.similarity import per_filter as shaped
+
+pytestmark = pytest.mark.skipif(compiled._built() is None, reason="installed without a C compiler")
+
+BANKS = {  # [G, M, C, *kernel_size]
+    "3x3": (1, 6, 5, 3, 3),
+    "one filter less than a chunk": (1, 31, 3, 3, 3),
+    "a chunk": (1, 32, 3, 3, 3),
+    "one filter more": (1, 33, 3, 3, 3),
+    "many chunks": (1, 150, 4, 3, 3),
+    "non-square": (1, 7, 3, 2, 5),
+    "even": (1, 40, 3, 2, 2),
+    "1x1": (1, 36, 9, 1, 1),
+    "7x7": (1, 34, 2, 7, 7),
+    "1d": (1, 9, 3, 4),
+    "3d": (1, 5, 2, 3, 2, 3),
+    "groups": (4, 35, 3, 3, 3),
+    "one filter": (1, 1, 3, 3, 3),
+}
+banks = pytest.mark.parametrize("shape", BANKS.values(), ids=BANKS.keys())
+
+
+@banks
+def test_a_block_does_what_torchs_operations_do(shape):
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(shape, generator=generator)
+    bank /= shaped(filter_norms(bank), bank)
+    fourier_ = Fourier(shape[3:], torch.float32, torch.device("cpu"))
+    ((*cut, weights),) = fourier_.blocks(bank, whole=True)
+    blocks = [
+        kind(*cut, weights.clone(), fourier_, Settings(), threading.local()) for kind in (TorchBlock, CompiledBlock)
+    ]
+
+    def per_filter() -> torch.Tensor:
+        return torch.rand(shape[0], 1, shape[1], generator=generator)
+
+    length = 1.0
+    for _ in range(3):
+        keep, add, taken, lean, slow = (
+            per_filter(),
+            per_filter() / length,
+            per_filter(),
+            per_filter() / 8,
+            -per_filter(),
+        )
+        (sums, overlap), (expected_sums, expected_overlap) = (block.arrive(keep, add, taken) for block in blocks[::-1])
+        for found, expected in zip(sums, expected_sums, strict=True):
+            close = 1e-4 * float(expected.abs().max()) + 1e-6 * length**2
+            torch.testing.assert_close(found.to(expected), expected, rtol=1e-4, atol=close)
+        length = float(expected_sums[1].sum()) ** 0.5  # of the gradient
+        assert overlap == pytest.approx(expected_overlap, rel=1e-4, abs=1e-4 * length**2)
+        looks, expected = (block.aim(0.3, lean, slow) for block in blocks[::-1])
+        upper = torch.ones(3, 3).triu().bool()
+        upper[0, 0] = False  # the loss where it stands is known
+        close = 1e-4 * float(expected.abs().max()) + 1e-6 * length**2
+        torch.testing.assert_close(looks[upper].to(expected), expected[upper], rtol=1e-4, atol=close)
+        scale = float(blocks[0].weights.abs().max())
+        torch.testing.assert_close(blocks[1].weights, blocks[0].weights, rtol=1e-4, atol=1e-5 * scale)
+
+
+@banks
+@pytest.mark.parametrize("norm", ["preserve", "free"])
+@pytest.mark.parametrize("weights_per_block", [1, 2**17])
+def test_a_descent_takes_the_same_steps(shape, norm, weights_per_block, monkeypatch):
+    monkeypatch.setattr(fourier, "WEIGHTS_PER_BLOCK", weights_per_block)
+    bank = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    settings = Settings(steps=6, tolerance=0, norm=norm)
+    assert CompiledBlock.fits(bank, settings)
+    found = descend(bank, settings)
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert not CompiledBlock.fits(bank, settings)
+    expected = descend(bank, settings)
+    start = expected.losses[0]
+    assert found.losses[:3] == pytest.approx(expected.losses[:3], rel=1e-4, abs=1e-6 * start)
+    # Later rounding may decide which of two equally good steps is taken.
+    assert found.losses[-1] == pytest.approx(expected.losses[-1], rel=0.1, abs=1e-6 * start)
+    if norm == "preserve":
+        torch.testing.assert_close(filter_norms(found.bank), filter_norms(bank))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed"),
+    [(torch.float64, {}), (torch.float32, {"pairs": "adjacent"}), (torch.float32, {"channels": "all"})],
+    ids=["float64", "adjacent", "all channels"],
+)
+def test_what_it_cannot_do_is_left_to_torch(dtype, changed):
+    assert not CompiledBlock.fits(torch.randn(1, 4, 3, 3, 3, dtype=dtype), Settings(**changed))
+
+
+def test_the_environment_is_told_and_can_switch_it_off(monkeypatch):
+    assert describe_environment()["step"] == "compiled"
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert describe_environment()["step"] == "in torch's operations"
+
+
+@pytest.mark.parametrize("content", [b"", b"of another system"], ids=["empty", "foreign"])
+def test_a_library_that_cannot_be_loaded_is_passed_over(content, tmp_path):
+    copy = tmp_path / "convsim_init"
+    shutil.copytree(Path(compiled.__file__).parent, copy)
+    for library in copy.glob("_step*.so"):
+        library.write_bytes(content)
+    code = "from convsim_init.compiled import library; import convsim_init; print(convsim_init.__file__, library())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == [str(copy / "__init__.py"), "None"]
