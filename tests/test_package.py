@@ -40,7 +40,7 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
     """The source distribution, and the wheel built from it, so that both are shown to be complete."""
     folder = tmp_path_factory.mktemp("build")  # a copy: building litters its folder, and takes up old litter
     for name in ("convsim_init", "cli"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     run_python("-c", "from setuptools import build_meta; build_meta.build_sdist('.')", cwd=folder)
@@ -58,9 +58,11 @@ def wheel(archives) -> Path:
 def test_the_wheel_holds_exactly_the_package(wheel):
     about = f"convsim_init-{convsim_init.__version__}.dist-info/"
     files = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
-    expected = {*SOURCES, "convsim_init/py.typed", *(about + name for name in files)}
+    expected = {*SOURCES, "convsim_init/py.typed", "convsim_init/step.c", *(about + name for name in files)}
     with zipfile.ZipFile(wheel) as archive:
-        assert set(archive.namelist()) == expected
+        compiled = {name for name in archive.namelist() if name.startswith("convsim_init/_step.")}
+        assert len(compiled) == (shutil.which("cc") is not None)
+        assert set(archive.namelist()) == expected | compiled
         assert archive.read(f"{about}top_level.txt").decode().split() == ["convsim_init"]
         assert "convsim-init = convsim_init.cli.main:main" in archive.read(f"{about}entry_points.txt").decode()
         metadata = email.message_from_bytes(archive.read(f"{about}METADATA"))
@@ -85,6 +87,17 @@ def test_it_is_installed_in_a_clean_environment(kind, archives, tmp_path):
     code = "import convsim_init.cli as cli, convsim_init; print(cli.__file__, convsim_init.__file__)"
     where = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert all(Path(path).is_relative_to(rest) for path in where.split())
+
+
+def test_without_a_compiler_the_package_is_installed_all_the_same(archives, tmp_path):
+    pip = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    run_python(*pip, archives[0], cwd=tmp_path, CC="false")
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert not [name for name in archive.namelist() if "_step" in name]
+        archive.extractall(tmp_path / "site")
+    told = run_python("-m", "convsim_init", "env", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "step          in torch's operations" in told
 
 
 WHERE = """
@@ -175,7 +188,10 @@ def test_every_module_says_what_it_is_for(name):
 
 GROUPS = {
     "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
-    "tensors": {"similarity", "fourier", "gradient", "filters", "descent", "correlation", "parallel", "dtypes"},
+    "tensors": {
+        *("similarity", "fourier", "gradient", "blocks", "compiled", "filters", "descent"),
+        *("correlation", "parallel", "dtypes"),
+    },
     "modules": {
         *("layers", "weights", "standardized", "entries", "base", "initialize"),
         *("redundancy", "feature_maps", "regularizer", "report", "results", "snapshot"),
@@ -197,7 +213,7 @@ MAY_IMPORT = {
     "models": {"basis"},
     "files": {"basis", "tensors", "modules"},
     "pictures": {"basis", "tensors", "modules", "files"},
-    "machine": {"basis"},
+    "machine": {"basis", "tensors"},
     "cli": {"basis", "modules", "models", "files", "pictures", "machine"},
     "entrance": GROUPS.keys(),
 }
