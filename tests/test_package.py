@@ -175,7 +175,17 @@ def test_every_module_says_what_it_is_for(name):
 
 GROUPS = {
     "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
-    "tensors": {"similarity", "fourier", "gradient", "filters", "descent", "correlation", "parallel", "dtypes"},
+    "tensors": {
+        "similarity",
+        "fourier",
+        "gradient",
+        "packs",
+        "filters",
+        "descent",
+        "correlation",
+        "parallel",
+        "dtypes",
+    },
     "modules": {
         *("layers", "weights", "standardized", "entries", "base", "initialize"),
         *("redundancy", "feature_maps", "regularizer", "report", "results", "snapshot"),
