@@ -1,38 +1,25 @@
 """Convolutional Similarity for training: with its gradient in closed form, taken on the way, in few operations.
 
-Letters: G groups, M filters of a group, C input channels of a group, T taps, N lattice points, F frequencies.
+Letters: G groups, M filters of a group, C input channels of a group, T taps, K kernels of a weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from convsim_init.packs import VALUES_PER_PACK, Pack
 from convsim_init.settings import Channels, Pairs
-from convsim_init.similarity import (
-    bank_weight,
-    computing_bank,
-    count_pairs,
-    filter_norms,
-    full_precision,
-    nonzero,
-    partner_power,
-    per_filter,
-    power_spectrum,
-    real_fourier_basis,
-)
-
-VALUES_PER_BLOCK = 2**20  # of a spectrum: what stays in a core's cache
+from convsim_init.similarity import accumulation_dtype, bank_weight, filter_bank, full_precision
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How the weight of a convolution is to be read: its groups, and whether it is that of a transposed one."""
 
     groups: int = 1
@@ -55,56 +42,76 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
+        looks = [_Look(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
+        ctx.plan = _plan(tuple(looks), pairs, channels)
         values, gradients = [], []
-        for weight, layout in zip(weights, layouts, strict=True):
-            with full_precision(weight.device):
-                bank = computing_bank(weight, groups=layout.groups, transposed=layout.transposed, channels=channels)
-                value, gradient = (_normalized if normalized else _raw)(bank, pairs, channels)
+        for pack, members in ctx.plan:
+            with full_precision(pack.device):
+                kernels = torch.cat([member.kernels(weights[member.position]) for member in members]).to(pack.dtype)
+                value, gradient = pack.normalized(kernels) if normalized else pack.raw(kernels)
             values.append(value.to(weights[0].device))
-            wide = bank_weight(gradient, groups=layout.groups, transposed=layout.transposed)
-            gradients.append(wide.to(weight.dtype))
+            gradients.append(gradient)
         ctx.save_for_backward(*gradients)
-        return sum(values[1:], values[0])
+        total: Tensor = sum(values[1:], values[0])
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [(outer.to(gradient.device) * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors]
-        return None, None, None, None, *gradients
+        gradients: dict[int, Tensor] = {}
+        for (pack, members), gradient in zip(ctx.plan, ctx.saved_tensors, strict=True):
+            scaled = (outer.to(pack.device) * gradient).to(members[0].look.dtype)
+            for member, part in zip(members, torch.split(scaled, pack.kernels), strict=True):
+                gradients[member.position] = member.weight(part)
+        return None, None, None, None, *(gradients[position] for position in range(len(gradients)))
 
 
-def _normalized(bank: Tensor, pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
-    lengths = filter_norms(bank)  # [G, M]
-    norms = per_filter(nonzero(lengths), bank).to(bank.dtype)
-    unit = bank / norms
-    value, gradient = _raw(unit, pairs, channels)
-    scale = (1 / count_pairs(lengths > 0, pairs).clamp(min=1)).to(bank.dtype)
-    along = (unit * gradient).flatten(2).sum(2)  # [G, M]
-    return scale * value, gradient.sub_(per_filter(along, bank) * unit).mul_(scale / norms)
+class _Look(NamedTuple):
+    """All that has to be known of a weight beforehand."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    layout: Layout
 
 
-def _raw(bank: Tensor, pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
-    """With P the power of the spectrum X and Q that of the partners, CS = <P, Q> / 2 and dCS/dX = 2 Q X."""
-    basis, twice_adjoint = _basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T], [T, N]
-    kernels = bank.flatten(3)  # [G, M, C, T]
-    groups, filters, inputs, taps = kernels.shape
-    points, frequencies = len(basis), len(basis) // 2 + 1
-    step = inputs if channels == "all" else max(1, VALUES_PER_BLOCK // (points * groups * filters))
-    values, gradients = [], []
-    for some in torch.split(kernels, step, dim=2):
-        spectrum = basis @ some.permute(3, 0, 2, 1).reshape(taps, -1)  # [N, G c M]
-        spectrum = spectrum.view(points, groups, -1, filters)
-        power = power_spectrum(spectrum, channels)  # [F, G, c, M]
-        partners = partner_power(power, pairs)
-        values.append(torch.dot(power.flatten(), partners.flatten()) / 2)
-        spectrum[:frequencies] *= partners
-        spectrum[frequencies:] *= partners[1:]
-        gradient = twice_adjoint @ spectrum.view(points, -1)  # [T, G c M]
-        gradients.append(gradient.view(taps, groups, -1, filters).permute(1, 3, 2, 0))  # [G, M, c, T]
-    return sum(values[1:], values[0]), torch.cat(gradients, dim=2).view(bank.shape)
+class _Member(NamedTuple):
+    """A weight in a pack: which one of all, and the shape of its filter bank."""
+
+    position: int
+    look: _Look
+    bank: torch.Size
+
+    def kernels(self, weight: Tensor) -> Tensor:
+        """Its kernels ``[K, T]``, in the order of its filters."""
+        if self.look.layout.transposed:
+            weight = filter_bank(weight, groups=self.look.layout.groups, transposed=True)
+        return weight.reshape(-1, self.bank[3:].numel())
+
+    def weight(self, kernels: Tensor) -> Tensor:
+        """The weight that has these kernels."""
+        if self.look.layout.transposed:
+            return bank_weight(kernels.view(self.bank), groups=self.look.layout.groups, transposed=True)
+        return kernels.view(self.look.shape)
 
 
 @lru_cache(maxsize=64)
-def _basis(kernel_size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    basis = real_fourier_basis(kernel_size, dtype, device)
-    return basis, (2 * basis.T).contiguous()
+def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> list[tuple[Pack, list[_Member]]]:
+    """Small weights of one kernel size, dtype and device go together."""
+    alike: dict[Any, list[list[_Member]]] = {}
+    room: dict[Any, int] = {}
+    for position, look in enumerate(looks):
+        empty = torch.empty(look.shape, dtype=look.dtype, device="meta")
+        bank = filter_bank(empty, groups=look.layout.groups, transposed=look.layout.transposed, channels=channels).shape
+        values = bank[:3].numel() * math.prod(2 * size - 1 for size in bank[3:])  # of its spectrum
+        key = (bank[3:], look.dtype, look.device)
+        room[key] = room.get(key, 0) - values
+        if room[key] < 0:
+            alike.setdefault(key, []).append([])
+            room[key] = VALUES_PER_PACK - values
+        alike[key][-1].append(_Member(position, look, bank))
+    return [
+        (Pack([member.bank for member in members], pairs, channels, accumulation_dtype(dtype), device), members)
+        for (_, dtype, device), packs in alike.items()
+        for members in packs
+    ]

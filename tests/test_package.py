@@ -189,8 +189,8 @@ def test_every_module_says_what_it_is_for(name):
 GROUPS = {
     "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
     "tensors": {
-        *("similarity", "fourier", "gradient", "blocks", "compiled", "filters", "descent"),
-        *("correlation", "parallel", "dtypes"),
+        *("similarity", "fourier", "blocks", "compiled", "filters", "descent"),
+        *("gradient", "packs", "correlation", "parallel", "dtypes"),
     },
     "modules": {
         *("layers", "weights", "standardized", "entries", "base", "initialize"),

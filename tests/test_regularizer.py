@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
-from convsim_init.gradient import Layout, summed_similarity
+from convsim_init.gradient import Layout, _plan, summed_similarity
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
@@ -42,8 +42,30 @@ def test_gradcheck(pairs, channels, normalized):
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_layer_of_several_blocks(normalized, monkeypatch):
-    monkeypatch.setattr("convsim_init.gradient.VALUES_PER_BLOCK", 1)
+    monkeypatch.setattr("convsim_init.packs.VALUES_PER_PACK", 1)
     test_its_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched")
+
+
+@choices
+@pytest.mark.parametrize("limit", [1, 2**20], ids=["one by one", "together"])
+@pytest.mark.parametrize("scale", [1, 1e-41, 1e-25, 1e25, 0])
+def test_layers_of_one_kernel_size(scale, limit, pairs, channels, monkeypatch):
+    monkeypatch.setattr("convsim_init.gradient.VALUES_PER_PACK", limit)
+    _plan.cache_clear()
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in ((6, 3, 3, 3), (4, 5, 3, 3), (4, 2, 3, 3))]
+    weights[1][2] *= scale
+    used = [weight.float().requires_grad_() for weight in weights]
+    layouts = [Layout(2), Layout(), Layout(2, transposed=True)]
+    actual = summed_similarity(used, layouts, pairs, channels, normalized=True)
+    expected = sum(
+        ci.convolutional_similarity(w, **layout._asdict(), pairs=pairs, channels=channels, normalized=True)
+        for w, layout in zip(used, layouts, strict=True)
+    )
+    torch.testing.assert_close(actual, expected)
+    gradients, wanted = torch.autograd.grad(actual, used), torch.autograd.grad(expected, used)
+    keep = torch.arange(4) != 2  # the definition's gradient is not finite for all scales
+    torch.testing.assert_close((gradients[0], gradients[2]), (wanted[0], wanted[2]))
+    torch.testing.assert_close(gradients[1][keep], wanted[1][keep])
 
 
 def test_filters_that_are_zero_have_no_gradient_and_harm_none():
