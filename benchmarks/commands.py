@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-m", "convsim_init"]
 IMPORT_TORCH = [sys.executable, "-c", "import torch"]
 IMPORT_TIMM = [sys.executable, "-c", "import torch, timm"]
 SEEDS = 20
-DIVIDED = "resnet50"  # by several processes
+DIVIDED = {"one": ["resnet50"], "s{seed}": ["resnet18", "--seeds", "0:8"]}  # by several processes; by names of files
 
 
 class Cost(NamedTuple):
@@ -97,17 +97,21 @@ def sweep_rows(repeats: int) -> Iterator[Row]:
 
 def ranks_rows(repeats: int) -> Iterator[Row]:
     """Two processes of a launcher against one of the same launcher, which has all cores for its threads."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{name}.safetensors" for name in ("two", "one", "alone")]
-        two, one, alone = ([DIVIDED, "--force", "--out", str(file)] for file in files)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        commands = [launched(2, cores // 2 or 1, two), launched(1, cores, one), [*COMMAND, *alone]]
-        ours, peer, plain = costs(commands, repeats)
-        same = len({file.read_bytes() for file in files}) == 1
-    seconds = f"one process {peer.seconds:.2f} s, without `torchrun` {plain.seconds:.2f} s"
-    what = f"`torchrun --nproc-per-node 2 -m convsim_init {DIVIDED} --out …`, {cores} cores"
-    yield what, f"{ours.seconds:.2f} s", seconds, f"{ours.seconds / peer.seconds:.2f}", "≤ 1"
-    yield "its file and that of one process", "equal to the byte" if same else "differ", "", "", "equal"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name, arguments in DIVIDED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            folders = [Path(folder) / processes for processes in ("two", "one", "alone")]
+            two, one, alone = ([*arguments, "--force", "--out", str(f / f"{name}.safetensors")] for f in folders)
+            for path in folders:
+                path.mkdir()
+            commands = [launched(2, cores // 2 or 1, two), launched(1, cores, one), [*COMMAND, *alone]]
+            ours, peer, plain = costs(commands, repeats)
+            written = [{file.name: file.read_bytes() for file in path.iterdir()} for path in folders]
+        equal = "equal to the byte" if written[0] == written[1] == written[2] else "different"
+        what = f"`torchrun --nproc-per-node 2 -m convsim_init {' '.join(arguments)} --out …`, {cores} cores"
+        seconds = f"one process {peer.seconds:.2f} s, without `torchrun` {plain.seconds:.2f} s"
+        yield what, f"{ours.seconds:.2f} s", seconds, f"{ours.seconds / peer.seconds:.2f}", "≤ 1"
+        yield f"its {len(written[0])} file(s) beside those of one process", equal, "", "", "equal"
 
 
 def launched(processes: int, threads: int, arguments: Sequence[str]) -> list[str]:

@@ -152,6 +152,17 @@ def test_ratios_say_how_many_times_as_fast_ours_is():
     assert rows[0][4] == "≥ 20"
 
 
+def test_a_peer_that_gave_up_before_the_target_is_a_lower_bound(monkeypatch):
+    layers = shapes.Shapes({(8, 16, 3, 3): 2, (32, 4, 1, 1): 1})  # the second never gets there
+    monkeypatch.setattr(steps, "NETWORKS", ("ResNet-18",))
+    monkeypatch.setattr(steps, "conv_shapes", lambda network: layers)
+    monkeypatch.setattr(peers, "time_to_target", lambda weight, cap: (cap, False))
+    (row,) = steps.target_rows(1, cap=100)
+    assert row[0] == "ResNet-18 to 10 % of its normalized similarity: 2 of 3 layers get there (3×3)"
+    assert row[2].endswith("more than 200 s")
+    assert row[3].startswith("more than ")
+
+
 def test_a_timm_that_is_missing_is_said_in_its_row(monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "IMPORT_TIMM", [sys.executable, "-c", "raise ImportError('no timm')"])
     (row,) = commands.timm_rows(tmp_path / "a.safetensors", 1)
