@@ -26,7 +26,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## time and memory of the command and of a descent step, against peers
+bench: $(VENV)/.installed-dev  ## time and memory of the command and of the descent, against peers
 	$(BIN)/python benchmarks/speed.py
 
 clean:

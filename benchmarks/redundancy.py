@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from speed import cpu_name
+from machine import cpu_name
 from torch import Tensor, nn
 
 import convsim_init as ci

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import cpu_name
 from networks import NETWORKS
-from speed import cpu_name
 
 import convsim_init as ci
 from convsim_init.devices import describe_environment

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from speed import cpu_name
+from machine import cpu_name
 from torch import Tensor, nn
 
 import convsim_init as ci

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from arms import ARMS
 from fit import fit
+from machine import cpu_name
 from networks import NETWORKS
 from pictures import draw
 from records import Case, Record, Records
-from speed import cpu_name
 from summary import comparisons, table
 from tasks import TASKS, Data, Task, cifar_task
 from tqdm import tqdm

@@ -26,7 +26,7 @@ BENCHMARKS = Path(__file__).parents[1]
 
 def main() -> None:
     sys.path.append(str(BENCHMARKS))  # for what lies beside this folder
-    from speed import cpu_name
+    from machine import cpu_name
 
     parser = argparse.ArgumentParser(
         "claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

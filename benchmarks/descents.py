@@ -1,0 +1,85 @@
+"""Times of convsim-init's own descent: a step, and all steps to a target, of a layer and of a network."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from peers import TARGET
+from shapes import Shapes, draw, state_dict
+from torch import Tensor
+
+import convsim_init as ci
+from convsim_init.descent import descend
+from convsim_init.parallel import Team
+from convsim_init.settings import Settings
+from convsim_init.similarity import filter_bank
+
+FEW_STEPS, MANY_STEPS = 4, 14  # few enough for 1×1 layers to take them all
+MOST_STEPS = 100
+
+
+def time_step(weight: Tensor) -> float:
+    """Seconds a step takes of one layer, all threads at work on its blocks.
+
+    What further steps take, so without the set-up of the first.
+    """
+    bank = filter_bank(weight)
+
+    def steps_taken(settings: Settings) -> set[int]:
+        with Team(torch.get_num_threads()) as team:
+            return {descend(bank, settings, team=team).steps}
+
+    return _further_step(steps_taken)
+
+
+def time_network_step(shapes: Shapes) -> float:
+    """Seconds a step takes of all layers, as `initialize_` shares them out among the threads."""
+    weights = state_dict(shapes)
+
+    def steps_taken(settings: Settings) -> set[int]:
+        copies = {name: weight.clone() for name, weight in weights.items()}
+        return {layer.steps for layer in ci.initialize_(copies, settings=settings).layers}
+
+    return _further_step(steps_taken)
+
+
+def _further_step(steps_taken: Callable[[Settings], set[int]]) -> float:
+    seconds = []
+    for steps in (FEW_STEPS, MANY_STEPS):
+        settings = Settings(steps=steps, tolerance=0)
+        started = time.perf_counter()
+        taken = steps_taken(settings)
+        seconds.append(time.perf_counter() - started)
+        if taken != {steps}:
+            raise RuntimeError(f"expected each layer to take {steps} steps, got {taken}: it would look fast")
+    return (seconds[1] - seconds[0]) / (MANY_STEPS - FEW_STEPS)
+
+
+def steps_to_target(weight: Tensor) -> int | None:
+    """Steps until a tenth of the normalized similarity is left; None where many do not get there."""
+    with Team(torch.get_num_threads()) as team:
+        losses = descend(filter_bank(weight), Settings(steps=MOST_STEPS, tolerance=0), team=team).losses
+    return next((step for step, loss in enumerate(losses) if loss <= TARGET * losses[0]), None)
+
+
+def time_to_target(shapes: Shapes, steps: dict[tuple[int, ...], int]) -> float:
+    """Seconds of all layers to the target, set-up included, each with as many steps as it needs.
+
+    Args:
+        shapes: Of the layers.
+        steps: That a layer of the shape needs.
+    """
+    layers = [(filter_bank(draw(shape)), steps[shape]) for shape in sorted(shapes.elements(), key=math.prod)[::-1]]
+
+    def lower(layer: tuple[Tensor, int]) -> None:
+        bank, needed = layer
+        descend(bank, Settings(steps=needed, tolerance=0))
+
+    started = time.perf_counter()
+    with Team(torch.get_num_threads()) as team:
+        for _ in team.as_completed(lower, layers):
+            pass
+    return time.perf_counter() - started
