@@ -175,9 +175,12 @@ def test_every_module_says_what_it_is_for(name):
 
 GROUPS = {
     "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
-    "tensors": {"similarity", "fourier", "gradient", "filters", "descent", "correlation", "parallel", "dtypes"},
+    "tensors": {
+        *("similarity", "fourier", "gradient", "filters", "descent", "correlation", "parallel", "dtypes"),
+        *("stacked", "quartic", "replay"),
+    },
     "modules": {
-        *("layers", "weights", "standardized", "entries", "base", "initialize"),
+        *("layers", "weights", "standardized", "entries", "base", "initialize", "accelerated"),
         *("redundancy", "feature_maps", "regularizer", "report", "results", "snapshot"),
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
