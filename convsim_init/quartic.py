@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POLISH = 2  # steps of Newton's method; what rounding left of the closed form is squared by each
+POLISH = 3  # steps of Newton's method
+SETTLED = 1e-3  # of its largest term, what the slope may come to where it is said to vanish
 FAR_OFF = 16  # units of rounding that 1 / t must have, next to the other coefficients, to be told from 0
 
 
@@ -34,8 +35,9 @@ def least_rise(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, *, 
     triple = 2 * radius * torch.cos(torch.acos((-q / radius**3).clamp(-1, 1)) / 3)
     u = torch.where(excess > 0, single, torch.where(radius > 0, triple, 0)) - a / 3
     for _ in range(POLISH):
-        slope = (3 * u + 2 * a) * u + b
-        step = (((u + a) * u + b) * u + c) / slope
-        u = torch.where(step.abs() < u.abs() / 2, u - step, u)  # not where roots meet
+        step = (((u + a) * u + b) * u + c) / ((3 * u + 2 * a) * u + b)
+        u = torch.where(step.abs() < u.abs() / 2, u - step, u)  # roots that meet are left alone
+    terms = torch.stack([u**3, a * u.square(), b * u, c])
+    found = (u > FAR_OFF * torch.finfo(u.dtype).eps) & (terms.sum(0).abs() <= SETTLED * terms.abs().amax(0))
     t = 1 / (u * unit)
-    return torch.where((u > FAR_OFF * torch.finfo(u.dtype).eps) & t.isfinite(), t, otherwise)
+    return torch.where(found & t.isfinite(), t, otherwise)

@@ -186,7 +186,7 @@ class Stack:
         self._reached.copy_(torch.where(lower, loss, self._reached))
         self._start.copy_(torch.where(lower & first, loss, self._start))
         self._steps.add_(lower)
-        self._losses.scatter_(0, self._steps.clamp(min=0)[None], self._reached[None])
+        self._losses.scatter_(0, self._steps.clamp(min=0)[None], torch.where(first, loss, self._reached)[None])
 
         # Wide layers start on a plateau: for some steps nearly nothing is gained, and then the more.
         on_plateau = (loss > OFF_PLATEAU * self._start) & (self._steps < PATIENCE)
