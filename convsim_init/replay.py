@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 
 class Replay:
@@ -47,23 +46,25 @@ class Replay:
                 else:
                     self._work()
 
-    def read(self, flags: Tensor) -> bool:
-        """Wait for the work's end and read whether any of the flags that it sets is up."""
-        with torch.cuda.stream(self._stream):
-            return bool(flags.any())
+    def wait(self) -> None:
+        """Wait until the device has done the work."""
+        if self._stream:
+            self._stream.synchronize()
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
+        # Not by torch.cuda.graph, which collects garbage and empties caches first: that takes longer than a descent.
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             self._work()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with (
-                torch.cuda.device(stream.device),
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-            ):
-                self._work()
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"no CUDA graph of the descent, its steps are launched one by one: {reason}", stacklevel=2)
-        else:
-            self._graph = graph
+            stream.synchronize()
+            try:
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._work()
+                finally:
+                    graph.capture_end()
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"without a CUDA graph, each operation is launched by itself: {reason}", stacklevel=2)
+            else:
+                self._graph = graph

@@ -37,8 +37,8 @@ def descend_stacks(
     What `convsim_init.descent.descend` does to each bank, up to rounding.
 
     Args:
-        stacks: Of each the banks ``[G, M, C, *kernel_size]``, all of one shape, dtype (float32 or float64) and device;
-            left as they are.
+        stacks: Of each the banks ``[G, M, C, *kernel_size]``, all of one shape and dtype (float32 or float64); left as
+            they are. All stacks are on one device.
         settings: What is lowered, and how, but for the optimizer.
         on_step: Called every few steps; what it raises ends the descent.
 
@@ -47,11 +47,18 @@ def descend_stacks(
     """
     layers = [Stack(banks, settings) for banks in stacks]
     running = [(stack, Replay(stack.iterate, banks[0].device)) for stack, banks in zip(layers, stacks, strict=True)]
-    while running:
-        on_step()
-        for _, replay in running:
-            replay(LOOK)
-        running = [(stack, replay) for stack, replay in running if replay.read(stack.moving)]
+    try:
+        while running:
+            on_step()
+            for _, replay in running:
+                replay(LOOK)
+            for _, replay in running:
+                replay.wait()
+            moving = torch.stack([stack.moving.any() for stack, _ in running]).tolist()
+            running = [pair for pair, moves in zip(running, moving, strict=True) if moves]
+    finally:
+        for _, replay in running:  # what is still written to must not be given back
+            replay.wait()
     return [stack.descents() for stack in layers]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convsim_init as ci
-from convsim_init import accelerated, filters, replay
+from convsim_init import accelerated, filters
 from convsim_init import stacked as stacked_descent
 from convsim_init.descent import Stop, descend
 from convsim_init.quartic import least_rise
@@ -257,8 +257,8 @@ def test_no_iteration_waits_for_the_device(shape, variant):
 
 
 def test_the_host_looks_rarely(monkeypatch):
-    looks, read = [], Replay.read
-    monkeypatch.setattr(Replay, "read", lambda self, flags: looks.append(None) or read(self, flags))
+    looks, wait = [], Replay.wait
+    monkeypatch.setattr(Replay, "wait", lambda self: looks.append(None) or wait(self))
     assert stacked(draw(SHAPES["3x3"]), Settings(steps=30, tolerance=0))[0].steps == 30
     assert len(looks) <= 5
 
@@ -364,14 +364,14 @@ def test_the_graph_is_captured_and_does_what_eager_launches_do(monkeypatch):
     with torch.no_grad():
         assert Replay(stack.iterate, banks[0].device).captured
     graphs = stacked(banks, Settings(steps=8))
-    monkeypatch.setattr(replay.torch.cuda, "graph", _no_graph)
-    with pytest.warns(UserWarning, match="no CUDA graph"):
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", _no_graph)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
         eager = stacked(banks, Settings(steps=8))
     for one, other in zip(graphs, eager, strict=True):
         torch.testing.assert_close(one.bank, other.bank)
 
 
-def _no_graph(*args, **kwargs):
+def _no_graph(self, **options):
     raise RuntimeError("not today\nand not tomorrow")
 
 
