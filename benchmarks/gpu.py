@@ -275,14 +275,14 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        flat = [*args, *(kwargs or {}).values()]
-        read = tensors_in(flat)
+        read = tensors_in([*args, *(value for name, value in (kwargs or {}).items() if name != "out")])
         written = tensors_in([result])
         places = {tensor.untyped_storage().data_ptr() for tensor in read}
         view = not function._schema.is_mutable and any(t.untyped_storage().data_ptr() in places for t in written)
         if not view and "empty" not in function.overloadpacket.__name__:
             self.operations += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in read + written}.values())
+            moved = [*{id(tensor): tensor for tensor in read}.values(), *written]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in moved)
         return result
 
 
