@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convsim_init.descent import Stop, descend
+from convsim_init.accelerated import descend_together
+from convsim_init.descent import Descent, Stop, descend
 from convsim_init.errors import InputError
 from convsim_init.layers import Layer, find_layers, pair_obstacle
 from convsim_init.parallel import Team
@@ -105,7 +106,8 @@ def initialize_(
         tqdm(total=len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
         Team.for_devices(*(torch.device(device or layer.device) for layer in layers)) as team,
     ):
-        treat = partial(_treat, settings=settings, device=device, checkpoint=team.checkpoint)
+        together = descend_together(largest_first, settings, device, on_step=team.checkpoint)
+        treat = partial(_treat, together=together, settings=settings, device=device, checkpoint=team.checkpoint)
         for report in team.as_completed(treat, largest_first):
             reports[report.name] = report
             bar.update()
@@ -135,19 +137,29 @@ def plan(
 
 @torch.no_grad()
 def _treat(
-    layer: Layer, *, checkpoint: Callable[[], None], settings: Settings, device: torch.device | str | None
+    layer: Layer,
+    *,
+    together: Mapping[str, tuple[Descent, float]],
+    checkpoint: Callable[[], None],
+    settings: Settings,
+    device: torch.device | str | None,
 ) -> LayerReport:
     started = time.perf_counter()
+    descent, share = together.get(layer.name, (None, 0.0))
     outcome, reason, details = Outcome.SKIPPED, layer.obstacle, dict[str, Any]()
     if reason is None:
         with full_precision(torch.device(device or layer.device)):
-            outcome, reason, details = _lower(layer, checkpoint, settings, device)
-    seconds, reason = time.perf_counter() - started, layer.explained(reason)
+            outcome, reason, details = _lower(layer, descent, checkpoint, settings, device)
+    seconds, reason = share + time.perf_counter() - started, layer.explained(reason)
     return LayerReport(layer.name, layer.kind, layer.shape, outcome, reason, seconds=seconds, **details)
 
 
 def _lower(
-    layer: Layer, checkpoint: Callable[[], None], settings: Settings, device: torch.device | str | None
+    layer: Layer,
+    descent: Descent | None,
+    checkpoint: Callable[[], None],
+    settings: Settings,
+    device: torch.device | str | None,
 ) -> tuple[Outcome, str | None, dict[str, Any]]:
     bank = layer.bank(settings.channels, device)
     if not all_finite(bank):
@@ -156,7 +168,7 @@ def _lower(
     if obstacle:
         return Outcome.SKIPPED, obstacle, {}
     before, norms = measure_bank(bank, settings.channels), filter_norms(bank)
-    descent = descend(bank, settings, on_step=checkpoint)
+    descent = descent or descend(bank, settings, on_step=checkpoint)
     details: dict[str, Any] = {"steps": descent.steps, "losses": descent.losses}
     if descent.stop is Stop.NON_FINITE:
         return Outcome.FAILED, f"left as it was: {descent.stop.value}", details

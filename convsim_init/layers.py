@@ -153,18 +153,24 @@ def lone_obstacle(filters: int, groups: int, channels: Channels) -> str | None:
 
 def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     """Why the filters of a bank ``[G, M, C, *kernel_size]`` form no pair whose similarity could be lowered."""
-    groups, filters = bank.shape[:2]
-    taps = math.prod(bank.shape[3:])
-    if taps * math.prod(2 * size - 1 for size in bank.shape[3:]) > LARGEST_BASIS:
-        return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
-    if filters == 1:
-        return lone_obstacle(filters, groups, channels)
+    obstacle = shape_obstacle(bank.shape, channels)
+    if obstacle:
+        return obstacle
     alive = bank.flatten(2).ne(0).any(-1).sum(-1)  # [G]
     if not alive.any():
         return "all weights are zero"
     if alive.max() < 2:
         return "fewer than two filters of a group are not zero"
     return None
+
+
+def shape_obstacle(shape: Sequence[int], channels: Channels) -> str | None:
+    """Why filters of a bank of that shape ``[G, M, C, *kernel_size]`` cannot be treated, whatever their values are."""
+    groups, filters, _, *kernel_size = shape
+    taps = math.prod(kernel_size)
+    if taps * math.prod(2 * size - 1 for size in kernel_size) > LARGEST_BASIS:
+        return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
+    return lone_obstacle(filters, groups, channels)
 
 
 def _layer_of(name: str, module: _ConvNd) -> Layer:

@@ -80,7 +80,8 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
     fourier = Fourier(bank.shape[3:], bank.dtype, bank.device)
     raw = normalized = 0.0
-    for groups, _, weights in fourier.blocks(unit, whole=channels == "all"):
+    whole = channels == "all" or bank.device.type != "cpu"
+    for groups, _, weights in fourier.blocks(unit, whole=whole):
         spectrum = weights.new_empty(fourier.points, *weights.shape[1:])
         fourier.full.forward(Halves(weights), out=Halves(spectrum))
         power = power_spectrum(spectrum, channels)  # [F, g, c, M]

@@ -39,7 +39,7 @@ class LayerReport:
         outcome: What became of it.
         reason: Why, where it was not simply initialized.
         steps: Steps of the descent.
-        seconds: Time it took.
+        seconds: Time it took; of the descent of layers that went down an accelerator together its share.
         before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
             where nothing was to be changed, as it is; empty if not treated.
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.

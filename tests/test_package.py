@@ -189,11 +189,11 @@ def test_every_module_says_what_it_is_for(name):
 GROUPS = {
     "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
     "tensors": {
-        *("similarity", "fourier", "blocks", "compiled", "filters", "descent"),
+        *("similarity", "fourier", "blocks", "compiled", "filters", "descent", "stacked", "quartic", "replay"),
         *("gradient", "packs", "correlation", "parallel", "dtypes"),
     },
     "modules": {
-        *("layers", "weights", "standardized", "entries", "base", "initialize"),
+        *("layers", "weights", "standardized", "entries", "base", "initialize", "accelerated"),
         *("redundancy", "feature_maps", "regularizer", "report", "results", "snapshot"),
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
