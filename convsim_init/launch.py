@@ -38,7 +38,7 @@ def launched() -> Launch:
 
     ``RANK`` and the like alone mean nothing: many a cluster sets them for processes that it starts for other work.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not all(map(str.isdecimal, numbers)):
         return Launch()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Launch(*(int(os.environ[name]) for name in names))
+    return Launch(*map(int, numbers))

@@ -5,6 +5,7 @@ All that is said to `torch.distributed` is said here.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,11 +109,12 @@ class Ranks:
         """
         if self.group is None:
             return [value]
+        data = pickle.dumps(value)
         self.exchange(None)  # the last moment to tell of an error: what follows only brings data
         values: list[Any] = [None] * self.size if self.rank == 0 else []
         with _reaching(self.size):
-            dist.gather_object(value, values or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
-        return values
+            dist.gather_object(data, values or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        return [pickle.loads(data) for data in values]
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor], owner: int) -> None:
@@ -187,18 +189,17 @@ def _join(launch: Launch, device: torch.device) -> Ranks:
         raise RunError(
             "expected PyTorch with torch.distributed under torchrun, got one without it: use a single process"
         )
-    everyone = f"all {launch.size} processes that torchrun started"
-    store, *_ = next(dist.rendezvous("env://", timeout=MEETING))  # type: ignore[attr-defined]
-    # A script that torchrun runs may call the command again and again; what earlier calls left there is not for this.
-    call = store.add(f"{STORE}/calls/{launch.rank}", 1)
-    store = dist.PrefixStore(f"{STORE}/{call}", store)  # type: ignore[attr-defined]
-    store.set(str(launch.rank), "here")
     try:
+        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))  # type: ignore[attr-defined]
+        # A script that torchrun runs may call the command again and again: what earlier calls left there is not for us.
+        call = store.add(f"{STORE}/calls/{launch.rank}", 1)
+        store = dist.PrefixStore(f"{STORE}/{call}", store)  # type: ignore[attr-defined]
+        store.set(str(launch.rank), "here")
         store.wait([str(rank) for rank in range(launch.size)], MEETING)
     except RuntimeError as error:
         raise RunError(
-            f"expected {everyone} to run this command, and waited {MEETING.seconds} s for them; "
-            f"in one alone, run it as: env -u TORCHELASTIC_RUN_ID convsim-init ..."
+            f"expected all {launch.size} processes that torchrun started to run this command, and some did not come "
+            f"within {MEETING.seconds} s; to run it in one of them alone: env -u TORCHELASTIC_RUN_ID convsim-init ..."
         ) from error
     backend = "gloo"
     if device.type == "cuda":
@@ -214,7 +215,7 @@ def _reaching(size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise LostError(
-            f"one of the {size} processes has died or cannot be reached, what it was at is lost: {cause}"
+            f"expected all {size} processes to work to the end, and one has died or cannot be reached (--debug shows "
+            f"more); no partial file is left"
         ) from error
