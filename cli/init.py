@@ -15,7 +15,7 @@ import click
 from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
-from convsim_init.launch import launched
+from convsim_init.launch import Launch, launched
 from convsim_init.plots import check_plot
 from convsim_init.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.runs import Files, plan_runs
@@ -154,7 +154,8 @@ def init(
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
     runs = plan_runs(_starts(models, how, seeds, drawn=base != "model"), Files(out, record, plot))
     alone = len(models) == 1 and seeds is None
-    for run in runs:
+    launch = launched()
+    for run in runs if launch.beside_first else ():
         _check_files(run.files, overwrite=force or not alone)
 
     options = Choices(
@@ -172,15 +173,14 @@ def init(
         force=force,
         dry_run=dry_run,
     )
-    leads = launched().leads
-    if dry_run and not leads:
+    if dry_run and not launch.leads:
         return
-    progress = leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
-    with _ranks(device, wanted=not dry_run) as ranks:
+    progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
+    with _meeting(launch, device, wanted=not dry_run) as ranks:
         if not alone:
             sweep(runs, options, ranks, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
             return
-        run = runs[0] if leads else replace(runs[0], files=Files())
+        run = runs[0] if launch.leads else replace(runs[0], files=Files())
         report = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
         if as_json:
             click.echo(json.dumps(report.to_dict(), indent=2))
@@ -192,9 +192,8 @@ def init(
 
 
 @contextmanager
-def _ranks(device: str, *, wanted: bool) -> Iterator[Ranks | None]:
+def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | None]:
     """The processes that torchrun started, if they are to work together; else None, and torch is left for later."""
-    launch = launched()
     if launch.size == 1 or not wanted:
         yield None
         return

@@ -28,6 +28,11 @@ class Launch:
         return self.rank == 0
 
     @property
+    def beside_first(self) -> bool:
+        """Whether it is on the machine of the one that leads, and finds the same files there."""
+        return self.rank == self.local_rank
+
+    @property
     def speaks(self) -> bool:
         """Whether it is the one of its machine that tells of errors, which all of them meet."""
         return self.local_rank == 0

@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from scale_model import Count, network
 
 from convsim_init import InputError
 from convsim_init.devices import find_device
@@ -89,23 +91,36 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run([*launcher, "-m", "convsim_init", *arguments], capture_output=True, text=True, timeout=300)
 
 
-def ranks(processes: int, *arguments: str, program: tuple[str, ...] = ("-m", "convsim_init")):
-    """What torchrun does, without its messages and without its ending the others: status, stdout and stderr of each."""
+def job(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment of a process."""
+    meeting = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    return os.environ | meeting | {name: str(number) for name, number in numbers.items()}
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    job |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    started = [
-        subprocess.Popen(
+        return free.getsockname()[1]
+
+
+def ranks(processes: int, *arguments: str, program=("-m", "convsim_init"), machines: Sequence[Path] = ()):
+    """What torchrun does, without its messages and without its ending the others: status, stdout and stderr of each.
+
+    With folders given for machines, each process believes to be on one of its own, in that folder.
+    """
+    port, started = free_port(), []
+    for rank in range(processes):
+        apart = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if machines else {}
+        process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=machines[rank] if machines else None,
+            env=job(rank, processes, port) | apart,
         )
-        for rank in range(processes)
-    ]
+        started.append(process)
     try:
         told = [process.communicate(timeout=120) for process in started]
     finally:
@@ -165,6 +180,24 @@ def test_three_processes_have_more_than_enough_for_two_layers(command, tmp_path)
     assert others == [(0, "", "")] * 2
     assert (tmp_path / "three.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
     assert written(tmp_path) == ["one.pt", "three.pt"]
+
+
+def test_machines_need_no_disk_in_common(command, tmp_path):
+    command("nets.py:wide", "--out", "one.pt")
+    machines = [tmp_path / name for name in ("first", "second")]
+    for machine in machines:
+        machine.mkdir()
+    (machines[0] / "inits").mkdir()
+    first, second = ranks(2, f"{tmp_path}/nets.py:wide", "--out", "inits/two.pt", machines=machines)
+    assert (first[0], second) == (0, (0, "", "")), first[2]
+    assert (machines[0] / "inits" / "two.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
+    assert list(machines[1].iterdir()) == []
+
+
+def test_each_machine_tells_of_what_it_cannot_read(tmp_path):
+    for status, out, err in ranks(2, "missing.pt", *OUT, machines=[tmp_path, tmp_path]):
+        assert (status, out) == (2, "")
+        assert err.startswith("Error: cannot read 'missing.pt'")
 
 
 # Failing together
@@ -250,14 +283,9 @@ main(sys.argv[1:])
 """
 
 
-def test_who_waits_for_the_others_in_vain_says_so(monkeypatch, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0"}
-    job |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+def test_who_waits_for_the_others_in_vain_says_so(tmp_path):
     process = [sys.executable, "-c", ALONE, "nets.py:small", *OUT]
-    done = subprocess.run(process, capture_output=True, text=True, env=os.environ | job, timeout=60)
+    done = subprocess.run(process, capture_output=True, text=True, env=job(0, 2, free_port()), timeout=60)
     assert done.returncode == 1
     assert "env -u TORCHELASTIC_RUN_ID" in done.stderr
     assert written(tmp_path) == []
@@ -414,7 +442,7 @@ def test_only_torchrun_makes_a_rank_of_a_process(missing, monkeypatch):
             monkeypatch.setenv(name, value)
     launch = launched()
     assert launch == (Launch(5, 8, 1, 4) if missing is None else Launch())
-    assert (launch.leads, launch.speaks) == ((False, False) if missing is None else (True, True))
+    assert launch.leads == launch.speaks == launch.beside_first == (missing is not None)
 
 
 @pytest.mark.parametrize(
@@ -430,3 +458,19 @@ def test_each_process_gets_a_card_of_its_own(name, device, monkeypatch):
     if name in ("auto", "cuda"):
         with pytest.raises(InputError, match=r"than its 2 CUDA devices, got 4: torchrun --nproc-per-node 2"):
             find_device(name)
+
+
+# The model of the cost
+
+
+def test_what_an_operation_moves_and_holds_is_counted():
+    a, b, out = torch.ones(1000), torch.ones(10, 100), torch.empty(1000)
+    with Count() as count:
+        torch.mul(a, b.view(-1), out=out)  # reads two, writes one
+        out.add_(a)  # the same
+        (out + 1).sum()  # writes a new one and reads it
+    assert (count.launches, count.moved, count.held) == (4, 4 * (3000 + 3000 + 2000 + 1001), 8004)
+
+
+def test_the_network_on_paper_has_a_billion_weights():
+    assert sum(torch.Size(shape).numel() for shape in network()) == pytest.approx(1e9, rel=0.02)
