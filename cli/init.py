@@ -45,7 +45,7 @@ written: the table alone shows what would be gained.
 Several MODELs and seeds are initialized one after the other, a line of the result for each; what was written before is
 kept. {model} and {seed} in a file's name stand for the run's.
 
-`torchrun --nproc-per-node N -m convsim_init MODEL...` divides the work over N processes; the files are the same.
+`torchrun --nproc-per-node N -m convsim_init MODEL` divides the work over N processes; the files are the same.
 """
 EPILOG = """\b
 Examples:

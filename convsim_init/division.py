@@ -31,19 +31,26 @@ def own_layers(layers: Sequence[Layer], ranks: Ranks) -> list[Layer]:
     return sorted(own, key=lambda layer: -math.prod(layer.shape))
 
 
-def share(layers: Sequence[Layer], own: Mapping[str, LayerReport], ranks: Ranks) -> list[LayerReport]:
+def share(
+    layers: Sequence[Layer],
+    own: Mapping[str, LayerReport],
+    ranks: Ranks,
+    *,
+    device: torch.device | str | None = None,
+) -> list[LayerReport]:
     """What became of every layer, and its weight in every rank.
 
     Args:
         layers: All, in order.
         own: What became of those that this rank has treated.
         ranks: All that `own_layers` divided them over.
+        device: Where they compute, and weights travel from. Default: where each weight is.
     """
     reports = {name: (report, rank) for rank, some in enumerate(ranks.exchange(own)) for name, report in some.items()}
     for layer in layers:
         report, owner = reports[layer.name]
         if report.after:
-            ranks.copy(layer.weight.held(), owner)
+            ranks.copy(layer.weight.held(), owner, device=device)
     return [reports[layer.name][0] for layer in layers]
 
 

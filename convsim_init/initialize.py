@@ -118,7 +118,7 @@ def initialize_(
         for report in team.as_completed(treat, own):
             reports[report.name] = report
             bar.update()
-    shared = share(layers, reports, ranks)
+    shared = share(layers, reports, ranks, device=device)
     return Report(settings, shared, time.perf_counter() - started, processes=ranks.size)
 
 

@@ -117,8 +117,13 @@ class Ranks:
         return [pickle.loads(data) for data in values]
 
     @torch.no_grad()
-    def copy(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def copy(self, tensors: Sequence[Tensor], owner: int, *, device: torch.device | str | None = None) -> None:
         """Give tensors of all ranks the values that the owner's have.
+
+        Args:
+            tensors: Of the same shapes and dtypes in every rank.
+            owner: Whose values count.
+            device: From which they travel, if the group connects such devices. Default: where each tensor is.
 
         Raises:
             LostError: If a rank has died.
@@ -127,7 +132,7 @@ class Ranks:
             return
         source = dist.get_global_rank(self.group, owner)
         for tensor in tensors:
-            carried = tensor.detach().to(self._carrier).contiguous()
+            carried = tensor.detach().to(self._carrier(torch.device(device or tensor.device))).contiguous()
             with _reaching(self.size):  # as bytes: not every backend knows every dtype
                 dist.broadcast(carried.view(-1).view(torch.uint8), source, group=self.group)
             if self.rank != owner:
@@ -139,11 +144,12 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    @property
-    def _carrier(self) -> torch.device:
-        """Where a tensor must be for its values to travel."""
-        nccl = "nccl" in dist.get_backend_config(self.group)
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+    def _carrier(self, wanted: torch.device) -> torch.device:
+        """That device, or else one that the group does connect."""
+        connected = dist.get_backend_config(self.group)  # such as "cpu:gloo,cuda:nccl"
+        if wanted.type in ("cpu", "cuda") and f"{wanted.type}:" in connected:
+            return wanted
+        return torch.device("cpu" if "cpu:" in connected else "cuda")
 
 
 @contextmanager
@@ -154,7 +160,7 @@ def meet(launch: Launch, device: torch.device) -> Iterator[Ranks]:
 
     Args:
         launch: What torchrun said.
-        device: Where this rank computes: on a CUDA device weights travel by NCCL, else by gloo.
+        device: Where this rank computes. Weights travel by NCCL between CUDA devices of their own, else by gloo.
 
     Raises:
         RunError: If not all of them come.
@@ -204,7 +210,8 @@ def _join(launch: Launch, device: torch.device) -> Ranks:
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+        if device.index == launch.local_rank:  # NCCL refuses two ranks on one device
+            backend = "cpu:gloo,cuda:nccl"
     with _reaching(launch.size):
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
     return Ranks(dist.group.WORLD)

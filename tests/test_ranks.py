@@ -61,18 +61,13 @@ def killed_in_rank_1():
         os.kill(os.getpid(), signal.SIGKILL)
     return small()
 
-def other_in_rank_1():
-    model = small()
-    if RANK == "1":
-        model[2].weight.data[0] *= 2
-    return model
-
 def overtaken():
     if RANK == "0":
         Path("init.safetensors").write_text("of somebody else")
     return small()
 """
 OUT = ["--out", "init.safetensors"]
+PATIENCE = 300  # seconds; what hangs, hangs for longer
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +83,9 @@ def written(folder: Path) -> list[str]:
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*launcher, "-m", "convsim_init", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*launcher, "-m", "convsim_init", *arguments], capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def job(rank: int, size: int, port: int) -> dict[str, str]:
@@ -122,7 +119,7 @@ def ranks(processes: int, *arguments: str, program=("-m", "convsim_init"), machi
         )
         started.append(process)
     try:
-        told = [process.communicate(timeout=120) for process in started]
+        told = [process.communicate(timeout=PATIENCE) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -214,9 +211,6 @@ def test_each_machine_tells_of_what_it_cannot_read(tmp_path):
             id="one-raises",
         ),
         pytest.param("nets.py:nan", 1, "2 failed, left as it was: its weight holds infinities", id="layer-fails"),
-        pytest.param(
-            "nets.py:other_in_rank_1", 2, "the same weights, got others for '2' in rank 1", id="other-weights"
-        ),
     ],
 )
 def test_an_error_is_told_once_and_ends_all(model, status, message, tmp_path):
@@ -285,7 +279,7 @@ main(sys.argv[1:])
 
 def test_who_waits_for_the_others_in_vain_says_so(tmp_path):
     process = [sys.executable, "-c", ALONE, "nets.py:small", *OUT]
-    done = subprocess.run(process, capture_output=True, text=True, env=job(0, 2, free_port()), timeout=60)
+    done = subprocess.run(process, capture_output=True, text=True, env=job(0, 2, free_port()), timeout=PATIENCE)
     assert done.returncode == 1
     assert "env -u TORCHELASTIC_RUN_ID" in done.stderr
     assert written(tmp_path) == []
@@ -302,7 +296,6 @@ def test_who_waits_for_the_others_in_vain_says_so(tmp_path):
         (["list", "vgg11"], "vgg11"),
         (["inspect", "nets.py:wide"], "similarity"),
         (["nets.py:wide", "--dry-run"], "planned"),
-        (["nets.py:wide", "nets.py:small", "--dry-run"], "2 runs: 2 planned"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -375,13 +368,18 @@ else:
     else:
         raise AssertionError
 
-other = nets.wide() if rank == 2 else nets.small()
-try:
-    ci.initialize_(other, group=dist.group.WORLD)
-except ci.InputError as error:
-    assert "another in rank 2" in str(error)
-else:
-    raise AssertionError
+def refused(other, why):
+    try:
+        ci.initialize_(other, group=dist.group.WORLD)
+    except ci.InputError as error:
+        assert why in str(error)
+    else:
+        raise AssertionError
+
+refused(drawn(nets.wide if rank == 2 else nets.small), "another in rank 2 than in rank 0")
+other = drawn(nets.small)
+other[2].weight.data[0] *= 1 + rank // 2
+refused(other, "the same weights, got others for '2' in rank 2 than in rank 0")
 if rank == 1:
     ci.initialize_(other)  # talks to nobody
 dist.barrier()
