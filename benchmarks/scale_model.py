@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from convsim_init.descent import descend
-from convsim_init.division import OVERHEAD
-from convsim_init.ranks import deal
+from convsim_init.division import OVERHEAD, deal
 from convsim_init.settings import Settings
 
 FILTERS, CHANNELS = 64, 64  # of the layer that is counted: one block on the CPU, as any layer is on a GPU

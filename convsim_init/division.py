@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convsim_init.errors import InputError
 from convsim_init.layers import Layer
-from convsim_init.ranks import Ranks, deal
+from convsim_init.ranks import Ranks
 from convsim_init.report import LayerReport
 
 OVERHEAD = 25_000  # weights that take as long as what a layer costs however small it is; measured
@@ -52,6 +52,19 @@ def share(
         if report.after:
             ranks.copy(layer.weight.held(), owner, device=device)
     return [reports[layer.name][0] for layer in layers]
+
+
+def deal(costs: Sequence[float], hands: int) -> list[int]:
+    """Which of so many hands takes each item, so that none has much more to do: the dearest first, to the least busy.
+
+    The most that one has is at most 4/3 of what it is in the best of divisions (Graham, *Bounds on multiprocessing
+    timing anomalies*, 1969).
+    """
+    owners, load = [0] * len(costs), [0.0] * hands
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        owners[item] = min(range(hands), key=load.__getitem__)
+        load[owners[item]] += costs[item]
+    return owners
 
 
 def _check_alike(layers: Sequence[Layer], ranks: Ranks) -> None:

@@ -177,19 +177,6 @@ def meet(launch: Launch, device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def deal(costs: Sequence[float], hands: int) -> list[int]:
-    """Which of so many hands takes each item, so that none has much more to do: the dearest first, to the least busy.
-
-    The most that one has is at most 4/3 of what it is in the best of divisions (Graham, *Bounds on multiprocessing
-    timing anomalies*, 1969).
-    """
-    owners, load = [0] * len(costs), [0.0] * hands
-    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        owners[item] = min(range(hands), key=load.__getitem__)
-        load[owners[item]] += costs[item]
-    return owners
-
-
 def _join(launch: Launch, device: torch.device) -> Ranks:
     if not dist.is_available():
         raise RunError(

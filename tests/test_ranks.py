@@ -16,8 +16,8 @@ from scale_model import Count, network
 
 from convsim_init import InputError
 from convsim_init.devices import find_device
+from convsim_init.division import deal
 from convsim_init.launch import Launch, launched
-from convsim_init.ranks import deal
 
 NETWORKS = """
 import os, signal
