@@ -9,6 +9,7 @@ layer. The rest are the assumptions printed below.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from convsim_init.compiled import SWITCH
 from convsim_init.descent import descend
 from convsim_init.division import OVERHEAD, deal
 from convsim_init.settings import Settings
@@ -134,6 +136,7 @@ def seconds(step: Step, size: int) -> float:
 
 
 def main() -> None:
+    os.environ[SWITCH] = "0"  # torch's operations, as on a GPU
     step, shapes = counted_step(), network()
     sizes = [torch.Size(shape).numel() for shape in shapes]
     few = step.launches * LAUNCH * BANDWIDTH / step.moved
