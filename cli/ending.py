@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from convsim_init.launch import launched
+
 DONE, FAILED, WRONG_USAGE, MISMATCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 GRACE = 0.5  # seconds from a signal to the end, whatever is being computed
 
@@ -20,15 +22,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def fail(message: str, status: int) -> int:
-    """Tell an error in one line on stderr and return the status."""
-    if sys.stderr is not None:
+    """Tell an error in one line on stderr, once on each machine, and return the status."""
+    if sys.stderr is not None and launched().speaks:
         print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return status
 
 
 def interrupted(*, terminated: bool = False) -> int:
     """Tell of a signal, as `fail` does."""
-    if sys.stderr is not None and sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty() and launched().speaks:
         print(file=sys.stderr)  # the terminal stands behind the ^C it has shown
     word, status = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
     return fail(f"{word}; no partial file is left", status)

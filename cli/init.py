@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from convsim_init.devices import check_device_name
+from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
+from convsim_init.launch import Launch, launched
 from convsim_init.plots import check_plot
 from convsim_init.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.runs import Files, plan_runs
 from convsim_init.seeds import parse_seeds
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
-from .run import Choices, carry_out, failure
+from .ending import ending_at_once
+from .run import Choices, failure, make, write
 from .source import ModelOptions, Whole, check_sources, is_file, like_option, model_options
 from .sweep import sweep
+
+if TYPE_CHECKING:
+    from convsim_init.ranks import Ranks
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -38,6 +44,8 @@ written: the table alone shows what would be gained.
 
 Several MODELs and seeds are initialized one after the other, a line of the result for each; what was written before is
 kept. {model} and {seed} in a file's name stand for the run's.
+
+`torchrun --nproc-per-node N -m convsim_init MODEL` divides the work over N processes; the files are the same.
 """
 EPILOG = """\b
 Examples:
@@ -146,7 +154,8 @@ def init(
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
     runs = plan_runs(_starts(models, how, seeds, drawn=base != "model"), Files(out, record, plot))
     alone = len(models) == 1 and seeds is None
-    for run in runs:
+    launch = launched()
+    for run in runs if launch.beside_first else ():
         _check_files(run.files, overwrite=force or not alone)
 
     options = Choices(
@@ -164,18 +173,35 @@ def init(
         force=force,
         dry_run=dry_run,
     )
-    progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
-    if not alone:
-        sweep(runs, options, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
+    if dry_run and not launch.leads:
         return
-    report = carry_out(runs[0], options, progress=progress)
-    if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
-    elif not quiet:
-        click.echo(str(report))
-    failed = failure(report)
-    if failed is not None:
-        raise RunError(failed)
+    progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
+    with _meeting(launch, device, wanted=not dry_run) as ranks:
+        if not alone:
+            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
+            return
+        run = runs[0] if launch.leads else replace(runs[0], files=Files())
+        report = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
+        if as_json:
+            click.echo(json.dumps(report.to_dict(), indent=2))
+        elif not quiet:
+            click.echo(str(report))
+        failed = failure(report)
+        if failed is not None:
+            raise RunError(failed)
+
+
+@contextmanager
+def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | None]:
+    """The processes that torchrun started, if they are to work together; else None, and torch is left for later."""
+    if launch.size == 1 or not wanted:
+        yield None
+        return
+    with ending_at_once():
+        from convsim_init.ranks import meet
+
+    with meet(launch, find_device(device)) as ranks:
+        yield ranks
 
 
 def _check_commands(ctx: click.Context, models: Sequence[str]) -> None:

@@ -5,8 +5,12 @@ torch is imported by the subcommands that need it, so that ``--help`` and ``list
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from .ending import DONE, FAILED, WRONG_USAGE, Terminated, ending_at_once, ending_in_time, fail, interrupted
@@ -16,6 +20,7 @@ with ending_at_once():
     from click_default_group import DefaultGroup
 
     from convsim_init.errors import InputError, RunError
+    from convsim_init.launch import launched
     from convsim_init.version import __version__
 
     from .compare import compare
@@ -63,25 +68,46 @@ def cli() -> None:
     """Hold the subcommands."""
 
 
+def by_one_rank(command: click.Command) -> click.Command:
+    """The command, done by the first of the processes that torchrun started and by no other."""
+    callback = command.callback
+    assert callback is not None
+
+    @wraps(callback)
+    def done_once(*args: Any, **kwargs: Any) -> Any:
+        return callback(*args, **kwargs) if launched().leads else DONE
+
+    command.callback = done_once
+    return command
+
+
 cli.add_command(init)
-cli.add_command(inspect)
-cli.add_command(compare)
-cli.add_command(verify)
-cli.add_command(list_models)
-cli.add_command(env)
+for other in (inspect, compare, verify, list_models, env):
+    cli.add_command(by_one_rank(other))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
-    with ending_in_time():
+    with ending_in_time(), showing_once():
         status = _run(sys.argv[1:] if arguments is None else list(arguments))
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def showing_once() -> Iterator[None]:
+    """Keep to itself what a process prints that is not the first of those that torchrun started."""
+    if launched().leads:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _run(arguments: Sequence[str]) -> int:
     try:
         if not arguments:  # what click does then depends on its version
-            click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
+            if launched().speaks:
+                click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
             return WRONG_USAGE
         status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else DONE
@@ -91,7 +117,7 @@ def _run(arguments: Sequence[str]) -> int:
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
-        if "--debug" in arguments:
+        if "--debug" in arguments and launched().speaks:
             import traceback
 
             traceback.print_exc()

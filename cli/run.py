@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from convsim_init.devices import find_device
 from convsim_init.plots import choose_layer, figure_of_run, save_figure
@@ -13,6 +14,12 @@ from convsim_init.settings import Base, Settings
 
 from .ending import ending_at_once
 from .source import ModelOptions, load
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from convsim_init.checkpoint import Contents
+    from convsim_init.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -34,18 +41,43 @@ class Choices:
     dry_run: bool
 
 
-def carry_out(run: Run, choices: Choices, *, progress: bool) -> Report:
-    """Do the run; where a layer fails, nothing is written and `failure` says so.
+@dataclass(frozen=True)
+class Made:
+    """What a run came to, before anything is written of it: a process may hand it to another.
+
+    Attributes:
+        run: The run.
+        report: What became of its layers.
+        checkpoint: What is to be written, if that was asked for.
+        before: The convolutions before, if they are to be recorded or drawn.
+        after: The same after.
+    """
+
+    run: Run
+    report: Report
+    checkpoint: Contents | None = None
+    before: Snapshot | None = None
+    after: Snapshot | None = None
+
+
+def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Made:
+    """Do all of the run but the writing; where a layer fails, `failure` says so and nothing is to be written.
+
+    Args:
+        run: With the files that this process is to write, if any.
+        choices: How.
+        progress: Whether to show a bar.
+        group: Processes that the layers are divided over, all of which do this.
 
     Raises:
-        InputError: If the model cannot be built or treated as asked, or a file cannot be written.
-        RunError: If writing fails.
+        InputError: If the model cannot be built or treated as asked.
+        RunError: If a process of the group has died.
     """
     with ending_at_once():
         import torch
 
         from convsim_init.base import draw_base_
-        from convsim_init.checkpoint import save_checkpoint
+        from convsim_init.checkpoint import checkpoint_contents
         from convsim_init.initialize import initialize_, plan
         from convsim_init.snapshot import take_snapshot
 
@@ -53,39 +85,55 @@ def carry_out(run: Run, choices: Choices, *, progress: bool) -> Report:
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like)
     network = start.content
     settings, layers = choices.settings, {"include": choices.include, "exclude": choices.exclude}
+    before = after = checkpoint = None
     if choices.dry_run:
         report = plan(network, settings=settings, **layers)
     else:
         draw_base_(network, choices.base, seed=run.seed or 0, **layers)
-        before = take_snapshot("before", network, copy=True) if run.files.record or run.files.plot else None
-        if before is not None and choices.plot_layer is not None:
-            choose_layer([before], choices.plot_layer)
-        report = initialize_(network, settings=settings, device=device, progress=progress, **layers)
+        if run.files.record or run.files.plot:
+            before = take_snapshot("before", network, copy=True)
+            if choices.plot_layer is not None:
+                choose_layer([before], choices.plot_layer)
+        report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
     report.remarks += start.remarks
     if choices.dry_run or failure(report) is not None:
-        return report
+        return Made(run, report)
     if not any(layer.after for layer in report.layers):
         report.remarks.append("no convolution was treated: the weights are as they were")
-    files = run.files
-    if files.out is not None:
-        save_checkpoint(
+    if run.files.out is not None:
+        checkpoint = checkpoint_contents(
             network,
-            files.out,
             report=report,
             prefix=choices.prefix,
             convs_only=choices.convs_only,
             dtype=getattr(torch, choices.dtype),
-            overwrite=choices.force,
         )
+    return Made(run, report, checkpoint, before, after)
+
+
+def write(made: Made, choices: Choices) -> Report:
+    """Write what a run came to.
+
+    Raises:
+        InputError: If a file cannot be written.
+        RunError: If writing fails.
+    """
+    report, files = made.report, made.run.files
+    if made.checkpoint is not None and files.out is not None:
+        from convsim_init.checkpoint import write_checkpoint
+
+        write_checkpoint(made.checkpoint, files.out, overwrite=choices.force)
         report.file, report.file_bytes = str(files.out), files.out.stat().st_size
+    if made.before is None or made.after is None:
+        return report
     if files.record is not None:
         save_record(report, files.record, overwrite=choices.force)
-    if files.plot is not None and before is not None:
-        figure = figure_of_run(report, before, after, layer=choices.plot_layer)
+    if files.plot is not None:
+        figure = figure_of_run(report, made.before, made.after, layer=choices.plot_layer)
         save_figure(figure, files.plot, overwrite=choices.force)
     return report
 

@@ -1,4 +1,4 @@
-"""Many runs of the main command in one process: a line for each as it ends, and what failed at the end."""
+"""Many runs in one command: a line for each as it ends, and what failed at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,22 +14,33 @@ from convsim_init.errors import InputError, RunError
 from convsim_init.results import Result, Status, failures, summary
 from convsim_init.runs import Run
 
-from .run import Choices, carry_out, failure
+from .run import Choices, Made, failure, make, write
+
+if TYPE_CHECKING:
+    from convsim_init.ranks import Ranks
 
 
-def sweep(runs: Sequence[Run], choices: Choices, *, as_json: bool, quiet: bool, progress: bool, debug: bool) -> None:
-    """Do one run after the other, whatever becomes of each, and show the results.
+def sweep(
+    runs: Sequence[Run],
+    choices: Choices,
+    ranks: Ranks | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    progress: bool,
+    debug: bool,
+) -> None:
+    """Do one run after the other, or one in each rank at a time, whatever becomes of each, and show the results.
 
     Raises:
-        RunError: If one failed.
+        RunError: If one failed, or a rank has died.
     """
     results: list[Result] = []
     width = max(len(run.name) for run in runs)
     show_table = not as_json and not quiet
     with _bar(len(runs), shown=progress) as show:
         try:
-            for run in runs:
-                result = _result(run, choices, debug)
+            for result in _results(runs, choices, ranks, debug):
                 results.append(result)
                 show(json.dumps(result.to_dict()) if as_json else result.line(width) if show_table else None)
         except KeyboardInterrupt:
@@ -42,22 +54,57 @@ def sweep(runs: Sequence[Run], choices: Choices, *, as_json: bool, quiet: bool, 
         raise RunError(failed)
 
 
-def _result(run: Run, choices: Choices, debug: bool) -> Result:
+def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: bool) -> Iterator[Result]:
+    """Of all runs, in their order; none in ranks but the first, which is the one that writes."""
+    if ranks is None:
+        for run in runs:
+            yield _written(_made(_left(run, choices), choices, debug), choices, debug)
+        return
+    left = ranks.exchange([_left(run, choices) for run in runs])[0]  # what is there already, the first says
+    for start in range(0, len(left), ranks.size):
+        turn = left[start : start + ranks.size]
+        made = _made(turn[ranks.rank], choices, debug) if ranks.rank < len(turn) else None
+        for one in ranks.collect(made):
+            if one is not None:
+                yield _written(one, choices, debug)
+
+
+def _left(run: Run, choices: Choices) -> Run | Result:
+    """What of a run there is still to do, or that there is nothing."""
     unfinished = run.unfinished(overwrite=choices.force)
-    if run.files.paths and not unfinished.files.paths:
-        return Result(run, Status.KEPT)
+    return Result(run, Status.KEPT) if run.files.paths and not unfinished.files.paths else unfinished
+
+
+def _made(run: Run | Result, choices: Choices, debug: bool) -> Made | Result:
+    """What a run came to before it is written, or that it failed."""
+    if isinstance(run, Result):
+        return run
     try:
-        report = carry_out(unfinished, choices, progress=False)
+        return make(run, choices)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        foreseen = isinstance(error, (InputError, RunError))
-        why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
-        return Result(unfinished, Status.FAILED, error=" ".join(why.split()))
+        return _failed(run, error, debug)
+
+
+def _written(made: Made | Result, choices: Choices, debug: bool) -> Result:
+    """What became of a run, once it is written."""
+    if isinstance(made, Result):
+        return made
+    try:
+        report = write(made, choices)
+    except Exception as error:
+        return _failed(made.run, error, debug)
     error_of_layers = failure(report)
     if error_of_layers is not None:
-        return Result(unfinished, Status.FAILED, report, error_of_layers)
-    return Result(unfinished, Status.PLANNED if choices.dry_run else Status.DONE, report)
+        return Result(made.run, Status.FAILED, report, error_of_layers)
+    return Result(made.run, Status.PLANNED if choices.dry_run else Status.DONE, report)
+
+
+def _failed(run: Run, error: Exception, debug: bool) -> Result:
+    if debug:
+        traceback.print_exception(error)
+    foreseen = isinstance(error, (InputError, RunError))
+    why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
+    return Result(run, Status.FAILED, error=" ".join(why.split()))
 
 
 @contextmanager

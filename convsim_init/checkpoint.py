@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -57,16 +57,61 @@ def save_checkpoint(
         InputError: If the path cannot be written, or the weights hold other than finite tensors.
         RunError: If writing fails, for instance on a full disk; the file that was there is still there.
     """
-    target = check_target(path, overwrite=overwrite)
+    check_target(path, overwrite=overwrite)
+    contents = checkpoint_contents(
+        model_or_state_dict, report=report, prefix=prefix, convs_only=convs_only, dtype=dtype
+    )
+    return write_checkpoint(contents, path, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, whatever its name; it can be sent from one process to another.
+
+    Attributes:
+        tensors: Plain ones, each with memory of its own, under the keys of the file.
+        versions: What modules note beside them; for a file of `torch.save`.
+        metadata: For a safetensors file.
+    """
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    versions: Mapping[str, object] | None
+    metadata: dict[str, str]
+
+
+def checkpoint_contents(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    *,
+    report: Report | None = None,
+    prefix: str = "",
+    convs_only: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> Contents:
+    """What `save_checkpoint` would write with the same arguments.
+
+    Raises:
+        InputError: If the weights hold other than finite tensors.
+    """
     entries = bare_entries(model_or_state_dict)
     if convs_only:
         entries = changed_entries(entries, report)
     tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}
+    return Contents(tensors, module_versions(model_or_state_dict, prefix), _metadata(report))
+
+
+def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write a checkpoint, as `save_checkpoint` does.
+
+    Raises:
+        InputError: If the path cannot be written, or the keys do not fit the kind of file.
+        RunError: If writing fails; the file that was there is still there.
+    """
+    target = check_target(path, overwrite=overwrite)
     with replacing(target) as temporary:
         if target.suffix in TORCH_SUFFIXES:
-            _write_torch(with_versions(tensors, module_versions(model_or_state_dict, prefix)), temporary)
+            _write_torch(with_versions(contents.tensors, contents.versions), temporary)
         else:
-            _write_safetensors(tensors, temporary, _metadata(report))
+            _write_safetensors(contents.tensors, temporary, contents.metadata)
     return target
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
+from convsim_init.launch import launched
 from convsim_init.version import __version__
 
 if TYPE_CHECKING:
@@ -31,14 +32,25 @@ def check_device_name(name: str) -> str:
 def find_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is CUDA where there is one, else the CPU.
 
+    Of several processes that torchrun started on this machine, each gets a CUDA device of its own unless one is named.
+
     Raises:
-        InputError: If there is no such device here.
+        InputError: If there is no such device here, or not one for each process.
     """
     import torch
 
-    if check_device_name(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    launch = launched()
     present = available_devices()
+    if check_device_name(name) == "auto":
+        name = "cuda" if "cuda" in present else "cpu"
+    if name == "cuda" and name in present and launch.size > 1:
+        cards = torch.cuda.device_count()
+        if launch.local_size > cards:
+            raise InputError(
+                f"expected no more processes on this machine than its {cards} CUDA devices, got {launch.local_size}: "
+                f"torchrun --nproc-per-node {cards}, or --device cpu"
+            )
+        return torch.device("cuda", launch.local_rank)
     if name in present:
         return torch.device(name)
     raise InputError(f"expected a device that is here ({', '.join(present)}) or auto, got {name!r}: choose another")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from convsim_init.accelerated import descend_together
 from convsim_init.descent import Descent, Stop, descend
+from convsim_init.division import own_layers, share
 from convsim_init.errors import InputError
 from convsim_init.layers import Layer, find_layers, pair_obstacle
 from convsim_init.parallel import Team
+from convsim_init.ranks import Ranks
 from convsim_init.redundancy import measure_bank
 from convsim_init.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings
@@ -69,6 +71,7 @@ def initialize_(
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Report:
     """Lower the Convolutional Similarity of every convolution of a model, in place.
 
@@ -90,28 +93,35 @@ def initialize_(
         exclude: Shell patterns of layer names to leave alone.
         device: Where to compute. Default: where each weight is.
         progress: Show a progress bar on stderr.
+        group: Processes of `torch.distributed` to divide the layers over, such as ``torch.distributed.group.WORLD``.
+            All of them must call, with the same model and arguments, and all come to have the weights that one alone
+            would have. Default: None; the process works alone and talks to no other.
 
     Returns:
         What became of each layer.
 
     Raises:
-        InputError: If there is no convolution, or a pattern matches none.
+        InputError: If there is no convolution, a pattern matches none, or the processes of the group do not start from
+            the same weights.
+        RunError: If one of them has died.
     """
     settings = settings or Settings()
     started = time.perf_counter()
     layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
-    largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
+    ranks = Ranks(group)
+    own = own_layers(layers, ranks)
     reports: dict[str, LayerReport] = {}
     with (
-        tqdm(total=len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
+        tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
         Team.for_devices(*(torch.device(device or layer.device) for layer in layers)) as team,
     ):
-        together = descend_together(largest_first, settings, device, on_step=team.checkpoint)
+        together = descend_together(own, settings, device, on_step=team.checkpoint)
         treat = partial(_treat, together=together, settings=settings, device=device, checkpoint=team.checkpoint)
-        for report in team.as_completed(treat, largest_first):
+        for report in team.as_completed(treat, own):
             reports[report.name] = report
             bar.update()
-    return Report(settings, [reports[layer.name] for layer in layers], time.perf_counter() - started)
+    shared = share(layers, reports, ranks, device=device)
+    return Report(settings, shared, time.perf_counter() - started, processes=ranks.size)
 
 
 @torch.no_grad()
@@ -145,12 +155,12 @@ def _treat(
     device: torch.device | str | None,
 ) -> LayerReport:
     started = time.perf_counter()
-    descent, share = together.get(layer.name, (None, 0.0))
+    descent, spent = together.get(layer.name, (None, 0.0))
     outcome, reason, details = Outcome.SKIPPED, layer.obstacle, dict[str, Any]()
     if reason is None:
         with full_precision(torch.device(device or layer.device)):
             outcome, reason, details = _lower(layer, descent, checkpoint, settings, device)
-    seconds, reason = share + time.perf_counter() - started, layer.explained(reason)
+    seconds, reason = spent + time.perf_counter() - started, layer.explained(reason)
     return LayerReport(layer.name, layer.kind, layer.shape, outcome, reason, seconds=seconds, **details)
 
 

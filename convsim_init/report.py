@@ -78,6 +78,7 @@ class Report:
         file: The checkpoint, if one was written.
         file_bytes: Its size.
         remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
+        processes: How many the layers were divided over.
     """
 
     settings: Settings
@@ -89,6 +90,7 @@ class Report:
     file: str | None = None
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
+    processes: int = 1
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class Report:
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": self.totals,
             "seconds": self.seconds,
+            "processes": self.processes,
             "file": self.file,
             "file_bytes": self.file_bytes,
             "remarks": list(self.remarks),

@@ -104,6 +104,10 @@ class ForwardWeight(Weight):
 
         return undo_both
 
+    def held(self) -> list[Tensor]:
+        """What the held weight is held in."""
+        return self._held.held()
+
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
         weight = wide(weight)

@@ -63,7 +63,8 @@ def report_table(data: Mapping[str, Any]) -> Table:
     else:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
-    end = f"{data['seconds']:.2f} s, {_file(data)}"
+    processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
+    end = f"{data['seconds']:.2f} s{processes}, {_file(data)}"
     return Table(header, rows, [_counts(data), *_remarks(data), *_change_of_totals(data), *_common(note), end])
 
 

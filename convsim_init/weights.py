@@ -75,6 +75,10 @@ class Weight:
         """What undoes a `write` that came to another weight; here it never does."""
         return lambda: None
 
+    def held(self) -> list[Tensor]:
+        """The tensors that a `write` may change, where they lie."""
+        return list(self.sources)
+
 
 class EntryWeight(Weight):
     """A tensor of a state dict."""
@@ -119,6 +123,10 @@ class ParametrizedWeight(Weight):
 
         return put_back
 
+    def held(self) -> list[Tensor]:
+        """The parametrization's parameters and buffers."""
+        return list(self._module.parametrizations.state_dict().values())  # type: ignore[union-attr]
+
 
 class NormedWeight(Weight):
     """A weight that the hook of the old `torch.nn.utils.weight_norm` computes: a direction times a length."""
@@ -144,7 +152,11 @@ class NormedWeight(Weight):
 
     def keep(self) -> Callable[[], None]:
         """What gives back direction, length and what the hook left on the module."""
-        return keep_tensors([*self.sources, self._module.weight])
+        return keep_tensors(self.held())
+
+    def held(self) -> list[Tensor]:
+        """Direction, length and what the hook left on the module."""
+        return [*self.sources, self._module.weight]
 
 
 class ComputedWeight(Weight):

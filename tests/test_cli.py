@@ -104,8 +104,9 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (status, err) == (0, "")
     data = json.loads(out)
     assert set(data) == {
-        "model", "seed", "base", "settings", "layers", "totals", "seconds", "file", "file_bytes", "remarks",
-    }  # fmt: skip
+        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes"),
+        *("file", "file_bytes", "remarks"),
+    }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
     assert data["settings"] == asdict(Settings(steps=2))
     assert (data["file"], data["file_bytes"]) == ("init.safetensors", (tmp_path / "init.safetensors").stat().st_size)

@@ -187,13 +187,13 @@ def test_every_module_says_what_it_is_for(name):
 # Which module may import which
 
 GROUPS = {
-    "basis": {"errors", "files", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
+    "basis": {"errors", "files", "launch", "naming", "runs", "seeds", "scratch", "settings", "tables", "version"},
     "tensors": {
         *("similarity", "fourier", "blocks", "compiled", "filters", "descent", "stacked", "quartic", "replay"),
         *("gradient", "packs", "correlation", "parallel", "dtypes"),
     },
     "modules": {
-        *("layers", "weights", "standardized", "entries", "base", "initialize", "accelerated"),
+        *("layers", "weights", "standardized", "entries", "base", "initialize", "accelerated", "division"),
         *("redundancy", "feature_maps", "regularizer", "report", "results", "snapshot"),
     },
     "models": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.models")},
@@ -203,18 +203,20 @@ GROUPS = {
     },
     "pictures": {"plots", "panels"},
     "machine": {"devices"},
+    "processes": {"ranks"},
     "cli": {name.removeprefix("convsim_init.") for name in MODULES if name.startswith("convsim_init.cli")},
     "entrance": {"convsim_init", "__main__"},
 }
 MAY_IMPORT = {
     "basis": set(),
     "tensors": {"basis"},
-    "modules": {"basis", "tensors"},
+    "modules": {"basis", "tensors", "processes"},
     "models": {"basis"},
     "files": {"basis", "tensors", "modules"},
     "pictures": {"basis", "tensors", "modules", "files"},
     "machine": {"basis", "tensors"},
-    "cli": {"basis", "modules", "models", "files", "pictures", "machine"},
+    "processes": {"basis"},
+    "cli": {"basis", "modules", "models", "files", "pictures", "machine", "processes"},
     "entrance": GROUPS.keys(),
 }
 

@@ -28,11 +28,15 @@ def run(line, folder):
     if program == "convsim-init":
         here = [str(ROOT / argument) if argument.startswith("examples/") else argument for argument in arguments]
         command = [sys.executable, "-m", "convsim_init", *here]
+    elif program == "torchrun":  # on a port of its own, and without its advice on threads
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
     else:
         assert program == "python", f"a command this test does not know: {line}"
         assert arguments == ["examples/digits.py"]
         command = [sys.executable, str(ROOT / arguments[0]), "--seeds", "1", "--epochs", "1", "--train", "100"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "shim")}
+    if program == "torchrun":
+        environment.setdefault("OMP_NUM_THREADS", "1")
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
