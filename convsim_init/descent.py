@@ -125,7 +125,9 @@ def _step(filters: Filters, reached: float) -> float:
     """Move to the lowest loss along the conjugate direction, and nowhere if that is not lower; return the loss."""
     for _ in range(2):  # seen from where it stands already, the second direction is that of steepest descent
         distance = filters.aim()
-        for _ in range(BACKTRACKS if distance else 0):
+        if not distance:  # there is nowhere to go
+            break
+        for _ in range(BACKTRACKS):
             loss = filters.arrive(distance)
             if loss < reached:
                 return loss

@@ -24,7 +24,7 @@ from convsim_init.parallel import Team
 from convsim_init.settings import Settings
 
 TRUSTED = 1e-3  # the norms of unit filters deviate by rounding only; by more, the loss is not that of unit filters
-FAR = 1.0  # squared tangent of the angle, 45 degrees, beyond which a filter's old direction says nothing of the new
+FAR = 1.01  # squared tangent of the angle, 45 degrees, beyond which a filter's old direction says nothing of the new
 ROUNDING = 8  # a gradient so many units of rounding long, next to what was taken from it, holds nothing else
 
 PerFilter: TypeAlias = NDArray[np.float64]  # [G, 1, M]
