@@ -72,8 +72,8 @@ class CompiledBlock:
         self._ascent, self._gradient, self._previous = (torch.zeros_like(self._weights) for _ in range(3))
         group_count, channel_count, taps, filters = self._weights.shape
         full, coarse, free = fourier.full, fourier.coarse, fourier.coarse_is_free
-        self._kept = [full.first, full.second, fourier.identity, coarse.first, coarse.second]
-        self._kept = [tensor.contiguous() for tensor in self._kept]  # as long as the layout points to them
+        matrices = (full.first, full.second, fourier.identity, coarse.first, coarse.second)
+        self._kept = [matrix.contiguous() for matrix in matrices]  # as long as the layout points to them
         first, second, identity, coarse_first, coarse_second = (tensor.data_ptr() for tensor in self._kept)
         self._layout = _Layout(
             taps=taps,
@@ -92,6 +92,7 @@ class CompiledBlock:
             coarse_second=None if free else coarse_second,
             coarse_constant=fourier.coarse_constant,
         )
+        self._scratch_size = library_.scratch_size(byref(self._layout))
 
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
@@ -125,8 +126,7 @@ class CompiledBlock:
 
     def _scratch(self) -> Tensor:
         """Memory of the thread's own."""
-        size = self._library.scratch_size(byref(self._layout))
         scratch: Tensor | None = getattr(self._memory, "scratch", None)
-        if scratch is None or len(scratch) < size:
-            scratch = self._memory.scratch = torch.empty(size)
+        if scratch is None or len(scratch) < self._scratch_size:
+            scratch = self._memory.scratch = torch.empty(self._scratch_size)
         return scratch

@@ -87,9 +87,6 @@ class Stack:
         like = together.new_empty(0)
         self._dtype, self._wide = like.dtype, torch.float32 if like.device.type == "mps" else torch.float64
         self._fourier = Fourier(kernel_size, like.dtype, like.device)
-        points = self._fourier.points
-        self._identity = like.new_full((points // 2 + 1, 1, 1, 1, 1), math.sqrt(2 / points))  # brings kernels back
-        self._identity[0] = math.sqrt(1 / points)
 
         norms = filter_norms(together).view(len(banks), groups, filters)
         mean = norms.square().mean((1, 2), keepdim=True).sqrt().expand_as(norms)
@@ -164,7 +161,9 @@ class Stack:
         power = _cross_power(spectrum, spectrum)  # [F, L, G, C, M]
         power = power.sum(-2, keepdim=True) if self._summed else power
         partners = partner_power(power, self._settings.pairs)
-        partners.sub_(self._identity * (taken / 2).to(self._dtype))  # what a gradient along the filter comes from
+        partners.sub_(
+            self._fourier.identity[..., None] * (taken / 2).to(self._dtype)
+        )  # what a gradient along the filter comes from
         spectrum.first.mul_(partners)
         spectrum.second.mul_(partners[1:])
         self._fourier.full.twice_adjoint(spectrum, out=Halves(self._gradient))
@@ -265,8 +264,7 @@ class Stack:
             _cross_power(a, b, out=power)
         if self._preserve:
             powers[2].addcmul_(powers[0], speed.to(self._dtype), value=-1)
-        if self._fourier.coarse_is_free:
-            powers[:, 0] *= math.sqrt(2)  # the Parseval weight of the constant, relative to the others
+        powers[:, 0] *= self._fourier.coarse_constant
         powers = powers.sum(-2, keepdim=True) if self._summed else powers
         partners = partner_power(powers, self._settings.pairs)
         rows, partner_rows = (values.flatten(1, 4).transpose(0, 1) for values in (powers, partners))  # [F L G C, 3, M]
