@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
 
 import torch
 from peers import TARGET
@@ -18,44 +19,48 @@ from convsim_init.settings import Settings
 from convsim_init.similarity import filter_bank
 
 FEW_STEPS, MANY_STEPS = 4, 14  # few enough for 1×1 layers to take them all
+TIMES = 3  # medians of so many are subtracted
 MOST_STEPS = 100
 
 
 def time_step(weight: Tensor) -> float:
-    """Seconds a step takes of one layer, all threads at work on its blocks.
-
-    What further steps take, so without the set-up of the first.
-    """
-    bank = filter_bank(weight)
-
-    def steps_taken(settings: Settings) -> set[int]:
-        with Team(torch.get_num_threads()) as team:
-            return {descend(bank, settings, team=team).steps}
-
-    return _further_step(steps_taken)
+    """Seconds a step takes of one layer, all threads at work on its blocks: the median from the second step on."""
+    bank, starts = filter_bank(weight), list[float]()
+    with Team(torch.get_num_threads()) as team:
+        descend(
+            bank,
+            Settings(steps=MANY_STEPS, tolerance=0),
+            team=team,
+            on_step=lambda: starts.append(time.perf_counter()),
+        )
+    if len(starts) != MANY_STEPS + 1:
+        raise RuntimeError(f"expected {MANY_STEPS} steps, got {len(starts) - 1}: it would look fast")
+    return median(later - earlier for earlier, later in pairwise(starts[1:]))
 
 
 def time_network_step(shapes: Shapes) -> float:
-    """Seconds a step takes of all layers, as `initialize_` shares them out among the threads."""
+    """Seconds a step takes of all layers, as `initialize_` shares them out among the threads.
+
+    What further steps take, so without the set-up of the first.
+    """
     weights = state_dict(shapes)
 
     def steps_taken(settings: Settings) -> set[int]:
         copies = {name: weight.clone() for name, weight in weights.items()}
         return {layer.steps for layer in ci.initialize_(copies, settings=settings).layers}
 
-    return _further_step(steps_taken)
-
-
-def _further_step(steps_taken: Callable[[Settings], set[int]]) -> float:
-    seconds = []
-    for steps in (FEW_STEPS, MANY_STEPS):
+    def seconds(steps: int) -> float:
         settings = Settings(steps=steps, tolerance=0)
         started = time.perf_counter()
         taken = steps_taken(settings)
-        seconds.append(time.perf_counter() - started)
+        spent = time.perf_counter() - started
         if taken != {steps}:
             raise RuntimeError(f"expected each layer to take {steps} steps, got {taken}: it would look fast")
-    return (seconds[1] - seconds[0]) / (MANY_STEPS - FEW_STEPS)
+        return spent
+
+    both = ((seconds(FEW_STEPS), seconds(MANY_STEPS)) for _ in range(TIMES))
+    few, many = (median(times) for times in zip(*both, strict=True))
+    return (many - few) / (MANY_STEPS - FEW_STEPS)
 
 
 def steps_to_target(weight: Tensor) -> int | None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from convsim_init.fourier import Fourier, Halves
+from convsim_init.fourier import CACHED, Fourier, Halves
 from convsim_init.settings import Settings
 from convsim_init.similarity import partner_power
 
@@ -36,7 +36,8 @@ class Block(Protocol):
 
         Returns:
             Sums per filter ``[4, g, M]``: inner products of this gradient with the weights, itself and the ascent, and
-            the squared norms of the weights; and the inner product of the whole gradient with the one before.
+            the squared norms of the weights; and the inner product of the whole gradient with the one before, at the
+            first arrival after `aim`.
         """
 
     def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
@@ -52,6 +53,8 @@ class Block(Protocol):
 
 class TorchBlock:
     """A block on any device, of any dtype, for all settings; blocks of a layer share ``memory``."""
+
+    MOST = CACHED  # weights: each operation passes over all of them
 
     def __init__(
         self,

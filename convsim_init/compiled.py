@@ -19,6 +19,7 @@ from convsim_init.fourier import Fourier
 from convsim_init.settings import Settings
 
 SWITCH = "CONVSIM_INIT_COMPILED"
+CHUNK = 32  # filters side by side, as in step.c
 
 
 class _Layout(ctypes.Structure):
@@ -38,7 +39,7 @@ def _built() -> ctypes.CDLL | None:
         try:
             library = ctypes.CDLL(str(path))
             library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
-            library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 10], None
+            library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 9], None
             library.aim.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 7]
             library.aim.restype = None
             return library
@@ -55,6 +56,8 @@ def library() -> ctypes.CDLL | None:
 class CompiledBlock:
     """A `blocks.Block` for what the defaults need: float32 on the CPU, all pairs, matched channels."""
 
+    MOST = 2**20  # weights: within a block only a channel at a time is in the cache, so that blocks only share out work
+
     def __init__(
         self,
         groups: slice,
@@ -68,9 +71,9 @@ class CompiledBlock:
         assert library_ is not None
         self.groups, self.channels = groups, channels
         self._library, self._memory = library_, memory
-        self._weights = weights.permute(1, 2, 0, 3).contiguous()  # [g, c, T, M]
-        self._ascent, self._gradient, self._previous = (torch.zeros_like(self._weights) for _ in range(3))
-        group_count, channel_count, taps, filters = self._weights.shape
+        taps, group_count, channel_count, filters = self._shape = weights.shape
+        self._weights = _chunked(weights)
+        self._ascent, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
         full, coarse, free = fourier.full, fourier.coarse, fourier.coarse_is_free
         matrices = (full.first, full.second, fourier.identity, coarse.first, coarse.second)
         self._kept = [matrix.contiguous() for matrix in matrices]  # as long as the layout points to them
@@ -93,6 +96,8 @@ class CompiledBlock:
             coarse_constant=fourier.coarse_constant,
         )
         self._scratch_size = library_.scratch_size(byref(self._layout))
+        self._sums = torch.empty(4, group_count, filters, dtype=torch.float64)
+        self._overlap, self._couplings = (torch.empty(shape, dtype=torch.float64) for shape in ((), (3, 3)))
 
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
@@ -103,26 +108,29 @@ class CompiledBlock:
     @property
     def weights(self) -> Tensor:
         """As `Block.weights`."""
-        return self._weights.permute(2, 0, 1, 3)
+        return _unchunked(self._weights, self._shape)
 
     def arrive(self, keep: Tensor, add: Tensor, taken: Tensor) -> tuple[Tensor, float]:
         """As `Block.arrive`."""
-        group_count, _, _, filters = self._weights.shape
-        sums = torch.empty(4, group_count, filters, dtype=torch.float64)
-        overlap = torch.empty(1, dtype=torch.float64)
-        half_taken = taken / 2
-        arrays = [keep, add, half_taken, self._weights, self._ascent, self._gradient, self._previous]
-        arrays += [self._scratch(), sums, overlap]
-        self._library.arrive(byref(self._layout), *(array.data_ptr() for array in arrays))
-        return sums, float(overlap)
+        arrays = (
+            keep,
+            add,
+            taken,
+            self._weights,
+            self._ascent,
+            self._gradient,
+            self._scratch(),
+            self._sums,
+            self._overlap,
+        )
+        self._library.arrive(byref(self._layout), *map(Tensor.data_ptr, arrays))
+        return self._sums, float(self._overlap)
 
     def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
         """As `Block.aim`."""
-        couplings = torch.empty(3, 3, dtype=torch.float64)
-        arrays = [lean, slow, self._weights, self._gradient, self._ascent, self._scratch(), couplings]
-        self._library.aim(byref(self._layout), beta, *(array.data_ptr() for array in arrays))
-        self._previous, self._gradient = self._gradient, self._previous
-        return couplings
+        arrays = (lean, slow, self._weights, self._gradient, self._ascent, self._scratch(), self._couplings)
+        self._library.aim(byref(self._layout), beta, *map(Tensor.data_ptr, arrays))
+        return self._couplings
 
     def _scratch(self) -> Tensor:
         """Memory of the thread's own."""
@@ -130,3 +138,16 @@ class CompiledBlock:
         if scratch is None or len(scratch) < self._scratch_size:
             scratch = self._memory.scratch = torch.empty(self._scratch_size)
         return scratch
+
+
+def _chunked(weights: Tensor) -> Tensor:
+    """``[T, g, c, M]`` in the order of ``step.c``: ``[g, c, M T]``, the taps of CHUNK filters at a time."""
+    chunks = torch.split(weights.permute(1, 2, 0, 3), CHUNK, -1)
+    return torch.cat([chunk.flatten(2) for chunk in chunks], -1)
+
+
+def _unchunked(chunked: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_chunked`."""
+    taps, groups, channels = shape[:3]
+    chunks = [chunk.view(groups, channels, taps, -1) for chunk in torch.split(chunked, CHUNK * taps, -1)]
+    return torch.cat(chunks, -1).permute(2, 0, 1, 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from convsim_init.blocks import Block, TorchBlock
 from convsim_init.compiled import CompiledBlock
 from convsim_init.fourier import Fourier
 from convsim_init.parallel import Team
+from convsim_init.quartic import FARTHEST
 from convsim_init.settings import Settings
 
 TRUSTED = 1e-3  # the norms of unit filters deviate by rounding only; by more, the loss is not that of unit filters
@@ -44,14 +45,16 @@ class Filters:
         self._team = team
         self._shape, self._like = bank.shape, bank.new_empty(0)
         self._fourier = Fourier(bank.shape[3:], bank.dtype, bank.device)
+        kind: type[CompiledBlock | TorchBlock] = CompiledBlock if CompiledBlock.fits(bank, settings) else TorchBlock
         whole, memory = settings.channels == "all" or bank.device.type != "cpu", threading.local()
-        kind = CompiledBlock if CompiledBlock.fits(bank, settings) else TorchBlock
+        most = bank.numel() if whole else kind.MOST
         self._blocks: list[Block] = [
-            kind(*block, self._fourier, settings, memory) for block in self._fourier.blocks(bank, whole=whole)
+            kind(*block, self._fourier, settings, memory) for block in self._fourier.blocks(bank, most)
         ]
 
         zeros = np.zeros((bank.shape[0], 1, bank.shape[1]))
         self._distance = 0.0  # how far down their directions the filters stand
+        self._arrivals = 0  # since these directions were chosen
         self._norms = zeros + 1  # of the filters; where preserved 1 up to rounding, which must not add up
         self._speed = zeros  # squared norms of the directions
         self._taken = zeros  # what is taken from the gradients along the filters in advance: nearly all there is
@@ -81,6 +84,7 @@ class Filters:
         sums, overlaps = zip(*self._team.map(work, self._blocks), strict=True)
         left, self._steepness, self._climb, squares = self._gather(sums)
         self._overlap, self._distance = sum(overlaps), distance
+        self._arrivals += 1
         if self._preserve:
             self._norms = np.where(squares > 0, np.sqrt(squares), 1)
             self._radial = left / self._norms**2
@@ -102,22 +106,23 @@ class Filters:
             return 0.0
         beta = max(0.0, (energy - overlap) / self._energy)
         turned = self._preserve and self._distance**2 * float(self._speed.max()) > FAR
-        if turned or energy + beta * float(climb.sum()) <= 0:
-            beta = 0.0
+        if turned or self._arrivals > 1 or energy + beta * float(climb.sum()) <= 0:
+            beta = 0.0  # also where the gradient before is not that of the step before
         speed = (steepness + 2 * beta * climb + beta**2 * (self._speed - tilt**2)).clip(min=0)
         lean, slow = self._tensor(beta * tilt - radial), self._tensor(-speed * self._preserve)
 
         def work(block: Block) -> Tensor:
             return block.aim(beta, lean[block.groups], slow[block.groups])
 
-        looks = sum(part.double() for part in self._team.map(work, self._blocks))
-        self._speed, self._energy, self._distance = speed, energy, 0.0
+        # Backwards: what was seen last is still in the cache.
+        looks = torch.stack(self._team.map(work, self._blocks[::-1])).sum(0, dtype=torch.float64)
+        self._speed, self._energy, self._distance, self._arrivals = speed, energy, 0.0, 0
         self._taken, self._radial_before, self._climb_before = along, radial, steepness + beta * climb
         if float(speed.sum()) <= rounding:  # the energy, a difference, may be more than there is to follow
             return 0.0
         # Where the expansion falls for ever, turn the fastest filter by an eighth and see.
         fastest = float(speed.max())
-        return _lowest(looks, otherwise=1 / math.sqrt(fastest)) if fastest else 0.0
+        return _lowest(looks.tolist(), otherwise=1 / math.sqrt(fastest)) if fastest else 0.0
 
     def _stretch(self, distance: float) -> PerFilter:
         """What filters that went ``distance`` along the tangent are divided by to be of unit norm."""
@@ -134,12 +139,17 @@ class Filters:
         return torch.from_numpy(values).to(self._like)
 
 
-def _lowest(couplings: Any, *, otherwise: float) -> float:
-    """The least positive distance at which the loss stops falling, given how the expansion's terms are coupled."""
-    c = couplings.tolist()
-    slope = [2 * c[2][2], -6 * c[1][2], 4 * c[1][1] + 2 * c[0][2], -2 * c[0][1]]
-    if not all(map(math.isfinite, slope)):
+def _lowest(couplings: Sequence[Sequence[float]], *, otherwise: float) -> float:
+    """The least positive distance at which the loss stops falling, given how the expansion's terms are coupled.
+
+    Where there is none up to 10 ** FARTHEST times ``otherwise``, that is returned.
+    """
+    (_, p01, p02), (_, p11, p12), (_, _, p22) = couplings
+    first, *others = -2 * p01, 4 * p11 + 2 * p02, -6 * p12, 2 * p22  # of the slope: constant, t, t^2, t^3
+    if not first or not all(map(math.isfinite, (first, *others))):
         return otherwise
-    roots = np.roots(slope)
-    rises = roots.real[(np.abs(roots.imag) <= 1e-9 * np.abs(roots)) & (roots.real > 0)]
-    return float(rises.min()) if len(rises) else otherwise
+    companion = np.array([[-other / first for other in others], [1, 0, 0], [0, 1, 0]])
+    inverses = np.linalg.eigvals(companion)  # of the roots: the first coefficient is never zero, the last may be
+    real = np.abs(inverses.imag) <= 1e-9 * np.abs(inverses)
+    nearest = float(inverses.real[real].max(initial=0))
+    return 1 / nearest if nearest * otherwise > 10**-FARTHEST else otherwise

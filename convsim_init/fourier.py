@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convsim_init.similarity import real_fourier_basis
 
-WEIGHTS_PER_BLOCK = 2**17  # measured: of more the cache holds less, of fewer the calls cost more
+CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
 
 
 class Halves:
@@ -63,8 +63,8 @@ class Fourier:
         self.full = Basis(full @ rotation.T, self.rotation)
         self.coarse = Basis(coarse @ rotation.T, self.rotation)
 
-    def blocks(self, bank: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Cut a bank ``[G, M, C, *kernel_size]`` into blocks that fit a core's cache, or into one.
+    def blocks(self, bank: Tensor, most: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Cut a bank ``[G, M, C, *kernel_size]`` into blocks of about ``most`` weights, evenly for some threads.
 
         Yields:
             Groups, channels, and the coordinates ``[T, g, c, M]`` of what they select.
@@ -72,7 +72,8 @@ class Fourier:
         groups, filters, channels = bank.shape[:3]
         bank = bank.reshape(groups, filters, channels, -1)
         taps = len(self.rotation)
-        room = groups * channels if whole else max(1, WEIGHTS_PER_BLOCK // (taps * filters))  # in channels
+        count = 1 << (math.ceil(bank.numel() / most) - 1).bit_length()
+        room = math.ceil(groups * channels / count)  # in channels
         group_step, channel_step = max(1, room // channels), min(room, channels)
         for g in range(0, groups, group_step):
             for c in range(0, channels, channel_step):

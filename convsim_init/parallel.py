@@ -7,8 +7,9 @@ blocks of one layer, so that every core stays busy, and results do not depend on
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -37,6 +38,7 @@ class Team:
         # MKL asks OpenMP, whose number of threads is each thread's own.
         start = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(threads, "convsim-init", start) if threads > 1 else None
+        self._threads = threads
         self._left = threading.Event()
         self._inference = torch.is_inference_mode_enabled()
         self._intra_op = torch.get_num_threads()
@@ -64,10 +66,28 @@ class Team:
             raise Cancelled
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of ``work`` for every item, in the order of the items."""
+        """Results of ``work`` for every item, in the order of the items; the caller works too."""
         if self._pool is None or len(items) == 1:
             return [work(item) for item in items]
-        return [future.result() for future in self._submit(work, items)]
+        waiting, results = deque(enumerate(items)), dict[int, Result]()
+
+        def take(_: int) -> None:
+            while True:
+                try:
+                    number, item = waiting.popleft()
+                except IndexError:  # none is left
+                    return
+                results[number] = work(item)
+
+        helpers = self._submit(take, range(1, min(self._threads, len(items))))  # few: to wake one takes long
+        try:
+            take(0)
+        finally:
+            waiting.clear()
+            wait(helpers)
+        for helper in helpers:
+            helper.result()
+        return [results[number] for number in range(len(items))]
 
     def as_completed(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """Results of ``work`` for every item, as they come."""

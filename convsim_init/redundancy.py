@@ -18,7 +18,7 @@ from convsim_init.correlation import (
     mean_correlation,
     unit_filters,
 )
-from convsim_init.fourier import Fourier, Halves
+from convsim_init.fourier import CACHED, Fourier, Halves
 from convsim_init.layers import Layer, find_layers, pair_obstacle
 from convsim_init.parallel import Team
 from convsim_init.report import LayerReport, Measures, Outcome, Report
@@ -81,7 +81,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     fourier = Fourier(bank.shape[3:], bank.dtype, bank.device)
     raw = normalized = 0.0
     whole = channels == "all" or bank.device.type != "cpu"
-    for groups, _, weights in fourier.blocks(unit, whole=whole):
+    for groups, _, weights in fourier.blocks(unit, most=unit.numel() if whole else CACHED):
         spectrum = weights.new_empty(fourier.points, *weights.shape[1:])
         fourier.full.forward(Halves(weights), out=Halves(spectrum))
         power = power_spectrum(spectrum, channels)  # [F, g, c, M]

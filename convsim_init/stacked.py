@@ -95,7 +95,7 @@ class Stack:
         self._unit = 1 / pairs.clamp(min=1).to(norms) if self._preserve else mean[:, 0, 0] ** 4
 
         unit = (together / per_filter(nonzero(self._scale).flatten(0, 1), together)).to(like.dtype)
-        ((_, _, coordinates),) = self._fourier.blocks(unit, whole=True)  # [T, L * G, C, M]
+        ((_, _, coordinates),) = self._fourier.blocks(unit, most=unit.numel())  # [T, L * G, C, M]
         taps = len(coordinates)
         self._vectors = like.new_zeros(4, taps, len(banks), groups, channels, filters)
         self._weights, self._ascent, self._previous, self._gradient = self._vectors
@@ -118,7 +118,8 @@ class Stack:
     def iterate(self) -> None:
         """One iteration of every layer that moves; only launches kernels, always the same ones."""
         loss, left, steepness, climb, overlap = self._arrive()
-        self._aim(self._judge(loss), left, steepness, climb, overlap)
+        retried = self._tries > 0
+        self._aim(self._judge(loss), retried, left, steepness, climb, overlap)
 
     def descents(self) -> list[Descent]:
         """How the descents went, with the weights where they stand."""
@@ -210,7 +211,9 @@ class Stack:
         self._target.copy_(torch.where(failed & ~home, quarter, self._target))
         return self.moving & (lower | home)
 
-    def _aim(self, aiming: Tensor, left: Tensor, steepness: Tensor, climb: Tensor, overlap: Tensor) -> None:
+    def _aim(
+        self, aiming: Tensor, retried: Tensor, left: Tensor, steepness: Tensor, climb: Tensor, overlap: Tensor
+    ) -> None:
         """Choose the conjugate direction (Polak-Ribière), and as target the distance to the lowest loss along it."""
         speed, taken, radial_before, climb_before = self._line
         stretch = self._stretch(self._distance)
@@ -225,10 +228,10 @@ class Stack:
         rounding = (ROUNDING * torch.finfo(self._dtype).eps) ** 2 * _total(along.square())
 
         beta = ((energy - overlap) / self._energy).clamp(min=0)
-        uphill = energy + beta * _total(climb) <= 0
+        restart = retried | (energy + beta * _total(climb) <= 0)
         if self._preserve:
-            uphill |= self._distance.square() * speed.amax((1, 2, 3), keepdim=True) > FAR
-        beta = torch.where(uphill, 0, beta)
+            restart |= self._distance.square() * speed.amax((1, 2, 3), keepdim=True) > FAR
+        beta = torch.where(restart, 0, beta)
         lean = beta * tilt - radial
         speed = (steepness + 2 * beta * climb + beta.square() * (speed - tilt.square())).clamp(min=0)
 

@@ -1,8 +1,10 @@
 /* The arithmetic of a conjugate-gradient step on a block of a layer, fused: what `blocks.py` does in many passes over the
  * block, this does channel by channel in one, with all that lies between in a core's cache.
  *
- * A block is [g, c, T, M]: g groups, c channels, T taps a kernel, of which the first are even, M filters. The spectrum of
- * a kernel has N rows: F cosines, then N - F sines. Only what the defaults need: float32, all pairs, matched channels.
+ * A block is [g, c, M, T]: g groups, c channels, M filters, T taps a kernel, of which the first are even; but within each
+ * CHUNK of filters (the last one may be smaller) the taps come before the filters, so that memory is read and written
+ * from end to end. The spectrum of a kernel has N rows: F cosines, then N - F sines. Only what the defaults need:
+ * float32, all pairs, matched channels.
  */
 
 #include <stddef.h>
@@ -16,7 +18,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 8, CHUNK = 4 * LANES }; /* filters at a time */
+enum { LANES = 16, CHUNK = 2 * LANES }; /* filters at a time */
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 typedef struct {
@@ -32,15 +34,13 @@ INLINE int64_t chunks(const Layout *l) { return (l->filters + CHUNK - 1) / CHUNK
 /* Two rows [CHUNK] of a matrix product, or twice the same one. */
 INLINE void two_rows(const float *a, const float *b, int64_t step, int64_t columns, const float *restrict in, float *out_a,
                      float *out_b, float factor) {
-    Vector a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}; /* kept in registers */
+    Vector a0 = {0}, a1 = {0}, b0 = {0}, b1 = {0}; /* kept in registers */
     for (int64_t t = 0; t < columns; t++, in += CHUNK, a += step, b += step) {
         const Vector *part = (const Vector *)in;
-        a0 += *a * part[0], a1 += *a * part[1], a2 += *a * part[2], a3 += *a * part[3];
-        b0 += *b * part[0], b1 += *b * part[1], b2 += *b * part[2], b3 += *b * part[3];
+        a0 += *a * part[0], a1 += *a * part[1], b0 += *b * part[0], b1 += *b * part[1];
     }
     Vector *to_a = (Vector *)out_a, *to_b = (Vector *)out_b;
-    to_a[0] = factor * a0, to_a[1] = factor * a1, to_a[2] = factor * a2, to_a[3] = factor * a3;
-    to_b[0] = factor * b0, to_b[1] = factor * b1, to_b[2] = factor * b2, to_b[3] = factor * b3;
+    to_a[0] = factor * a0, to_a[1] = factor * a1, to_b[0] = factor * b0, to_b[1] = factor * b1;
 }
 
 /* out[rows, CHUNK] = factor * matrix[rows, columns] @ in[columns, CHUNK]; steps exchanged: its transpose. */
@@ -53,17 +53,22 @@ INLINE void product(const float *restrict matrix, int64_t row_step, int64_t colu
     }
 }
 
+/* Ask for memory that is needed soon, so that it comes while others compute. */
+INLINE void expect(const float *memory, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(memory + i, 1, 2);
+}
+
 INLINE float total(const float *lanes) {
     float sum = 0;
-    for (int i = 0; i < CHUNK; i++) sum += lanes[i];
+    for (int i = 0; i < CHUNK / 2; i++) sum += lanes[i] + lanes[i + CHUNK / 2];
     return sum;
 }
 
 /* Move n filters' weights, and take them along to a chunk; filters that are missing there are zero. */
-INLINE void move(int64_t n, int64_t taps, int64_t step, const float *restrict keep, const float *restrict add, float *restrict weights,
+INLINE void move(int64_t n, int64_t taps, const float *restrict keep, const float *restrict add, float *restrict weights,
                  const float *restrict ascent, float *restrict chunk, double *restrict squares) {
     float sums[CHUNK] = {0};
-    for (int64_t t = 0; t < taps; t++, weights += step, ascent += step, chunk += CHUNK)
+    for (int64_t t = 0; t < taps; t++, weights += n, ascent += n, chunk += CHUNK)
         for (int64_t i = 0; i < n; i++) {
             chunk[i] = weights[i] = weights[i] * keep[i] + ascent[i] * add[i];
             sums[i] += chunk[i] * chunk[i];
@@ -71,20 +76,20 @@ INLINE void move(int64_t n, int64_t taps, int64_t step, const float *restrict ke
     for (int64_t i = 0; i < n; i++) squares[i] += sums[i];
 }
 
-/* Keep n filters' gradient, and add to what is known of each; return its inner product with the previous one. */
-INLINE float keep_gradient(int64_t n, int64_t taps, int64_t step, const float *restrict chunk, const float *restrict weights,
-                           const float *restrict ascent, const float *restrict previous, float *restrict gradient, double *restrict sums, int64_t next) {
+/* Keep n filters' gradient in place of the previous one, and add to what is known of each; return their inner product. */
+INLINE float keep_gradient(int64_t n, int64_t taps, const float *restrict chunk, const float *restrict weights,
+                           const float *restrict ascent, float *restrict gradient, double *restrict sums, int64_t next) {
     float along[CHUNK] = {0}, squares[CHUNK] = {0}, climb[CHUNK] = {0}, overlap[CHUNK] = {0};
     for (int64_t t = 0; t < taps; t++) {
         for (int64_t i = 0; i < n; i++) {
             const float g = chunk[i];
-            gradient[i] = g;
             along[i] += g * weights[i];
             squares[i] += g * g;
             climb[i] += g * ascent[i];
-            overlap[i] += g * previous[i];
+            overlap[i] += g * gradient[i];
+            gradient[i] = g;
         }
-        chunk += CHUNK, weights += CHUNK, gradient += step, ascent += step, previous += step;
+        chunk += CHUNK, weights += CHUNK, gradient += n, ascent += n;
     }
     for (int64_t i = 0; i < n; i++) {
         sums[i] += along[i];
@@ -95,14 +100,14 @@ INLINE float keep_gradient(int64_t n, int64_t taps, int64_t step, const float *r
 }
 
 /* Turn n filters' directions, and take them and the weights along to chunks. */
-INLINE void turn(int64_t n, int64_t taps, int64_t step, float beta, const float *restrict lean, const float *restrict weights,
+INLINE void turn(int64_t n, int64_t taps, float beta, const float *restrict lean, const float *restrict weights,
                  const float *restrict gradient, float *restrict ascent, float *restrict weights_chunk, float *restrict ascent_chunk) {
     for (int64_t t = 0; t < taps; t++) {
         for (int64_t i = 0; i < n; i++) {
             weights_chunk[i] = weights[i];
             ascent_chunk[i] = ascent[i] = gradient[i] + beta * ascent[i] + lean[i] * weights[i];
         }
-        weights += step, gradient += step, ascent += step, weights_chunk += CHUNK, ascent_chunk += CHUNK;
+        weights += n, gradient += n, ascent += n, weights_chunk += CHUNK, ascent_chunk += CHUNK;
     }
 }
 
@@ -113,13 +118,12 @@ int64_t scratch_size(const Layout *l) {
     return CHUNK * (arriving > aiming ? arriving : aiming);
 }
 
-/* Move to weights * keep + ascent * add (both per filter), and take the gradient there, less 2 * half_taken * weights.
+/* Move to weights * keep + ascent * add (both per filter), and take the gradient there, less all_taken * weights.
  * sums[4, g, M]: the gradient along the weights, its squared norms, along the ascents; squared norms of the weights. */
-FOR_EVERY_PROCESSOR
-void arrive(const Layout *l, const float *keep, const float *add, const float *half_taken, float *weights,
-            const float *ascent, float *gradient, const float *previous, float *scratch, double *sums, double *overlap) {
-    const int64_t M = l->filters, T = l->taps, N = l->points, F = l->cosines, odd = T - l->even;
-    const int64_t step = M, next = l->groups * M; /* between taps, between sums */
+INLINE void arrive_sized(const Layout *l, int64_t T, int64_t even, int64_t N, int64_t F, const float *keep, const float *add, const float *all_taken, float *weights,
+            const float *ascent, float *gradient, float *scratch, double *sums, double *overlap) {
+    const int64_t M = l->filters, odd = T - even;
+    const int64_t next = l->groups * M; /* between sums */
     float *all_w = scratch, *all_x = all_w + chunks(l) * T * CHUNK, *lanes = all_x + chunks(l) * N * CHUNK;
     float *g = lanes + F * CHUNK, none[CHUNK] = {0}; /* the constant has no sine */
     for (int64_t i = 0; i < 4 * next; i++) sums[i] = 0;
@@ -129,16 +133,17 @@ void arrive(const Layout *l, const float *keep, const float *add, const float *h
         const int64_t group = row / l->channels * M;
         for (int64_t i = 0; i < F * CHUNK; i++) lanes[i] = 0;
         for (int64_t m = 0; m < M; m += CHUNK) {
-            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = row * T * M + m, filter = group + m;
+            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
             float *w = all_w + m * T, *x = all_x + m * N;
+            expect(gradient + at, n * T);
             if (n == CHUNK) {
-                move(CHUNK, T, step, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
+                move(CHUNK, T, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
             } else {
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
-                move(n, T, step, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
+                move(n, T, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
             }
-            product(l->first, l->even, 1, F, l->even, w, x, 1);
-            product(l->second, odd, 1, N - F, odd, w + l->even * CHUNK, x + F * CHUNK, 1);
+            product(l->first, even, 1, F, even, w, x, 1);
+            product(l->second, odd, 1, N - F, odd, w + even * CHUNK, x + F * CHUNK, 1);
             for (int64_t f = 0; f < F; f++) {
                 const float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
                 for (int64_t i = 0; i < CHUNK; i++)
@@ -147,9 +152,11 @@ void arrive(const Layout *l, const float *keep, const float *add, const float *h
         }
         for (int64_t f = 0; f < F; f++) lanes[f] = total(lanes + f * CHUNK);
         for (int64_t m = 0; m < M; m += CHUNK) {
-            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = row * T * M + m, filter = group + m;
+            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
             float *w = all_w + m * T, *x = all_x + m * N, taken[CHUNK] = {0};
-            for (int64_t i = 0; i < n; i++) taken[i] = half_taken[filter + i];
+            expect(weights + at + M * T, n * T);
+            expect(ascent + at + M * T, n * T);
+            for (int64_t i = 0; i < n; i++) taken[i] = all_taken[filter + i] / 2;
             for (int64_t f = 0; f < F; f++) {
                 float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
                 for (int64_t i = 0; i < CHUNK; i++) {
@@ -159,46 +166,47 @@ void arrive(const Layout *l, const float *keep, const float *add, const float *h
                     sine[i] *= partners;
                 }
             }
-            product(l->first, 1, l->even, l->even, F, x, g, 2);
-            product(l->second, 1, odd, odd, N - F, x + F * CHUNK, g + l->even * CHUNK, 2);
+            product(l->first, 1, even, even, F, x, g, 2);
+            product(l->second, 1, odd, odd, N - F, x + F * CHUNK, g + even * CHUNK, 2);
             if (n == CHUNK)
-                *overlap += keep_gradient(CHUNK, T, step, g, w, ascent + at, previous + at, gradient + at, sums + filter, next);
+                *overlap += keep_gradient(CHUNK, T, g, w, ascent + at, gradient + at, sums + filter, next);
             else
-                *overlap += keep_gradient(n, T, step, g, w, ascent + at, previous + at, gradient + at, sums + filter, next);
+                *overlap += keep_gradient(n, T, g, w, ascent + at, gradient + at, sums + filter, next);
         }
     }
 }
 
 /* Turn the ascents to gradient + beta * ascent + lean * weights, and look along them: with the power at distance t
  * P0 - 2 t P1 + t^2 (P2 + slow * P0) on the coarse lattice, how the terms i <= j are coupled; couplings[3, 3]. */
-FOR_EVERY_PROCESSOR
-void aim(const Layout *l, float beta, const float *lean, const float *slow, const float *weights, const float *gradient,
+INLINE void aim_sized(const Layout *l, int64_t T, int64_t even, int64_t N, int64_t F, float beta, const float *lean, const float *slow, const float *weights, const float *gradient,
          float *ascent, float *scratch, double *couplings) {
-    const int64_t M = l->filters, T = l->taps, N = l->coarse_points, F = l->coarse_cosines, odd = T - l->even;
-    const int64_t step = M;
+    const int64_t M = l->filters, odd = T - even;
     float *w = scratch, *a = w + T * CHUNK, *wx = l->coarse_first ? a + T * CHUNK : w;
     float *ax = l->coarse_first ? wx + N * CHUNK : a, *lanes = a + (T + 2 * N) * CHUNK, none[CHUNK] = {0};
     for (int64_t i = 0; i < 9; i++) couplings[i] = 0;
 
-    for (int64_t row = 0; row < l->groups * l->channels; row++) {
+    for (int64_t row = l->groups * l->channels; row-- > 0;) { /* backwards: what was seen last is still in the cache */
         const int64_t group = row / l->channels * M;
         float products[5][CHUNK] = {{0}};
         for (int64_t i = 0; i < 3 * F * CHUNK; i++) lanes[i] = 0;
         for (int64_t m = 0; m < M; m += CHUNK) {
-            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = row * T * M + m, filter = group + m;
+            const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
             float slower[CHUNK] = {0};
+            expect(weights + at - M * T, n * T);
+            expect(ascent + at - M * T, n * T);
+            expect(gradient + at - M * T, n * T);
             for (int64_t i = 0; i < n; i++) slower[i] = slow[filter + i];
             if (n == CHUNK) {
-                turn(CHUNK, T, step, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
+                turn(CHUNK, T, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
             } else {
                 for (int64_t i = 0; i < 2 * T * CHUNK; i++) w[i] = 0;
-                turn(n, T, step, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
+                turn(n, T, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
             }
             if (l->coarse_first) {
-                product(l->coarse_first, l->even, 1, F, l->even, w, wx, 1);
-                product(l->coarse_second, odd, 1, N - F, odd, w + l->even * CHUNK, wx + F * CHUNK, 1);
-                product(l->coarse_first, l->even, 1, F, l->even, a, ax, 1);
-                product(l->coarse_second, odd, 1, N - F, odd, a + l->even * CHUNK, ax + F * CHUNK, 1);
+                product(l->coarse_first, even, 1, F, even, w, wx, 1);
+                product(l->coarse_second, odd, 1, N - F, odd, w + even * CHUNK, wx + F * CHUNK, 1);
+                product(l->coarse_first, even, 1, F, even, a, ax, 1);
+                product(l->coarse_second, odd, 1, N - F, odd, a + even * CHUNK, ax + F * CHUNK, 1);
             }
             for (int64_t f = 0; f < F; f++) {
                 const float *wc = wx + f * CHUNK, *ws = f ? wc + (F - 1) * CHUNK : none; /* cosines, sines */
@@ -224,4 +232,25 @@ void aim(const Layout *l, float beta, const float *lean, const float *slow, cons
         couplings[1] -= total(products[0]), couplings[2] -= total(products[1]), couplings[4] -= total(products[2]);
         couplings[5] -= total(products[3]), couplings[8] -= total(products[4]);
     }
+}
+
+FOR_EVERY_PROCESSOR
+void arrive(const Layout *l, const float *keep, const float *add, const float *all_taken, float *weights,
+            const float *ascent, float *gradient, float *scratch, double *sums, double *overlap) {
+    if (l->taps == 9 && l->even == 5 && l->points == 25 && l->cosines == 13)
+        arrive_sized(l, 9, 5, 25, 13, keep, add, all_taken, weights, ascent, gradient, scratch, sums, overlap);
+    else if (l->taps == 1 && l->even == 1 && l->points == 1 && l->cosines == 1)
+        arrive_sized(l, 1, 1, 1, 1, keep, add, all_taken, weights, ascent, gradient, scratch, sums, overlap);
+    else
+        arrive_sized(l, l->taps, l->even, l->points, l->cosines, keep, add, all_taken, weights, ascent, gradient, scratch, sums, overlap);
+}
+FOR_EVERY_PROCESSOR
+void aim(const Layout *l, float beta, const float *lean, const float *slow, const float *weights, const float *gradient,
+         float *ascent, float *scratch, double *couplings) {
+    if (l->taps == 9 && l->even == 5 && l->coarse_points == 9 && l->coarse_cosines == 5)
+        aim_sized(l, 9, 5, 9, 5, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
+    else if (l->taps == 1 && l->even == 1 && l->coarse_points == 1 && l->coarse_cosines == 1)
+        aim_sized(l, 1, 1, 1, 1, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
+    else
+        aim_sized(l, l->taps, l->even, l->coarse_points, l->coarse_cosines, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_init import compiled, fourier
+from convsim_init import compiled
 from convsim_init.blocks import TorchBlock
 from convsim_init.compiled import CompiledBlock
 from convsim_init.descent import descend
@@ -45,7 +45,7 @@ def test_a_block_does_what_torchs_operations_do(shape):
     bank = torch.randn(shape, generator=generator)
     bank /= shaped(filter_norms(bank), bank)
     fourier_ = Fourier(shape[3:], torch.float32, torch.device("cpu"))
-    ((*cut, weights),) = fourier_.blocks(bank, whole=True)
+    ((*cut, weights),) = fourier_.blocks(bank, most=bank.numel())
     blocks = [
         kind(*cut, weights.clone(), fourier_, Settings(), threading.local()) for kind in (TorchBlock, CompiledBlock)
     ]
@@ -79,9 +79,10 @@ def test_a_block_does_what_torchs_operations_do(shape):
 
 @banks
 @pytest.mark.parametrize("norm", ["preserve", "free"])
-@pytest.mark.parametrize("weights_per_block", [1, 2**17])
-def test_a_descent_takes_the_same_steps(shape, norm, weights_per_block, monkeypatch):
-    monkeypatch.setattr(fourier, "WEIGHTS_PER_BLOCK", weights_per_block)
+@pytest.mark.parametrize("most", [1, 2**17])
+def test_a_descent_takes_the_same_steps(shape, norm, most, monkeypatch):
+    for kind in (CompiledBlock, TorchBlock):
+        monkeypatch.setattr(kind, "MOST", most)
     bank = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     settings = Settings(steps=6, tolerance=0, norm=norm)
     assert CompiledBlock.fits(bank, settings)

@@ -8,7 +8,8 @@ import naive
 import pytest
 import torch
 
-from convsim_init import fourier
+from convsim_init.blocks import TorchBlock
+from convsim_init.compiled import CompiledBlock
 from convsim_init.descent import Stop, descend
 from convsim_init.filters import Filters
 from convsim_init.parallel import Team
@@ -33,7 +34,8 @@ layers = pytest.mark.parametrize(("shape", "layout"), LAYERS.values(), ids=LAYER
 
 @pytest.fixture(params=[1, 90, 400, 10**9], ids=lambda n: f"blocks of {n}")
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(fourier, "WEIGHTS_PER_BLOCK", request.param)
+    for kind in (CompiledBlock, TorchBlock):
+        monkeypatch.setattr(kind, "MOST", request.param)
 
 
 def unit(bank):
