@@ -105,7 +105,7 @@ def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: C
     scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
     unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1)) if preserve else float(scale.max()) ** 4
 
-    filters = Filters((bank / per_filter(nonzero(scale), bank)).to(bank.dtype), settings, team)
+    filters = Filters(bank, nonzero(scale), settings, team)
     progress = _Progress(settings, on_step)
     loss = filters.arrive(0)
     while progress(loss):
@@ -114,11 +114,10 @@ def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: C
             progress.stop = Stop.CONVERGED
             break
 
-    moved = filters.bank()
+    moved = filters.take_bank()
     if preserve:  # also undoes the rounding of many steps
         scale = scale / nonzero(filter_norms(moved))
-    lowered = (moved * per_filter(scale, bank)).to(bank.dtype)
-    return Descent(lowered, [unit * loss for loss in progress.losses], progress.stop)
+    return Descent(moved.mul_(per_filter(scale, moved)), [unit * loss for loss in progress.losses], progress.stop)
 
 
 def _step(filters: Filters, reached: float) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ from convsim_init.settings import Settings
 
 TRUSTED = 1e-3  # the norms of unit filters deviate by rounding only; by more, the loss is not that of unit filters
 FAR = 1.01  # squared tangent of the angle, 45 degrees, beyond which a filter's old direction says nothing of the new
+HALVINGS = 60  # of an interval, until the distance is known to rounding
 ROUNDING = 8  # a gradient so many units of rounding long, next to what was taken from it, holds nothing else
 
 PerFilter: TypeAlias = NDArray[np.float64]  # [G, 1, M]
@@ -35,12 +37,13 @@ class Filters:
     """A layer's filters, and the state of the conjugate gradients that move them.
 
     Args:
-        bank: ``[G, M, C, *kernel_size]``; where norms are preserved, of unit filters (or filters that are zero).
+        bank: ``[G, M, C, *kernel_size]``.
+        scale: What the filters are divided by first, ``[G, M]``; where norms are preserved, their norms (1 for zero).
         settings: Which similarity is lowered, and whether norms are preserved.
         team: Who works on the blocks.
     """
 
-    def __init__(self, bank: Tensor, settings: Settings, team: Team) -> None:
+    def __init__(self, bank: Tensor, scale: Tensor, settings: Settings, team: Team) -> None:
         self._preserve = settings.norm == "preserve"
         self._team = team
         self._shape, self._like = bank.shape, bank.new_empty(0)
@@ -49,7 +52,7 @@ class Filters:
         whole, memory = settings.channels == "all" or bank.device.type != "cpu", threading.local()
         most = bank.numel() if whole else kind.MOST
         self._blocks: list[Block] = [
-            kind(*block, self._fourier, settings, memory) for block in self._fourier.blocks(bank, most)
+            kind(*block, self._fourier, settings, memory) for block in self._fourier.blocks(bank, scale, most)
         ]
 
         zeros = np.zeros((bank.shape[0], 1, bank.shape[1]))
@@ -62,10 +65,15 @@ class Filters:
         self._radial, self._steepness, self._climb, self._overlap = zeros, zeros, zeros, 0.0
         self._radial_before, self._climb_before, self._energy = zeros, zeros, math.inf  # of the gradient before
 
-    def bank(self) -> Tensor:
-        """The weights where they stand, ``[G, M, C, *kernel_size]``."""
-        blocks = [(block.groups, block.channels, block.weights) for block in self._blocks]
-        return self._fourier.bank(blocks, self._shape)
+    def take_bank(self) -> Tensor:
+        """The weights where they stand, ``[G, M, C, *kernel_size]``; what holds them is given up on the way."""
+
+        def parts() -> Iterator[tuple[slice, slice, Tensor]]:
+            while self._blocks:
+                block = self._blocks.pop()
+                yield block.groups, block.channels, block.weights
+
+        return self._fourier.bank(parts(), self._shape)
 
     def arrive(self, distance: float) -> float:
         """Move to ``distance`` down the direction from where `aim` looked along it.
@@ -140,16 +148,27 @@ class Filters:
 
 
 def _lowest(couplings: Sequence[Sequence[float]], *, otherwise: float) -> float:
-    """The least positive distance at which the loss stops falling, given how the expansion's terms are coupled.
+    """The least positive distance at which the loss turns, given how the terms of its expansion are coupled.
 
     Where there is none up to 10 ** FARTHEST times ``otherwise``, that is returned.
     """
     (_, p01, p02), (_, p11, p12), (_, _, p22) = couplings
-    first, *others = -2 * p01, 4 * p11 + 2 * p02, -6 * p12, 2 * p22  # of the slope: constant, t, t^2, t^3
-    if not first or not all(map(math.isfinite, (first, *others))):
+    farthest = 10.0**FARTHEST * otherwise
+    # Of the slope at a share of that distance: constant, and the factors of the share, its square and its cube.
+    a, b, c, d = -2 * p01, (4 * p11 + 2 * p02) * farthest, -6 * p12 * farthest**2, 2 * p22 * farthest**3
+
+    def slope(share: float) -> float:
+        return ((d * share + c) * share + b) * share + a
+
+    if not math.isfinite(abs(a) + abs(b) + abs(c) + abs(d)):
         return otherwise
-    companion = np.array([[-other / first for other in others], [1, 0, 0], [0, 1, 0]])
-    inverses = np.linalg.eigvals(companion)  # of the roots: the first coefficient is never zero, the last may be
-    real = np.abs(inverses.imag) <= 1e-9 * np.abs(inverses)
-    nearest = float(inverses.real[real].max(initial=0))
-    return 1 / nearest if nearest * otherwise > 10**-FARTHEST else otherwise
+    half = -c - math.copysign(math.sqrt(max(0.0, c * c - 3 * b * d)), c)
+    turns = [over / under for over, under in ((half, 3 * d), (b, half)) if under]  # where the slope itself may turn
+    for low, high in pairwise([0.0, *sorted(turn for turn in turns if 0 < turn < 1), 1.0]):
+        rises = slope(high) >= 0
+        if rises != (slope(low) >= 0):
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                low, high = (low, middle) if (slope(middle) >= 0) == rises else (middle, high)
+            return high * farthest
+    return otherwise

@@ -10,7 +10,7 @@ Letters: T taps a kernel, N points of the lattice, g groups, c input channels, M
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from torch import Tensor
 from convsim_init.similarity import real_fourier_basis
 
 CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
+
+
+def cuts(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and channels of the blocks of about ``most`` weights into which a bank ``[G, M, C, ...]`` is cut.
+
+    A power of two of them and of nearly equal size, where that is possible: so they suit most numbers of threads.
+    """
+    groups, channels = shape[0], shape[2]
+    count = 1 << (math.ceil(math.prod(shape) / most) - 1).bit_length()
+    room = math.ceil(groups * channels / count)  # in channels
+    group_step, channel_step = max(1, room // channels), min(room, channels)
+    for g in range(0, groups, group_step):
+        for c in range(0, channels, channel_step):
+            yield slice(g, g + group_step), slice(c, c + channel_step)
 
 
 class Halves:
@@ -63,26 +77,20 @@ class Fourier:
         self.full = Basis(full @ rotation.T, self.rotation)
         self.coarse = Basis(coarse @ rotation.T, self.rotation)
 
-    def blocks(self, bank: Tensor, most: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Cut a bank ``[G, M, C, *kernel_size]`` into blocks of about ``most`` weights, evenly for some threads.
+    def blocks(self, bank: Tensor, scale: Tensor, most: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Cut a bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]`` into blocks of about ``most`` weights.
 
         Yields:
             Groups, channels, and the coordinates ``[T, g, c, M]`` of what they select.
         """
-        groups, filters, channels = bank.shape[:3]
-        bank = bank.reshape(groups, filters, channels, -1)
-        taps = len(self.rotation)
-        count = 1 << (math.ceil(bank.numel() / most) - 1).bit_length()
-        room = math.ceil(groups * channels / count)  # in channels
-        group_step, channel_step = max(1, room // channels), min(room, channels)
-        for g in range(0, groups, group_step):
-            for c in range(0, channels, channel_step):
-                some_groups, some_channels = slice(g, g + group_step), slice(c, c + channel_step)
-                some = bank[some_groups, :, some_channels].permute(3, 0, 2, 1)  # [T, g, c, M]
-                rotated = torch.mm(self.rotation, some.reshape(taps, -1))
-                yield some_groups, some_channels, rotated.view(some.shape)
+        kernels = bank.flatten(3)  # [G, M, C, T]
+        for groups, channels in cuts(bank.shape, most):
+            scaled = kernels[groups, :, channels] / scale[groups, :, None, None]
+            some = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
+            rotated = torch.mm(self.rotation, some.reshape(len(some), -1))
+            yield groups, channels, rotated.view(some.shape)
 
-    def bank(self, blocks: Sequence[tuple[slice, slice, Tensor]], shape: torch.Size) -> Tensor:
+    def bank(self, blocks: Iterable[tuple[slice, slice, Tensor]], shape: torch.Size) -> Tensor:
         """The bank of that shape that was cut into blocks by `blocks`."""
         bank = self.rotation.new_empty(*shape[:3], len(self.rotation))  # [G, M, C, T]
         for groups, channels, coordinates in blocks:

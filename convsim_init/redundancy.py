@@ -18,7 +18,7 @@ from convsim_init.correlation import (
     mean_correlation,
     unit_filters,
 )
-from convsim_init.fourier import CACHED, Fourier, Halves
+from convsim_init.fourier import CACHED, cuts
 from convsim_init.layers import Layer, find_layers, pair_obstacle
 from convsim_init.parallel import Team
 from convsim_init.report import LayerReport, Measures, Outcome, Report
@@ -30,8 +30,8 @@ from convsim_init.similarity import (
     full_precision,
     nonzero,
     partner_power,
-    per_filter,
     power_spectrum,
+    real_fourier_basis,
 )
 
 
@@ -75,19 +75,21 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
         similarity of two filters over the product of their squared norms, blind to scale.
     """
     norms = filter_norms(bank)  # [G, M]
-    unit = (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
+    lengths = nonzero(norms)[..., None, None]  # [G, M, 1, 1]
     size = float(nonzero(norms.square().mean().sqrt()))  # in this unit large weights do not overflow
     energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
-    fourier = Fourier(bank.shape[3:], bank.dtype, bank.device)
+    basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0
     whole = channels == "all" or bank.device.type != "cpu"
-    for groups, _, weights in fourier.blocks(unit, most=unit.numel() if whole else CACHED):
-        spectrum = weights.new_empty(fourier.points, *weights.shape[1:])
-        fourier.full.forward(Halves(weights), out=Halves(spectrum))
-        power = power_spectrum(spectrum, channels)  # [F, g, c, M]
-        normalized += float(torch.sum(power * partner_power(power, "all"))) / 2
-        power = power * energies[groups]
-        raw += float(torch.sum(power * partner_power(power, "all"))) / 2
+    for groups, some in cuts(bank.shape, most=bank.numel() if whole else CACHED):
+        kernels = (bank.flatten(3)[groups, :, some] / lengths[groups]).to(bank.dtype)  # [g, M, c, T]
+        spectrum = torch.mm(basis, kernels.reshape(-1, kernels.shape[-1]).T).view(-1, *kernels.shape[:-1])
+        power = power_spectrum(spectrum.transpose(2, 3), channels)  # [F, g, c, M]
+        partners = partner_power(power, "all")
+        normalized += float(torch.mul(power, partners, out=partners).sum()) / 2
+        power *= energies[groups]
+        partner_power(power, "all", out=partners)
+        raw += float(torch.mul(power, partners, out=partners).sum()) / 2
     pairs = int(count_pairs(norms > 0, "all").clamp(min=1))
     return {"similarity": raw * size**4, "normalized_similarity": normalized / pairs}
 

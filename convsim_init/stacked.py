@@ -94,8 +94,8 @@ class Stack:
         pairs = torch.stack([count_pairs(alive, settings.pairs) for alive in norms > 0])  # [L]
         self._unit = 1 / pairs.clamp(min=1).to(norms) if self._preserve else mean[:, 0, 0] ** 4
 
-        unit = (together / per_filter(nonzero(self._scale).flatten(0, 1), together)).to(like.dtype)
-        ((_, _, coordinates),) = self._fourier.blocks(unit, most=unit.numel())  # [T, L * G, C, M]
+        whole = self._fourier.blocks(together, nonzero(self._scale).flatten(0, 1), most=together.numel())
+        ((_, _, coordinates),) = whole  # [T, L * G, C, M]
         taps = len(coordinates)
         self._vectors = like.new_zeros(4, taps, len(banks), groups, channels, filters)
         self._weights, self._ascent, self._previous, self._gradient = self._vectors

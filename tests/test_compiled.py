@@ -45,7 +45,7 @@ def test_a_block_does_what_torchs_operations_do(shape):
     bank = torch.randn(shape, generator=generator)
     bank /= shaped(filter_norms(bank), bank)
     fourier_ = Fourier(shape[3:], torch.float32, torch.device("cpu"))
-    ((*cut, weights),) = fourier_.blocks(bank, most=bank.numel())
+    ((*cut, weights),) = fourier_.blocks(bank, torch.ones(bank.shape[:2]), most=bank.numel())
     blocks = [
         kind(*cut, weights.clone(), fourier_, Settings(), threading.local()) for kind in (TorchBlock, CompiledBlock)
     ]

@@ -14,7 +14,7 @@ from convsim_init.descent import Stop, descend
 from convsim_init.filters import Filters
 from convsim_init.parallel import Team
 from convsim_init.settings import Settings
-from convsim_init.similarity import bank_weight, convolutional_similarity, filter_bank, filter_norms
+from convsim_init.similarity import bank_weight, convolutional_similarity, filter_bank, filter_norms, per_filter
 
 COUPLINGS = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 couplings = pytest.mark.parametrize(("pairs", "channels"), COUPLINGS)
@@ -50,13 +50,15 @@ def test_filters_evaluate_the_definition_and_its_gradient(shape, layout, pairs, 
     expected = naive.convolutional_similarity(weight, pairs=pairs, channels=channels, **layout)
     (expected_gradient,) = torch.autograd.grad(expected, weight)
     bank = filter_bank(weight.detach(), channels=channels, **layout)
+    scale = torch.rand(bank.shape[:2], dtype=torch.float64) + 0.5
+    scaled, settings = bank * per_filter(scale, bank), Settings(pairs=pairs, channels=channels, norm="free")
 
-    state = Filters(bank, Settings(pairs=pairs, channels=channels, norm="free"), Team(1))
+    torch.testing.assert_close(Filters(scaled, scale, settings, Team(1)).take_bank(), bank)
+    state = Filters(scaled, scale, settings, Team(1))
     torch.testing.assert_close(state.arrive(0), expected.item(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(state.bank(), bank)
     state.aim()  # the first direction is the negative gradient
     state.arrive(1.0)
-    stepped = bank_weight(state.bank(), **layout)
+    stepped = bank_weight(state.take_bank(), **layout)
     torch.testing.assert_close(stepped, weight.detach() - expected_gradient, rtol=1e-10, atol=1e-10)
 
 
@@ -64,7 +66,7 @@ def test_filters_evaluate_the_definition_and_its_gradient(shape, layout, pairs, 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (7, 7), (1, 5), (2, 2), (4, 3), (5,), (3, 3, 3)])
 def test_a_step_ends_near_the_lowest_loss_along_its_direction(kernel_size, norm):
     bank = unit(filter_bank(torch.randn(12, 8, *kernel_size, dtype=torch.float64)))
-    state = Filters(bank, Settings(norm=norm), Team(1))
+    state = Filters(bank, torch.ones(bank.shape[:2]), Settings(norm=norm), Team(1))
     reached = state.arrive(0)
     for _ in range(3):
         distance = state.aim()
@@ -73,13 +75,13 @@ def test_a_step_ends_near_the_lowest_loss_along_its_direction(kernel_size, norm)
         assert reached - losses[1.0] > 0.4 * (reached - min(losses.values()))
         reached = losses[1.0]
     if norm == "preserve":
-        torch.testing.assert_close(filter_norms(state.bank()), torch.ones(1, 12, dtype=torch.float64))
+        torch.testing.assert_close(filter_norms(state.take_bank()), torch.ones(1, 12, dtype=torch.float64))
 
 
 @couplings
 def test_the_line_search_is_exact_where_norms_are_free_and_the_coarse_lattice_is_the_full_one(pairs, channels):
     bank = filter_bank(torch.randn(6, 4, 2, 2, dtype=torch.float64), channels=channels)
-    state = Filters(bank, Settings(pairs=pairs, channels=channels, norm="free"), Team(1))
+    state = Filters(bank, torch.ones(bank.shape[:2]), Settings(pairs=pairs, channels=channels, norm="free"), Team(1))
     state.arrive(0)
     distance = state.aim()
     losses = {factor: state.arrive(factor * distance) for factor in (0.99, 1.0, 1.01)}
