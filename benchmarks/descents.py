@@ -33,8 +33,7 @@ def time_step(weight: Tensor) -> float:
             team=team,
             on_step=lambda: starts.append(time.perf_counter()),
         )
-    if len(starts) != MANY_STEPS + 1:
-        raise RuntimeError(f"expected {MANY_STEPS} steps, got {len(starts) - 1}: it would look fast")
+    _check({len(starts) - 1}, MANY_STEPS)
     return median(later - earlier for earlier, later in pairwise(starts[1:]))
 
 
@@ -54,13 +53,17 @@ def time_network_step(shapes: Shapes) -> float:
         started = time.perf_counter()
         taken = steps_taken(settings)
         spent = time.perf_counter() - started
-        if taken != {steps}:
-            raise RuntimeError(f"expected each layer to take {steps} steps, got {taken}: it would look fast")
+        _check(taken, steps)
         return spent
 
     both = ((seconds(FEW_STEPS), seconds(MANY_STEPS)) for _ in range(TIMES))
     few, many = (median(times) for times in zip(*both, strict=True))
     return (many - few) / (MANY_STEPS - FEW_STEPS)
+
+
+def _check(taken: set[int], steps: int) -> None:
+    if taken != {steps}:
+        raise RuntimeError(f"expected each layer to take {steps} steps, got {taken}: it would look fast")
 
 
 def steps_to_target(weight: Tensor) -> int | None:

@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "scaling": scaling_rows,
     "roofline": roofline_rows,
 }
+DEFAULTS = {"repeats": 5, "cap": 30}
 NOTES = (
     "Ours is a step of conjugate gradients, the peers' one of Adam(0.002). A network's step is timed as a whole; of a "
     "peer every distinct shape is, and counted for every layer that has it, as on the way to the target.",
@@ -43,10 +44,9 @@ NOTES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
-    parser.add_argument("--repeats", type=int, default=5, help="medians are over so many (default 5)")
-    parser.add_argument(
-        "--cap", type=float, default=300, help="seconds after which a peer gives up a layer's target (default 300)"
-    )
+    parser.add_argument("--repeats", type=int, help="medians are over so many (default 5)")
+    parser.add_argument("--cap", type=int, help="seconds after which a peer gives up a layer's target (default 30)")
+    parser.set_defaults(**DEFAULTS)
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     options = parser.parse_args()
     if options.repeats < 1:
@@ -60,8 +60,10 @@ def main() -> None:
     say(f"# Speed on {cpu}, {datetime.date.today()}")
     say()
     chosen = [] if options.parts == list(PARTS) else options.parts
-    command = " ".join(["python benchmarks/speed.py", *(["--parts", *chosen] if chosen else []), "--write"])
-    say(f"Made by `{command}`; medians of {options.repeats}, peers in turn.")
+    changed = [f"--{name} {getattr(options, name)}" for name in DEFAULTS if getattr(options, name) != DEFAULTS[name]]
+    command = " ".join(["python benchmarks/speed.py", *(["--parts", *chosen] if chosen else []), *changed, "--write"])
+    bound = f"a peer has {options.cap} s for a layer's target"
+    say(f"Made by `{command}`; medians of {options.repeats}, peers in turn; {bound}.")
     say()
     for name, value in describe_environment().items():
         say(f"- {name}: {value}")
