@@ -78,7 +78,10 @@ def _built() -> ctypes.CDLL | None:
             library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 9], None
             library.aim.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 7]
             library.aim.restype = None
-            library.similarity.argtypes, library.similarity.restype = [POINTER(_Layout), *[c_void_p] * 3], c_double
+            library.similarity.argtypes, library.similarity.restype = (
+                [POINTER(_Layout), c_float, *[c_void_p] * 3],
+                c_double,
+            )
             library.interface_version.restype = c_int64
             if library.interface_version() == INTERFACE:
                 return library
@@ -99,7 +102,7 @@ def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Chann
 
 
 class CompiledSimilarity:
-    """Raw Convolutional Similarity of a layer, with its gradient, for what `fits`.
+    """Convolutional Similarity of a layer, with its gradient, for what `fits`.
 
     Args:
         shape: ``[G, M, C, *kernel_size]`` of its filter bank.
@@ -113,11 +116,17 @@ class CompiledSimilarity:
         fourier = Fourier(kernel_size, torch.float32, torch.device("cpu"), folded=True)
         self._layout = _Layout.of(fourier, groups, channels, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
+        self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
 
-    def __call__(self, kernels: Tensor, out: Tensor) -> float:
-        """The similarity of kernels ``[K, T]``, in the order of the bank, whose gradient is written to ``out``."""
+    def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float:
+        """The similarity of kernels ``[K, T]``, in the order of the bank, whose gradient is written to ``out``.
+
+        Returns:
+            The raw one, or the mean of the pairs' normalized ones; -1 where a norm is too small or large for that.
+        """
         arrays = (kernels, out, torch.empty(self._scratch_size))
-        return float(self._library.similarity(byref(self._layout), *map(Tensor.data_ptr, arrays)))
+        radius = self._radius if normalized else 0
+        return float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
 
 
 class CompiledBlock:

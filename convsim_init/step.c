@@ -7,6 +7,7 @@
  * need: float32, all pairs, matched channels.
  */
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -18,6 +19,8 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+#define SMALL_SQUARE 1e-30 /* of norms: within, nothing is lost in single precision */
+#define LARGE_SQUARE 1e30
 enum { LANES = 16, CHUNK = 2 * LANES }; /* filters at a time */
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -166,7 +169,7 @@ INLINE void turn(int64_t n, int64_t taps, float beta, const float *restrict lean
 int64_t scratch_size(const Layout *l) {
     const int64_t arriving = chunks(l) * (l->full.taps + l->full.points) + l->full.cosines + l->full.taps;
     const int64_t aiming = 2 * (l->coarse.taps + l->coarse.points) + 3 * l->coarse.cosines;
-    return CHUNK * (arriving > aiming ? arriving : aiming);
+    return CHUNK * (arriving > aiming ? arriving : aiming) + l->groups * l->filters;
 }
 
 /* Move to weights * keep + ascent * add (both per filter), and take the gradient there, less all_taken * weights.
@@ -212,14 +215,14 @@ INLINE void arrive_sized(const Layout *l, Sizes z, const float *keep, const floa
 }
 
 /* Between a kernel's taps and half the sum and the difference of opposite ones, up to the root of 2: orthogonal. */
-INLINE void fold(int64_t T, const float *restrict kernel, float *restrict folded, int64_t step) {
-    const float half_root = 0.70710678f;
+INLINE void fold(int64_t T, float factor, const float *restrict kernel, float *restrict folded, int64_t step) {
+    const float half_root = 0.70710678f * factor;
     for (int64_t t = 0; t < T / 2; t++) {
         folded[t * step] = half_root * (kernel[t] + kernel[T - 1 - t]);
         folded[(T - T / 2 + t) * step] = half_root * (kernel[t] - kernel[T - 1 - t]);
     }
     if (T % 2)
-        folded[T / 2 * step] = kernel[T / 2];
+        folded[T / 2 * step] = factor * kernel[T / 2];
 }
 
 INLINE void unfold(int64_t T, const float *restrict folded, int64_t step, float *restrict kernel) {
@@ -233,7 +236,8 @@ INLINE void unfold(int64_t T, const float *restrict folded, int64_t step, float 
         kernel[T / 2] = folded[T / 2 * step];
 }
 
-INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, float *gradient, float *scratch) {
+INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, const float *factors, float *gradient,
+                               float *scratch) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters, C = l->channels;
     const float taken[CHUNK] = {0};
     float *all_x = scratch, *lanes = all_x + chunks(l) * N * CHUNK, *w = lanes + F * CHUNK;
@@ -246,7 +250,7 @@ INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, f
             const int64_t n = M - m < CHUNK ? M - m : CHUNK;
             if (n < CHUNK)
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
-            for (int64_t i = 0; i < n; i++) fold(T, kernels + first + (m + i) * C * T, w + i, CHUNK);
+            for (int64_t i = 0; i < n; i++) fold(T, factors[row / C * M + m + i], kernels + first + (m + i) * C * T, w + i, CHUNK);
             transform(l, z, w, all_x + m * N, lanes);
         }
         for (int64_t f = 0; f < F; f++) lanes[f] = total(lanes + f * CHUNK);
@@ -340,11 +344,34 @@ void aim(const Layout *l, float beta, const float *lean, const float *slow, cons
         aim_sized(l, l->coarse, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
 }
 
-/* Raw similarity of a layer's kernels [g, M, c, T], as they lie in its weight, and its gradient. The basis is that over
- * folded kernels. */
+INLINE double dot(int64_t n, const float *a, const float *b) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i += CHUNK) {
+        float lanes[CHUNK] = {0};
+        for (int64_t j = 0; j < CHUNK && i + j < n; j++) lanes[j] = a[i + j] * b[i + j];
+        sum += total(lanes);
+    }
+    return sum;
+}
+
+/* Similarity of a layer's kernels [g, M, c, T], as they lie in its weight, and its gradient; with a radius, that of
+ * filters scaled to this norm, or -1 where one is too short or too long for that. The basis is that over folded kernels. */
 FOR_EVERY_PROCESSOR
-double similarity(const Layout *l, const float *kernels, float *gradient, float *scratch) {
-    if (same(l->full, FULL_3X3))
-        return similarity_sized(l, FULL_3X3, kernels, gradient, scratch);
-    return similarity_sized(l, l->full, kernels, gradient, scratch);
+double similarity(const Layout *l, float radius, const float *kernels, float *gradient, float *scratch) {
+    const int64_t filters = l->groups * l->filters, length = l->channels * l->full.taps;
+    float *factors = scratch, *rest = scratch + filters;
+    for (int64_t i = 0; i < filters; i++) {
+        const double squares = radius ? dot(length, kernels + i * length, kernels + i * length) : 1;
+        if (!(squares > SMALL_SQUARE && squares < LARGE_SQUARE)) return -1;
+        factors[i] = radius ? radius / sqrt(squares) : 1;
+    }
+    const double found = same(l->full, FULL_3X3) ? similarity_sized(l, FULL_3X3, kernels, factors, gradient, rest)
+                                                 : similarity_sized(l, l->full, kernels, factors, gradient, rest);
+    for (int64_t i = 0; radius && i < filters; i++) { /* what lies along a filter does not count */
+        const float *w = kernels + i * length;
+        float *g = gradient + i * length;
+        const float factor = factors[i], along = dot(length, g, w) / dot(length, w, w);
+        for (int64_t j = 0; j < length; j++) g[j] = factor * (g[j] - along * w[j]);
+    }
+    return found;
 }

@@ -99,16 +99,21 @@ def test_a_descent_takes_the_same_steps(shape, norm, most, monkeypatch):
 
 
 @banks
-def test_the_similarity_of_a_layer_and_its_gradient(shape):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_similarity_of_a_layer_and_its_gradient(shape, normalized):
     bank = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     exact = bank.double().requires_grad_()
-    wanted = bank_similarity(exact, "all", "matched")
+    if normalized:
+        pairs = max(1, shape[0] * shape[1] * (shape[1] - 1) // 2)
+        wanted = bank_similarity(exact / shaped(filter_norms(exact), exact), "all", "matched") / pairs
+    else:
+        wanted = bank_similarity(exact, "all", "matched")
     (gradient,) = torch.autograd.grad(wanted, exact)
     kernels = bank.view(-1, bank[0, 0, 0].numel())
     found = torch.full_like(kernels, torch.nan)
-    value = compiled.CompiledSimilarity(shape)(kernels, out=found)
+    value = compiled.CompiledSimilarity(shape)(kernels, found, normalized=normalized)
     assert value == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
-    close = 1e-5 * float(gradient.abs().max())
+    close = 1e-5 * max(1e-2, float(gradient.abs().max()))
     torch.testing.assert_close(found.view(shape).double(), gradient, rtol=1e-5, atol=close)
 
 
