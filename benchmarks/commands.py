@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,6 +20,13 @@ COMMAND = [sys.executable, "-m", "convsim_init"]
 IMPORT_TORCH = [sys.executable, "-c", "import torch"]
 IMPORT_TIMM = [sys.executable, "-c", "import torch, timm"]
 SEEDS = 20
+STAGES = {  # of the command, in Python
+    "`import torch`": "import torch",
+    "`import convsim_init`": "import convsim_init as ci; ci.initialize_, ci.build_model, ci.save_checkpoint",
+    "drawing the weights": "model = ci.build_model(sys.argv[1], seed=0)",
+    "`initialize_`": "report = ci.initialize_(model)",
+    "writing the file": "ci.save_checkpoint(model, sys.argv[2], report=report, overwrite=True)",
+}
 DIVIDED = {"one": ["resnet50"], "s{seed}": ["resnet18", "--seeds", "0:8"]}  # by several processes; by names of files
 
 
@@ -58,6 +66,19 @@ def memory_row(peer: str, ours: Cost, theirs: Cost, out: Path, goal: float) -> R
     what = f"its peak memory beyond {peer}, over the model's {size:.0f} MiB"
     ratio = (ours.memory - theirs.memory) / size
     return what, f"{ours.memory:.0f} MiB", f"{theirs.memory:.0f} MiB", f"{ratio:.2f} times the model", f"≤ {goal}"
+
+
+def stage_rows(repeats: int) -> Iterator[Row]:
+    """Where the time of the command goes: its stages, called from Python."""
+    timed = "started = time.perf_counter()\n{}\nprint(time.perf_counter() - started)\n"
+    script = "import sys, time\n" + "".join(map(timed.format, STAGES.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        for model in ("resnet18", "resnet50"):
+            command = [sys.executable, "-c", script, model, str(Path(folder) / "init.safetensors")]
+            (runs,) = in_turn([partial(subprocess.check_output, command, text=True)], repeats)
+            stages = [median(map(float, seconds)) for seconds in zip(*map(str.split, runs), strict=True)]
+            for stage, seconds in zip(STAGES, stages, strict=True):
+                yield f"{model}: {stage}", f"{seconds:.3f} s", "", f"{seconds / sum(stages):.0%} of all", ""
 
 
 def inspect_row(file: Path, repeats: int) -> Row:

@@ -1,9 +1,9 @@
 """What `ConvolutionalSimilarity` costs in a step of training: with and without it, in turn, at batch 64.
 
-    python benchmarks/regularizer.py [--repeats 60] [--write]
+    python benchmarks/regularizer.py [--repeats 60] [--threads 1] [--write]
 
-Time of one thread's own work, so that what else runs on the machine adds little; medians. With ``--write`` the table
-goes to ``benchmarks/results/``.
+Seconds on the wall, all cores at work unless ``--threads`` says otherwise; medians of the steps, which are taken in
+turn. With ``--write`` the table goes to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=60, help="of each step, a tenth for cifar_resnet18 (default 60)")
     parser.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: as many as there are cores"
+    )
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     lines = [
         f"# Cost of the regularizer on {cpu_name()}, {datetime.date.today()}",
         "",
-        "Made by `python benchmarks/regularizer.py --write`: a step of SGD at batch 64 in one thread, "
-        "CPU time, median of many steps in turn.",
+        f"Made by `python benchmarks/regularizer.py --repeats {options.repeats} --threads {options.threads} --write`: "
+        "a step of SGD at batch 64, median of many steps in turn.",
         "",
         *(f"- {name}: {value}" for name, value in describe_environment().items()),
         "",
@@ -61,14 +64,14 @@ def row(name: str, repeats: int) -> list[str]:
     terms = [None, *(ci.ConvolutionalSimilarity(model, normalized=normalized) for normalized in (False, True))]
 
     def step(term: ci.ConvolutionalSimilarity | None) -> float:
-        started = time.process_time()
+        started = time.perf_counter()
         loss = F.cross_entropy(model(images), labels)
         if term is not None:
             loss = loss + 1e-3 * term()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return time.process_time() - started
+        return time.perf_counter() - started
 
     times: list[list[float]] = [[], [], []]
     for _ in range(max(3, repeats // 10) if name == "cifar_resnet18" else repeats):

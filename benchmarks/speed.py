@@ -15,7 +15,7 @@ import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from commands import Row, command_rows, ranks_rows, sweep_rows
+from commands import Row, command_rows, ranks_rows, stage_rows, sweep_rows
 from machine import cpu_name, file_name
 from roofline import roofline_rows
 from steps import scaling_rows, step_rows, target_rows
@@ -25,6 +25,7 @@ from convsim_init.devices import describe_environment
 RESULTS = Path(__file__).parent / "results"
 PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "command": command_rows,
+    "stages": stage_rows,
     "sweep": sweep_rows,
     "ranks": ranks_rows,
     "step": step_rows,

@@ -1,4 +1,4 @@
-"""The arithmetic of a conjugate-gradient step on a block, compiled from ``step.c`` when the package was built.
+"""The arithmetic of a conjugate-gradient step and of the regularizer, compiled from ``step.c`` with the package.
 
 It is there where a C compiler was, takes about a fifth of the time of torch's operations, and needs nothing else.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from ctypes import POINTER, byref, c_float, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,21 +17,56 @@ import torch
 from torch import Tensor
 
 from convsim_init.fourier import Fourier
-from convsim_init.settings import Settings
+from convsim_init.settings import Channels, Pairs, Settings
 
 SWITCH = "CONVSIM_INIT_COMPILED"
 CHUNK = 32  # filters side by side, as in step.c
+INTERFACE = 2  # counted there too: what was built from another version is not used
+
+
+class _Sizes(ctypes.Structure):
+    """As in ``step.c``."""
+
+    _fields_ = tuple((name, c_int64) for name in ("taps", "even", "points", "cosines"))
+
+    @classmethod
+    def of(cls, taps: int, points: int) -> _Sizes:
+        """Of kernels of so many taps on a lattice of so many points."""
+        return cls(taps, (taps + 1) // 2, points, points // 2 + 1)
 
 
 class _Layout(ctypes.Structure):
     """As in ``step.c``."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("taps", "even", "points", "cosines", "groups", "channels", "filters")),
-        *((name, c_int64) for name in ("coarse_points", "coarse_cosines")),
+        *((name, _Sizes) for name in ("full", "coarse")),
+        *((name, c_int64) for name in ("groups", "channels", "filters")),
         *((name, c_void_p) for name in ("first", "second", "identity", "coarse_first", "coarse_second")),
         ("coarse_constant", c_float),
     )
+
+    @classmethod
+    def of(cls, fourier: Fourier, groups: int, channels: int, filters: int) -> _Layout:
+        """That of a bank whose kernels lie in the coordinates of ``fourier``."""
+        full, coarse, free = fourier.full, fourier.coarse, fourier.coarse_is_free
+        matrices = (full.first, full.second, fourier.identity, coarse.first, coarse.second)
+        kept = [matrix.contiguous() for matrix in matrices]
+        first, second, identity, coarse_first, coarse_second = (tensor.data_ptr() for tensor in kept)
+        layout = cls(
+            full=_Sizes.of(len(fourier.rotation), fourier.points),
+            coarse=_Sizes.of(len(fourier.rotation), fourier.coarse_points),
+            groups=groups,
+            channels=channels,
+            filters=filters,
+            first=first,
+            second=second,
+            identity=identity,
+            coarse_first=None if free else coarse_first,
+            coarse_second=None if free else coarse_second,
+            coarse_constant=fourier.coarse_constant,
+        )
+        layout.kept = kept  # as long as it points to them
+        return layout
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +78,13 @@ def _built() -> ctypes.CDLL | None:
             library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 9], None
             library.aim.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 7]
             library.aim.restype = None
-            return library
+            library.similarity.argtypes, library.similarity.restype = (
+                [POINTER(_Layout), c_float, *[c_void_p] * 3],
+                c_double,
+            )
+            library.interface_version.restype = c_int64
+            if library.interface_version() == INTERFACE:
+                return library
         except (OSError, AttributeError):  # of another system, for instance on a shared disk, or another version
             continue
     return None
@@ -51,6 +93,40 @@ def _built() -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """What was compiled; None if nothing was, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
     return None if os.environ.get(SWITCH) == "0" else _built()
+
+
+def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
+    """Whether what was compiled computes this."""
+    usual = pairs == "all" and channels == "matched"
+    return usual and dtype == torch.float32 and device.type == "cpu" and library() is not None
+
+
+class CompiledSimilarity:
+    """Convolutional Similarity of a layer, with its gradient, for what `fits`.
+
+    Args:
+        shape: ``[G, M, C, *kernel_size]`` of its filter bank.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        groups, filters, channels, *kernel_size = shape
+        library_ = library()
+        assert library_ is not None
+        self._library = library_
+        fourier = Fourier(kernel_size, torch.float32, torch.device("cpu"), folded=True)
+        self._layout = _Layout.of(fourier, groups, channels, filters)
+        self._scratch_size = library_.scratch_size(byref(self._layout))
+        self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
+
+    def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float:
+        """The similarity of kernels ``[K, T]``, in the order of the bank, whose gradient is written to ``out``.
+
+        Returns:
+            The raw one, or the mean of the pairs' normalized ones; -1 where a norm is too small or large for that.
+        """
+        arrays = (kernels, out, torch.empty(self._scratch_size))
+        radius = self._radius if normalized else 0
+        return float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
 
 
 class CompiledBlock:
@@ -71,30 +147,10 @@ class CompiledBlock:
         assert library_ is not None
         self.groups, self.channels = groups, channels
         self._library, self._memory = library_, memory
-        taps, group_count, channel_count, filters = self._shape = weights.shape
+        _, group_count, channel_count, filters = self._shape = weights.shape
         self._weights = _chunked(weights)
         self._ascent, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
-        full, coarse, free = fourier.full, fourier.coarse, fourier.coarse_is_free
-        matrices = (full.first, full.second, fourier.identity, coarse.first, coarse.second)
-        self._kept = [matrix.contiguous() for matrix in matrices]  # as long as the layout points to them
-        first, second, identity, coarse_first, coarse_second = (tensor.data_ptr() for tensor in self._kept)
-        self._layout = _Layout(
-            taps=taps,
-            even=(taps + 1) // 2,
-            points=fourier.points,
-            cosines=fourier.points // 2 + 1,
-            groups=group_count,
-            channels=channel_count,
-            filters=filters,
-            coarse_points=fourier.coarse_points,
-            coarse_cosines=fourier.coarse_points // 2 + 1,
-            first=first,
-            second=second,
-            identity=identity,
-            coarse_first=None if free else coarse_first,
-            coarse_second=None if free else coarse_second,
-            coarse_constant=fourier.coarse_constant,
-        )
+        self._layout = _Layout.of(fourier, group_count, channel_count, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
         self._sums = torch.empty(4, group_count, filters, dtype=torch.float64)
         self._overlap, self._couplings = (torch.empty(shape, dtype=torch.float64) for shape in ((), (3, 3)))
@@ -102,8 +158,7 @@ class CompiledBlock:
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
         """Whether blocks of this bank can be compiled ones."""
-        usual = settings.pairs == "all" and settings.channels == "matched"
-        return usual and bank.dtype == torch.float32 and bank.device.type == "cpu" and library() is not None
+        return fits(bank.dtype, bank.device, settings.pairs, settings.channels)
 
     @property
     def weights(self) -> Tensor:

@@ -51,6 +51,12 @@ class Halves:
 class Fourier:
     """The transforms of kernels of one size.
 
+    Args:
+        kernel_size: Of the kernels.
+        dtype: To compute in.
+        device: To compute on.
+        folded: Let the coordinates be sums and differences of opposite taps, whatever the sides.
+
     Attributes:
         rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
         points: N of the lattice on which full cross-correlations just fit.
@@ -61,12 +67,14 @@ class Fourier:
         full, coarse: The bases of both lattices, over the coordinates.
     """
 
-    def __init__(self, kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device, *, folded: bool = False
+    ) -> None:
         cpu, taps = torch.device("cpu"), math.prod(kernel_size)
         full = real_fourier_basis(kernel_size, torch.float64, cpu)  # [N, T]
         coarse = real_fourier_basis(kernel_size, torch.float64, cpu, [k | 1 for k in kernel_size])
         self.points, self.coarse_points = len(full), len(coarse)
-        self.coarse_is_free = self.coarse_points == taps
+        self.coarse_is_free = self.coarse_points == taps and not folded
         identity = full.new_full((self.points // 2 + 1, 1, 1, 1), math.sqrt(2 / self.points))
         identity[0] = math.sqrt(1 / self.points)
         self.identity = identity.to(device, dtype)

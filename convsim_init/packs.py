@@ -12,6 +12,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
+from convsim_init.compiled import CompiledSimilarity, fits
 from convsim_init.settings import Channels, Pairs
 from convsim_init.similarity import (
     LARGE_NORM,
@@ -54,6 +55,9 @@ class Pack:
         zero = torch.zeros_like(basis[:1])  # the constant's sine: with it both halves are alike
         self._basis = torch.cat([basis[:frequencies], zero, basis[frequencies:]])  # [2 F, T]
         self._twice_basis = 2 * self._basis
+        self._compiled = (
+            [CompiledSimilarity(shape) for shape in shapes] if fits(dtype, device, pairs, channels) else None
+        )
         full = [torch.ones(shape[:2], dtype=torch.bool, device=device) for shape in shapes]
         self._radii = self._radii_for(full)
 
@@ -62,10 +66,20 @@ class Pack:
 
         With P the power of the spectrum X and Q that of the partners, CS = <P, Q> / 2 and dCS/dX = 2 Q X.
         """
+        if self._compiled is not None:
+            values, gradient = self._compute(kernels, normalized=False)
+            return kernels.new_tensor(sum(values)), gradient
         alone_and_large = len(self.kernels) == 1 and len(self._basis) * len(kernels) > VALUES_PER_PACK
         if alone_and_large and self._channels == "matched":
             return self._raw_by_channels(kernels)
         return self._raw(kernels, self._shapes)
+
+    def _compute(self, kernels: Tensor, *, normalized: bool) -> tuple[list[float], Tensor]:
+        assert self._compiled is not None
+        kernels = kernels.contiguous()
+        gradient = torch.empty_like(kernels)
+        parts = zip(self._compiled, *(torch.split(whole, self.kernels) for whole in (kernels, gradient)), strict=True)
+        return [similarity(part, out, normalized=normalized) for similarity, part, out in parts], gradient
 
     def _raw_by_channels(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
         (groups, filters, _), taps = self._shapes[0], kernels.shape[1]
@@ -96,6 +110,10 @@ class Pack:
 
         The mean over pairs of filters of norm 1 is the sum over pairs of filters of norm r = pairs ** (-1 / 4).
         """
+        if self._compiled is not None:
+            values, gradient = self._compute(kernels, normalized=True)
+            if min(values) != -1:
+                return kernels.new_tensor(sum(values)), gradient
         rows = self._rows(kernels)
         lengths, radii = torch.cat([torch.linalg.vector_norm(row, dim=1) for row in rows]), self._radii  # [J]
         shortest, longest = torch.aminmax(lengths)

@@ -16,7 +16,7 @@ from convsim_init.descent import descend
 from convsim_init.devices import describe_environment
 from convsim_init.fourier import Fourier
 from convsim_init.settings import Settings
-from convsim_init.similarity import filter_norms
+from convsim_init.similarity import bank_similarity, filter_norms
 from convsim_init.similarity import per_filter as shaped
 
 pytestmark = pytest.mark.skipif(compiled._built() is None, reason="installed without a C compiler")
@@ -98,6 +98,25 @@ def test_a_descent_takes_the_same_steps(shape, norm, most, monkeypatch):
         torch.testing.assert_close(filter_norms(found.bank), filter_norms(bank))
 
 
+@banks
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_similarity_of_a_layer_and_its_gradient(shape, normalized):
+    bank = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    exact = bank.double().requires_grad_()
+    if normalized:
+        pairs = max(1, shape[0] * shape[1] * (shape[1] - 1) // 2)
+        wanted = bank_similarity(exact / shaped(filter_norms(exact), exact), "all", "matched") / pairs
+    else:
+        wanted = bank_similarity(exact, "all", "matched")
+    (gradient,) = torch.autograd.grad(wanted, exact)
+    kernels = bank.view(-1, bank[0, 0, 0].numel())
+    found = torch.full_like(kernels, torch.nan)
+    value = compiled.CompiledSimilarity(shape)(kernels, found, normalized=normalized)
+    assert value == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
+    close = 1e-5 * max(1e-2, float(gradient.abs().max()))
+    torch.testing.assert_close(found.view(shape).double(), gradient, rtol=1e-5, atol=close)
+
+
 @pytest.mark.parametrize(
     ("dtype", "changed"),
     [(torch.float64, {}), (torch.float32, {"pairs": "adjacent"}), (torch.float32, {"channels": "all"})],
@@ -111,6 +130,11 @@ def test_the_environment_is_told_and_can_switch_it_off(monkeypatch):
     assert describe_environment()["step"] == "compiled"
     monkeypatch.setenv(compiled.SWITCH, "0")
     assert describe_environment()["step"] == "in torch's operations"
+
+
+def test_what_was_built_from_another_version_is_passed_over(monkeypatch):
+    monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
+    assert compiled._built.__wrapped__() is None
 
 
 @pytest.mark.parametrize("content", [b"", b"of another system"], ids=["empty", "foreign"])
