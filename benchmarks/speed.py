@@ -45,8 +45,10 @@ NOTES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
-    parser.add_argument("--repeats", type=int, help="medians are over so many (default 5)")
-    parser.add_argument("--cap", type=int, help="seconds after which a peer gives up a layer's target (default 30)")
+    parser.add_argument("--repeats", type=int, help="medians are over so many (default %(default)s)")
+    parser.add_argument(
+        "--cap", type=int, help="seconds after which a peer gives up a layer's target (default %(default)s)"
+    )
     parser.set_defaults(**DEFAULTS)
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     options = parser.parse_args()

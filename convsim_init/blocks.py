@@ -37,7 +37,7 @@ class Block(Protocol):
         Returns:
             Sums per filter ``[4, g, M]``: inner products of this gradient with the weights, itself and the ascent, and
             the squared norms of the weights; and the inner product of the whole gradient with the one before, at the
-            first arrival after `aim`.
+            first arrival after `aim`. They last until the next call.
         """
 
     def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ class Block(Protocol):
         on the coarse lattice, where correlations wrap around: the lowest loss lies at nearly the same distance.
 
         Returns:
-            How much of the loss comes from each two of these terms, ``[3, 3]``; above the diagonal at least.
+            How much of the loss comes from each two of these terms, ``[3, 3]``; above the diagonal at least. It lasts
+            until the next call.
         """
 
 

@@ -1,6 +1,6 @@
 """The arithmetic of a conjugate-gradient step and of the regularizer, compiled from ``step.c`` with the package.
 
-It is there where a C compiler was, takes about a fifth of the time of torch's operations, and needs nothing else.
+It is there where a C compiler was, and needs nothing else; torch's operations take several times as long.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from convsim_init.fourier import Fourier
 from convsim_init.settings import Channels, Pairs, Settings
 
 SWITCH = "CONVSIM_INIT_COMPILED"
-CHUNK = 32  # filters side by side, as in step.c
-INTERFACE = 2  # counted there too: what was built from another version is not used
+INTERFACE = 2  # counted in step.c too: what was built from another version is not used
+CHUNK = 32  # filters side by side, as there
 
 
 class _Sizes(ctypes.Structure):
@@ -83,7 +83,8 @@ def _built() -> ctypes.CDLL | None:
                 c_double,
             )
             library.interface_version.restype = c_int64
-            if library.interface_version() == INTERFACE:
+            library.chunk_size.restype = c_int64
+            if (library.interface_version(), library.chunk_size()) == (INTERFACE, CHUNK):
                 return library
         except (OSError, AttributeError):  # of another system, for instance on a shared disk, or another version
             continue
@@ -105,15 +106,15 @@ class CompiledSimilarity:
     """Convolutional Similarity of a layer, with its gradient, for what `fits`.
 
     Args:
-        shape: ``[G, M, C, *kernel_size]`` of its filter bank.
+        shape: ``[G, M, C]`` of its filter bank.
+        fourier: The transforms of its kernels, folded.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        groups, filters, channels, *kernel_size = shape
+    def __init__(self, shape: Sequence[int], fourier: Fourier) -> None:
+        groups, filters, channels = shape
         library_ = library()
         assert library_ is not None
         self._library = library_
-        fourier = Fourier(kernel_size, torch.float32, torch.device("cpu"), folded=True)
         self._layout = _Layout.of(fourier, groups, channels, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
         self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
@@ -124,7 +125,7 @@ class CompiledSimilarity:
         Returns:
             The raw one, or the mean of the pairs' normalized ones; -1 where a norm is too small or large for that.
         """
-        arrays = (kernels, out, torch.empty(self._scratch_size))
+        arrays = (kernels, out, kernels.new_empty(self._scratch_size))
         radius = self._radius if normalized else 0
         return float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
 
@@ -132,7 +133,7 @@ class CompiledSimilarity:
 class CompiledBlock:
     """A `blocks.Block` for what the defaults need: float32 on the CPU, all pairs, matched channels."""
 
-    MOST = 2**20  # weights: within a block only a channel at a time is in the cache, so that blocks only share out work
+    MOST = 2**19  # weights: within a block only a channel at a time is in the cache, so that blocks only share out work
 
     def __init__(
         self,
@@ -152,8 +153,8 @@ class CompiledBlock:
         self._ascent, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
         self._layout = _Layout.of(fourier, group_count, channel_count, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
-        self._sums = torch.empty(4, group_count, filters, dtype=torch.float64)
-        self._overlap, self._couplings = (torch.empty(shape, dtype=torch.float64) for shape in ((), (3, 3)))
+        shapes = (4, group_count, filters), (), (3, 3)
+        self._sums, self._overlap, self._couplings = (weights.new_empty(s, dtype=torch.float64) for s in shapes)
 
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
@@ -191,7 +192,7 @@ class CompiledBlock:
         """Memory of the thread's own."""
         scratch: Tensor | None = getattr(self._memory, "scratch", None)
         if scratch is None or len(scratch) < self._scratch_size:
-            scratch = self._memory.scratch = torch.empty(self._scratch_size)
+            scratch = self._memory.scratch = self._weights.new_empty(self._scratch_size)
         return scratch
 
 

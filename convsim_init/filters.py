@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -22,12 +21,11 @@ from convsim_init.blocks import Block, TorchBlock
 from convsim_init.compiled import CompiledBlock
 from convsim_init.fourier import Fourier
 from convsim_init.parallel import Team
-from convsim_init.quartic import FARTHEST
+from convsim_init.quartic import first_rise
 from convsim_init.settings import Settings
 
 TRUSTED = 1e-3  # the norms of unit filters deviate by rounding only; by more, the loss is not that of unit filters
 FAR = 1.01  # squared tangent of the angle, 45 degrees, beyond which a filter's old direction says nothing of the new
-HALVINGS = 60  # of an interval, until the distance is known to rounding
 ROUNDING = 8  # a gradient so many units of rounding long, next to what was taken from it, holds nothing else
 
 PerFilter: TypeAlias = NDArray[np.float64]  # [G, 1, M]
@@ -130,7 +128,9 @@ class Filters:
             return 0.0
         # Where the expansion falls for ever, turn the fastest filter by an eighth and see.
         fastest = float(speed.max())
-        return _lowest(looks.tolist(), otherwise=1 / math.sqrt(fastest)) if fastest else 0.0
+        (_, p01, p02), (_, p11, p12), (_, _, p22) = looks.tolist()
+        slope = -2 * p01, 4 * p11 + 2 * p02, -6 * p12, 2 * p22
+        return first_rise(*slope, otherwise=1 / math.sqrt(fastest)) if fastest else 0.0
 
     def _stretch(self, distance: float) -> PerFilter:
         """What filters that went ``distance`` along the tangent are divided by to be of unit norm."""
@@ -145,30 +145,3 @@ class Filters:
 
     def _tensor(self, values: PerFilter) -> Tensor:
         return torch.from_numpy(values).to(self._like)
-
-
-def _lowest(couplings: Sequence[Sequence[float]], *, otherwise: float) -> float:
-    """The least positive distance at which the loss turns, given how the terms of its expansion are coupled.
-
-    Where there is none up to 10 ** FARTHEST times ``otherwise``, that is returned.
-    """
-    (_, p01, p02), (_, p11, p12), (_, _, p22) = couplings
-    farthest = 10.0**FARTHEST * otherwise
-    # Of the slope at a share of that distance: constant, and the factors of the share, its square and its cube.
-    a, b, c, d = -2 * p01, (4 * p11 + 2 * p02) * farthest, -6 * p12 * farthest**2, 2 * p22 * farthest**3
-
-    def slope(share: float) -> float:
-        return ((d * share + c) * share + b) * share + a
-
-    if not math.isfinite(abs(a) + abs(b) + abs(c) + abs(d)):
-        return otherwise
-    half = -c - math.copysign(math.sqrt(max(0.0, c * c - 3 * b * d)), c)
-    turns = [over / under for over, under in ((half, 3 * d), (b, half)) if under]  # where the slope itself may turn
-    for low, high in pairwise([0.0, *sorted(turn for turn in turns if 0 < turn < 1), 1.0]):
-        rises = slope(high) >= 0
-        if rises != (slope(low) >= 0):
-            for _ in range(HALVINGS):
-                middle = (low + high) / 2
-                low, high = (low, middle) if (slope(middle) >= 0) == rises else (middle, high)
-            return high * farthest
-    return otherwise

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from convsim_init.compiled import library
 from convsim_init.packs import VALUES_PER_PACK, Pack
 from convsim_init.settings import Channels, Pairs
 from convsim_init.similarity import accumulation_dtype, bank_weight, filter_bank, full_precision
@@ -43,7 +44,7 @@ class _Sum(torch.autograd.Function):
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
         looks = [_Look(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
-        ctx.plan = _plan(tuple(looks), pairs, channels)
+        ctx.plan = _plan(tuple(looks), pairs, channels, library() is not None)
         values, gradients = [], []
         for pack, members in ctx.plan:
             with full_precision(pack.device):
@@ -96,8 +97,10 @@ class _Member(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> list[tuple[Pack, list[_Member]]]:
-    """Small weights of one kernel size, dtype and device go together."""
+def _plan(
+    looks: tuple[_Look, ...], pairs: Pairs, channels: Channels, compiled: bool
+) -> list[tuple[Pack, list[_Member]]]:
+    """Small weights of one kernel size, dtype and device go together; another plan where ``compiled`` changes."""
     alike: dict[Any, list[list[_Member]]] = {}
     room: dict[Any, int] = {}
     for position, look in enumerate(looks):

@@ -66,7 +66,7 @@ class Team:
             raise Cancelled
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of ``work`` for every item, in the order of the items; the caller works too."""
+        """Results of ``work`` for every item, in the order of the items; the caller works too, in its own mode."""
         if self._pool is None or len(items) == 1:
             return [work(item) for item in items]
         waiting, results = deque(enumerate(items)), dict[int, Result]()
@@ -84,8 +84,9 @@ class Team:
             take(0)
         finally:
             waiting.clear()
-            wait(helpers)
-        for helper in helpers:
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
             helper.result()
         return [results[number] for number in range(len(items))]
 

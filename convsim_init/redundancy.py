@@ -75,14 +75,14 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
         similarity of two filters over the product of their squared norms, blind to scale.
     """
     norms = filter_norms(bank)  # [G, M]
-    lengths = nonzero(norms)[..., None, None]  # [G, M, 1, 1]
+    flat, lengths = bank.flatten(3), nonzero(norms)[..., None, None]  # [G, M, C, T], [G, M, 1, 1]
     size = float(nonzero(norms.square().mean().sqrt()))  # in this unit large weights do not overflow
     energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
     basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0
     whole = channels == "all" or bank.device.type != "cpu"
     for groups, some in cuts(bank.shape, most=bank.numel() if whole else CACHED):
-        kernels = (bank.flatten(3)[groups, :, some] / lengths[groups]).to(bank.dtype)  # [g, M, c, T]
+        kernels = (flat[groups, :, some] / lengths[groups]).to(bank.dtype)  # [g, M, c, T]
         spectrum = torch.mm(basis, kernels.reshape(-1, kernels.shape[-1]).T).view(-1, *kernels.shape[:-1])
         power = power_spectrum(spectrum.transpose(2, 3), channels)  # [F, g, c, M]
         partners = partner_power(power, "all")

@@ -48,6 +48,8 @@ INLINE int same(Sizes a, Sizes b) {
 /* To be raised whenever a function or the layout changes: what was built before is then not used. */
 int64_t interface_version(void) { return 2; }
 
+int64_t chunk_size(void) { return CHUNK; }
+
 INLINE int64_t chunks(const Layout *l) { return (l->filters + CHUNK - 1) / CHUNK; }
 
 /* Two rows [CHUNK] of a matrix product, or twice the same one. */
@@ -345,13 +347,12 @@ void aim(const Layout *l, float beta, const float *lean, const float *slow, cons
 }
 
 INLINE double dot(int64_t n, const float *a, const float *b) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i += CHUNK) {
-        float lanes[CHUNK] = {0};
-        for (int64_t j = 0; j < CHUNK && i + j < n; j++) lanes[j] = a[i + j] * b[i + j];
-        sum += total(lanes);
-    }
-    return sum;
+    float lanes[CHUNK] = {0}, rest = 0;
+    int64_t i = 0;
+    for (; i + CHUNK <= n; i += CHUNK)
+        for (int64_t j = 0; j < CHUNK; j++) lanes[j] += a[i + j] * b[i + j];
+    for (; i < n; i++) rest += a[i] * b[i];
+    return (double)total(lanes) + rest;
 }
 
 /* Similarity of a layer's kernels [g, M, c, T], as they lie in its weight, and its gradient; with a radius, that of
@@ -365,12 +366,13 @@ double similarity(const Layout *l, float radius, const float *kernels, float *gr
         if (!(squares > SMALL_SQUARE && squares < LARGE_SQUARE)) return -1;
         factors[i] = radius ? radius / sqrt(squares) : 1;
     }
-    const double found = same(l->full, FULL_3X3) ? similarity_sized(l, FULL_3X3, kernels, factors, gradient, rest)
-                                                 : similarity_sized(l, l->full, kernels, factors, gradient, rest);
+    const double found = same(l->full, FULL_3X3)  ? similarity_sized(l, FULL_3X3, kernels, factors, gradient, rest)
+                         : same(l->full, ALL_1X1) ? similarity_sized(l, ALL_1X1, kernels, factors, gradient, rest)
+                                                  : similarity_sized(l, l->full, kernels, factors, gradient, rest);
     for (int64_t i = 0; radius && i < filters; i++) { /* what lies along a filter does not count */
         const float *w = kernels + i * length;
         float *g = gradient + i * length;
-        const float factor = factors[i], along = dot(length, g, w) / dot(length, w, w);
+        const float factor = factors[i], along = dot(length, g, w) * (factor / radius) * (factor / radius);
         for (int64_t j = 0; j < length; j++) g[j] = factor * (g[j] - along * w[j]);
     }
     return found;

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_init import compiled
+from convsim_init import compiled, filters
 from convsim_init.blocks import TorchBlock
 from convsim_init.compiled import CompiledBlock
 from convsim_init.descent import descend
 from convsim_init.devices import describe_environment
 from convsim_init.fourier import Fourier
+from convsim_init.quartic import first_rise
 from convsim_init.settings import Settings
 from convsim_init.similarity import bank_similarity, filter_norms
 from convsim_init.similarity import per_filter as shaped
@@ -98,6 +99,33 @@ def test_a_descent_takes_the_same_steps(shape, norm, most, monkeypatch):
         torch.testing.assert_close(filter_norms(found.bank), filter_norms(bank))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")], ids=str
+)
+def test_defaults_of_the_caller_do_not_matter(dtype, device):
+    bank = torch.randn(1, 40, 8, 3, 3)
+    expected = descend(bank, Settings(steps=4))
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = descend(bank, Settings(steps=4))
+    finally:
+        torch.set_default_dtype(former)
+    assert torch.equal(found.bank, expected.bank)
+
+
+@pytest.mark.parametrize("norm", ["preserve", "free"])
+def test_after_a_distance_in_vain_it_takes_the_same_steps_too(norm, monkeypatch):
+    """The gradient before is lost then."""
+    monkeypatch.setattr(filters, "first_rise", lambda *slope, otherwise: 16 * first_rise(*slope, otherwise=otherwise))
+    bank = torch.randn(1, 24, 8, 3, 3, generator=torch.Generator().manual_seed(4))
+    settings = Settings(steps=6, tolerance=0, norm=norm)
+    found = descend(bank, settings)
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert found.losses == pytest.approx(descend(bank, settings).losses, rel=1e-3)
+
+
 @banks
 @pytest.mark.parametrize("normalized", [False, True])
 def test_the_similarity_of_a_layer_and_its_gradient(shape, normalized):
@@ -111,7 +139,8 @@ def test_the_similarity_of_a_layer_and_its_gradient(shape, normalized):
     (gradient,) = torch.autograd.grad(wanted, exact)
     kernels = bank.view(-1, bank[0, 0, 0].numel())
     found = torch.full_like(kernels, torch.nan)
-    value = compiled.CompiledSimilarity(shape)(kernels, found, normalized=normalized)
+    folded = Fourier(shape[3:], torch.float32, torch.device("cpu"), folded=True)
+    value = compiled.CompiledSimilarity(shape[:3], folded)(kernels, found, normalized=normalized)
     assert value == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
     close = 1e-5 * max(1e-2, float(gradient.abs().max()))
     torch.testing.assert_close(found.view(shape).double(), gradient, rtol=1e-5, atol=close)

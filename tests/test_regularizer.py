@@ -11,10 +11,17 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
+from convsim_init.compiled import SWITCH
 from convsim_init.gradient import Layout, _plan, summed_similarity
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def compiled_or_not(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setenv(SWITCH, "0")
 
 
 @choices
@@ -22,6 +29,7 @@ choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
 @pytest.mark.parametrize("shape", [(5, 3, 3, 3), (8, 3, 2, 5), (6, 4, 1, 1), (4, 2, 4), (4, 3, 2, 2, 3)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("compiled_or_not")
 def test_its_similarity_is_the_definition(shape, groups, normalized, pairs, channels, dtype):
     weight = torch.randn(2 * shape[0], *shape[1:], dtype=dtype, requires_grad=True)
     actual = summed_similarity([weight], [Layout(groups)], pairs, channels, normalized=normalized)
@@ -68,6 +76,37 @@ def test_layers_of_one_kernel_size(scale, limit, pairs, channels, monkeypatch):
     keep = torch.arange(4) != 2  # the definition's gradient is not finite for all scales
     torch.testing.assert_close((gradients[0], gradients[2]), (wanted[0], wanted[2]))
     torch.testing.assert_close(gradients[1][keep], wanted[1][keep])
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_defaults_of_the_caller_do_not_matter(normalized):
+    weights = [torch.randn(6, 3, 3, 3, requires_grad=True), torch.randn(4, 5, 3, 3, requires_grad=True)]
+
+    def gradients():
+        value = summed_similarity(weights, [Layout(), Layout()], "all", "matched", normalized=normalized)
+        return [value, *torch.autograd.grad(value, weights)]
+
+    expected = gradients()
+    former = torch.get_default_dtype()
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        _plan.cache_clear()
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                found = gradients()
+        finally:
+            torch.set_default_dtype(former)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_training_step_can_hold_it():
+    model = nn.Conv2d(3, 6, 3)
+    term = ci.ConvolutionalSimilarity(model)
+    compiled = torch.compile(lambda: 2 * term(), backend="eager")
+    (expected,) = torch.autograd.grad(2 * term(), model.weight)
+    (found,) = torch.autograd.grad(compiled(), model.weight)
+    torch.testing.assert_close(found, expected)
 
 
 def test_filters_that_are_zero_have_no_gradient_and_harm_none():

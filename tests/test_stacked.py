@@ -13,7 +13,7 @@ import convsim_init as ci
 from convsim_init import accelerated, filters
 from convsim_init import stacked as stacked_descent
 from convsim_init.descent import Stop, descend
-from convsim_init.quartic import least_rise
+from convsim_init.quartic import first_rise, least_rise
 from convsim_init.replay import Replay
 from convsim_init.settings import Settings
 from convsim_init.similarity import bank_similarity, filter_norms
@@ -160,8 +160,7 @@ def test_a_trial_that_is_not_lower_is_shortened(monkeypatch):
     """Steps sixteen times too long must come back by quarters, as they do for one layer alone."""
     module = "convsim_init.stacked.least_rise"
     monkeypatch.setattr(module, lambda *slope, otherwise: 16 * least_rise(*slope, otherwise=otherwise))
-    lowest = filters._lowest
-    monkeypatch.setattr(filters, "_lowest", lambda *c, otherwise: 16 * lowest(*c, otherwise=otherwise))
+    monkeypatch.setattr(filters, "first_rise", lambda *slope, otherwise: 16 * first_rise(*slope, otherwise=otherwise))
     banks = draw(SHAPES["3x3"])
     for bank, found in zip(banks, stacked(banks, Settings(steps=6, tolerance=0)), strict=True):
         alone = descend(bank, Settings(steps=6, tolerance=0))
@@ -206,6 +205,8 @@ def test_the_line_search_finds_the_least_positive_root(dtype):
     close = torch.isclose(found.double(), expected, rtol=1e-8 if dtype == torch.float64 else 1e-3)
     assert close.double().mean() >= 0.99  # but for roots that nearly meet
     assert (expected != 7).double().mean() > 0.5
+    alone = torch.tensor([first_rise(*s, otherwise=7.0) for s in slopes.double().T.tolist()])
+    assert torch.isclose(alone, expected.float(), rtol=1e-6).double().mean() >= 0.99
 
 
 @pytest.mark.parametrize(
@@ -225,14 +226,18 @@ def test_the_line_search_finds_the_least_positive_root(dtype):
         "infinite": ((-1, 1, 0, math.inf), 7),
         "tiny": ((-6e-200, 11e-200, -6e-200, 1e-200), 1),
         "nearly flat at the start": ((-1e-9, -1, 0, 1), 1),
+        "flat at the start": ((0, -1, 0, 1), 1),
+        "beyond all numbers": ((-1, 0, 0, 1e308), 7),
         "hardly curved": ((-1, 1, 0, 1e-30), 1),
         "hardly cubic": ((-1, 1e-30, 0, 1), 1),
     }.values(),
 )
 def test_the_line_search_of_degenerate_quartics(slope, expected):
+    close = 1e-2 if slope == (-8, 12, -6, 1) else 1e-8
+    assert first_rise(*slope, otherwise=7.0) == pytest.approx(expected, rel=close)
     slope = torch.tensor(slope, dtype=torch.float64)
     found = least_rise(*slope, otherwise=torch.tensor(7.0, dtype=torch.float64))
-    assert found.item() == pytest.approx(expected, rel=1e-2 if slope[2] == -6 and slope[1] == 12 else 1e-8)
+    assert found.item() == pytest.approx(expected, rel=close)
 
 
 # Nothing waits for the device
