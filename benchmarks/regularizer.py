@@ -2,8 +2,9 @@
 
     python benchmarks/regularizer.py [--repeats 60] [--threads 1] [--write]
 
-Seconds on the wall, all cores at work unless ``--threads`` says otherwise; medians of the steps, which are taken in
-turn. With ``--write`` the table goes to ``benchmarks/results/``.
+Seconds on the wall, all cores at work unless ``--threads`` says otherwise. Steps are taken in turn; what a term costs
+is the median of the differences to the step without it in the same round. With ``--write`` the table goes to
+``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     options = parser.parse_args()
+    if options.write and options.networks != list(CASES):
+        parser.error("--write wants all networks")
     torch.set_num_threads(options.threads)
     lines = [
         f"# Cost of the regularizer on {cpu_name()}, {datetime.date.today()}",
         "",
         f"Made by `python benchmarks/regularizer.py --repeats {options.repeats} --threads {options.threads} --write`: "
-        "a step of SGD at batch 64, median of many steps in turn.",
+        "a step of SGD at batch 64, medians of many steps in turn; of the costs, of the differences within a round.",
         "",
         *(f"- {name}: {value}" for name, value in describe_environment().items()),
         "",
@@ -77,11 +80,12 @@ def row(name: str, repeats: int) -> list[str]:
     for _ in range(max(3, repeats // 10) if name == "cifar_resnet18" else repeats):
         for column, term in zip(times, terms, strict=True):
             column.append(step(term))
-    without, raw, normalized = (1e3 * statistics.median(column) for column in times)
+    without = statistics.median(times[0])
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 4)
-    cells = [name, f"{channels}×{side}×{side}", f"{weights / 1e6:.2f} M", f"{without:.1f} ms"]
-    for with_term in (raw, normalized):
-        cells += [f"{with_term:.1f} ms", f"{with_term / without - 1:+.1%}"]
+    cells = [name, f"{channels}×{side}×{side}", f"{weights / 1e6:.2f} M", f"{1e3 * without:.1f} ms"]
+    for column in times[1:]:
+        more = statistics.median(seconds - base for seconds, base in zip(column, times[0], strict=True))
+        cells += [f"{1e3 * (without + more):.1f} ms", f"{more / without:+.1%}"]
     return cells
 
 
