@@ -106,16 +106,15 @@ class CompiledSimilarity:
     """Convolutional Similarity of a layer, with its gradient, for what `fits`.
 
     Args:
-        shape: ``[G, M, C]`` of its filter bank.
-        fourier: The transforms of its kernels, folded.
+        shape: ``[G, M, C, *kernel_size]`` of its filter bank.
     """
 
-    def __init__(self, shape: Sequence[int], fourier: Fourier) -> None:
-        groups, filters, channels = shape
+    def __init__(self, shape: Sequence[int]) -> None:
+        groups, filters, channels, *kernel_size = shape
         library_ = library()
         assert library_ is not None
         self._library = library_
-        self._layout = _Layout.of(fourier, groups, channels, filters)
+        self._layout = _Layout.of(_folded(tuple(kernel_size)), groups, channels, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
         self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
 
@@ -128,6 +127,11 @@ class CompiledSimilarity:
         arrays = (kernels, out, kernels.new_empty(self._scratch_size))
         radius = self._radius if normalized else 0
         return float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
+
+
+@lru_cache(maxsize=16)
+def _folded(kernel_size: tuple[int, ...]) -> Fourier:
+    return Fourier(kernel_size, torch.float32, torch.device("cpu"), folded=True)
 
 
 class CompiledBlock:

@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from convsim_init.compiled import library
+from convsim_init.compiled import CompiledSimilarity, fits, library
 from convsim_init.packs import VALUES_PER_PACK, Pack
 from convsim_init.settings import Channels, Pairs
 from convsim_init.similarity import accumulation_dtype, bank_weight, filter_bank, full_precision
@@ -43,12 +43,26 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
-        looks = [_Look(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
-        ctx.plan = _plan(tuple(looks), pairs, channels, library() is not None)
+        looks = tuple(_Look(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True))
+        ctx.looks, ctx.plan = looks, None
+        values, gradients = list[Any](), list[Tensor]()
+        # What only stands for a tensor has no memory that C code could read.
+        real = all(type(weight) in (Tensor, nn.Parameter) for weight in weights) and not torch.compiler.is_compiling()
+        similarities = _similarities(looks, pairs, channels, real and library() is not None)
+        for similarity, weight, look in zip(similarities, weights, looks, strict=False):
+            kernels = look.kernels(weight).contiguous()
+            gradients.append(torch.empty_like(kernels))
+            values.append(similarity(kernels, gradients[-1], normalized=normalized))
+        if values and min(values) != -1:
+            ctx.save_for_backward(*gradients)
+            return weights[0].new_tensor(sum(values))
+        ctx.plan = _plan(looks, pairs, channels)
         values, gradients = [], []
         for pack, members in ctx.plan:
             with full_precision(pack.device):
-                kernels = torch.cat([member.kernels(weights[member.position]) for member in members]).to(pack.dtype)
+                kernels = torch.cat([member.look.kernels(weights[member.position]) for member in members]).to(
+                    pack.dtype
+                )
                 value, gradient = pack.normalized(kernels) if normalized else pack.raw(kernels)
             values.append(value.to(weights[0].device))
             gradients.append(gradient)
@@ -59,11 +73,14 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.plan is None:
+            alone = zip(ctx.looks, ctx.saved_tensors, strict=True)
+            return None, None, None, None, *(look.weight(outer * gradient) for look, gradient in alone)
         gradients: dict[int, Tensor] = {}
         for (pack, members), gradient in zip(ctx.plan, ctx.saved_tensors, strict=True):
             scaled = (outer.to(pack.device) * gradient).to(members[0].look.dtype)
             for member, part in zip(members, torch.split(scaled, pack.kernels), strict=True):
-                gradients[member.position] = member.weight(part)
+                gradients[member.position] = member.look.weight(part)
         return None, None, None, None, *(gradients[position] for position in range(len(gradients)))
 
 
@@ -75,46 +92,62 @@ class _Look(NamedTuple):
     device: torch.device
     layout: Layout
 
-
-class _Member(NamedTuple):
-    """A weight in a pack: which one of all, and the shape of its filter bank."""
-
-    position: int
-    look: _Look
-    bank: torch.Size
+    def bank(self, channels: Channels) -> torch.Size:
+        """Shape ``[G, M, C, *kernel_size]`` of its filter bank."""
+        empty = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return filter_bank(empty, **self.layout._asdict(), channels=channels).shape
 
     def kernels(self, weight: Tensor) -> Tensor:
         """Its kernels ``[K, T]``, in the order of its filters."""
-        if self.look.layout.transposed:
-            weight = filter_bank(weight, groups=self.look.layout.groups, transposed=True)
-        return weight.reshape(-1, self.bank[3:].numel())
+        if self.layout.transposed:
+            weight = filter_bank(weight, groups=self.layout.groups, transposed=True)
+        return weight.reshape(-1, self.shape[2:].numel())
 
     def weight(self, kernels: Tensor) -> Tensor:
         """The weight that has these kernels."""
-        if self.look.layout.transposed:
-            return bank_weight(kernels.view(self.bank), groups=self.look.layout.groups, transposed=True)
-        return kernels.view(self.look.shape)
+        if self.layout.transposed:
+            return bank_weight(kernels.view(self.bank("matched")), groups=self.layout.groups, transposed=True)
+        return kernels.view(self.shape)
+
+
+class _Member(NamedTuple):
+    """A weight in a pack: which one of all."""
+
+    position: int
+    look: _Look
 
 
 @lru_cache(maxsize=64)
-def _plan(
+def _similarities(
     looks: tuple[_Look, ...], pairs: Pairs, channels: Channels, compiled: bool
-) -> list[tuple[Pack, list[_Member]]]:
-    """Small weights of one kernel size, dtype and device go together; another plan where ``compiled`` changes."""
+) -> Sequence[CompiledSimilarity]:
+    """One for each weight, or none where C code cannot do all."""
+    if compiled and all(fits(look.dtype, look.device, pairs, channels) for look in looks):
+        return [CompiledSimilarity(look.bank(channels)) for look in looks]
+    return []
+
+
+@lru_cache(maxsize=64)
+def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> list[tuple[Pack, list[_Member]]]:
+    """Small weights of one kernel size, dtype and device go together."""
     alike: dict[Any, list[list[_Member]]] = {}
     room: dict[Any, int] = {}
     for position, look in enumerate(looks):
-        empty = torch.empty(look.shape, dtype=look.dtype, device="meta")
-        bank = filter_bank(empty, groups=look.layout.groups, transposed=look.layout.transposed, channels=channels).shape
+        bank = look.bank(channels)
         values = bank[:3].numel() * math.prod(2 * size - 1 for size in bank[3:])  # of its spectrum
         key = (bank[3:], look.dtype, look.device)
         room[key] = room.get(key, 0) - values
         if room[key] < 0:
             alike.setdefault(key, []).append([])
             room[key] = VALUES_PER_PACK - values
-        alike[key][-1].append(_Member(position, look, bank))
+        alike[key][-1].append(_Member(position, look))
     return [
-        (Pack([member.bank for member in members], pairs, channels, accumulation_dtype(dtype), device), members)
+        (
+            Pack(
+                [member.look.bank(channels) for member in members], pairs, channels, accumulation_dtype(dtype), device
+            ),
+            members,
+        )
         for (_, dtype, device), packs in alike.items()
         for members in packs
     ]

@@ -7,14 +7,11 @@ G groups, M filters of a group, C input channels of a group, T taps, F frequenci
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import starmap
 
 import torch
 from torch import Tensor
 
-from convsim_init.compiled import CompiledSimilarity, fits
-from convsim_init.fourier import Fourier
 from convsim_init.settings import Channels, Pairs
 from convsim_init.similarity import (
     LARGE_NORM,
@@ -57,7 +54,6 @@ class Pack:
         zero = torch.zeros_like(basis[:1])  # the constant's sine: with it both halves are alike
         self._basis = torch.cat([basis[:frequencies], zero, basis[frequencies:]])  # [2 F, T]
         self._twice_basis = 2 * self._basis
-        self._kernel_size, self._may_be_compiled = shapes[0][3:], fits(dtype, device, pairs, channels)
         full = [torch.ones(shape[:2], dtype=torch.bool, device=device) for shape in shapes]
         self._radii = self._radii_for(full)
 
@@ -66,32 +62,10 @@ class Pack:
 
         With P the power of the spectrum X and Q that of the partners, CS = <P, Q> / 2 and dCS/dX = 2 Q X.
         """
-        if self._is_compiled(kernels):
-            values, gradient = self._compute(kernels, normalized=False)
-            return kernels.new_tensor(sum(values)), gradient
         alone_and_large = len(self.kernels) == 1 and len(self._basis) * len(kernels) > VALUES_PER_PACK
         if alone_and_large and self._channels == "matched":
             return self._raw_by_channels(kernels)
         return self._raw(kernels, self._shapes)
-
-    def _is_compiled(self, kernels: Tensor) -> bool:
-        """Whether C code may read these; what stands for a tensor has no memory of its own."""
-        return self._may_be_compiled and type(kernels) is Tensor and not torch.compiler.is_compiling()
-
-    @cached_property
-    def _similarities(self) -> list[CompiledSimilarity]:
-        fourier = Fourier(self._kernel_size, self.dtype, self.device, folded=True)
-        return [CompiledSimilarity(shape, fourier) for shape in self._shapes]
-
-    def _compute(self, kernels: Tensor, *, normalized: bool) -> tuple[list[float], Tensor]:
-        kernels = kernels.contiguous()
-        gradient = torch.empty_like(kernels)
-        layers = zip(*(torch.split(whole, self.kernels) for whole in (kernels, gradient)), strict=True)
-        alone = [
-            similarity(layer, out, normalized=normalized)
-            for similarity, (layer, out) in zip(self._similarities, layers, strict=True)
-        ]
-        return alone, gradient
 
     def _raw_by_channels(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
         (groups, filters, _), taps = self._shapes[0], kernels.shape[1]
@@ -122,10 +96,6 @@ class Pack:
 
         The mean over pairs of filters of norm 1 is the sum over pairs of filters of norm r = pairs ** (-1 / 4).
         """
-        if self._is_compiled(kernels):
-            values, gradient = self._compute(kernels, normalized=True)
-            if min(values) != -1:
-                return kernels.new_tensor(sum(values)), gradient
         rows = self._rows(kernels)
         lengths, radii = torch.cat([torch.linalg.vector_norm(row, dim=1) for row in rows]), self._radii  # [J]
         shortest, longest = torch.aminmax(lengths)
