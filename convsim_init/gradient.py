@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from convsim_init.compiled import CompiledSimilarity, fits, library
@@ -47,7 +47,8 @@ class _Sum(torch.autograd.Function):
         ctx.looks, ctx.plan = looks, None
         values, gradients = list[Any](), list[Tensor]()
         # What only stands for a tensor has no memory that C code could read.
-        real = all(type(weight) in (Tensor, nn.Parameter) for weight in weights) and not torch.compiler.is_compiling()
+        real = all(type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ for weight in weights)
+        real = real and not torch.compiler.is_compiling()
         similarities = _similarities(looks, pairs, channels, real and library() is not None)
         for similarity, weight, look in zip(similarities, weights, looks, strict=False):
             kernels = look.kernels(weight).contiguous()
