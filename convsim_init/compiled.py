@@ -76,14 +76,10 @@ def _built() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
             library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
             library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 9], None
-            library.aim.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 7]
-            library.aim.restype = None
-            library.similarity.argtypes, library.similarity.restype = (
-                [POINTER(_Layout), c_float, *[c_void_p] * 3],
-                c_double,
-            )
-            library.interface_version.restype = c_int64
-            library.chunk_size.restype = c_int64
+            library.aim.argtypes, library.aim.restype = [POINTER(_Layout), c_float, *[c_void_p] * 7], None
+            library.similarity.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 3]
+            library.similarity.restype = c_double
+            library.interface_version.restype = library.chunk_size.restype = c_int64
             if (library.interface_version(), library.chunk_size()) == (INTERFACE, CHUNK):
                 return library
         except (OSError, AttributeError):  # of another system, for instance on a shared disk, or another version
@@ -172,17 +168,8 @@ class CompiledBlock:
 
     def arrive(self, keep: Tensor, add: Tensor, taken: Tensor) -> tuple[Tensor, float]:
         """As `Block.arrive`."""
-        arrays = (
-            keep,
-            add,
-            taken,
-            self._weights,
-            self._ascent,
-            self._gradient,
-            self._scratch(),
-            self._sums,
-            self._overlap,
-        )
+        state = (self._weights, self._ascent, self._gradient)
+        arrays = (keep, add, taken, *state, self._scratch(), self._sums, self._overlap)
         self._library.arrive(byref(self._layout), *map(Tensor.data_ptr, arrays))
         return self._sums, float(self._overlap)
 

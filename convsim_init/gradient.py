@@ -44,31 +44,16 @@ class _Sum(torch.autograd.Function):
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
         looks = tuple(_Look(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True))
-        ctx.looks, ctx.plan = looks, None
-        values, gradients = list[Any](), list[Tensor]()
         # What only stands for a tensor has no memory that C code could read.
         real = all(type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ for weight in weights)
         real = real and not torch.compiler.is_compiling()
         similarities = _similarities(looks, pairs, channels, real and library() is not None)
-        for similarity, weight, look in zip(similarities, weights, looks, strict=False):
-            kernels = look.kernels(weight).contiguous()
-            gradients.append(torch.empty_like(kernels))
-            values.append(similarity(kernels, gradients[-1], normalized=normalized))
-        if values and min(values) != -1:
-            ctx.save_for_backward(*gradients)
-            return weights[0].new_tensor(sum(values))
-        ctx.plan = _plan(looks, pairs, channels)
-        values, gradients = [], []
-        for pack, members in ctx.plan:
-            with full_precision(pack.device):
-                kernels = torch.cat([member.look.kernels(weights[member.position]) for member in members]).to(
-                    pack.dtype
-                )
-                value, gradient = pack.normalized(kernels) if normalized else pack.raw(kernels)
-            values.append(value.to(weights[0].device))
-            gradients.append(gradient)
+        ctx.looks, ctx.plan = looks, None
+        total, gradients = _by_layer(similarities, looks, weights, normalized)
+        if total is None:
+            ctx.plan = _plan(looks, pairs, channels)
+            total, gradients = _by_pack(ctx.plan, weights, normalized)
         ctx.save_for_backward(*gradients)
-        total: Tensor = sum(values[1:], values[0])
         return total
 
     @staticmethod
@@ -118,6 +103,33 @@ class _Member(NamedTuple):
     look: _Look
 
 
+def _by_layer(
+    similarities: Sequence[CompiledSimilarity], looks: Sequence[_Look], weights: Sequence[Tensor], normalized: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The sum, None where it cannot be compiled; and the gradients ``[K, T]``."""
+    if not similarities:
+        return None, []
+    kernels = [look.kernels(weight).contiguous() for look, weight in zip(looks, weights, strict=True)]
+    gradients = [torch.empty_like(some) for some in kernels]
+    alone = zip(similarities, kernels, gradients, strict=True)
+    values = [similarity(some, out, normalized=normalized) for similarity, some, out in alone]
+    return None if min(values) == -1 else weights[0].new_tensor(sum(values)), gradients
+
+
+def _by_pack(
+    plan: list[tuple[Pack, list[_Member]]], weights: Sequence[Tensor], normalized: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum; and the gradients of each pack's kernels ``[K, T]``."""
+    values, gradients = [], []
+    for pack, members in plan:
+        with full_precision(pack.device):
+            kernels = torch.cat([member.look.kernels(weights[member.position]) for member in members])
+            value, gradient = (pack.normalized if normalized else pack.raw)(kernels.to(pack.dtype))
+        values.append(value.to(weights[0].device))
+        gradients.append(gradient)
+    return sum(values[1:], values[0]), gradients
+
+
 @lru_cache(maxsize=64)
 def _similarities(
     looks: tuple[_Look, ...], pairs: Pairs, channels: Channels, compiled: bool
@@ -142,13 +154,9 @@ def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> list[tu
             alike.setdefault(key, []).append([])
             room[key] = VALUES_PER_PACK - values
         alike[key][-1].append(_Member(position, look))
-    return [
-        (
-            Pack(
-                [member.look.bank(channels) for member in members], pairs, channels, accumulation_dtype(dtype), device
-            ),
-            members,
-        )
-        for (_, dtype, device), packs in alike.items()
-        for members in packs
-    ]
+    return [(_pack(members, pairs, channels), members) for packs in alike.values() for members in packs]
+
+
+def _pack(members: Sequence[_Member], pairs: Pairs, channels: Channels) -> Pack:
+    look, banks = members[0].look, [member.look.bank(channels) for member in members]
+    return Pack(banks, pairs, channels, accumulation_dtype(look.dtype), look.device)

@@ -1,5 +1,5 @@
-/* The arithmetic of a conjugate-gradient step on a block of a layer, fused: what `blocks.py` does in many passes over
- * the block, this does channel by channel in one, with all that lies between in a core's cache.
+/* The arithmetic of a conjugate-gradient step on a block of a layer, fused, and that of the regularizer: what torch does in
+ * many passes over the block, this does channel by channel in one, with all that lies between in a core's cache.
  *
  * A block is [g, c, M, T]: g groups, c channels, M filters, T taps a kernel, of which the first are even; but within
  * each CHUNK of filters (the last one may be smaller) the taps come before the filters, so that memory is read and
@@ -74,7 +74,7 @@ INLINE void product(const float *restrict matrix, int64_t row_step, int64_t colu
     }
 }
 
-/* Ask for memory that is needed soon, so that it comes while others compute. */
+/* Ask for memory that is needed soon, so that it comes while others compute; it may lie beyond the block's. */
 INLINE void expect(const float *memory, int64_t floats) {
     for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(memory + i, 1, 2);
 }
