@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convsim_init.compiled import CompiledSimilarity, fits, library
 from convsim_init.packs import VALUES_PER_PACK, Pack
@@ -48,7 +47,7 @@ class _Sum(torch.autograd.Function):
         real = all(type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ for weight in weights)
         real = real and not torch.compiler.is_compiling()
         similarities = _similarities(looks, pairs, channels, real and library() is not None)
-        ctx.looks, ctx.plan = looks, None
+        ctx.looks, ctx.weights, ctx.plan = looks, weights, None  # the weights may change until `backward`
         total, gradients = _by_layer(similarities, looks, weights, normalized)
         if total is None:
             ctx.plan = _plan(looks, pairs, channels)
@@ -57,17 +56,30 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.plan is None:
-            alone = zip(ctx.looks, ctx.saved_tensors, strict=True)
-            return None, None, None, None, *(look.weight(outer * gradient) for look, gradient in alone)
-        gradients: dict[int, Tensor] = {}
-        for (pack, members), gradient in zip(ctx.plan, ctx.saved_tensors, strict=True):
-            scaled = (outer.to(pack.device) * gradient).to(members[0].look.dtype)
-            for member, part in zip(members, torch.split(scaled, pack.kernels), strict=True):
-                gradients[member.position] = member.look.weight(part)
-        return None, None, None, None, *(gradients[position] for position in range(len(gradients)))
+        with torch.no_grad():
+            if ctx.plan is None:
+                alone = zip(ctx.looks, ctx.saved_tensors, strict=True)
+                gradients = [look.weight(outer * gradient) for look, gradient in alone]
+            else:
+                gradients = _unpacked(ctx.plan, outer, ctx.saved_tensors)
+        if torch.is_grad_enabled():  # a second derivative may follow
+            gradients = list(map(_Once.apply, gradients, ctx.weights))
+        return None, None, None, None, *gradients
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that knows what it depends on, and refuses to say how: silently it would count as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, weight: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "ConvolutionalSimilarity is differentiable once: for second derivatives take convolutional_similarity"
+        )
 
 
 class _Look(NamedTuple):
@@ -109,11 +121,11 @@ def _by_layer(
     """The sum, None where it cannot be compiled; and the gradients ``[K, T]``."""
     if not similarities:
         return None, []
-    kernels = [look.kernels(weight).contiguous() for look, weight in zip(looks, weights, strict=True)]
+    kernels = [look.kernels(weight).resolve_neg().contiguous() for look, weight in zip(looks, weights, strict=True)]
     gradients = [torch.empty_like(some) for some in kernels]
     alone = zip(similarities, kernels, gradients, strict=True)
     values = [similarity(some, out, normalized=normalized) for similarity, some, out in alone]
-    return None if min(values) == -1 else weights[0].new_tensor(sum(values)), gradients
+    return None if min(values) == -1 else kernels[0].new_tensor(sum(values)), gradients
 
 
 def _by_pack(
@@ -128,6 +140,16 @@ def _by_pack(
         values.append(value.to(weights[0].device))
         gradients.append(gradient)
     return sum(values[1:], values[0]), gradients
+
+
+def _unpacked(plan: list[tuple[Pack, list[_Member]]], outer: Tensor, packed: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the weights, in their order."""
+    gradients: dict[int, Tensor] = {}
+    for (pack, members), gradient in zip(plan, packed, strict=True):
+        scaled = (outer.to(pack.device) * gradient).to(members[0].look.dtype)
+        for member, part in zip(members, torch.split(scaled, pack.kernels), strict=True):
+            gradients[member.position] = member.look.weight(part)
+    return [gradients[position] for position in range(len(gradients))]
 
 
 @lru_cache(maxsize=64)

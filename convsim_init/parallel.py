@@ -24,6 +24,44 @@ class Cancelled(BaseException):
     """Raised in a worker whose result nobody waits for any more."""
 
 
+class _IntraOp:
+    """Torch's number of intra-op threads while teams work, maybe at once in several threads of the process.
+
+    A thread that asks torch for the first time hears the number that was set last, by whichever thread: while a team
+    works, its 1.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._teams, self._before = 0, 1
+
+    def callers(self) -> int:
+        """The number that the caller has when no team works."""
+        with self._lock:
+            return self._callers()
+
+    def lower(self) -> int:
+        """Set it to 1 and return what it was."""
+        with self._lock:
+            callers = self._before = self._callers()
+            self._teams += 1
+            torch.set_num_threads(1)
+            return callers
+
+    def give_back(self, callers: int) -> None:
+        """Set it to what it was."""
+        with self._lock:
+            self._teams -= 1
+            torch.set_num_threads(callers)
+
+    def _callers(self) -> int:
+        here = torch.get_num_threads()
+        return self._before if self._teams and here == 1 else here
+
+
+_intra_op = _IntraOp()
+
+
 class Team:
     """Threads that work for as long as the context lasts.
 
@@ -41,15 +79,14 @@ class Team:
         self._threads = threads
         self._left = threading.Event()
         self._inference = torch.is_inference_mode_enabled()
-        self._intra_op = torch.get_num_threads()
 
     @classmethod
     def for_devices(cls, *devices: torch.device) -> Team:
         """As many threads as torch would use on the CPU; an accelerator needs but one to be kept busy."""
-        return cls(torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1)
+        return cls(_intra_op.callers() if all(device.type == "cpu" for device in devices) else 1)
 
     def __enter__(self) -> Team:
-        torch.set_num_threads(1)
+        self._callers = _intra_op.lower()
         return self
 
     def __exit__(
@@ -58,7 +95,7 @@ class Team:
         self._left.set()
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._intra_op)
+        _intra_op.give_back(self._callers)
 
     def checkpoint(self) -> None:
         """To be called often by long work: raises once the caller has left, by an interrupt for instance."""

@@ -1,5 +1,7 @@
 """The team of threads: results in order, errors of whoever makes them, no waiting for those who are not needed."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -43,3 +45,29 @@ def test_torchs_number_of_threads_is_given_back():
     with Team(2):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_teams_that_overlap_give_it_back_too():
+    """In a process of its own: the number that new threads hear is the process's."""
+    code = """if True:
+        import threading, torch
+        from convsim_init.parallel import Team
+        torch.set_num_threads(3)
+        entered, leave = threading.Event(), threading.Event()
+        def first():
+            with Team(2):
+                entered.set()
+                leave.wait(60)
+        def second():
+            with Team.for_devices(torch.device("cpu")) as team:
+                print(team._threads, torch.get_num_threads())
+                leave.set()
+                one.join()
+            print(torch.get_num_threads())
+        one, two = threading.Thread(target=first), threading.Thread(target=second)
+        one.start(), entered.wait(60), two.start(), two.join()
+        later = threading.Thread(target=lambda: print(torch.get_num_threads()))
+        later.start(), later.join()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "1", "3", "3"]

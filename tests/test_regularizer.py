@@ -124,9 +124,35 @@ def test_filters_that_are_zero_have_no_gradient_and_harm_none():
 def test_a_second_derivative_is_refused_rather_than_wrong():
     weight = torch.randn(3, 2, 3, 3, requires_grad=True)
     value = summed_similarity([weight], [Layout()], "all", "matched", normalized=False)
-    (gradient,) = torch.autograd.grad(value * weight.sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for loss in (value, value * weight.sum(), value + weight.pow(4).sum()):
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(gradient.square().sum(), weight, retain_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            gradient.sum().backward(retain_graph=True)
+
+
+def test_a_weight_may_change_before_the_backward_pass():
+    weight = torch.randn(3, 2, 3, 3, requires_grad=True)
+    value = summed_similarity([weight], [Layout()], "all", "matched", normalized=False)
+    (wanted,) = torch.autograd.grad(value, weight, retain_graph=True)
+    with torch.no_grad():
+        weight.zero_()
+    (found,) = torch.autograd.grad(value, weight)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.usefixtures("compiled_or_not")
+def test_views_that_are_negated_where_they_are_read(normalized):
+    weights = [torch.randn(4, 2, 3, 3, requires_grad=True) for _ in range(2)]
+    layouts = [Layout(), Layout()]
+    wanted = summed_similarity([-weight for weight in weights], layouts, "all", "matched", normalized=normalized)
+    found = summed_similarity(
+        [torch._neg_view(weight) for weight in weights], layouts, "all", "matched", normalized=normalized
+    )
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, weights), torch.autograd.grad(wanted, weights))
 
 
 class Standardized(nn.Conv2d):
