@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class _Sum(torch.autograd.Function):
         total, gradients = _by_layer(similarities, looks, weights, normalized)
         if total is None:
             ctx.plan = _plan(looks, pairs, channels)
-            total, gradients = _by_pack(ctx.plan, weights, normalized)
+            total, gradients = _by_pack(ctx.plan, looks, weights, normalized)
         ctx.save_for_backward(*gradients)
         return total
 
@@ -62,7 +62,7 @@ class _Sum(torch.autograd.Function):
                 alone = zip(ctx.looks, ctx.saved_tensors, strict=True)
                 gradients = [look.weight(outer * gradient) for look, gradient in alone]
             else:
-                gradients = _unpacked(ctx.plan, outer, ctx.saved_tensors)
+                gradients = _unpacked(ctx.plan, ctx.looks, outer, ctx.saved_tensors)
         if torch.is_grad_enabled():  # a second derivative may follow
             gradients = list(map(_Once.apply, gradients, ctx.weights))
         return None, None, None, None, *gradients
@@ -108,11 +108,7 @@ class _Look(NamedTuple):
         return kernels.view(self.shape)
 
 
-class _Member(NamedTuple):
-    """A weight in a pack: which one of all."""
-
-    position: int
-    look: _Look
+_Plan: TypeAlias = list[tuple[Pack, list[int]]]  # packs, and which of all weights are in them
 
 
 def _by_layer(
@@ -129,26 +125,26 @@ def _by_layer(
 
 
 def _by_pack(
-    plan: list[tuple[Pack, list[_Member]]], weights: Sequence[Tensor], normalized: bool
+    plan: _Plan, looks: Sequence[_Look], weights: Sequence[Tensor], normalized: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum; and the gradients of each pack's kernels ``[K, T]``."""
     values, gradients = [], []
     for pack, members in plan:
         with full_precision(pack.device):
-            kernels = torch.cat([member.look.kernels(weights[member.position]) for member in members])
+            kernels = torch.cat([looks[member].kernels(weights[member]) for member in members])
             value, gradient = (pack.normalized if normalized else pack.raw)(kernels.to(pack.dtype))
         values.append(value.to(weights[0].device))
         gradients.append(gradient)
     return sum(values[1:], values[0]), gradients
 
 
-def _unpacked(plan: list[tuple[Pack, list[_Member]]], outer: Tensor, packed: Sequence[Tensor]) -> list[Tensor]:
+def _unpacked(plan: _Plan, looks: Sequence[_Look], outer: Tensor, packed: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the weights, in their order."""
     gradients: dict[int, Tensor] = {}
     for (pack, members), gradient in zip(plan, packed, strict=True):
-        scaled = (outer.to(pack.device) * gradient).to(members[0].look.dtype)
+        scaled = (outer.to(pack.device) * gradient).to(looks[members[0]].dtype)
         for member, part in zip(members, torch.split(scaled, pack.kernels), strict=True):
-            gradients[member.position] = member.look.weight(part)
+            gradients[member] = looks[member].weight(part)
     return [gradients[position] for position in range(len(gradients))]
 
 
@@ -163,9 +159,9 @@ def _similarities(
 
 
 @lru_cache(maxsize=64)
-def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> list[tuple[Pack, list[_Member]]]:
+def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> _Plan:
     """Small weights of one kernel size, dtype and device go together."""
-    alike: dict[Any, list[list[_Member]]] = {}
+    alike: dict[Any, list[list[int]]] = {}
     room: dict[Any, int] = {}
     for position, look in enumerate(looks):
         bank = look.bank(channels)
@@ -175,10 +171,14 @@ def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> list[tu
         if room[key] < 0:
             alike.setdefault(key, []).append([])
             room[key] = VALUES_PER_PACK - values
-        alike[key][-1].append(_Member(position, look))
-    return [(_pack(members, pairs, channels), members) for packs in alike.values() for members in packs]
+        alike[key][-1].append(position)
+    return [
+        (_pack([looks[member] for member in members], pairs, channels), members)
+        for packs in alike.values()
+        for members in packs
+    ]
 
 
-def _pack(members: Sequence[_Member], pairs: Pairs, channels: Channels) -> Pack:
-    look, banks = members[0].look, [member.look.bank(channels) for member in members]
-    return Pack(banks, pairs, channels, accumulation_dtype(look.dtype), look.device)
+def _pack(looks: Sequence[_Look], pairs: Pairs, channels: Channels) -> Pack:
+    banks = [look.bank(channels) for look in looks]
+    return Pack(banks, pairs, channels, accumulation_dtype(looks[0].dtype), looks[0].device)

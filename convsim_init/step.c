@@ -85,12 +85,18 @@ INLINE float total(const float *lanes) {
     return sum;
 }
 
+/* The coefficients of a chunk of kernels on a lattice: cosines of the even taps, sines of the odd ones. */
+INLINE void project(const float *first, const float *second, Sizes z, const float *restrict w, float *restrict x) {
+    const int64_t even = z.even, odd = z.taps - even, F = z.cosines;
+    product(first, even, 1, F, even, w, x, 1);
+    product(second, odd, 1, z.points - F, odd, w + even * CHUNK, x + F * CHUNK, 1);
+}
+
 /* The spectra of a chunk of kernels, and what they add to the power of all. */
 INLINE void transform(const Layout *l, Sizes z, const float *restrict w, float *restrict x, float *restrict powers) {
-    const int64_t T = z.taps, even = z.even, N = z.points, F = z.cosines;
+    const int64_t F = z.cosines;
     const float none[CHUNK] = {0}; /* the constant has no sine */
-    product(l->first, even, 1, F, even, w, x, 1);
-    product(l->second, T - even, 1, N - F, T - even, w + even * CHUNK, x + F * CHUNK, 1);
+    project(l->first, l->second, z, w, x);
     for (int64_t f = 0; f < F; f++) {
         const float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
         for (int64_t i = 0; i < CHUNK; i++) powers[f * CHUNK + i] += cosine[i] * cosine[i] + sine[i] * sine[i];
@@ -252,7 +258,8 @@ INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, c
             const int64_t n = M - m < CHUNK ? M - m : CHUNK;
             if (n < CHUNK)
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
-            for (int64_t i = 0; i < n; i++) fold(T, factors[row / C * M + m + i], kernels + first + (m + i) * C * T, w + i, CHUNK);
+            for (int64_t i = 0; i < n; i++)
+                fold(T, factors[row / C * M + m + i], kernels + first + (m + i) * C * T, w + i, CHUNK);
             transform(l, z, w, all_x + m * N, lanes);
         }
         for (int64_t f = 0; f < F; f++) lanes[f] = total(lanes + f * CHUNK);
@@ -270,8 +277,7 @@ INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, c
  * P0 - 2 t P1 + t^2 (P2 + slow * P0) on the coarse lattice, how the terms i <= j are coupled; couplings[3, 3]. */
 INLINE void aim_sized(const Layout *l, Sizes z, float beta, const float *lean, const float *slow, const float *weights,
                       const float *gradient, float *ascent, float *scratch, double *couplings) {
-    const int64_t T = z.taps, even = z.even, N = z.points, F = z.cosines;
-    const int64_t M = l->filters, odd = T - even;
+    const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters;
     float *w = scratch, *a = w + T * CHUNK, *wx = l->coarse_first ? a + T * CHUNK : w;
     float *ax = l->coarse_first ? wx + N * CHUNK : a, *lanes = a + (T + 2 * N) * CHUNK, none[CHUNK] = {0};
     for (int64_t i = 0; i < 9; i++) couplings[i] = 0;
@@ -294,10 +300,8 @@ INLINE void aim_sized(const Layout *l, Sizes z, float beta, const float *lean, c
                 turn(n, T, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
             }
             if (l->coarse_first) {
-                product(l->coarse_first, even, 1, F, even, w, wx, 1);
-                product(l->coarse_second, odd, 1, N - F, odd, w + even * CHUNK, wx + F * CHUNK, 1);
-                product(l->coarse_first, even, 1, F, even, a, ax, 1);
-                product(l->coarse_second, odd, 1, N - F, odd, a + even * CHUNK, ax + F * CHUNK, 1);
+                project(l->coarse_first, l->coarse_second, z, w, wx);
+                project(l->coarse_first, l->coarse_second, z, a, ax);
             }
             for (int64_t f = 0; f < F; f++) {
                 const float *wc = wx + f * CHUNK, *ws = f ? wc + (F - 1) * CHUNK : none; /* cosines, sines */
