@@ -35,11 +35,11 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt convsim_init/step.c | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt convsim_init/backends/step.c | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt convsim_init/step.c | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt convsim_init/backends/step.c | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	touch $@ $(VENV)/.installed
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import convsim_init as ci
-from convsim_init.layers import find_layers
-from convsim_init.similarity import filter_norms, nonzero
+from convsim_init.functional.similarity import filter_norms, nonzero
+from convsim_init.layers.find import find_layers
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["model", "outcome", "parameters", "layers", "treated", "largest_norm_error", "skipped", "seconds", "detail"]

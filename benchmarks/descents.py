@@ -13,10 +13,10 @@ from shapes import Shapes, draw, state_dict
 from torch import Tensor
 
 import convsim_init as ci
-from convsim_init.descent import descend
-from convsim_init.parallel import Team
+from convsim_init.functional.similarity import filter_bank
+from convsim_init.optim.descent import descend
+from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings
-from convsim_init.similarity import filter_bank
 
 FEW_STEPS, MANY_STEPS = 4, 14  # few enough for 1×1 layers to take them all
 TIMES = 3  # medians of so many are subtracted

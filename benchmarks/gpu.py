@@ -34,13 +34,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from convsim_init.descent import descend
-from convsim_init.layers import find_layers
-from convsim_init.models import build_model
-from convsim_init.redundancy import measure_bank
-from convsim_init.replay import Replay
+from convsim_init.layers.find import find_layers
+from convsim_init.metrics.measure import measure_bank
+from convsim_init.models.build import build_model
+from convsim_init.optim.descent import descend
+from convsim_init.optim.replay import Replay
+from convsim_init.optim.stacked import Stack, descend_stacks
 from convsim_init.settings import Settings
-from convsim_init.stacked import Stack, descend_stacks
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from convsim_init.compiled import SWITCH
-from convsim_init.descent import descend
-from convsim_init.division import OVERHEAD, deal
+from convsim_init.backends.compiled import SWITCH
+from convsim_init.optim.descent import descend
+from convsim_init.parallel.partition import OVERHEAD, deal
 from convsim_init.settings import Settings
 
 FILTERS, CHANNELS = 64, 64  # of the layer that is counted: one block on the CPU, as any layer is on a GPU

@@ -13,22 +13,22 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from .ending import DONE, FAILED, WRONG_USAGE, Terminated, ending_at_once, ending_in_time, fail, interrupted
+from .signals import DONE, FAILED, WRONG_USAGE, Terminated, ending_at_once, ending_in_time, fail, interrupted
 
 with ending_at_once():
     import click
     from click_default_group import DefaultGroup
 
     from convsim_init.errors import InputError, RunError
-    from convsim_init.launch import launched
+    from convsim_init.parallel.launch import launched
     from convsim_init.version import __version__
 
-    from .compare import compare
-    from .env import env
-    from .init import init
-    from .inspect import inspect
-    from .list import list_models
-    from .verify import verify
+    from .commands.compare import compare
+    from .commands.env import env
+    from .commands.init import init
+    from .commands.inspect import inspect
+    from .commands.list import list_models
+    from .commands.verify import verify
 
 PROGRAM = "convsim-init"
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from convsim_init.cli.plan import Run
 from convsim_init.devices import find_device
-from convsim_init.plots import choose_layer, figure_of_run, save_figure
-from convsim_init.record import save_record
-from convsim_init.report import Outcome, Report
-from convsim_init.runs import Run
+from convsim_init.plotting.figure import choose_layer, figure_of_run, save_figure
+from convsim_init.report.record import save_record
+from convsim_init.report.report import Outcome, Report
 from convsim_init.settings import Base, Settings
 
-from .ending import ending_at_once
-from .source import ModelOptions, load
+from .options import ModelOptions, load
+from .signals import ending_at_once
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from convsim_init.checkpoint import Contents
-    from convsim_init.snapshot import Snapshot
+    from convsim_init.checkpoint.save import Contents
+    from convsim_init.metrics.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     with ending_at_once():
         import torch
 
-        from convsim_init.base import draw_base_
-        from convsim_init.checkpoint import checkpoint_contents
+        from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.initialize import initialize_, plan
-        from convsim_init.snapshot import take_snapshot
+        from convsim_init.layers.draw import draw_base_
+        from convsim_init.metrics.snapshot import take_snapshot
 
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like)
@@ -124,7 +124,7 @@ def write(made: Made, choices: Choices) -> Report:
     """
     report, files = made.report, made.run.files
     if made.checkpoint is not None and files.out is not None:
-        from convsim_init.checkpoint import write_checkpoint
+        from convsim_init.checkpoint.save import write_checkpoint
 
         write_checkpoint(made.checkpoint, files.out, overwrite=choices.force)
         report.file, report.file_bytes = str(files.out), files.out.stat().st_size

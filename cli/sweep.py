@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from convsim_init.cli.plan import Run
+from convsim_init.cli.results import Result, Status, failures, summary
 from convsim_init.errors import InputError, RunError
-from convsim_init.results import Result, Status, failures, summary
-from convsim_init.runs import Run
 
 from .run import Choices, Made, failure, make, write
 
 if TYPE_CHECKING:
-    from convsim_init.ranks import Ranks
+    from convsim_init.parallel.processes import Ranks
 
 
 def sweep(

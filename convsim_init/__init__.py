@@ -11,39 +11,40 @@ from typing import TYPE_CHECKING
 from convsim_init.version import __version__
 
 if TYPE_CHECKING:
-    from convsim_init.base import draw_base_
-    from convsim_init.checkpoint import save_checkpoint
+    from convsim_init.checkpoint.load import load_checkpoint
+    from convsim_init.checkpoint.load_report import LoadReport
+    from convsim_init.checkpoint.save import save_checkpoint
     from convsim_init.errors import InputError, RunError
-    from convsim_init.feature_maps import measure_feature_correlation
+    from convsim_init.functional.similarity import convolutional_similarity
     from convsim_init.initialize import convsim_, initialize_
-    from convsim_init.load_report import LoadReport
-    from convsim_init.loading import load_checkpoint
-    from convsim_init.models import UnknownModelError, build_model
-    from convsim_init.redundancy import measure
+    from convsim_init.layers.draw import draw_base_
+    from convsim_init.metrics.measure import measure
+    from convsim_init.metrics.observed import measure_feature_correlation
+    from convsim_init.models.build import build_model
+    from convsim_init.models.zoo.catalog import UnknownModelError
     from convsim_init.regularizer import ConvolutionalSimilarity
-    from convsim_init.report import LayerReport, Outcome, Report
+    from convsim_init.report.report import LayerReport, Outcome, Report
     from convsim_init.settings import Settings
-    from convsim_init.similarity import convolutional_similarity
 
 _HOMES = {
     "ConvolutionalSimilarity": "regularizer",
     "InputError": "errors",
-    "LayerReport": "report",
-    "LoadReport": "load_report",
-    "Outcome": "report",
-    "Report": "report",
+    "LayerReport": "report.report",
+    "LoadReport": "checkpoint.load_report",
+    "Outcome": "report.report",
+    "Report": "report.report",
     "RunError": "errors",
     "Settings": "settings",
-    "UnknownModelError": "models",
-    "build_model": "models",
-    "convolutional_similarity": "similarity",
+    "UnknownModelError": "models.zoo.catalog",
+    "build_model": "models.build",
+    "convolutional_similarity": "functional.similarity",
     "convsim_": "initialize",
-    "draw_base_": "base",
+    "draw_base_": "layers.draw",
     "initialize_": "initialize",
-    "load_checkpoint": "loading",
-    "measure": "redundancy",
-    "measure_feature_correlation": "feature_maps",
-    "save_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint.load",
+    "measure": "metrics.measure",
+    "measure_feature_correlation": "metrics.observed",
+    "save_checkpoint": "checkpoint.save",
 }
 
 __all__ = [

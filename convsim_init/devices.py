@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.launch import launched
+from convsim_init.parallel.launch import launched
 from convsim_init.version import __version__
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def describe_environment() -> dict[str, str]:
     """Versions, devices and threads, for a bug report; and how a step of the descent is computed on the CPU."""
     import torch
 
-    from convsim_init.compiled import library
+    from convsim_init.backends.compiled import library
 
     return {
         "convsim-init": __version__,

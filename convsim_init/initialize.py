@@ -12,24 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convsim_init.accelerated import descend_together
-from convsim_init.descent import Descent, Stop, descend
-from convsim_init.division import own_layers, share
 from convsim_init.errors import InputError
-from convsim_init.layers import Layer, find_layers, pair_obstacle
-from convsim_init.parallel import Team
-from convsim_init.ranks import Ranks
-from convsim_init.redundancy import measure_bank
-from convsim_init.report import LayerReport, Outcome, Report
-from convsim_init.settings import Settings
-from convsim_init.similarity import (
+from convsim_init.functional.similarity import (
     all_finite,
     bank_weight,
     computing_bank,
     filter_norms,
     full_precision,
 )
-from convsim_init.weights import RefusedError
+from convsim_init.layers.find import Layer, find_layers, pair_obstacle
+from convsim_init.layers.weights import RefusedError
+from convsim_init.metrics.measure import measure_bank
+from convsim_init.optim.accelerated import descend_together
+from convsim_init.optim.descent import Descent, Stop, descend
+from convsim_init.parallel.partition import own_layers, share
+from convsim_init.parallel.processes import Ranks
+from convsim_init.parallel.threads import Team
+from convsim_init.report.report import LayerReport, Outcome, Report
+from convsim_init.settings import Settings
 
 
 @torch.no_grad()

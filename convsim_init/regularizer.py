@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
-from convsim_init.gradient import Layout, summed_similarity
-from convsim_init.layers import find_convolutions, find_layers, lone_obstacle, used_weight
+from convsim_init.layers.find import find_convolutions, find_layers, lone_obstacle, used_weight
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
 

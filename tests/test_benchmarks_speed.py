@@ -18,8 +18,8 @@ import torch
 from machine import file_name, in_turn, run
 
 import convsim_init as ci
-from convsim_init.descent import descend
-from convsim_init.similarity import filter_bank
+from convsim_init.functional.similarity import filter_bank
+from convsim_init.optim.descent import descend
 
 SPEED = Path(__file__).parents[1] / "benchmarks" / "speed.py"
 SHAPES = [(5, 3, 3, 3), (4, 2, 3, 2), (3, 4, 1, 1), (2, 1, 2, 4)]

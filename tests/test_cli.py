@@ -27,10 +27,11 @@ from torch import nn
 import convsim_init
 from convsim_init.devices import available_devices, find_device
 from convsim_init.errors import InputError
-from convsim_init.models import build_model, catalog
+from convsim_init.models.build import build_model
+from convsim_init.models.zoo import catalog
 from convsim_init.settings import Settings
 
-MAIN, INIT, SOURCE = (import_module(f"convsim_init.cli.{name}") for name in ("main", "init", "source"))
+MAIN, INIT, SOURCE = (import_module(f"convsim_init.cli.{name}") for name in ("main", "commands.init", "options"))
 SCRIPT = Path(sys.executable).with_name("convsim-init")
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
 OLD = b"the file that was there"
@@ -761,7 +762,7 @@ main(sys.argv[2:])
         ("click", QUICK),
         ("torch", QUICK),
         ("numpy", QUICK),  # torch's C code imports it, and drops what that raises
-        ("convsim_init.checkpoint", QUICK),
+        ("convsim_init.checkpoint.save", QUICK),
         ("numpy", ["env"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_init import compiled, filters
-from convsim_init.blocks import TorchBlock
-from convsim_init.compiled import CompiledBlock
-from convsim_init.descent import descend
+from convsim_init.backends import compiled
+from convsim_init.backends.compiled import CompiledBlock
+from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.devices import describe_environment
-from convsim_init.fourier import Fourier
-from convsim_init.quartic import first_rise
+from convsim_init.functional.fourier import Fourier
+from convsim_init.functional.similarity import bank_similarity, filter_norms
+from convsim_init.functional.similarity import per_filter as shaped
+from convsim_init.optim import conjugate_gradient as filters
+from convsim_init.optim.descent import descend
+from convsim_init.optim.line_search import first_rise
 from convsim_init.settings import Settings
-from convsim_init.similarity import bank_similarity, filter_norms
-from convsim_init.similarity import per_filter as shaped
 
 pytestmark = pytest.mark.skipif(compiled._built() is None, reason="installed without a C compiler")
 
@@ -168,9 +169,10 @@ def test_what_was_built_from_another_version_is_passed_over(monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"of another system"], ids=["empty", "foreign"])
 def test_a_library_that_cannot_be_loaded_is_passed_over(content, tmp_path):
     copy = tmp_path / "convsim_init"
-    shutil.copytree(Path(compiled.__file__).parent, copy)
-    for library in copy.glob("_step*.so"):
+    shutil.copytree(Path(compiled.__file__).parents[1], copy)
+    for library in (copy / "backends").glob("_step*.so"):
         library.write_bytes(content)
-    code = "from convsim_init.compiled import library; import convsim_init; print(convsim_init.__file__, library())"
+    code = "import convsim_init; from convsim_init.backends.compiled import library; "
+    code += "print(convsim_init.__file__, library())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == [str(copy / "__init__.py"), "None"]

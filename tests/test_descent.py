@@ -8,13 +8,19 @@ import naive
 import pytest
 import torch
 
-from convsim_init.blocks import TorchBlock
-from convsim_init.compiled import CompiledBlock
-from convsim_init.descent import Stop, descend
-from convsim_init.filters import Filters
-from convsim_init.parallel import Team
+from convsim_init.backends.compiled import CompiledBlock
+from convsim_init.backends.torch_ops import TorchBlock
+from convsim_init.functional.similarity import (
+    bank_weight,
+    convolutional_similarity,
+    filter_bank,
+    filter_norms,
+    per_filter,
+)
+from convsim_init.optim.conjugate_gradient import Filters
+from convsim_init.optim.descent import Stop, descend
+from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings
-from convsim_init.similarity import bank_weight, convolutional_similarity, filter_bank, filter_norms, per_filter
 
 COUPLINGS = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 couplings = pytest.mark.parametrize(("pairs", "channels"), COUPLINGS)

@@ -171,7 +171,7 @@ def test_a_signal_ends_even_what_is_deaf_to_it(number, status, line, tmp_path):
 ENDLESS = """
 import sys
 from convsim_init.cli.main import main
-from convsim_init import descent
+from convsim_init.optim import descent
 begin = descent._adam
 def adam(*arguments):
     print("begun", flush=True)

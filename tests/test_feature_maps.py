@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init import feature_maps
+from convsim_init.metrics import observed as feature_maps
 
 
 def reference(*outputs):

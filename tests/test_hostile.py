@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convsim_init import Settings, measure
+from convsim_init.checkpoint.read import read_state_dict
+from convsim_init.cli.arguments import WORDS, parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import check_target
 from convsim_init.initialize import plan
-from convsim_init.models import check_model
-from convsim_init.models.arguments import WORDS, parse_arguments
-from convsim_init.reading import read_state_dict
+from convsim_init.models.build import check_model
 
 GIGA = 10**9
 quick = settings(

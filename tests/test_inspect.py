@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from convsim_init import InputError, Settings, build_model, measure
-from convsim_init.comparison import compare
-from convsim_init.tables import COLUMNS
+from convsim_init.metrics.compare import compare
+from convsim_init.report.table import COLUMNS
 
-INSPECT, COMPARE = import_module("convsim_init.cli.inspect"), import_module("convsim_init.cli.compare")
+INSPECT, COMPARE = (
+    import_module("convsim_init.cli.commands.inspect"),
+    import_module("convsim_init.cli.commands.compare"),
+)
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
 OLD = b"the file that was there"
 MEASURES = [
@@ -223,7 +226,7 @@ def test_one_alone_cannot_be_compared():
 @pytest.fixture
 def small_model(monkeypatch) -> None:
     """Let every name build a model that is quick to treat."""
-    monkeypatch.setattr(import_module("convsim_init.cli.source"), "build_model", lambda *_, seed, **__: small(seed))
+    monkeypatch.setattr(import_module("convsim_init.cli.options"), "build_model", lambda *_, seed, **__: small(seed))
 
 
 @pytest.mark.usefixtures("small_model")
@@ -294,7 +297,7 @@ def test_a_layer_that_fails_leaves_neither_record_nor_picture(command, tmp_path,
     model = small()
     with torch.no_grad():
         model[0].weight[0] = float("inf")
-    monkeypatch.setattr(import_module("convsim_init.cli.source"), "build_model", lambda *_, **__: model)
+    monkeypatch.setattr(import_module("convsim_init.cli.options"), "build_model", lambda *_, **__: model)
     status, _, err = command("resnet18", "--report", "a.json", "--plot", "a.png")
     assert (status, names(tmp_path)) == (1, [])
     assert "nothing was written" in err
@@ -357,7 +360,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
 def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, command, tmp_path, monkeypatch):
     for name in ("old.json", "old.png", "old.pt"):
         (tmp_path / name).write_bytes(OLD)
-    source = import_module("convsim_init.cli.source")
+    source = import_module("convsim_init.cli.options")
     monkeypatch.setattr(source, "build_model", lambda *_, **__: pytest.fail("it builds the model"))
     status, out, err = command(*arguments)
     assert (status, out, err) == (2, "", f"Error: {message.format(tmp_path if '/gone' in message else '')}\n")

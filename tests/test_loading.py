@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init.loading import verify_checkpoint
-from convsim_init.prefixes import find_prefixes
+from convsim_init.checkpoint.load import verify_checkpoint
+from convsim_init.checkpoint.prefixes import find_prefixes
 
 State = dict[str, Tensor]
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convsim_init.errors import InputError
-from convsim_init.models import UnknownModelError, build_model, catalog, resnet
-from convsim_init.models.wide_resnet import WideResNet
+from convsim_init.models.build import build_model
+from convsim_init.models.zoo import catalog, resnet
+from convsim_init.models.zoo.catalog import UnknownModelError
+from convsim_init.models.zoo.wide_resnet import WideResNet
 
 CIFAR = catalog.names("cifar_*")
 IMAGENET = [name for name in catalog.names() if name not in CIFAR]
@@ -24,7 +26,7 @@ def torchvision():
 
 def on_meta(name: str) -> nn.Module:
     entry = catalog.MODELS[name]
-    family = getattr(import_module(f"convsim_init.models.{entry.module}"), entry.factory)
+    family = getattr(import_module(f"convsim_init.models.zoo.{entry.module}"), entry.factory)
     with torch.device("meta"):
         return family(**entry.arguments, num_classes=entry.num_classes, in_chans=entry.in_chans)
 
@@ -352,7 +354,9 @@ def test_every_name_is_listed_once_with_a_line_about_it():
 
 
 def test_importing_the_models_does_not_import_torch():
-    script = "import sys; import convsim_init.models; from convsim_init.models import catalog; catalog.names(); "
+    script = (
+        "import sys; import convsim_init.models.build; from convsim_init.models.zoo import catalog; catalog.names(); "
+    )
     done = subprocess.run(
         [sys.executable, "-c", script + "print('torch' in sys.modules)"],
         cwd=Path(__file__).parents[1],

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from convsim_init.parallel import Team
+from convsim_init.parallel.threads import Team
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -51,7 +51,7 @@ def test_teams_that_overlap_give_it_back_too():
     """In a process of its own: the number that new threads hear is the process's."""
     code = """if True:
         import threading, torch
-        from convsim_init.parallel import Team
+        from convsim_init.parallel.threads import Team
         torch.set_num_threads(3)
         entered, leave = threading.Event(), threading.Event()
         def first():

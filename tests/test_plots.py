@@ -17,10 +17,10 @@ from matplotlib.transforms import Bbox
 from torch import nn
 
 from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, build_model, initialize_
-from convsim_init.correlation import expected_correlation
-from convsim_init.panels import MOST_FILTERS, MOST_MAPS
-from convsim_init.plots import check_plot, choose_layer, figure_of, figure_of_run, save_figure
-from convsim_init.snapshot import Snapshot, take_snapshot
+from convsim_init.metrics.expected import expected_correlation
+from convsim_init.metrics.snapshot import Snapshot, take_snapshot
+from convsim_init.plotting.figure import check_plot, choose_layer, figure_of, figure_of_run, save_figure
+from convsim_init.plotting.panels import MOST_FILTERS, MOST_MAPS
 
 MEASURES = ("normalized_similarity", "feature_correlation_natural")
 
@@ -337,7 +337,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(name, tm
 
 
 def test_without_matplotlib_the_extra_to_install_is_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("convsim_init.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("convsim_init.plotting.figure.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for attempt in (lambda: check_plot(tmp_path / "a.png"), lambda: figure_of_run(*run)):
         with pytest.raises(InputError, match=r"pip install 'convsim-init\[plot\]'$"):

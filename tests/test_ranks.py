@@ -16,8 +16,8 @@ from scale_model import Count, network
 
 from convsim_init import InputError
 from convsim_init.devices import find_device
-from convsim_init.division import deal
-from convsim_init.launch import Launch, launched
+from convsim_init.parallel.launch import Launch, launched
+from convsim_init.parallel.partition import deal
 
 NETWORKS = """
 import os, signal
@@ -270,7 +270,7 @@ def test_wrong_usage_is_told_once_before_anybody_meets(tmp_path):
 ALONE = """
 import os, sys
 from datetime import timedelta
-from convsim_init import ranks
+from convsim_init.parallel import processes as ranks
 from convsim_init.cli.main import main
 ranks.MEETING = timedelta(seconds=1)
 main(sys.argv[1:])

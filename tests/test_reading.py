@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from convsim_init.checkpoint.read import read_state_dict
 from convsim_init.errors import InputError
-from convsim_init.reading import read_state_dict
 
 TENSORS = {"conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "conv.bias": torch.ones(2, dtype=torch.float16)}
 

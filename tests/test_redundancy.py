@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init.correlation import (
+from convsim_init.functional.similarity import filter_bank
+from convsim_init.metrics.expected import (
     SPECTRA,
     VALUES_PER_BLOCK,
     covariance_rows,
@@ -19,8 +20,7 @@ from convsim_init.correlation import (
     expected_correlation,
     mean_correlation,
 )
-from convsim_init.redundancy import measure_bank, measure_features
-from convsim_init.similarity import filter_bank
+from convsim_init.metrics.measure import measure_bank, measure_features
 
 MEASURES = [
     "similarity",

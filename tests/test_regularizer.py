@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
-from convsim_init.compiled import SWITCH
-from convsim_init.gradient import Layout, _plan, summed_similarity
+from convsim_init.backends.compiled import SWITCH
+from convsim_init.backends.gradient import Layout, _plan, summed_similarity
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
@@ -52,7 +52,7 @@ def test_gradcheck(pairs, channels, normalized):
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_layer_of_several_blocks(normalized, monkeypatch):
-    monkeypatch.setattr("convsim_init.packs.VALUES_PER_PACK", 1)
+    monkeypatch.setattr("convsim_init.backends.packs.VALUES_PER_PACK", 1)
     test_its_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched", torch.float64)
 
 
@@ -60,7 +60,7 @@ def test_a_layer_of_several_blocks(normalized, monkeypatch):
 @pytest.mark.parametrize("limit", [1, 2**20], ids=["one by one", "together"])
 @pytest.mark.parametrize("scale", [1, 1e-41, 1e-25, 1e25, 0])
 def test_layers_of_one_kernel_size(scale, limit, pairs, channels, monkeypatch):
-    monkeypatch.setattr("convsim_init.gradient.VALUES_PER_PACK", limit)
+    monkeypatch.setattr("convsim_init.backends.gradient.VALUES_PER_PACK", limit)
     _plan.cache_clear()
     weights = [torch.randn(shape, dtype=torch.float64) for shape in ((6, 3, 3, 3), (4, 5, 3, 3), (4, 2, 3, 3))]
     weights[1][2] *= scale

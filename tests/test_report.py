@@ -14,7 +14,7 @@ from torch import nn
 
 import convsim_init
 from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, initialize_, measure
-from convsim_init.record import run_record, save_record
+from convsim_init.report.record import run_record, save_record
 
 MEASURED = {"similarity": 4.0, "normalized_similarity": 0.25, "effective_rank_natural": 0.5}
 BEFORE, AFTER = {"similarity": 8.0, "normalized_similarity": 0.5}, {"similarity": 2.0, "normalized_similarity": 0.125}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from convsim_init.errors import InputError
-from convsim_init.similarity import convolutional_similarity, filter_bank, real_fourier_basis
+from convsim_init.functional.similarity import convolutional_similarity, filter_bank, real_fourier_basis
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"], [False, True]))
 

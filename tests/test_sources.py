@@ -14,10 +14,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.models import UnknownModelError, build_model, resolve
-from convsim_init.models.arguments import parse_arguments
+from convsim_init.models.build import build_model
+from convsim_init.models.lookup import resolve
 from convsim_init.models.spec import Source, Spec, parse
+from convsim_init.models.zoo.catalog import UnknownModelError
 
 ROOT = Path(__file__).parents[1]
 OLD = b"the file that was there"

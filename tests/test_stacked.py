@@ -10,14 +10,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convsim_init as ci
-from convsim_init import accelerated, filters
-from convsim_init import stacked as stacked_descent
-from convsim_init.descent import Stop, descend
-from convsim_init.quartic import first_rise, least_rise
-from convsim_init.replay import Replay
+from convsim_init.functional.similarity import bank_similarity, filter_norms
+from convsim_init.optim import accelerated
+from convsim_init.optim import conjugate_gradient as filters
+from convsim_init.optim import stacked as stacked_descent
+from convsim_init.optim.descent import Stop, descend
+from convsim_init.optim.line_search import first_rise, least_rise
+from convsim_init.optim.replay import Replay
+from convsim_init.optim.stacked import Stack, descend_stacks
 from convsim_init.settings import Settings
-from convsim_init.similarity import bank_similarity, filter_norms
-from convsim_init.stacked import Stack, descend_stacks
 
 SHAPES = {
     "3x3": (1, 12, 6, 3, 3),
@@ -158,7 +159,7 @@ def test_several_stacks_side_by_side():
 
 def test_a_trial_that_is_not_lower_is_shortened(monkeypatch):
     """Steps sixteen times too long must come back by quarters, as they do for one layer alone."""
-    module = "convsim_init.stacked.least_rise"
+    module = "convsim_init.optim.stacked.least_rise"
     monkeypatch.setattr(module, lambda *slope, otherwise: 16 * least_rise(*slope, otherwise=otherwise))
     monkeypatch.setattr(filters, "first_rise", lambda *slope, otherwise: 16 * first_rise(*slope, otherwise=otherwise))
     banks = draw(SHAPES["3x3"])
@@ -168,7 +169,7 @@ def test_a_trial_that_is_not_lower_is_shortened(monkeypatch):
 
 
 def test_where_no_trial_is_lower_it_comes_back_and_stops(monkeypatch):
-    monkeypatch.setattr("convsim_init.stacked.least_rise", lambda *slope, otherwise: otherwise * 1e6)
+    monkeypatch.setattr("convsim_init.optim.stacked.least_rise", lambda *slope, otherwise: otherwise * 1e6)
     (found,) = stacked(bank := draw(SHAPES["3x3"], layers=1), Settings(steps=6))
     assert (found.stop, found.steps) == (Stop.CONVERGED, 0)
     torch.testing.assert_close(found.bank, bank[0], rtol=1e-6, atol=1e-8)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.entries import BY_SHAPE
+from convsim_init.layers.inferred import BY_SHAPE
 
 GROUPED = "cifar_grouped.py:build"
 

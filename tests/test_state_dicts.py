@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.entries import BY_BIAS, BY_SHAPE, DEPTHWISE
+from convsim_init.layers.inferred import BY_BIAS, BY_SHAPE, DEPTHWISE
 
 QUICK = ci.Settings(steps=4)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convsim_init.cli.naming import file_safe, fill
+from convsim_init.cli.seeds import parse_seeds
 from convsim_init.errors import InputError
-from convsim_init.naming import file_safe, fill
-from convsim_init.seeds import parse_seeds
 
-SOURCE = import_module("convsim_init.cli.source")
+SOURCE = import_module("convsim_init.cli.options")
 NETWORKS = """
 import torch
 from torch import nn

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convsim_init import measure
-from convsim_init.reading import read_state_dict
+from convsim_init.checkpoint.read import read_state_dict
 
 FILES = sorted((Path(__file__).parent / "data").glob("*.*.*.*"))
 

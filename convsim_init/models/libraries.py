@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.models.catalog import UnknownModelError, closest
 from convsim_init.models.spec import LIBRARIES, Source
+from convsim_init.models.zoo.catalog import UnknownModelError, closest
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from convsim_init.errors import InputError
-from convsim_init.models import catalog, libraries
-from convsim_init.models.catalog import UnknownModelError, closest
+from convsim_init.models import libraries
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
+from convsim_init.models.zoo import catalog
+from convsim_init.models.zoo.catalog import UnknownModelError, closest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES
-from convsim_init.models import catalog
+from convsim_init.models.zoo import catalog
 
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
 

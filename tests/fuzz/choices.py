@@ -16,10 +16,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["convsim_init", "fnmatch"]):
+    from convsim_init.cli.arguments import parse_arguments
     from convsim_init.errors import InputError
     from convsim_init.files import check_source, check_target
     from convsim_init.initialize import plan
-    from convsim_init.models.arguments import parse_arguments
     from convsim_init.models.spec import parse
     from convsim_init.settings import CHANNELS, NORMS, OPTIMIZERS, PAIRS, Settings
 

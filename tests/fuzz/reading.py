@@ -22,9 +22,9 @@ import atheris
 with atheris.instrument_imports(
     include=["convsim_init", "torch.serialization", "torch._weights_only_unpickler", "zipfile", "pickletools"]
 ):
+    from convsim_init.checkpoint.read import read_state_dict
     from convsim_init.errors import InputError
-    from convsim_init.reading import read_state_dict
-    from convsim_init.redundancy import measure
+    from convsim_init.metrics.measure import measure
 
 import torch
 from seeds import seeds

@@ -1,0 +1,60 @@
+"""The subcommand ``compare``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from convsim_init.plotting.figure import check_plot, figure_of, save_figure
+
+from ..options import ModelOptions, check_sources, like_option, load, model_options
+from ..signals import ending_at_once
+
+EPILOG = """\b
+Examples:
+  convsim-init compare resnet18 init.safetensors
+  convsim-init compare before.pt after.pt --plot change.png
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Show models or checkpoints side by side.")
+@click.argument("specs", metavar="A B [C]...", nargs=-1)
+@model_options
+@like_option
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf.")
+@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most different.")
+@click.option("--force", is_flag=True, help="Overwrite an existing picture.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def compare(
+    specs: tuple[str, ...],
+    how: ModelOptions,
+    like: str | None,
+    as_json: bool,
+    plot: Path | None,
+    plot_layer: str | None,
+    force: bool,
+) -> None:
+    """Show models or checkpoints side by side: their measures layer by layer, and in what they differ.
+
+    A, B and so on are each a checkpoint (.safetensors, .pt, .pth) or a MODEL as `convsim-init --help` describes it; the
+    options for a MODEL go for each of them. What the measures mean, `convsim-init inspect --help` says.
+    """
+    if len(specs) < 2:
+        raise click.UsageError("expected at least two models or checkpoints to compare")
+    if plot is None and (plot_layer is not None or force):
+        raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
+    check_sources(specs, how, like)
+    picture = None if plot is None else check_plot(plot, overwrite=force)
+
+    with ending_at_once():
+        from convsim_init.metrics import compare as comparison
+
+    loaded = [load(spec, how, like) for spec in specs]
+    compared = comparison.compare([(one.name, one.content) for one in loaded])
+    if picture is not None:
+        figure = figure_of(compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer)
+        save_figure(figure, picture, overwrite=force)
+    click.echo(json.dumps(compared.to_dict(), indent=2) if as_json else str(compared))

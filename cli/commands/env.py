@@ -1,0 +1,28 @@
+"""The subcommand ``env``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from convsim_init.devices import describe_environment
+
+from ..signals import ending_at_once
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def env(as_json: bool) -> None:
+    """Show versions and devices: what a bug report needs."""
+    with ending_at_once():
+        import torch  # noqa: F401
+
+    environment = describe_environment()
+    if as_json:
+        click.echo(json.dumps(environment, indent=2))
+        return
+    width = max(map(len, environment))
+    for name, value in environment.items():
+        click.echo(f"{name:{width}}  {value}")

@@ -1,0 +1,234 @@
+"""The main command: build a model, decorrelate it, write it, and show what happened."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convsim_init.cli.plan import Files, plan_runs
+from convsim_init.cli.seeds import parse_seeds
+from convsim_init.devices import check_device_name, find_device
+from convsim_init.errors import RunError
+from convsim_init.files import SUFFIXES, check_target
+from convsim_init.parallel.launch import Launch, launched
+from convsim_init.plotting.figure import check_plot
+from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
+from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
+
+from ..options import ModelOptions, Whole, check_sources, is_file, like_option, model_options
+from ..run import Choices, failure, make, write
+from ..signals import ending_at_once
+from ..sweep import sweep
+
+if TYPE_CHECKING:
+    from convsim_init.parallel.processes import Ranks
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+DEFAULTS, PAPER = Settings(), Settings.paper()
+
+HELP = """
+Write a checkpoint of decorrelated weights, ready to train from.
+
+MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, or a function of your own that returns a model:
+package.module:function or path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
+moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
+weights in a FILE (.safetensors, .pt, .pth). What is written is an ordinary full state dict. Without --out nothing is
+written: the table alone shows what would be gained.
+
+Several MODELs and seeds are initialized one after the other, a line of the result for each; what was written before is
+kept. {model} and {seed} in a file's name stand for the run's.
+
+`torchrun --nproc-per-node N -m convsim_init MODEL` divides the work over N processes; the files are the same.
+"""
+EPILOG = """\b
+Examples:
+  convsim-init resnet18 --out init.safetensors
+  convsim-init resnet50 --num-classes 10 --seed 3 --out r50.pt
+  convsim-init timm:convnext_atto --model-arg drop_path_rate=0.1
+  convsim-init weights.pt --like timm:regnety_002 --out init.safetensors
+  convsim-init cifar_resnet18 --exclude conv1 --steps 50 --out init.safetensors
+  convsim-init resnet18 resnet34 --seeds 0:5 --out '{model}-s{seed}.safetensors'
+  convsim-init resnet18 --preset paper --steps 200 --json
+"""
+
+
+class MainCommand(click.Command):
+    """A command that is run by its group's name alone, and so shares the group's help."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The group's help, which shows this command's options."""
+        return ctx.parent.get_help() if ctx.parent else super().get_help(ctx)
+
+
+@click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
+@click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
+@model_options
+@click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
+@like_option
+@click.option(
+    "--base",
+    type=click.Choice(BASES),
+    metavar="SCHEME",
+    default="model",
+    help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
+    {", ".join(BASES[1:])}. Default: {BASES[0]}, as they are.""",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default="convsim",
+    help=f"""Settings to start from: the defaults
+    (convsim), or those of the method's published code (paper: --pairs {PAPER.pairs} --norm {PAPER.norm} --steps
+    {PAPER.steps}, Adam).""",
+)
+@click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}.")
+@click.option(
+    "--channels",
+    type=click.Choice(CHANNELS),
+    help=f"""Kernels compared: those of the same input channel, or
+    all with all. Default: {DEFAULTS.channels}.""",
+)
+@click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
+@click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
+@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps. Default: auto.")
+@click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
+@click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the written floats. Default: float32.")
+@click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw what it did: .png, .svg, .pdf.")
+@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps are drawn. Default: the most changed.")
+@click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
+@click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")
+@click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def init(
+    ctx: click.Context,
+    /,
+    models: tuple[str, ...],
+    out: Path | None,
+    how: ModelOptions,
+    seeds: str | None,
+    like: str | None,
+    base: Base,
+    preset: Preset,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    device: str,
+    convs_only: bool,
+    prefix: str | None,
+    dtype: str | None,
+    record: Path | None,
+    plot: Path | None,
+    plot_layer: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **choices: Any,
+) -> None:
+    """Run the main command; what can be refused without torch is refused before it is loaded."""
+    chosen = {name: value for name, value in choices.items() if value is not None}
+    settings = replace(Settings.preset(preset), **chosen)
+    _check_commands(ctx, models)
+    check_sources(models, how, like, drawn=base != "model")
+    check_device_name(device)
+    if plot_layer is not None and plot is None:
+        raise click.UsageError("--plot-layer: nothing is drawn without --plot")
+    forced = force and record is None and plot is None
+    file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": forced}
+    useless = [option for option, value in file_options.items() if value]
+    if out is None and useless:
+        raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
+    runs = plan_runs(_starts(models, how, seeds, drawn=base != "model"), Files(out, record, plot))
+    alone = len(models) == 1 and seeds is None
+    launch = launched()
+    for run in runs if launch.beside_first else ():
+        _check_files(run.files, overwrite=force or not alone)
+
+    options = Choices(
+        settings=settings,
+        how=how,
+        like=like,
+        base=base,
+        include=include,
+        exclude=exclude,
+        device=device,
+        convs_only=convs_only,
+        prefix=prefix or "",
+        dtype=dtype or "float32",
+        plot_layer=plot_layer,
+        force=force,
+        dry_run=dry_run,
+    )
+    if dry_run and not launch.leads:
+        return
+    progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
+    with _meeting(launch, device, wanted=not dry_run) as ranks:
+        if not alone:
+            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
+            return
+        run = runs[0] if launch.leads else replace(runs[0], files=Files())
+        report = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
+        if as_json:
+            click.echo(json.dumps(report.to_dict(), indent=2))
+        elif not quiet:
+            click.echo(str(report))
+        failed = failure(report)
+        if failed is not None:
+            raise RunError(failed)
+
+
+@contextmanager
+def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | None]:
+    """The processes that torchrun started, if they are to work together; else None, and torch is left for later."""
+    if launch.size == 1 or not wanted:
+        yield None
+        return
+    with ending_at_once():
+        from convsim_init.parallel.processes import meet
+
+    with meet(launch, find_device(device)) as ranks:
+        yield ranks
+
+
+def _check_commands(ctx: click.Context, models: Sequence[str]) -> None:
+    group = ctx.parent.command if ctx.parent else None
+    for model in models:
+        if isinstance(group, click.Group) and model in group.commands:
+            raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
+
+
+def _starts(
+    models: Sequence[str], how: ModelOptions, seeds: str | None, *, drawn: bool
+) -> list[tuple[str, int | None]]:
+    """Model and seed of each run; a file has a seed only if weights are drawn anew."""
+    if seeds is None:
+        return [(model, how.seed or 0 if drawn or not is_file(model) else None) for model in models]
+    if how.seed is not None:
+        raise click.UsageError("--seed and --seeds: choose one")
+    for model in models:
+        if is_file(model) and not drawn:
+            raise click.UsageError(f"--seeds: {model!r} has its weights already; --base draws them anew")
+    return [(model, seed) for model in models for seed in parse_seeds(seeds)]
+
+
+def _check_files(files: Files, *, overwrite: bool) -> None:
+    if files.record is not None:
+        check_target(files.record, overwrite=overwrite, suffixes=RECORD_SUFFIXES)
+    if files.plot is not None:
+        check_plot(files.plot, overwrite=overwrite)
+    if files.out is not None:
+        check_target(files.out, overwrite=overwrite)

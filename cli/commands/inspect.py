@@ -1,0 +1,90 @@
+"""The subcommand ``inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from convsim_init.plotting.figure import check_plot, figure_of, save_figure
+from convsim_init.report.table import COLUMNS, as_csv
+
+from ..options import ModelOptions, check_sources, like_option, load, model_options
+from ..signals import ending_at_once
+
+HELP = """
+Measure how redundant the filters of a model are, layer by layer.
+
+FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what `convsim-init --help` says. A file does not tell which of
+its convolutions are grouped or transposed: they are told by their shapes, unless --like names the model.
+
+\b
+similarity    mean over filter pairs of their normalized Convolutional
+              Similarity, blind to scale
+corr-white    mean |correlation| of two feature maps, expected for white noise
+corr-natural  the same, expected for images with the spectrum of photographs
+rank-natural  effective rank of the feature maps of such images, over their
+              number
+"""
+EPILOG = """\b
+Examples:
+  convsim-init inspect checkpoint.safetensors --sort corr-natural
+  convsim-init inspect resnet50 --include 'layer4.*' --csv
+  convsim-init inspect checkpoint.pt --plot filters.png
+"""
+
+
+@click.command(help=HELP, epilog=EPILOG, short_help="Measure how redundant the filters of a model are.")
+@click.argument("spec", metavar="FILE|MODEL")
+@model_options
+@like_option
+@click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Show only layers whose name matches. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
+@click.option("--csv", "comma_separated", is_flag=True, help="Print all measures as comma-separated values.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf.")
+@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most redundant.")
+@click.option("--force", is_flag=True, help="Overwrite an existing picture.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def inspect(
+    spec: str,
+    how: ModelOptions,
+    like: str | None,
+    sort: str | None,
+    include: tuple[str, ...],
+    as_json: bool,
+    comma_separated: bool,
+    plot: Path | None,
+    plot_layer: str | None,
+    force: bool,
+) -> None:
+    """Run the subcommand; what can be refused without torch is refused before it is loaded."""
+    if as_json and comma_separated:
+        raise click.UsageError("--json and --csv: choose one")
+    if plot is None and (plot_layer is not None or force):
+        raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
+    check_sources([spec], how, like)
+    picture = None if plot is None else check_plot(plot, overwrite=force)
+
+    with ending_at_once():
+        from convsim_init.metrics.measure import measure
+        from convsim_init.metrics.snapshot import take_snapshot
+
+    loaded = load(spec, how, like)
+    if picture is None:
+        report = measure(loaded.content).select(include)
+    else:
+        snapshot = take_snapshot(loaded.name, loaded.content).select(include)
+        save_figure(figure_of([snapshot], title=loaded.name, layer=plot_layer), picture, overwrite=force)
+        report = snapshot.report
+    report.model, report.seed = loaded.name, loaded.seed
+    report.remarks += loaded.remarks
+    if sort is not None:
+        report = report.sorted_by(COLUMNS[sort])
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    elif comma_separated:
+        click.echo(as_csv(report.to_records()), nl=False)
+    else:
+        click.echo(str(report))

@@ -1,0 +1,55 @@
+"""The subcommand ``list``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from convsim_init.errors import InputError
+from convsim_init.models import libraries
+from convsim_init.models.spec import LIBRARIES
+from convsim_init.models.zoo import catalog
+
+from ..signals import ending_at_once
+
+OTHERS = "; ".join(f"convsim-init list '{library.value}:*'" for library in LIBRARIES)
+
+
+@click.command("list", short_help="List the models that can be built here.")
+@click.argument("pattern", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def list_models(pattern: str | None, as_json: bool) -> None:
+    """List the models that can be built here: the built-in ones, or those that match PATTERN.
+
+    PATTERN is a shell pattern such as 'resnet*', 'timm:convnext*' or 'torchvision:*', in quotes so that the shell
+    leaves it alone. One that names no library is tried on the built-in models, then on the installed libraries.
+    """
+    summaries = _matches(pattern)
+    if not summaries:
+        raise InputError(
+            f"expected a pattern that a model's name matches, got {pattern!r}; `convsim-init list` shows the built-in "
+            f"ones, `convsim-init list 'timm:*'` and 'torchvision:*' the libraries'"
+        )
+    if as_json:
+        click.echo(json.dumps([{"name": name, "summary": text} for name, text in summaries.items()], indent=2))
+        return
+    width = max(map(len, summaries))
+    click.echo("\n".join(f"{name:{width}}  {text or ''}".rstrip() for name, text in summaries.items()))
+    if pattern is None and sys.stderr is not None and sys.stderr.isatty():
+        click.echo(f"\nMore models, of the libraries: {OTHERS}", err=True)
+
+
+def _matches(pattern: str | None) -> dict[str, str | None]:
+    library = next((one for one in LIBRARIES if pattern and pattern.startswith(f"{one.value}:")), None)
+    if library is not None and pattern is not None:
+        asked, pattern = [library], pattern.partition(":")[2]
+    else:
+        names = catalog.names(pattern)
+        if names or pattern is None:
+            return {name: catalog.MODELS[name].summary for name in names}
+        asked = libraries.installed()
+    with ending_at_once():
+        return {f"{one.value}:{name}": None for one in asked for name in libraries.names(one, pattern)}

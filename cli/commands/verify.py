@@ -1,0 +1,52 @@
+"""The subcommand ``verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from convsim_init.files import check_source
+from convsim_init.models.lookup import resolve
+
+from ..options import ModelOptions, model_options
+from ..signals import DONE, MISMATCH, ending_at_once
+
+HELP = """
+Check that a file loads into a model strictly, every key accounted for.
+
+FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what
+`convsim-init --help` says. Exit status: 0 if each tensor of
+the model is in the file under its own key, in its shape and kind of dtype, finite, and nothing else is; 3 if not, with
+what differs.
+"""
+EPILOG = """\b
+Examples:
+  convsim-init verify init.safetensors resnet18
+  convsim-init verify c100.pt cifar_resnet18 --num-classes 100 --json
+"""
+
+
+@click.command(help=HELP, epilog=EPILOG, short_help="Check that a file loads into a model strictly.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("model")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print every key's match as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
+    """Run the subcommand; what can be refused without torch is refused before it is loaded."""
+    check_source(file)
+    how.check(model)
+
+    with ending_at_once():
+        from convsim_init.checkpoint.load import verify_checkpoint
+
+    name = resolve(model).spec.text
+    report = verify_checkpoint(how.build(name), file, name=name)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        click.echo(f"{'ok' if report.exact else 'mismatch'}: {report}")
+    return DONE if report.exact else MISMATCH

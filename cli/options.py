@@ -1,0 +1,186 @@
+"""What a FILE or a MODEL on the command line stands for, and the options that say how a MODEL is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convsim_init.cli.arguments import parse_arguments
+from convsim_init.errors import InputError
+from convsim_init.files import SUFFIXES, check_source
+from convsim_init.models.build import build_model, check_model
+from convsim_init.models.lookup import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+
+TOLD = "layers of a file are told by names and shapes; --like MODEL settles which are grouped or transposed"
+
+
+class Whole(click.IntRange):
+    """A whole number, in click's messages too."""
+
+    name = "whole number"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a MODEL is built; None and nothing where the user did not say."""
+
+    num_classes: int | None = None
+    in_chans: int | None = None
+    seed: int | None = None
+    arguments: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def given(self) -> list[str]:
+        """The options that the user gave."""
+        options = {
+            "--num-classes": self.num_classes is not None,
+            "--in-chans": self.in_chans is not None,
+            "--seed": self.seed is not None,
+            "--model-arg": bool(self.arguments),
+        }
+        return [option for option, is_given in options.items() if is_given]
+
+    def check(self, spec: str) -> None:
+        """Refuse, without torch, what is no model that can be built like this."""
+        check_model(spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
+
+    def build(self, spec: str) -> torch.nn.Module:
+        """Build the model."""
+        return build_model(
+            spec, num_classes=self.num_classes, in_chans=self.in_chans, seed=self.seed or 0, **self.arguments
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a FILE or a MODEL stood for.
+
+    Attributes:
+        content: The model, or the state dict in the file.
+        name: The spec, with the library that a bare name was found in.
+        seed: Of the drawn weights; None for a file.
+        remarks: What to know of how it was found.
+    """
+
+    content: torch.nn.Module | Mapping[str, torch.Tensor]
+    name: str
+    seed: int | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say how a MODEL is built; it gets them as one argument, `how`."""
+
+    @wraps(function)
+    def collected(
+        *args: Any,
+        num_classes: int | None,
+        in_chans: int | None,
+        seed: int | None,
+        model_args: tuple[str, ...],
+        **others: Any,
+    ) -> Any:
+        how = ModelOptions(num_classes, in_chans, seed, parse_arguments(model_args))
+        return function(*args, how=how, **others)
+
+    whole, positive = Whole(min=0), Whole(min=1)
+    for option in (
+        click.option("--seed", type=whole, metavar="N", help="Of a MODEL's drawn weights. Default: 0."),
+        click.option(
+            "--model-arg",
+            "model_args",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="""Further argument of a library's MODEL or your own factory; VALUE is a Python literal, or else text.
+            Repeatable.""",
+        ),
+        click.option("--in-chans", type=positive, metavar="N", help="Channels of a MODEL's input. Default: its own."),
+        click.option("--num-classes", type=positive, metavar="N", help="Outputs of a MODEL. Default: its own."),
+    ):
+        collected = option(collected)
+    return collected
+
+
+like_option = click.option(
+    "--like", metavar="MODEL", help="Model that a FILE's weights belong to: tells which layers are grouped and so on."
+)
+
+
+def is_file(spec: str) -> bool:
+    """Whether it names a checkpoint, by its suffix, and not a model."""
+    return Path(spec).suffix in SUFFIXES
+
+
+def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
+    """Refuse, without torch, what is neither a file nor a model, and options that would change nothing.
+
+    Args:
+        specs: Files and models.
+        how: Options for models.
+        like: Model that the files' weights belong to.
+        drawn: Whether weights are drawn for files too.
+    """
+    files = [spec for spec in specs if is_file(spec)]
+    for spec in specs:
+        _check_source(spec, how)
+    if like is None:
+        unused = how.given if len(files) == len(specs) else []
+    elif not files:
+        raise click.UsageError("--like: expected a FILE that is like that model, got none")
+    else:
+        how.check(like)
+        unused = [option for option in how.given if option == "--seed"] if len(files) == len(specs) else []
+    unused = [option for option in unused if not (option == "--seed" and drawn)]
+    if unused:
+        hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
+        raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
+
+
+def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
+    """The model that is built from that spec, or what is in that file: a state dict or, with `like`, that model."""
+    if is_file(spec):
+        return _load_file(spec) if like is None else _load_like(spec, like, how)
+    found = resolve(spec)
+    name, remarks = found.spec.text, [found.remark] if found.remark else []
+    return Loaded(how.build(name), name, how.seed or 0, remarks)
+
+
+def _check_source(spec: str, how: ModelOptions) -> None:
+    if is_file(spec):
+        check_source(spec)
+    elif ":" not in spec and Path(spec).suffix != ".py" and Path(spec).is_file():
+        raise InputError(
+            f"expected a file name ending in {', '.join(SUFFIXES)} or a model's name, got {spec!r}: rename it"
+        )
+    else:
+        how.check(spec)
+
+
+def _load_file(path: str) -> Loaded:
+    from convsim_init.checkpoint.read import read_state_dict
+    from convsim_init.checkpoint.state_dict import without_model_prefix
+
+    state, prefix = without_model_prefix(read_state_dict(path))
+    remarks = [TOLD]
+    if prefix:
+        remarks.append(f"{prefix!r} was taken off every key of {path}; --prefix {prefix} puts it back")
+    return Loaded(state, path, None, remarks)
+
+
+def _load_like(path: str, like: str, how: ModelOptions) -> Loaded:
+    from convsim_init.checkpoint.load import load_checkpoint
+
+    found = resolve(like)
+    model = how.build(found.spec.text)
+    report = load_checkpoint(model, path, strict=True)
+    remarks = [found.remark] if found.remark else []
+    return Loaded(model, path, None, [*remarks, *str(report).splitlines()])

@@ -1,0 +1,1 @@
+"""Fast value and gradient of what `functional` defines: one protocol, several implementations."""

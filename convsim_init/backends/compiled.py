@@ -1,0 +1,200 @@
+"""The arithmetic of a conjugate-gradient step and of the regularizer, compiled from ``step.c`` with the package.
+
+It is there where a C compiler was, and needs nothing else; torch's operations take several times as long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convsim_init.functional.fourier import Fourier
+from convsim_init.settings import Channels, Pairs, Settings
+
+SWITCH = "CONVSIM_INIT_COMPILED"
+INTERFACE = 2  # counted in step.c too: what was built from another version is not used
+CHUNK = 32  # filters side by side, as there
+
+
+class _Sizes(ctypes.Structure):
+    """As in ``step.c``."""
+
+    _fields_ = tuple((name, c_int64) for name in ("taps", "even", "points", "cosines"))
+
+    @classmethod
+    def of(cls, taps: int, points: int) -> _Sizes:
+        """Of kernels of so many taps on a lattice of so many points."""
+        return cls(taps, (taps + 1) // 2, points, points // 2 + 1)
+
+
+class _Layout(ctypes.Structure):
+    """As in ``step.c``."""
+
+    _fields_ = (
+        *((name, _Sizes) for name in ("full", "coarse")),
+        *((name, c_int64) for name in ("groups", "channels", "filters")),
+        *((name, c_void_p) for name in ("first", "second", "identity", "coarse_first", "coarse_second")),
+        ("coarse_constant", c_float),
+    )
+
+    @classmethod
+    def of(cls, fourier: Fourier, groups: int, channels: int, filters: int) -> _Layout:
+        """That of a bank whose kernels lie in the coordinates of ``fourier``."""
+        full, coarse, free = fourier.full, fourier.coarse, fourier.coarse_is_free
+        matrices = (full.first, full.second, fourier.identity, coarse.first, coarse.second)
+        kept = [matrix.contiguous() for matrix in matrices]
+        first, second, identity, coarse_first, coarse_second = (tensor.data_ptr() for tensor in kept)
+        layout = cls(
+            full=_Sizes.of(len(fourier.rotation), fourier.points),
+            coarse=_Sizes.of(len(fourier.rotation), fourier.coarse_points),
+            groups=groups,
+            channels=channels,
+            filters=filters,
+            first=first,
+            second=second,
+            identity=identity,
+            coarse_first=None if free else coarse_first,
+            coarse_second=None if free else coarse_second,
+            coarse_constant=fourier.coarse_constant,
+        )
+        layout.kept = kept  # as long as it points to them
+        return layout
+
+
+@lru_cache(maxsize=1)
+def _built() -> ctypes.CDLL | None:
+    for path in Path(__file__).parent.glob("_step*.so"):
+        try:
+            library = ctypes.CDLL(str(path))
+            library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
+            library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 9], None
+            library.aim.argtypes, library.aim.restype = [POINTER(_Layout), c_float, *[c_void_p] * 7], None
+            library.similarity.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 3]
+            library.similarity.restype = c_double
+            library.interface_version.restype = library.chunk_size.restype = c_int64
+            if (library.interface_version(), library.chunk_size()) == (INTERFACE, CHUNK):
+                return library
+        except (OSError, AttributeError):  # of another system, for instance on a shared disk, or another version
+            continue
+    return None
+
+
+def library() -> ctypes.CDLL | None:
+    """What was compiled; None if nothing was, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
+    return None if os.environ.get(SWITCH) == "0" else _built()
+
+
+def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
+    """Whether what was compiled computes this."""
+    usual = pairs == "all" and channels == "matched"
+    return usual and dtype == torch.float32 and device.type == "cpu" and library() is not None
+
+
+class CompiledSimilarity:
+    """Convolutional Similarity of a layer, with its gradient, for what `fits`.
+
+    Args:
+        shape: ``[G, M, C, *kernel_size]`` of its filter bank.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        groups, filters, channels, *kernel_size = shape
+        library_ = library()
+        assert library_ is not None
+        self._library = library_
+        self._layout = _Layout.of(_folded(tuple(kernel_size)), groups, channels, filters)
+        self._scratch_size = library_.scratch_size(byref(self._layout))
+        self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
+
+    def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float:
+        """The similarity of kernels ``[K, T]``, in the order of the bank, whose gradient is written to ``out``.
+
+        Returns:
+            The raw one, or the mean of the pairs' normalized ones; -1 where a norm is too small or large for that.
+        """
+        arrays = (kernels, out, kernels.new_empty(self._scratch_size))
+        radius = self._radius if normalized else 0
+        return float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
+
+
+@lru_cache(maxsize=16)
+def _folded(kernel_size: tuple[int, ...]) -> Fourier:
+    return Fourier(kernel_size, torch.float32, torch.device("cpu"), folded=True)
+
+
+class CompiledBlock:
+    """A `blocks.Block` for what the defaults need: float32 on the CPU, all pairs, matched channels."""
+
+    MOST = 2**19  # weights: within a block only a channel at a time is in the cache, so that blocks only share out work
+
+    def __init__(
+        self,
+        groups: slice,
+        channels: slice,
+        weights: Tensor,
+        fourier: Fourier,
+        settings: Settings,
+        memory: threading.local,
+    ) -> None:
+        library_ = library()
+        assert library_ is not None
+        self.groups, self.channels = groups, channels
+        self._library, self._memory = library_, memory
+        _, group_count, channel_count, filters = self._shape = weights.shape
+        self._weights = _chunked(weights)
+        self._ascent, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
+        self._layout = _Layout.of(fourier, group_count, channel_count, filters)
+        self._scratch_size = library_.scratch_size(byref(self._layout))
+        shapes = (4, group_count, filters), (), (3, 3)
+        self._sums, self._overlap, self._couplings = (weights.new_empty(s, dtype=torch.float64) for s in shapes)
+
+    @staticmethod
+    def fits(bank: Tensor, settings: Settings) -> bool:
+        """Whether blocks of this bank can be compiled ones."""
+        return fits(bank.dtype, bank.device, settings.pairs, settings.channels)
+
+    @property
+    def weights(self) -> Tensor:
+        """As `Block.weights`."""
+        return _unchunked(self._weights, self._shape)
+
+    def arrive(self, keep: Tensor, add: Tensor, taken: Tensor) -> tuple[Tensor, float]:
+        """As `Block.arrive`."""
+        state = (self._weights, self._ascent, self._gradient)
+        arrays = (keep, add, taken, *state, self._scratch(), self._sums, self._overlap)
+        self._library.arrive(byref(self._layout), *map(Tensor.data_ptr, arrays))
+        return self._sums, float(self._overlap)
+
+    def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
+        """As `Block.aim`."""
+        arrays = (lean, slow, self._weights, self._gradient, self._ascent, self._scratch(), self._couplings)
+        self._library.aim(byref(self._layout), beta, *map(Tensor.data_ptr, arrays))
+        return self._couplings
+
+    def _scratch(self) -> Tensor:
+        """Memory of the thread's own."""
+        scratch: Tensor | None = getattr(self._memory, "scratch", None)
+        if scratch is None or len(scratch) < self._scratch_size:
+            scratch = self._memory.scratch = self._weights.new_empty(self._scratch_size)
+        return scratch
+
+
+def _chunked(weights: Tensor) -> Tensor:
+    """``[T, g, c, M]`` in the order of ``step.c``: ``[g, c, M T]``, the taps of CHUNK filters at a time."""
+    chunks = torch.split(weights.permute(1, 2, 0, 3), CHUNK, -1)
+    return torch.cat([chunk.flatten(2) for chunk in chunks], -1)
+
+
+def _unchunked(chunked: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_chunked`."""
+    taps, groups, channels = shape[:3]
+    chunks = [chunk.view(groups, channels, taps, -1) for chunk in torch.split(chunked, CHUNK * taps, -1)]
+    return torch.cat(chunks, -1).permute(2, 0, 1, 3)

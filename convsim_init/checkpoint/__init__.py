@@ -1,0 +1,1 @@
+"""Files of weights: written, read, vetted and matched with a model."""

@@ -1,0 +1,139 @@
+"""What of a checkpoint meets a model, key by key, as data and as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from convsim_init.report.table import printable, shape_text
+
+SHOWN = 4
+LONGEST = 80
+
+
+@dataclass(frozen=True, repr=False)
+class LoadReport:
+    """What of a checkpoint meets a model; ``print`` shows a line for all of it and one for each kind of difference.
+
+    Keys are the model's, without what wrappers add to them, unless said otherwise.
+
+    Attributes:
+        file: The checkpoint.
+        model: What the model is called: its class, or its spec where it was built by name.
+        wrapper: What the file keeps its state dict under, such as ``"state_dict"``; empty if under nothing.
+        expected: Number of keys of the model.
+        removed: Prefixes that were taken off the file's keys.
+        added: The prefix that was put in their place; mostly empty.
+        matched: The file's key for each that is there in the model's shape.
+        missing: Keys that the file does not have.
+        unexpected: Keys of the file that the model does not have.
+        mismatched: Keys whose shapes differ: the file's and the model's. The model keeps its own tensor there.
+        renamed: For keys of the file that the model does not have, a missing one of the same shape: a guess.
+        tied: Missing keys that share their tensor with a matched one, which is the value.
+        conflicting: The same, but both are in the file, with different values.
+        non_finite: Matched keys that hold, in the model's dtype, infinities or NaN.
+        retyped: Matched keys whose dtype is of another kind, such as integers for floats: the file's and the model's.
+        refused: What the model's own strict loading raised although all of this is well; empty if nothing.
+        narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the model's.
+    """
+
+    file: str
+    model: str
+    expected: int
+    wrapper: str = ""
+    removed: list[str] = field(default_factory=list)
+    added: str = ""
+    matched: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    conflicting: dict[str, str] = field(default_factory=dict)
+    non_finite: list[str] = field(default_factory=list)
+    retyped: dict[str, tuple[str, str]] = field(default_factory=dict)
+    narrowed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    refused: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the model is in the file, finite and in its shape, and nothing else is."""
+        return not (self.missing or self.unexpected or self.mismatched or self.conflicting or self.non_finite)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is complete for strict loaders too, which change no key and know no tied ones."""
+        return self.complete and not (self.removed or self.added or self.tied or self.retyped or self.refused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        sides = {
+            name: {key: {"file": file, "model": model} for key, (file, model) in getattr(self, name).items()}
+            for name in ("mismatched", "retyped", "narrowed")
+        }
+        return asdict(self) | sides | {"complete": self.complete, "exact": self.exact}
+
+    def __str__(self) -> str:
+        names = f"{printable(self.file)} into {_shown(self.model)}"
+        return "\n".join([f"{names}: {len(self.matched)} of {self.expected} keys matched", *self._differences()])
+
+    __repr__ = __str__
+
+    def _differences(self) -> Iterator[str]:
+        in_file = len(self.matched) + len(self.mismatched) + len(self.unexpected)
+        if 2 * len(self.matched) < min(self.expected, in_file):
+            yield "most keys do not match: the file looks like another model's"
+        if self.wrapper:
+            yield f"the file's tensors are under {self.wrapper!r}"
+        for prefix in self.removed:
+            yield f"prefix: the file's keys have {_quoted(prefix)}; load_checkpoint takes it off, strict loaders do not"
+        if self.added:
+            yield (
+                f"prefix: the file's keys lack {_quoted(self.added)}; load_checkpoint puts it there, for strict "
+                f"loaders write the file with --prefix {_shown(self.added)}"
+            )
+        if self.refused:
+            yield (
+                f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
+                f"which holds it"
+            )
+        yield from _line("missing in the file", map(_shown, self.missing))
+        yield from _line("unexpected, not in the model", map(_shown, self.unexpected))
+        yield from _line("of one shape, perhaps renamed", _pairs(self.renamed, "for"))
+        shapes = {key: (_size(file), _size(model)) for key, (file, model) in self.mismatched.items()}
+        yield from _line("other shape", _sides(shapes))
+        yield from _line("infinities or NaN", map(_shown, self.non_finite))
+        yield from _line("missing, but tied", _pairs(self.tied, "to"))
+        yield from _line("tied in the model, different in the file", _pairs(self.conflicting, "and"))
+        yield from _line("other kind of dtype", _sides(self.retyped))
+        yield from _line("dtype narrowed", _sides(self.narrowed))
+
+
+def _line(title: str, entries: Iterable[str]) -> Iterator[str]:
+    shown = list(entries)
+    if shown:
+        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        yield f"{title}, {len(shown)}: {', '.join(shown[:SHOWN])}{more}"
+
+
+def _pairs(keys: Mapping[str, str], between: str) -> list[str]:
+    return [f"{_shown(a)} {between} {_shown(b)}" for a, b in keys.items()]
+
+
+def _sides(entries: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [f"{_shown(key)} (file {file}, model {model})" for key, (file, model) in entries.items()]
+
+
+def _size(shape: Sequence[int]) -> str:
+    return shape_text(shape) or "scalar"
+
+
+def _shown(key: str) -> str:
+    """A key, which may be any text, as one short piece of a line."""
+    text = key if key and key.isprintable() else repr(key)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def _quoted(prefix: str) -> str:
+    return f"'{_shown(prefix)}'"

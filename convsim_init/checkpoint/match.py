@@ -1,0 +1,137 @@
+"""Which tensor of a checkpoint belongs to which key of a model, and what stands in the way."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from convsim_init.checkpoint.load_report import LoadReport
+from convsim_init.checkpoint.prefixes import find_prefixes
+from convsim_init.checkpoint.read import Checkpoint
+from convsim_init.checkpoint.state_dict import COMPILED_PART, bare_entries, bare_key
+from convsim_init.errors import InputError
+from convsim_init.functional.dtypes import name_of, narrows, same_kind
+from convsim_init.layers.find import unwrap
+
+MOST_CANDIDATES = 64  # for one renamed key: comparing names takes time
+
+Shapes = Mapping[str, list[int]]
+
+
+def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | None = None) -> LoadReport:
+    """Compare the tensors of a checkpoint with the state dict of a model. Neither is changed.
+
+    Args:
+        checkpoint: What was read.
+        model: Any module, on the meta device too; DistributedDataParallel and torch.compile are looked through.
+        file: What to call the checkpoint.
+        name: What to call the model. Default: its class.
+
+    Raises:
+        InputError: If the model is lazy: its shapes are not known yet.
+    """
+    entries = bare_entries(model)
+    lazy = next((key for key, value in entries.items() if isinstance(value, Tensor) and is_lazy(value)), None)
+    if lazy is not None:
+        raise InputError(f"expected a model whose shapes are known, got a lazy {lazy!r}: run a forward pass first")
+    raw = _raw_keys(checkpoint.tensors)
+    theirs = {key: list(checkpoint.tensors[raw[key]].shape) for key in raw}
+    own = {key: list(getattr(value, "shape", [])) for key, value in entries.items()}  # extra state may be no tensor
+
+    compiled = any(key != source for key, source in raw.items())
+    removed, added = find_prefixes(theirs, own)
+    sources = _sources(theirs, own, removed, added)
+    matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
+    tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}
+    absent = [key for key in own if key not in sources]
+    used = set(sources.values())
+    unexpected = [key for key in theirs if key not in used]
+    twins = _twins(model)
+    tied = {key: twin for key in absent for twin in twins.get(key, ()) if twin in matched}
+    dtypes = {
+        key: (tensors[key].dtype, value.dtype)
+        for key, value in entries.items()
+        if key in matched and isinstance(value, Tensor)
+    }
+    return LoadReport(
+        file=file,
+        model=name or type(unwrap(model)).__name__,
+        expected=len(own),
+        wrapper=checkpoint.wrapper,
+        removed=[prefix for prefix in (f"{COMPILED_PART}." if compiled else "", removed) if prefix],
+        added=added,
+        matched=matched,
+        missing=[key for key in absent if key not in tied],
+        unexpected=[raw[key] for key in unexpected],
+        mismatched={key: (theirs[source], own[key]) for key, source in sources.items() if key not in matched},
+        renamed={raw[old]: new for old, new in _renamed(unexpected, absent, theirs, own)},
+        tied=tied,
+        conflicting=_conflicting(twins, tensors),
+        non_finite=[key for key, (_, dtype) in dtypes.items() if not _finite(tensors[key].to(dtype))],
+        retyped={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if not same_kind(a, b)},
+        narrowed={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if narrows(a, b)},
+    )
+
+
+def _raw_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The file's keys by themselves without what torch.compile adds, unless two would then be the same."""
+    raw = {bare_key(key): key for key in tensors}
+    return raw if len(raw) == len(tensors) else {key: key for key in tensors}
+
+
+def _sources(theirs: Shapes, own: Shapes, removed: str, added: str) -> dict[str, str]:
+    """The file's key for each of the model's that it has, as it is where it lacks the prefix that others have."""
+    moved = {added + key.removeprefix(removed): key for key in theirs if key.startswith(removed)}
+    left = theirs.keys() - {moved[key] for key in own if key in moved}
+    return {key: moved.get(key, key) for key in own if key in moved or key in left}
+
+
+def _twins(model: nn.Module) -> dict[str, list[str]]:
+    """For each key whose tensor has other names as well, these names."""
+    inner = unwrap(model)
+    names = defaultdict(list)
+    for name, tensor in chain(
+        inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False)
+    ):
+        names[id(tensor)].append(bare_key(name))
+    return {name: [other for other in group if other != name] for group in names.values() for name in group}
+
+
+def _conflicting(twins: Mapping[str, Sequence[str]], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    seen: set[str] = set()
+    for key, tensor in tensors.items():
+        for twin in seen.intersection(twins.get(key, ())):
+            if not torch.equal(tensor, tensors[twin]):
+                found[key] = twin
+        seen.add(key)
+    return found
+
+
+def _renamed(
+    unexpected: Sequence[str], absent: Sequence[str], theirs: Shapes, own: Shapes
+) -> Iterator[tuple[str, str]]:
+    """Pairs of an unexpected and an absent key of one shape: the only two, or two with similar names."""
+    free = defaultdict(list)
+    for key in absent:
+        free[tuple(own[key])].append(key)
+    rivals = Counter(tuple(theirs[key]) for key in unexpected)
+    for key in unexpected:
+        shape = tuple(theirs[key])
+        candidates = free[shape]
+        only = len(candidates) == rivals[shape] == 1
+        if len(candidates) <= MOST_CANDIDATES:
+            for best in get_close_matches(key, candidates, n=1, cutoff=0.0 if only else 0.6):
+                candidates.remove(best)
+                yield key, best
+
+
+def _finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot tell for float8
+    return bool(wide.isfinite().all())

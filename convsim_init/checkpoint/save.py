@@ -1,0 +1,166 @@
+"""Writing checkpoints that any training codebase loads: full state dicts, whole files or none, the same bytes each run.
+
+Tensors are written by `safetensors` or `torch.save`; what is added here is the care around them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from convsim_init.checkpoint.state_dict import (
+    bare_entries,
+    changed_entries,
+    module_versions,
+    plain_tensors,
+    with_versions,
+)
+from convsim_init.errors import InputError, RunError
+from convsim_init.files import TORCH_SUFFIXES, check_target, replacing
+from convsim_init.report.report import Report
+from convsim_init.version import __version__
+
+METADATA_KEY = "__metadata__"
+
+
+def save_checkpoint(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    report: Report | None = None,
+    prefix: str = "",
+    convs_only: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model's weights as a file that any training codebase loads.
+
+    The file holds every entry of the state dict under its bare key (without what DistributedDataParallel and
+    torch.compile add to it), contiguous; tied weights under each of their names. It appears whole or not at all, and
+    the same arguments give the same bytes. If the path is a symbolic link, the file it points to is written.
+
+    Args:
+        model_or_state_dict: What to write.
+        path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`, which has no metadata.
+        report: Of the run that made the weights; its model, seed, settings and totals go into the metadata.
+        prefix: Put before every key, for instance ``"model."``.
+        convs_only: Write only the convolutions that the report says were changed; needs ``report``.
+        dtype: Of the floating tensors; None keeps each one's own.
+        overwrite: Replace an existing file.
+
+    Returns:
+        The path given.
+
+    Raises:
+        InputError: If the path cannot be written, or the weights hold other than finite tensors.
+        RunError: If writing fails, for instance on a full disk; the file that was there is still there.
+    """
+    check_target(path, overwrite=overwrite)
+    contents = checkpoint_contents(
+        model_or_state_dict, report=report, prefix=prefix, convs_only=convs_only, dtype=dtype
+    )
+    return write_checkpoint(contents, path, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, whatever its name; it can be sent from one process to another.
+
+    Attributes:
+        tensors: Plain ones, each with memory of its own, under the keys of the file.
+        versions: What modules note beside them; for a file of `torch.save`.
+        metadata: For a safetensors file.
+    """
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    versions: Mapping[str, object] | None
+    metadata: dict[str, str]
+
+
+def checkpoint_contents(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    *,
+    report: Report | None = None,
+    prefix: str = "",
+    convs_only: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> Contents:
+    """What `save_checkpoint` would write with the same arguments.
+
+    Raises:
+        InputError: If the weights hold other than finite tensors.
+    """
+    entries = bare_entries(model_or_state_dict)
+    if convs_only:
+        entries = changed_entries(entries, report)
+    tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}
+    return Contents(tensors, module_versions(model_or_state_dict, prefix), _metadata(report))
+
+
+def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write a checkpoint, as `save_checkpoint` does.
+
+    Raises:
+        InputError: If the path cannot be written, or the keys do not fit the kind of file.
+        RunError: If writing fails; the file that was there is still there.
+    """
+    target = check_target(path, overwrite=overwrite)
+    with replacing(target) as temporary:
+        if target.suffix in TORCH_SUFFIXES:
+            _write_torch(with_versions(contents.tensors, contents.versions), temporary)
+        else:
+            _write_safetensors(contents.tensors, temporary, contents.metadata)
+    return target
+
+
+def _metadata(report: Report | None) -> dict[str, str]:
+    about: dict[str, object] = {"format_version": 1, "version": __version__}
+    if report is not None:
+        about |= {
+            "model": report.model,
+            "seed": report.seed,
+            "base": report.base,
+            "settings": asdict(report.settings),
+            "totals": report.totals,
+        }
+    return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}
+
+
+def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:
+    # By way of memory: torch hides what a file's write raises, such as a full disk, behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    if METADATA_KEY in tensors:
+        raise InputError(
+            f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
+        )
+    try:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Rewrite a safetensors header in place with its metadata in a fixed order, which the library leaves to chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -1,0 +1,166 @@
+"""A state dict as files want it: bare keys, and plain tensors that share no memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from convsim_init.errors import InputError
+from convsim_init.functional.similarity import all_finite
+from convsim_init.layers.find import unwrap
+from convsim_init.report.report import Report
+
+PARALLEL_PREFIX = "module."
+MODEL_PREFIX = "model."
+COMPILED_PART = "_orig_mod"
+
+
+def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
+    """The entries of a model's state dict, or of the one given, without what wrappers add to their keys.
+
+    Raises:
+        InputError: If ``source`` is neither a module nor a mapping whose keys are strings.
+    """
+    is_module = isinstance(source, nn.Module)
+    state: object = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
+    if not isinstance(state, Mapping):
+        raise InputError(f"expected a module or its state dict to write, got {type(state).__name__}")
+    strange = [key for key in state if not isinstance(key, str)]
+    if strange:
+        raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
+    entries = {bare_key(key): state[key] for key in state}
+    # A module that is no wrapper may well have a child called "module"; in a state dict nothing tells the two apart.
+    while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
+        entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
+    return entries
+
+
+def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") -> OrderedDict[str, object] | None:
+    """What modules note beside a state dict's tensors, such as their versions, under bare names.
+
+    Some refuse a state dict without it. It travels in files of `torch.save` alone.
+    """
+    state = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
+    noted = getattr(state, "_metadata", None)
+    if not isinstance(noted, Mapping) or (prefix and not prefix.endswith(".")):
+        return None
+    return OrderedDict((f"{prefix}{bare_key(name)}".removesuffix("."), value) for name, value in noted.items())
+
+
+def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] | None) -> OrderedDict[str, Tensor]:
+    """A state dict that carries what `module_versions` returned."""
+    state = OrderedDict(tensors)
+    if versions is not None:
+        state._metadata = versions  # type: ignore[attr-defined]
+    return state
+
+
+def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """A state dict without the ``model.`` that Lightning puts before every key, and what was taken off."""
+    prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
+    return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
+
+
+def bare_key(key: str) -> str:
+    """A key without the part that torch.compile adds."""
+    return ".".join(part for part in key.split(".") if part != COMPILED_PART)
+
+
+def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:
+    """The entries of the convolutions that a report says were changed, tied ones under each of their names.
+
+    Raises:
+        InputError: If there is no report, it names no changed convolution, or one that is not among the entries.
+    """
+    if report is None:
+        raise InputError("convs_only: expected the report that says which convolutions were changed, got none")
+    layers = {layer.name for layer in report.layers if layer.after}
+    if not layers:
+        raise InputError("convs_only: expected a report of changed convolutions, got one that changed none")
+    owners = {key: _owner(key) for key in entries}
+    missing = layers - set(owners.values())
+    if missing:
+        raise InputError(f"convs_only: the report's layer {min(missing)!r} is not here: pass this model's own report")
+    memory = {_memory(value) for key, value in entries.items() if owners[key] in layers}
+    return {key: value for key, value in entries.items() if owners[key] in layers or _memory(value) in memory}
+
+
+def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The entries as finite contiguous tensors on the CPU, each with memory of its own.
+
+    Args:
+        entries: What to convert.
+        dtype: Of the floating tensors; None keeps each one's own.
+
+    Raises:
+        InputError: If there are no entries, one is anything but a dense tensor of finite numbers, or ``dtype`` is not
+            a floating one.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"expected dtype to be a floating one such as torch.float32, or None, got {dtype!r}")
+    if not entries:
+        raise InputError("expected weights to write, got an empty state dict")
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in entries.items():
+        tensor = _finite(key, _dense(key, value), dtype)
+        tensor = tensor.reshape(-1).view(tensor.shape)  # contiguous() keeps odd strides where a dimension is 1
+        # What shares memory with another entry, or with more than itself, would be written as an alias or in excess.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor
+    return tensors
+
+
+def _owner(key: str) -> str | None:
+    """The layer whose weight, or a parameter that its weight is computed from, stands under that key."""
+    name, parametrization, _ = f".{key}".partition(".parametrizations.weight.")
+    if parametrization or name.endswith(".weight"):
+        return name.removesuffix(".weight")[1:]
+    return None
+
+
+def _memory(value: object) -> object:
+    if not isinstance(value, Tensor) or is_lazy(value) or value.layout is not torch.strided:
+        return id(value)
+    return value.device, value.data_ptr(), value.shape
+
+
+def _dense(key: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        if f".{key}".endswith("._extra_state"):
+            raise InputError(
+                f"{key}: expected only tensors in the state dict, got a module's extra state of type "
+                f"{type(value).__name__}, which no file of tensors holds: save the state dict without it"
+            )
+        hint = ": pass the state dict inside it" if isinstance(value, Mapping) else ""
+        raise InputError(f"{key}: expected a tensor in the state dict, got {type(value).__name__}{hint}")
+    if is_lazy(value):
+        raise InputError(f"{key}: expected a tensor with data, got a lazy one: run a forward pass first")
+    if value.is_meta:
+        raise InputError(f"{key}: expected a tensor with data, got one on the meta device: initialize it first")
+    if value.layout is not torch.strided or value.is_quantized:
+        raise InputError(f"{key}: expected a dense tensor, got a sparse or quantized one: convert it first")
+    return value.detach().cpu()
+
+
+def _finite(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    converted = tensor.to(dtype or tensor.dtype)
+    if _all_finite(converted):
+        return converted
+    if _all_finite(tensor):
+        raise InputError(f"{key}: expected numbers in the range of {converted.dtype}, got larger ones: choose float32")
+    raise InputError(f"{key}: expected finite numbers, got infinities or NaN: nothing was written")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot tell for float8
+    return tensor.numel() == 0 or all_finite(wide)

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no module, no file, no thread."""

@@ -1,0 +1,139 @@
+"""Fourier transforms of many small kernels at once, in coordinates that make them cheap.
+
+Taps are rotated into the even and the odd part of a kernel about its centre: cosines see only the one, sines only the
+other. Where every side of the kernel is odd, the rotation is the Fourier transform on a lattice just as large as the
+kernel itself, so that the weights *are* their coefficients there.
+
+Letters: T taps a kernel, N points of the lattice, g groups, c input channels, M filters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from convsim_init.functional.similarity import real_fourier_basis
+
+CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
+
+
+def cuts(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and channels of the blocks of about ``most`` weights into which a bank ``[G, M, C, ...]`` is cut.
+
+    A power of two of them and of nearly equal size, where that is possible: so they suit most numbers of threads.
+    """
+    groups, channels = shape[0], shape[2]
+    count = 1 << (math.ceil(math.prod(shape) / most) - 1).bit_length()
+    room = math.ceil(groups * channels / count)  # in channels
+    group_step, channel_step = max(1, room // channels), min(room, channels)
+    for g in range(0, groups, group_step):
+        for c in range(0, channels, channel_step):
+            yield slice(g, g + group_step), slice(c, c + channel_step)
+
+
+class Halves:
+    """A tensor ``[R, g, c, M]`` and views of its first and second half of rows: even and odd, or cosines and sines.
+
+    The views are made once: in a loop over small blocks making them costs as much as the arithmetic.
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        half = (len(whole) + 1) // 2
+        self.whole = whole
+        self.first, self.second = whole[:half], whole[half:]
+        self.first_rows, self.second_rows = self.first.flatten(1), self.second.flatten(1)
+        self.flat = whole.flatten()
+
+
+class Fourier:
+    """The transforms of kernels of one size.
+
+    Args:
+        kernel_size: Of the kernels.
+        dtype: To compute in.
+        device: To compute on.
+        folded: Let the coordinates be sums and differences of opposite taps, whatever the sides.
+
+    Attributes:
+        rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
+        points: N of the lattice on which full cross-correlations just fit.
+        coarse_points: N of the smallest lattice of odd sides on which norms are still exact.
+        identity: ``[F, 1, 1, 1]``; coefficients times it come back from `Basis.twice_adjoint` as twice the kernels.
+        coarse_is_free: Whether the coordinates are the coefficients on the coarse lattice, up to their weights.
+        coarse_constant: Then the factor of the constant's power, next to that of the others.
+        full, coarse: The bases of both lattices, over the coordinates.
+    """
+
+    def __init__(
+        self, kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device, *, folded: bool = False
+    ) -> None:
+        cpu, taps = torch.device("cpu"), math.prod(kernel_size)
+        full = real_fourier_basis(kernel_size, torch.float64, cpu)  # [N, T]
+        coarse = real_fourier_basis(kernel_size, torch.float64, cpu, [k | 1 for k in kernel_size])
+        self.points, self.coarse_points = len(full), len(coarse)
+        self.coarse_is_free = self.coarse_points == taps and not folded
+        identity = full.new_full((self.points // 2 + 1, 1, 1, 1), math.sqrt(2 / self.points))
+        identity[0] = math.sqrt(1 / self.points)
+        self.identity = identity.to(device, dtype)
+        lengths = torch.linalg.vector_norm(coarse, dim=1, keepdim=True)
+        rotation = coarse / lengths if self.coarse_is_free else _parity_rotation(taps)
+        self.rotation = rotation.to(device, dtype)
+        self.coarse_constant = math.sqrt(2) if self.coarse_is_free else 1.0
+        self.full = Basis(full @ rotation.T, self.rotation)
+        self.coarse = Basis(coarse @ rotation.T, self.rotation)
+
+    def blocks(self, bank: Tensor, scale: Tensor, most: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Cut a bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]`` into blocks of about ``most`` weights.
+
+        Yields:
+            Groups, channels, and the coordinates ``[T, g, c, M]`` of what they select.
+        """
+        kernels = bank.flatten(3)  # [G, M, C, T]
+        for groups, channels in cuts(bank.shape, most):
+            scaled = kernels[groups, :, channels] / scale[groups, :, None, None]
+            some = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
+            rotated = torch.mm(self.rotation, some.reshape(len(some), -1))
+            yield groups, channels, rotated.view(some.shape)
+
+    def bank(self, blocks: Iterable[tuple[slice, slice, Tensor]], shape: torch.Size) -> Tensor:
+        """The bank of that shape that was cut into blocks by `blocks`."""
+        bank = self.rotation.new_empty(*shape[:3], len(self.rotation))  # [G, M, C, T]
+        for groups, channels, coordinates in blocks:
+            taps = torch.mm(self.rotation.T, coordinates.flatten(1)).view(coordinates.shape)
+            bank[groups, :, channels] = taps.permute(1, 3, 2, 0)
+        return bank.view(shape)
+
+
+class Basis:
+    """A Fourier basis ``[N, T]`` over even and odd coordinates.
+
+    Attributes:
+        first: Its block of cosines over even coordinates.
+        second: That of sines over odd ones; elsewhere there are zeros.
+    """
+
+    def __init__(self, basis: Tensor, like: Tensor) -> None:
+        cosines, even = (len(basis) + 1) // 2, (basis.shape[1] + 1) // 2
+        self.first, self.second = basis[:cosines, :even].to(like), basis[cosines:, even:].to(like)
+        self._twice_first, self._twice_second = 2 * self.first.T, 2 * self.second.T
+
+    def forward(self, coordinates: Halves, out: Halves) -> None:
+        """Coefficients ``[N, g, c, M]`` of kernels ``[T, g, c, M]``."""
+        torch.mm(self.first, coordinates.first_rows, out=out.first_rows)
+        torch.mm(self.second, coordinates.second_rows, out=out.second_rows)
+
+    def twice_adjoint(self, spectrum: Halves, out: Halves) -> None:
+        """Twice the adjoint of `forward`, ``[N, g, c, M]`` to ``[T, g, c, M]``."""
+        torch.mm(self._twice_first, spectrum.first_rows, out=out.first_rows)
+        torch.mm(self._twice_second, spectrum.second_rows, out=out.second_rows)
+
+
+def _parity_rotation(taps: int) -> Tensor:
+    """Orthogonal ``[T, T]``: sums of opposite taps (the middle one alone), then their differences."""
+    identity = torch.eye(taps, dtype=torch.float64, device="cpu")
+    half = taps // 2
+    ahead, behind = identity[:half], identity.flip(0)[:half]
+    return torch.cat([(ahead + behind) / 2**0.5, identity[half : taps - half], (ahead - behind) / 2**0.5])

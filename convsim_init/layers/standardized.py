@@ -1,0 +1,158 @@
+"""Convolutions whose class computes another weight from its parameter in every forward pass.
+
+Weight standardization (arXiv 1903.10520) and its scaled form (arXiv 2101.08692) do: what the network uses are filters
+of zero mean and fixed norm, ``used = slope * (weight - mean(weight))``. Other classes scale their filters. No class is
+known here by its name: a forward pass is begun, and the weight is taken that it hands to the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from convsim_init.layers.weights import Weight, difference, evaluating, keep_tensors, wide
+
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = {
+    *(F.conv1d, F.conv2d, F.conv3d, torch.convolution),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+METHODS = ("forward", "_conv_forward")
+
+
+def has_forward_of_its_own(module: _ConvNd) -> bool:
+    """Whether its class, or the module itself, may use another weight than PyTorch's convolutions do."""
+    base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
+    return base is None or any(
+        name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None) for name in METHODS
+    )
+
+
+class ForwardWeight(Weight):
+    """The weight that a forward pass of its own uses: the held one, or that one's filters centred or scaled.
+
+    Args:
+        module: The convolution.
+        held: The weight that its attribute holds.
+    """
+
+    def __init__(self, module: _ConvNd, held: Weight) -> None:
+        super().__init__(*held.sources)
+        self._module, self._held = module, held
+        self._centred = False
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the held weight."""
+        return self._held.shape
+
+    def obstacle(self, *, frozen: bool) -> str | None:
+        """Why the held weight cannot be had, or what its class does with it that is not known here."""
+        obstacle = self._held.obstacle(frozen=frozen)
+        if obstacle is not None:
+            return obstacle
+        kind = type(self._module).__name__
+        try:
+            used, held = self.read(), self._held.read()
+        except Exception as error:  # whatever the class's own code raises
+            text = " ".join(str(error).split())
+            return f"no telling which weight {kind} uses: a trial pass ended with {type(error).__name__}: {text}"
+        if not used.any() and held.any():
+            return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
+        for self._centred in (False, True):
+            if difference("class", self._slopes(used, held) * self._variable(held), used) is None:
+                return None
+        return f"{kind} computes its weight from the parameter in a way that is not known here"
+
+    def compute(self) -> Tensor:
+        """The weight that a forward pass hands to the convolution."""
+        module, held = self._module, self._held.read()
+        size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
+        try:
+            with evaluating(module), _Capture(held.shape):
+                module(held.new_zeros(1, module.in_channels, *size))
+        except _CapturedError as captured:
+            return captured.weight
+        raise RuntimeError("no convolution with a weight of that shape was called")
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Choose the held weight so that its class makes this one of it, filters centred if the class centres them."""
+        used, held = self.read(), self._held.read()
+        if used.data_ptr() == held.data_ptr():
+            return self._held.write(weight)
+        slopes = self._slopes(used, held)  # [M, 1, ...]
+        wanted = self._variable(weight)
+        wanted *= _ratios(_norms(weight), _norms(wanted))
+        changed = wide(held) - self._variable(held) + wanted / torch.where(slopes == 0, 1, slopes)
+        self._held.write(torch.where(slopes == 0, held, changed).to(weight))
+        return difference("class", wanted, self.read())
+
+    def keep(self) -> Callable[[], None]:
+        """What gives back what the held weight is held in."""
+        put_back, undo = keep_tensors(self.sources), self._held.keep()
+
+        def undo_both() -> None:
+            put_back()
+            undo()
+
+        return undo_both
+
+    def held(self) -> list[Tensor]:
+        """What the held weight is held in."""
+        return self._held.held()
+
+    def _variable(self, weight: Tensor) -> Tensor:
+        """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
+        weight = wide(weight)
+        return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight.clone()
+
+    def _slopes(self, used: Tensor, held: Tensor) -> Tensor:
+        """For each filter the factor from the held weight to the one that is used, ``[M, 1, ...]``."""
+        variable = self._variable(held)
+        axes = tuple(range(1, used.dim()))
+        return _ratios((wide(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
+
+
+def _norms(weight: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(wide(weight), dim=tuple(range(1, weight.dim())), keepdim=True)
+    return norms
+
+
+def _ratios(above: Tensor, below: Tensor) -> Tensor:
+    return above / torch.where(below == 0, 1, below)
+
+
+class _CapturedError(BaseException):
+    """Ends a forward pass where it hands a weight to a convolution; no handler of exceptions stops it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+
+class _Capture(TorchFunctionMode):
+    """Context in which the first convolution with a weight of that shape raises it."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self._shape = list(shape)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in CONVOLUTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if list(weight.shape) == self._shape:
+                raise _CapturedError(weight)
+        return func(*args, **kwargs)

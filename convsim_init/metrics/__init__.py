@@ -1,0 +1,1 @@
+"""How redundant the filters of a layer or a model are."""

@@ -1,0 +1,201 @@
+"""Models and checkpoints side by side: their measures layer by layer, and in what their entries differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from string import ascii_uppercase
+from typing import Any
+
+from torch import Tensor, nn
+
+from convsim_init.checkpoint.state_dict import bare_entries
+from convsim_init.errors import InputError
+from convsim_init.metrics.snapshot import Snapshot, take_snapshot
+from convsim_init.report.report import LayerReport
+from convsim_init.report.table import COLUMNS, Table, measure_cells, printable, shape_text, shared_reason
+
+IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"
+COMPUTED = "computed by a parametrization"
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of the state dicts, or one convolution's weight, across all that are compared.
+
+    Attributes:
+        name: The key, or the layer's name.
+        shapes: Its shape in each; None where it is missing.
+        weights: ``"identical"`` in value everywhere, ``"different"``, ``"shapes differ"``, ``"not in all"`` or, for a
+            layer whose weight is no entry, ``"computed by a parametrization"``.
+    """
+
+    name: str
+    shapes: list[list[int] | None]
+    weights: str
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` found; shown as a table by ``print``.
+
+    Attributes:
+        snapshots: What was compared, in the order given, its label what it was called by.
+        layers: Every convolution of any of them.
+        entries: Every key of any of their state dicts.
+    """
+
+    snapshots: list[Snapshot]
+    layers: list[Entry]
+    entries: list[Entry]
+
+    @property
+    def reports(self) -> list[list[LayerReport | None]]:
+        """For each layer what was measured of it in each; None where it is missing."""
+        by_name = [{layer.name: layer for layer in snapshot.report.layers} for snapshot in self.snapshots]
+        return [[reports.get(layer.name) for reports in by_name] for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data, ready for JSON."""
+        layers = [
+            asdict(layer)
+            | {
+                "outcomes": [report and report.outcome.value for report in reports],
+                "reasons": [report and report.reason for report in reports],
+                "measures": [report and (report.before or None) for report in reports],
+            }
+            for layer, reports in zip(self.layers, self.reports, strict=True)
+        ]
+        return {
+            "compared": [snapshot.label for snapshot in self.snapshots],
+            "layers": layers,
+            "totals": [snapshot.report.totals for snapshot in self.snapshots],
+            "entries": [asdict(entry) for entry in self.entries],
+        }
+
+    @property
+    def table(self) -> Table:
+        """The comparison as people read it."""
+        letters = [_letter(index) for index in range(len(self.snapshots))]
+        rows = [["", "", *_side_by_side([[letter] * len(COLUMNS) for letter in letters]), ""]]
+        for layer, reports in zip(self.layers, self.reports, strict=True):
+            cells = _side_by_side([measure_cells(report.before if report else {}) for report in reports])
+            rows.append([layer.name or "(the model itself)", _shapes(layer), *cells, _weights(layer, letters)])
+        totals = [measure_cells(snapshot.report.totals["before"]) for snapshot in self.snapshots]
+        rows.append(["mean of the measured", "", *_side_by_side(totals), ""])
+        legend = [f"{letter}  {_about(snapshot)}" for letter, snapshot in zip(letters, self.snapshots, strict=True)]
+        return Table(["layer", "shape", *COLUMNS, "weights"], rows, [*legend, *self._differences(letters)])
+
+    def _differences(self, letters: Sequence[str]) -> list[str]:
+        by_kind = {
+            kind: [entry for entry in self.entries if entry.weights == kind]
+            for kind in (IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE)
+        }
+        counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in by_kind.items() if entries)
+        lines = [f"{len(self.entries)} entries of their state dicts: {counts}"]
+        layers = {_weight_key(layer.name) for layer in self.layers}
+        others = [entry.name for entry in by_kind[DIFFERENT] if entry.name not in layers]
+        if others:
+            lines.append(f"different, and no convolution's weight: {_some(others)}")
+        if by_kind[RESHAPED]:
+            lines.append(f"shapes differ: {_some([f'{e.name} ({_shapes(e)})' for e in by_kind[RESHAPED]])}")
+        for owners in dict.fromkeys(_owners(entry, letters) for entry in by_kind[INCOMPLETE]):
+            names = [entry.name for entry in by_kind[INCOMPLETE] if _owners(entry, letters) == owners]
+            lines.append(f"only in {owners}: {_some(names)}")
+        return lines
+
+    def __str__(self) -> str:
+        return self.table.text()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> Comparison:
+    """Measure models or state dicts and find in what they differ.
+
+    Args:
+        sources: At least two, each with what to call it.
+
+    Raises:
+        InputError: If there are fewer than two, or one has no convolution.
+    """
+    if len(sources) < 2:
+        raise InputError(f"expected at least two models or checkpoints to compare, got {len(sources)}")
+    snapshots = [take_snapshot(label, source) for label, source in sources]
+    states = [{key: x for key, x in bare_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
+    entries = [_entry(key, [state.get(key) for state in states]) for key in _union(states)]
+    by_key = {entry.name: entry for entry in entries}
+    shapes = [{layer.name: layer.shape for layer in snapshot.report.layers} for snapshot in snapshots]
+    layers = []
+    for name in _union(shapes):
+        entry = by_key.get(_weight_key(name))
+        weights = COMPUTED if entry is None else entry.weights
+        layers.append(Entry(name, [known.get(name) for known in shapes], weights))
+    return Comparison(snapshots, layers, entries)
+
+
+def _about(snapshot: Snapshot) -> str:
+    totals = snapshot.report.totals
+    remarks = [f"{totals[name]} {name}" for name in ("measured", "skipped", "failed") if name in totals]
+    note = shared_reason(snapshot.report.to_dict()["layers"])
+    return f"{printable(snapshot.label)}, {totals['layers']} convolutions: {', '.join(remarks)}" + (
+        f"; each {note}" if note else ""
+    )
+
+
+def _entry(name: str, tensors: Sequence[Tensor | None]) -> Entry:
+    shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < len(tensors):
+        weights = INCOMPLETE
+    elif any(shape != shapes[0] for shape in shapes):
+        weights = RESHAPED
+    else:
+        weights = IDENTICAL if all(_equal(present[0], other) for other in present[1:]) else DIFFERENT
+    return Entry(name, shapes, weights)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether all values are equal, NaN to NaN, whatever the dtypes."""
+    a, b = a.detach().cpu(), b.detach().cpu()
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _union(names: Sequence[Sequence[str] | Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for some in names for name in some))
+
+
+def _weight_key(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _letter(index: int) -> str:
+    return ascii_uppercase[index] if index < len(ascii_uppercase) else f"#{index + 1}"
+
+
+def _side_by_side(cells: Sequence[Sequence[str]]) -> list[str]:
+    """For each measure one cell with the values of all."""
+    return [
+        "  ".join(value.ljust(9 if name == "similarity" else 6) for value in values).rstrip()
+        for name, values in zip(COLUMNS, zip(*cells, strict=True), strict=True)
+    ]
+
+
+def _shapes(entry: Entry) -> str:
+    return " / ".join(dict.fromkeys(shape_text(shape) or "scalar" for shape in entry.shapes if shape is not None))
+
+
+def _owners(entry: Entry, letters: Sequence[str]) -> str:
+    return ", ".join(letter for letter, shape in zip(letters, entry.shapes, strict=True) if shape is not None)
+
+
+def _weights(layer: Entry, letters: Sequence[str]) -> str:
+    return f"only in {_owners(layer, letters)}" if layer.weights == INCOMPLETE else layer.weights
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

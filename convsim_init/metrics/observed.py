@@ -1,0 +1,138 @@
+"""How alike the feature maps of a model are on given data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+
+from convsim_init.errors import InputError
+from convsim_init.functional.similarity import accumulation_dtype, full_precision
+from convsim_init.layers.find import find_convolutions, unwrap
+
+VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
+
+
+@torch.no_grad()
+def measure_feature_correlation(
+    model: nn.Module, batch: Tensor | tuple[object, ...] | list[object] | Mapping[str, object]
+) -> dict[str, float]:
+    """Mean absolute correlation between the feature maps of every convolution, before its activation, on a batch.
+
+    The model runs once, in the mode it is in: batch norm in training mode normalizes by the batch. Correlations are
+    centred, over the batch and all positions, and over all calls where a module is called several times. Every two
+    feature maps of a layer form a pair, those of different groups too, but constant ones none. Nothing is changed:
+    neither buffers, running statistics among them, nor gradients nor torch's random state on the CPU and on CUDA
+    devices; the hooks are removed, also after an error.
+
+    Args:
+        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        batch: Passed to the model: a tensor as its argument, a tuple or list as its arguments, a mapping as its
+            keyword arguments; on the model's device.
+
+    Returns:
+        From 0 to 1 for each convolution, by its dotted name. Those that did not run, or with fewer than two feature
+        maps that vary, are not in it. NaN where feature maps hold infinities or NaN.
+
+    Raises:
+        InputError: If the model has no convolution, none ran, or there is a lazy module, which running would change.
+    """
+    model = unwrap(model)
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise InputError(
+            f"expected a model that has been run, got one whose {lazy[0]} is lazy: run a forward pass first"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
+        maps: dict[str, FeatureMaps] = {}
+        for name, module in find_convolutions(model):
+            maps[name] = FeatureMaps(rank=len(module.kernel_size))
+            stack.callback(module.register_forward_hook(maps[name].hook).remove)
+        _run(model, batch)
+    if not any(one.count for one in maps.values()):
+        raise InputError("expected a model that calls its convolutions, got one whose forward pass called none")
+    correlations = {name: one.mean_correlation() for name, one in maps.items()}
+    return {name: value for name, value in correlations.items() if value is not None}
+
+
+class FeatureMaps:
+    """Sums over the feature maps of one layer: their covariance, without keeping them.
+
+    The sums of chunks are merged as by Chan, Golub and LeVeque, *Updating formulae and a pairwise algorithm for
+    computing sample variances* (1979): nothing cancels where means are large.
+
+    Args:
+        rank: Number of positional dimensions.
+
+    Attributes:
+        count: Positions seen, over all samples.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.count = 0
+        self._rank = rank
+        self._varies = self._origin = self._mean = self._scatter = torch.empty(0)
+        self._unit = 1.0
+
+    def hook(self, module: nn.Module, arguments: object, output: Tensor) -> None:
+        """Forward hook that adds the output of a convolution, batched or not."""
+        with full_precision(output.device):
+            self.add(output if output.dim() == self._rank + 2 else output[None])
+
+    def add(self, maps: Tensor) -> None:
+        """Add feature maps ``[N, M, *positions]``."""
+        maps = maps.detach().flatten(2)  # [N, M, P]
+        if maps.numel() == 0:
+            return
+        step = max(1, VALUES_PER_CHUNK // maps[0].numel())
+        for start in range(0, len(maps), step):
+            chunk = maps[start : start + step].to(accumulation_dtype(maps.dtype))
+            self._merge(chunk.transpose(0, 1).flatten(1))
+
+    def _merge(self, values: Tensor) -> None:
+        filters, positions = values.shape  # [M, n]
+        if self.count == 0:
+            # Constant maps become exactly zero, and squares neither vanish nor overflow.
+            self._origin = values[:, :1].clone()
+            self._unit = float((values - self._origin).abs().nan_to_num(0, 0).max()) or 1.0
+            self._mean = values.new_zeros(filters)
+            self._scatter = values.new_zeros(filters, filters)
+            self._varies = values.new_zeros(filters, dtype=torch.bool)
+        values = (values - self._origin).div_(self._unit)
+        self._varies |= values.ne(0).any(1)
+        mean = values.mean(1)
+        values -= mean[:, None]
+        self._scatter.addmm_(values, values.T)
+        shift, total = mean - self._mean, self.count + positions
+        self._scatter.addr_(shift, shift, alpha=self.count * positions / total)
+        self._mean += shift * (positions / total)
+        self.count = total
+
+    def mean_correlation(self) -> float | None:
+        """Mean absolute correlation over pairs of maps that vary; None without a pair."""
+        alive = int(self._varies.sum())
+        if alive < 2:
+            return None
+        scatter = self._scatter[self._varies][:, self._varies]  # [M, M]
+        deviations = scatter.diagonal().sqrt()
+        correlations = scatter.div_(deviations).div_(deviations[:, None]).abs_()
+        return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
+
+
+def _run(model: nn.Module, batch: object) -> None:
+    """A forward pass that writes to copies of the buffers."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if isinstance(batch, Mapping):
+        functional_call(model, buffers, (), dict(batch))
+    else:
+        functional_call(model, buffers, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})

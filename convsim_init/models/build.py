@@ -1,0 +1,149 @@
+"""The models that can be built, wherever they come from. torch is imported when one is built, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+from convsim_init.errors import InputError
+from convsim_init.models import factories, libraries, lookup
+from convsim_init.models.lookup import Resolved, resolve
+from convsim_init.models.spec import Source, Spec, parse
+from convsim_init.models.zoo import build as built_in
+from convsim_init.models.zoo.catalog import UnknownModelError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Resolved", "UnknownModelError", "build_model", "check_model", "resolve"]
+
+_LARGEST_SEED = 2**63 - 1
+
+
+def build_model(
+    spec: str,
+    /,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    seed: int = 0,
+    **kwargs: object,
+) -> torch.nn.Module:
+    """Build a model with weights drawn on the CPU in float32, never pretrained ones.
+
+    The same arguments give the same weights, whatever the caller's default device and dtype, and the caller's random
+    state, Python's, NumPy's and that of torch on the CPU, is left as it was.
+
+    Args:
+        spec: One of
+
+            - a built-in model's name such as ``"resnet18"``; another bare name is looked up in torchvision, then timm
+            - ``"torchvision:NAME"`` or ``"timm:NAME"``
+            - ``"package.module:factory"`` or ``"path/to/file.py:factory"``: a function or class of your own that
+              returns a module. **Its code is run.** It may import what lies in the working folder or beside the
+              file, and what it prints goes to stderr.
+        num_classes: Outputs of the classifier, at least 1. Default: the model's.
+        in_chans: Channels of the input, at least 1; torchvision's models do not take it. Default: the model's.
+        seed: Seeds the draws, 0 to 2**63 - 1.
+        **kwargs: Further arguments of the library's builder or of the factory. Built-in models take none.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        UnknownModelError: No model goes by `spec`.
+        InputError: The spec is malformed, its library is missing or broken, its factory raised or returned no module,
+            or an argument has the wrong type, is out of range, or is not one the model takes.
+    """
+    checked_seed = _whole("seed", seed, 0, _LARGEST_SEED)
+    check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
+    found = resolve(spec).spec
+    arguments = _arguments(num_classes, in_chans, kwargs)
+    _check(found, arguments)
+    own = found.source in (Source.MODULE, Source.FILE)
+    with factories.surroundings(found) if own else nullcontext():
+        with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
+            build = _builder(found)
+        with _reproducible(checked_seed):
+            return build(arguments).train()
+
+
+def check_model(
+    spec: str, /, *, num_classes: int | None = None, in_chans: int | None = None, **kwargs: object
+) -> Source:
+    """Refuse what `build_model` would refuse, as far as that can be told without torch and without running anything.
+
+    Returns:
+        Where the model comes from; ``Source.ANY`` where only the libraries can tell.
+
+    Raises:
+        UnknownModelError: No model goes by `spec`.
+        InputError: As `build_model`.
+    """
+    if not isinstance(spec, str):
+        raise InputError(
+            f"spec: expected a model's name, got type {type(spec).__name__}; pass a string such as 'resnet18'"
+        )
+    parsed = parse(spec)
+    _check(parsed, _arguments(num_classes, in_chans, kwargs))
+    return parsed.source
+
+
+def _arguments(num_classes: object, in_chans: object, kwargs: Mapping[str, object]) -> dict[str, object]:
+    given = {"num_classes": num_classes, "in_chans": in_chans}
+    return {name: _whole(name, value, 1) for name, value in given.items() if value is not None} | dict(kwargs)
+
+
+def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if whole is not None and low <= whole and (high is None or whole <= high):
+        return whole
+    span = f"at least {low}" if high is None else f"from {low} to {high}"
+    got = f"type {type(value).__name__}" if whole is None else str(whole)  # a repr may fill many lines
+    raise InputError(f"{name}: expected a whole number {span}, got {got}; pass one in that range or leave it out")
+
+
+def _check(spec: Spec, arguments: Mapping[str, object]) -> None:
+    if spec.source is Source.BUILT_IN:
+        built_in.check(spec.name, arguments)
+    elif spec.source is Source.ANY:
+        lookup.check(spec.name)
+    elif spec.source is Source.CHECKPOINT:
+        raise InputError(f"expected a model to build, got the checkpoint {spec.text!r}: name the model it belongs to")
+    elif spec.source in (Source.TORCHVISION, Source.TIMM):
+        libraries.check(spec.source, spec.name, arguments)
+    else:
+        factories.check(spec)
+
+
+def _builder(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
+    if spec.source is Source.BUILT_IN:
+        return partial(built_in.build, spec.name)
+    if spec.source in (Source.TORCHVISION, Source.TIMM):
+        return libraries.find(spec.source, spec.name)
+    return factories.find(spec)
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    import random
+
+    import numpy
+    import torch
+
+    dtype, python_state, numpy_state = torch.get_default_dtype(), random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # torch.manual_seed would also reseed the accelerators, whose state fork_rng does not keep here.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)

@@ -1,0 +1,111 @@
+"""The names of the built-in models and what builds each. Imports no torch, so that listing them is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from convsim_init.errors import InputError
+
+
+class UnknownModelError(InputError):
+    """No model goes by the name that was given; the message carries the closest names."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One built-in model.
+
+    Attributes:
+        name: What the user types.
+        module: Module of `convsim_init.models.zoo` that defines it.
+        factory: Class in that module. Takes `arguments` and the keywords `num_classes` and `in_chans`.
+        summary: One line for people.
+        arguments: Keyword arguments that make this model out of the family.
+        num_classes: Outputs of the classifier unless the user says otherwise.
+        in_chans: Channels of the input unless the user says otherwise.
+    """
+
+    name: str
+    module: str
+    factory: str
+    summary: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    num_classes: int = 1000
+    in_chans: int = 3
+
+
+def _resnet(name: str, title: str, depths: tuple[int, ...], **arguments: object) -> Entry:
+    summary = f"{title} for ImageNet; keys as in torchvision and timm"
+    return Entry(name, "resnet", "ResNet", summary, {"depths": depths, **arguments})
+
+
+def _vgg(depth: int, convolutions: tuple[int, ...], *, batch_norm: bool) -> Entry:
+    name = f"vgg{depth}_bn" if batch_norm else f"vgg{depth}"
+    title = f"VGG-{depth} with batch norm" if batch_norm else f"VGG-{depth}"
+    arguments = {"convolutions": convolutions, "batch_norm": batch_norm}
+    return Entry(name, "vgg", "VGG", f"{title} for ImageNet; keys as in torchvision", arguments)
+
+
+_VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+_ENTRIES = (
+    _resnet("resnet18", "ResNet-18", (2, 2, 2, 2)),
+    _resnet("resnet34", "ResNet-34", (3, 4, 6, 3)),
+    _resnet("resnet50", "ResNet-50", (3, 4, 6, 3), bottleneck=True),
+    _resnet("resnet101", "ResNet-101", (3, 4, 23, 3), bottleneck=True),
+    _resnet("resnet152", "ResNet-152", (3, 8, 36, 3), bottleneck=True),
+    _resnet("wide_resnet50_2", "Wide ResNet-50-2", (3, 4, 6, 3), bottleneck=True, group_width=128),
+    _resnet("wide_resnet101_2", "Wide ResNet-101-2", (3, 4, 23, 3), bottleneck=True, group_width=128),
+    _resnet("resnext50_32x4d", "ResNeXt-50 32x4d", (3, 4, 6, 3), bottleneck=True, groups=32, group_width=4),
+    _resnet("resnext101_32x8d", "ResNeXt-101 32x8d", (3, 4, 23, 3), bottleneck=True, groups=32, group_width=8),
+    _resnet("resnext101_64x4d", "ResNeXt-101 64x4d", (3, 4, 23, 3), bottleneck=True, groups=64, group_width=4),
+    *(_vgg(d, counts, batch_norm=bn) for d, counts in _VGG_CONVOLUTIONS.items() for bn in (False, True)),
+    Entry(
+        name="cifar_resnet18",
+        module="resnet",
+        factory="ResNet",
+        summary="ResNet-18 for 32x32 images: 3x3 stem, no max-pool; keys as torchvision's resnet18",
+        arguments={"depths": (2, 2, 2, 2), "cifar": True},
+        num_classes=10,
+    ),
+    Entry(
+        name="cifar_vgg19",
+        module="vgg",
+        factory="CifarVGG",
+        summary="VGG-19 with batch norm for 32x32 images, one linear classifier; keys as kuangliu/pytorch-cifar",
+        arguments={"convolutions": _VGG_CONVOLUTIONS[19]},
+        num_classes=10,
+    ),
+    Entry(
+        name="cifar_wide_resnet28_10",
+        module="wide_resnet",
+        factory="WideResNet",
+        summary="WRN-28-10 for 32x32 images, pre-activation, no dropout; keys as xternalz/WideResNet-pytorch",
+        arguments={"depth": 28, "widen": 10},
+        num_classes=10,
+    ),
+)
+
+MODELS: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def names(pattern: str | None = None) -> list[str]:
+    """The built-in names in catalog order, all of them or those that match a pattern.
+
+    Args:
+        pattern: A shell pattern such as `"resnet*"`, case-sensitive. None matches every name.
+
+    Returns:
+        The names; empty when nothing matches.
+    """
+    return [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
+
+
+def closest(name: str, known: Collection[str] = MODELS) -> list[str]:
+    """Up to three known names like `name`: those that it begins, then those spelled alike; empty if none is."""
+    typed = name.lower()
+    begun = [one for one in known if typed and one.startswith(typed)]
+    return list(dict.fromkeys(begun + get_close_matches(typed, known)))[:3]

@@ -1,0 +1,164 @@
+"""The loop that lowers Convolutional Similarity: conjugate gradients on the product of spheres; and Adam.
+
+A filter bank is ``[G, M, C, *kernel_size]``: G groups of M filters with C input channels each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from convsim_init.functional.similarity import (
+    all_finite,
+    bank_similarity,
+    count_pairs,
+    filter_norms,
+    nonzero,
+    per_filter,
+)
+from convsim_init.optim.conjugate_gradient import Filters
+from convsim_init.parallel.threads import Team
+from convsim_init.settings import Settings
+
+BACKTRACKS = 5
+IDLE_STEPS = 2
+OFF_PLATEAU, PATIENCE = 0.95, 20
+NOTHING_LEFT = 1e-20
+
+
+class Stop(Enum):
+    """Why a descent ended."""
+
+    STEPS = "took all its steps"
+    CONVERGED = "steps gained too little"
+    NON_FINITE = "the loss or the weights became infinite or not a number"
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How a descent went.
+
+    Attributes:
+        bank: The weights with the lowest loss seen, of the shape and dtype given; those given if ``NON_FINITE``.
+        losses: The loss at the start and after each step: of conjugate gradients with norms preserved the mean over
+            pairs of the similarity of the unit filters, else the raw similarity.
+        stop: Why it ended.
+    """
+
+    bank: Tensor
+    losses: list[float]
+    stop: Stop
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return len(self.losses) - 1
+
+
+def descend(
+    bank: Tensor, settings: Settings, *, team: Team | None = None, on_step: Callable[[], None] = lambda: None
+) -> Descent:
+    """Lower the Convolutional Similarity of a filter bank.
+
+    Args:
+        bank: ``[G, M, C, *kernel_size]``, float32 or float64; left as it is.
+        settings: What is lowered, and how.
+        team: Threads to work on the blocks of a large layer, on the CPU; None works in the caller's.
+        on_step: Called before each step; what it raises ends the descent.
+    """
+    if settings.optimizer == "adam":
+        descent = _adam(bank, settings, on_step)
+    else:
+        descent = _conjugate_gradient(bank, settings, team or Team(1), on_step)
+    if all(map(math.isfinite, descent.losses)) and all_finite(descent.bank):
+        return descent
+    return Descent(bank, descent.losses, Stop.NON_FINITE)
+
+
+class _Progress:
+    """The losses so far, and whether another step is worth taking."""
+
+    def __init__(self, settings: Settings, on_step: Callable[[], None]) -> None:
+        self.losses: list[float] = []
+        self.stop = Stop.STEPS
+        self._settings = settings
+        self._on_step = on_step
+        self._idle = 0
+
+    def __call__(self, loss: float) -> bool:
+        """Note the loss reached; True if the descent should go on."""
+        self.losses.append(loss)
+        start, gain = self.losses[0], self.losses[-2] - loss if len(self.losses) > 1 else math.inf
+        # Wide layers start on a plateau: for some steps nearly nothing is gained, and then the more.
+        on_plateau = loss > OFF_PLATEAU * start and len(self.losses) <= PATIENCE
+        idle = gain < self._settings.tolerance * start and not on_plateau
+        self._idle = self._idle + 1 if idle else 0
+        if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * start:
+            self.stop = Stop.CONVERGED
+        self._on_step()
+        return self.stop is Stop.STEPS and math.isfinite(loss) and len(self.losses) <= self._settings.steps
+
+
+@torch.no_grad()
+def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: Callable[[], None]) -> Descent:
+    """Conjugate gradients with exact steps. Each lowers the loss, so the last weights are the best."""
+    norms = filter_norms(bank)  # [G, M]
+    preserve = settings.norm == "preserve"
+    scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
+    unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1)) if preserve else float(scale.max()) ** 4
+
+    filters = Filters(bank, nonzero(scale), settings, team)
+    progress = _Progress(settings, on_step)
+    loss = filters.arrive(0)
+    while progress(loss):
+        loss = _step(filters, progress.losses[-1])
+        if not loss < progress.losses[-1]:
+            progress.stop = Stop.CONVERGED
+            break
+
+    moved = filters.take_bank()
+    if preserve:  # also undoes the rounding of many steps
+        scale = scale / nonzero(filter_norms(moved))
+    return Descent(moved.mul_(per_filter(scale, moved)), [unit * loss for loss in progress.losses], progress.stop)
+
+
+def _step(filters: Filters, reached: float) -> float:
+    """Move to the lowest loss along the conjugate direction, and nowhere if that is not lower; return the loss."""
+    for _ in range(2):  # seen from where it stands already, the second direction is that of steepest descent
+        distance = filters.aim()
+        if not distance:  # there is nowhere to go
+            break
+        for _ in range(BACKTRACKS):
+            loss = filters.arrive(distance)
+            if loss < reached:
+                return loss
+            distance /= 4
+        filters.arrive(0)
+    return reached
+
+
+def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Descent:
+    """What a plain loop with `torch.optim.Adam` does; where norms are preserved, each step ends by restoring them."""
+    norms = filter_norms(bank)
+    progress = _Progress(settings, on_step)
+    with torch.inference_mode(False), torch.enable_grad():
+        weight = bank.clone().requires_grad_()
+        adam = torch.optim.Adam([weight], lr=settings.learning_rate)
+        loss = bank_similarity(weight, settings.pairs, settings.channels)
+        best, lowest = bank, loss.item()
+        while progress(loss.item()):
+            adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            if settings.norm == "preserve":
+                with torch.no_grad():
+                    weight *= per_filter(norms / nonzero(filter_norms(weight)), weight)
+            loss = bank_similarity(weight, settings.pairs, settings.channels)
+            if loss.item() < lowest:
+                best, lowest = weight.detach().clone(), loss.item()
+    return Descent(best, progress.losses, progress.stop)

@@ -1,0 +1,66 @@
+"""The full record of a run as a JSON file: docs/report.md has its schema. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from convsim_init.files import check_target, replacing
+from convsim_init.report.report import Report
+from convsim_init.version import __version__
+
+FORMAT_VERSION = 1
+SUFFIXES = (".json",)
+
+
+def run_record(report: Report) -> dict[str, Any]:
+    """Everything that is known of a run as plain data: the report, the loss at each step, and versions.
+
+    Numbers that are not finite, which JSON does not have, are None.
+    """
+    data = report.to_dict()
+    layers = [plain | {"losses": layer.losses} for plain, layer in zip(data["layers"], report.layers, strict=True)]
+    versions = {"convsim-init": __version__, "torch": _version("torch"), "python": platform.python_version()}
+    return {"format_version": FORMAT_VERSION, "versions": versions, **_finite(data | {"layers": layers})}
+
+
+def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write the record of a run as JSON, whole or not at all.
+
+    Args:
+        report: Of the run.
+        path: Ends in ``.json``.
+        overwrite: Replace an existing file.
+
+    Returns:
+        The path given.
+
+    Raises:
+        InputError: If the path cannot be written.
+        RunError: If writing fails; a file that was there is still there.
+    """
+    target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
+    text = json.dumps(run_record(report), indent=1, allow_nan=False)
+    with replacing(target) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

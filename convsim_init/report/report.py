@@ -1,0 +1,205 @@
+"""What happened, as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from statistics import fmean
+from typing import Any
+
+from convsim_init.errors import InputError
+from convsim_init.report.table import Table, report_table, shape_text
+from convsim_init.settings import Base, Settings
+
+Measures = dict[str, float]
+
+
+class Outcome(str, Enum):
+    """What became of a layer."""
+
+    INITIALIZED = "initialized"
+    APPROXIMATED = "approximated"  # written, but the layer does not use quite what was written
+    MEASURED = "measured"  # nothing was to be changed
+    SKIPPED = "skipped"
+    FAILED = "failed"  # attempted, and left as it was
+    PLANNED = "planned"  # would be treated
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one convolution.
+
+    Attributes:
+        name: Dotted name in the model.
+        kind: Class of the module, for instance ``"Conv2d"``.
+        shape: Shape of its weight.
+        outcome: What became of it.
+        reason: Why, where it was not simply initialized.
+        steps: Steps of the descent.
+        seconds: Time it took; of the descent of layers that went down an accelerator together its share.
+        before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
+            where nothing was to be changed, as it is; empty if not treated.
+        after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
+        losses: The minimized loss at the start and after each step.
+    """
+
+    name: str
+    kind: str
+    shape: list[int]
+    outcome: Outcome
+    reason: str | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    before: Measures = field(default_factory=dict)
+    after: Measures = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain data, without the losses."""
+        data = asdict(self)
+        del data["losses"]
+        return data | {"outcome": self.outcome.value}
+
+
+@dataclass(repr=False)
+class Report:
+    """What became of a model; shown as a table by ``print``, in a REPL and in a notebook.
+
+    Attributes:
+        settings: What was asked for.
+        layers: Every convolution, in the model's order.
+        seconds: Time for all of it.
+        model: Spec of the model, if it was built by name.
+        seed: Seed of its weights, if they were drawn here.
+        base: Scheme that its convolutions were drawn anew by before; ``"model"`` if they were left as they are.
+        file: The checkpoint, if one was written.
+        file_bytes: Its size.
+        remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
+        processes: How many the layers were divided over.
+    """
+
+    settings: Settings
+    layers: list[LayerReport]
+    seconds: float = 0.0
+    model: str | None = None
+    seed: int | None = None
+    base: Base = "model"
+    file: str | None = None
+    file_bytes: int | None = None
+    remarks: list[str] = field(default_factory=list)
+    processes: int = 1
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Number of layers by outcome, and the measures of the treated or measured ones.
+
+        ``similarity`` is the sum over layers; the others are means over the layers that have them.
+        """
+        outcomes = Counter(layer.outcome for layer in self.layers)
+        return {
+            "layers": len(self.layers),
+            **{outcome.value: outcomes[outcome] for outcome in Outcome if outcomes[outcome]},
+            "before": _combine([layer.before for layer in self.layers]),
+            "after": _combine([layer.after for layer in self.layers]),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        return {
+            "model": self.model,
+            "seed": self.seed,
+            "base": self.base,
+            "settings": asdict(self.settings),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "totals": self.totals,
+            "seconds": self.seconds,
+            "processes": self.processes,
+            "file": self.file,
+            "file_bytes": self.file_bytes,
+            "remarks": list(self.remarks),
+        }
+
+    def to_records(self) -> list[dict[str, str | int | float | None]]:
+        """One flat dict a layer, all with the same keys, for instance for ``pandas.DataFrame``.
+
+        The measures' names end in ``_before`` and ``_after``, or stand alone where nothing was changed. What a layer
+        does not have is None.
+        """
+        changed = any(layer.after for layer in self.layers)
+        before, after = ("_before", "_after") if changed else ("", "")
+        blank = {name + before: None for layer in self.layers for name in layer.before}
+        blank |= {name + after: None for layer in self.layers for name in layer.after}
+        return [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "shape": shape_text(layer.shape),
+                "outcome": layer.outcome.value,
+                "reason": layer.reason,
+                "steps": layer.steps,
+                "seconds": layer.seconds,
+                **blank,
+                **{name + before: value for name, value in layer.before.items()},
+                **{name + after: value for name, value in layer.after.items()},
+            }
+            for layer in self.layers
+        ]
+
+    def select(self, include: Sequence[str]) -> Report:
+        """The report of the layers alone whose names match one of these shell patterns; of all if there is none.
+
+        Raises:
+            InputError: If a pattern matches no layer.
+        """
+        for pattern in include:
+            if not any(fnmatchcase(layer.name, pattern) for layer in self.layers):
+                raise InputError(f"include: no convolution matches {pattern!r}; there are {_some(self.layers)}")
+        chosen = [layer for layer in self.layers if any(fnmatchcase(layer.name, pattern) for pattern in include)]
+        return replace(self, layers=chosen) if include else self
+
+    def sorted_by(self, measure: str) -> Report:
+        """The report with its layers in falling order of a measure, after or else before; those without it last."""
+
+        def key(layer: LayerReport) -> tuple[bool, float]:
+            value = (layer.after or layer.before).get(measure)
+            return value is None, 0.0 if value is None else -value
+
+        return replace(self, layers=sorted(self.layers, key=key))
+
+    def with_measures(self, before: Report, after: Report) -> Report:
+        """The report with what two measurements say of its treated layers where it says nothing itself."""
+        old, new = ({layer.name: layer.before for layer in report.layers} for report in (before, after))
+        layers = [
+            replace(layer, before=old.get(layer.name, {}) | layer.before, after=new.get(layer.name, {}) | layer.after)
+            if layer.after
+            else layer
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
+
+    @property
+    def table(self) -> Table:
+        """The report as people read it."""
+        return report_table(self.to_dict())
+
+    def __str__(self) -> str:
+        return self.table.text()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+def _combine(measures: list[Measures]) -> Measures:
+    names = dict.fromkeys(name for one in measures for name in one)
+    values = {name: [one[name] for one in measures if name in one] for name in names}
+    return {name: sum(values[name]) if name == "similarity" else fmean(values[name]) for name in names}
+
+
+def _some(layers: Sequence[LayerReport]) -> str:
+    names = ", ".join(layer.name or "(the model itself)" for layer in layers[:4])
+    return names + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
