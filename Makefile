@@ -18,8 +18,8 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 
 # What reads and writes files and parses options, with the oldest packages that pyproject.toml allows.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -p no:cacheprovider tests/test_versions.py tests/test_checkpoint.py \
-		tests/test_reading.py tests/test_cli.py tests/test_inspect.py -k '$(LOWEST_TESTS)'
+	$(LOWEST)/bin/python -m pytest -p no:cacheprovider tests/system/test_versions.py tests/checkpoint/test_save.py \
+		tests/checkpoint/test_read.py tests/cli/test_init.py tests/cli/test_inspect.py -k '$(LOWEST_TESTS)'
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## time and memory of the command and of the descent, against peers
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.speed
 
 clean:
 	rm -rf $(VENV) build *.egg-info init.safetensors

@@ -1,7 +1,7 @@
 """Do orthogonal kernels have dissimilar feature maps, and does Convolutional Similarity lower what it says it lowers?
 
     pip install '.[bench]'
-    python benchmarks/claims [--draws 2000] [--seeds 2] [--write]
+    python -m benchmarks.claims [--draws 2000] [--seeds 2] [--write]
 
 Under three minutes on two cores. Two kernels and one signal first, as in the paper, then layers of a ResNet-18. With
 ``--write`` the tables go to ``benchmarks/results/claims.md``.
@@ -16,18 +16,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import pairs
-import real_layers
-
+from benchmarks.claims import pairs, real_layers
+from benchmarks.machine import cpu_name
 from convsim_init.devices import describe_environment
 
-BENCHMARKS = Path(__file__).parents[1]
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
-    sys.path.append(str(BENCHMARKS))  # for what lies beside this folder
-    from machine import cpu_name
-
     parser = argparse.ArgumentParser(
         "claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +40,7 @@ def main() -> None:
 
     say(f"# Kernels and feature maps, {datetime.date.today()}")
     say()
-    say(f"Made by `python benchmarks/claims --write` on {cpu_name()}.")
+    say(f"Made by `python -m benchmarks.claims --write` on {cpu_name()}.")
     say()
     for name, value in describe_environment().items():
         say(f"- {name}: {value}")
@@ -71,7 +67,7 @@ def main() -> None:
     say()
     say(f"{time.perf_counter() - started:.0f} s.")
     if options.write:
-        target = BENCHMARKS / "results" / "claims.md"
+        target = RESULTS / "claims.md"
         target.write_text("\n".join(lines) + "\n")
         print(f"written to {target}", file=sys.stderr)
 

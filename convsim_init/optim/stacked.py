@@ -7,7 +7,7 @@ not lower tries a quarter of the distance in the next iteration; one that has st
 Letters: L layers, G groups, M filters of a group, C input channels, T taps, N lattice points, F frequencies. Vectors
 are ``[T, L, G, C, M]``, values per filter ``[L, G, 1, M]``, values per layer ``[L, 1, 1, 1]``.
 
-Tested on the CPU; it has not run on CUDA or MPS yet, which ``benchmarks/gpu.py`` is there to measure.
+Tested on the CPU; it has not run on CUDA or MPS yet, which ``benchmarks/speed/gpu.py`` is there to measure.
 """
 
 from __future__ import annotations

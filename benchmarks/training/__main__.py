@@ -1,0 +1,165 @@
+"""Does it help? Small networks trained from every start, each at its own best learning rate, on the same seeds.
+
+    pip install '.[bench]'
+    python -m benchmarks.training                           # all arms on digits and patches: an hour or two on a core
+    python -m benchmarks.training --arms base convsim       # fewer
+    python -m benchmarks.training --data ~/cifar-10-batches-bin --cases cifar:cifar_resnet18 --device cuda
+
+Two rounds narrow the sweep. Tuning: every learning rate on a few seeds of its own; while the best one is at the end of
+the grid, the grid grows by one. Final: the best rate alone, on fresh seeds that are the same for every arm. A row per
+run goes to a CSV file: started again, it goes on where it stopped. Then a table and one picture per case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.machine import cpu_name
+from benchmarks.training.arms import ARMS
+from benchmarks.training.fit import fit
+from benchmarks.training.networks import NETWORKS
+from benchmarks.training.pictures import draw
+from benchmarks.training.records import Case, Record, Records
+from benchmarks.training.summary import comparisons, table
+from benchmarks.training.tasks import TASKS, Data, Task, cifar_task
+from convsim_init.devices import describe_environment
+from convsim_init.errors import InputError
+
+RESULTS = Path(__file__).parents[1] / "results" / "training"
+RATES = [0.03, 0.1, 0.3]
+FACTOR = 10**0.5
+MOST_EXTENSIONS = 2
+FIRST_TUNING_SEED = 1000
+ABOUT = [
+    "Made by `python -m benchmarks.training`. Each arm at the learning rate that was best for it on tuning seeds; then "
+    "fresh seeds, the same for all arms. Mean ± standard error; differences to the base in pairs of equal seeds, ± "
+    "half of the 95 % interval (Student's t). Threshold: 90 % of the base's mean final accuracy; runs that miss it "
+    "count with all their steps.",
+    "",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["digits:vgg", "patches:resnet"], help="as task:network")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--momenta", nargs="+", type=float, default=[0.9])
+    parser.add_argument("--widths", nargs="+", type=float, default=[1.0], help="factors on every layer's filters")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid to begin with; one: no tuning")
+    parser.add_argument("--seeds", type=int, default=10, help="of the final round")
+    parser.add_argument("--tuning-seeds", type=int, default=3, help="of the tuning round")
+    parser.add_argument("--steps", type=int, help="of each run; default: the task's own")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR's binary files, for the task cifar")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    options = parser.parse_args()
+    try:
+        run(options)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+    tasks = TASKS | ({"cifar": cifar_task(options.data)} if options.data else {})
+    cases = []
+    for name in options.cases:
+        task, _, network = name.partition(":")
+        if task not in tasks or network not in NETWORKS:
+            raise InputError(
+                f"expected cases of task:network with tasks {', '.join(tasks)} and networks {', '.join(NETWORKS)}, "
+                f"got {name!r}" + ("; the task cifar needs --data" if task == "cifar" else "")
+            )
+        steps = options.steps or tasks[task].steps
+        cases += [
+            Case(task, network, width, momentum, steps) for momentum in options.momenta for width in options.widths
+        ]
+    records = Records(options.out / "runs.csv")
+    trainer = Trainer(tasks, records, options.device)
+    rounds = len(options.rates) * options.tuning_seeds + options.seeds
+    with tqdm(total=rounds * len(cases) * len(options.arms), unit="run", smoothing=0.05) as trainer.bar:
+        for arm in options.arms:
+            for case in cases:
+                trainer.tune(case, arm, options.rates, options.tuning_seeds, options.seeds)
+    write(records, options.out)
+
+
+class Trainer:
+    """Trains what is not recorded yet."""
+
+    def __init__(self, tasks: dict[str, Task], records: Records, device: str) -> None:
+        self.bar: tqdm[None] | None = None
+        self._tasks, self._records, self._device = tasks, records, device
+
+    def tune(self, case: Case, arm: str, rates: list[float], tuning_seeds: int, seeds: int) -> None:
+        """Both rounds of an arm; a single rate is taken as it is."""
+        best = rates[0] if len(rates) == 1 else self._best_rate(case, arm, rates, tuning_seeds)
+        for seed in range(seeds):
+            self.train(case, arm, best, seed, final=True)
+
+    def _best_rate(self, case: Case, arm: str, rates: list[float], tuning_seeds: int) -> float:
+        reached = {rate: self._mean(case, arm, rate, tuning_seeds) for rate in sorted(rates)}
+        best = max(reached, key=reached.__getitem__)
+        for _ in range(MOST_EXTENSIONS):
+            if min(reached) < best < max(reached):
+                break
+            further = float(f"{best * FACTOR if best == max(reached) else best / FACTOR:.1g}")
+            reached[further] = self._mean(case, arm, further, tuning_seeds)
+            best = max(reached, key=reached.__getitem__)
+        return best
+
+    def _mean(self, case: Case, arm: str, rate: float, seeds: int) -> float:
+        tried = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+        return statistics.fmean(self.train(case, arm, rate, seed, final=False).accuracy for seed in tried)
+
+    def train(self, case: Case, arm: str, rate: float, seed: int, *, final: bool) -> Record:
+        """The record of a run, made now if there is none."""
+        record = self._records.find(case, arm, rate, seed)
+        if record is None:
+            task, started = self._tasks[case.task], time.perf_counter()
+            data = on_device(task.draw(seed), self._device)
+            torch.manual_seed(seed)
+            model = NETWORKS[case.network](data.images.shape[1], data.classes, case.width).to(self._device)
+            curve = fit(
+                data, model, ARMS[arm], rate=rate, momentum=case.momentum, steps=case.steps, batch=task.batch, seed=seed
+            )
+            seconds = time.perf_counter() - started
+            record = Record(case, arm, rate, seed, final, tuple(curve), seconds)
+            self._records.add(record)
+        if self.bar is not None:
+            self.bar.set_description(f"{case.task} {arm} rate {rate:g}")
+            self.bar.update()
+        return record
+
+
+def write(records: Records, folder: Path) -> None:
+    """Tables of everything recorded, and a picture for each case."""
+    runs = list(records)
+    lines = [f"# Training runs, {datetime.date.today()}", "", *ABOUT, f"On {cpu_name()}:", ""]
+    lines += [f"- {name}: {value}" for name, value in describe_environment().items()]
+    lines += ["", f"{len(runs)} runs, {sum(run.seconds for run in runs) / 3600:.1f} hours.", ""]
+    for case in sorted({run.case for run in runs}):
+        rows = table(runs, case)
+        lines += rows + comparisons(runs, case)
+        for rate in sorted({run.rate for run in runs if run.case == case and run.final}):
+            lines += table(runs, case, rate)
+        if rows:
+            draw(runs, case, folder / f"{case.task}-{case.network}-w{case.width:g}-m{case.momentum:g}.png")
+    (folder / "training.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def on_device(data: Data, device: str) -> Data:
+    names = ("images", "labels", "test_images", "test_labels")
+    return replace(data, **{name: getattr(data, name).to(device) for name in names})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""What a report shows and holds: its totals, tables, records, and the file of a run's full record."""
+
+import copy
+import json
+import math
+import platform
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import convsim_init
+from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, initialize_, measure
+from convsim_init.report.record import run_record, save_record
+
+MEASURED = {"similarity": 4.0, "normalized_similarity": 0.25, "effective_rank_natural": 0.5}
+BEFORE, AFTER = {"similarity": 8.0, "normalized_similarity": 0.5}, {"similarity": 2.0, "normalized_similarity": 0.125}
+
+
+def layer(name: str, outcome: Outcome = Outcome.INITIALIZED, **details: object) -> LayerReport:
+    return LayerReport(name, "Conv2d", [4, 3, 2, 1], outcome, **details)
+
+
+def run() -> Report:
+    layers = [
+        layer("stem", before=BEFORE, after=AFTER | {"norm_ratio": 1.0}, steps=2, seconds=0.5, losses=[0.5, 0.3, 0.125]),
+        layer("head.0", before=BEFORE, after=BEFORE | {"norm_ratio": 0.5}, losses=[0.5]),
+        layer("frozen", Outcome.SKIPPED, reason="frozen: <requires_grad> & more"),
+    ]
+    return Report(Settings(), layers, 1.25, "net", 3)
+
+
+def measured(*values: float) -> Report:
+    layers = [
+        layer(f"layer{index}", Outcome.MEASURED, before=MEASURED | {"normalized_similarity": value})
+        for index, value in enumerate(values)
+    ]
+    return Report(Settings(), [*layers, layer("odd", Outcome.SKIPPED, reason="one filter")], 0.5)
+
+
+# Totals
+
+
+def test_totals_sum_the_raw_similarity_and_average_the_rest():
+    assert run().totals == {
+        "layers": 3,
+        "initialized": 2,
+        "skipped": 1,
+        "before": {"similarity": 16.0, "normalized_similarity": 0.5},
+        "after": {"similarity": 10.0, "normalized_similarity": 0.3125, "norm_ratio": 0.75},
+    }
+    assert measured(0.25, 0.75).totals == {
+        "layers": 3,
+        "measured": 2,
+        "skipped": 1,
+        "before": {"similarity": 8.0, "normalized_similarity": 0.5, "effective_rank_natural": 0.5},
+        "after": {},
+    }
+
+
+def test_a_measure_is_averaged_over_the_layers_that_have_it():
+    layers = [
+        layer("a", Outcome.MEASURED, before={"x": 1.0, "y": 2.0}),
+        layer("b", Outcome.MEASURED, before={"x": 3.0}),
+    ]
+    assert Report(Settings(), layers).totals["before"] == {"x": 2.0, "y": 2.0}
+
+
+# Tables
+
+
+def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
+    text = str(run())
+    assert text == repr(run())
+    header, *rows = [re.split(r"\s{2,}", line) for line in text.split("\n\n")[0].splitlines()]
+    assert header == ["layer", "shape", "similarity before -> after", "norm ratio"]
+    assert rows == [
+        ["stem", "4x3x2x1", "5.000e-01 -> 1.250e-01", "25.0%", "1.000000"],
+        ["head.0", "4x3x2x1", "5.000e-01 -> 5.000e-01", "100.0%", "0.500000"],
+        ["frozen", "4x3x2x1", "skipped", "frozen: <requires_grad> & more"],
+    ]
+    assert text.split("\n\n")[1].splitlines() == [
+        "net, 3 convolutions: 2 initialized, 1 skipped",
+        "mean normalized similarity 5.000e-01 -> 3.125e-01 (62.5%), norm ratio 0.750000",
+        "sum of raw similarity 16 -> 10",
+        "1.25 s, nothing written",
+    ]
+
+
+@pytest.mark.parametrize("report", [run(), measured(0.25)], ids=["run", "measured"])
+def test_remarks_stand_below_the_counts(report):
+    report.remarks = ["taken from there", "odd\udcff name"]
+    counts, *others = str(report).split("\n\n")[1].splitlines()
+    assert "3 convolutions: 2 init" in counts or "2 convolutions: 1 measured" in counts
+    assert others[:2] == ["taken from there", "odd? name"]
+    assert report.to_dict()["remarks"] == report.remarks
+
+
+def test_a_measured_model_shows_its_measures_and_their_means():
+    table, summary = str(measured(0.25, 0.75)).split("\n\n")
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()]
+    assert rows == [
+        ["layer", "shape", "similarity", "corr-white", "corr-natural", "rank-natural"],
+        ["layer0", "4x3x2x1", "2.500e-01", "-", "-", "0.5000"],
+        ["layer1", "4x3x2x1", "7.500e-01", "-", "-", "0.5000"],
+        ["odd", "4x3x2x1", "-", "-", "-", "-", "skipped: one filter"],
+        ["mean of 2", "5.000e-01", "-", "-", "0.5000"],
+    ]
+    assert summary.splitlines() == [
+        "model, 3 convolutions: 2 measured, 1 skipped",
+        "sum of raw similarity 8",
+        "0.50 s",
+    ]
+
+
+def test_a_remark_that_all_layers_share_is_made_once():
+    text = str(measure(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()))
+    assert text.count("without groups") == 1
+    assert "\neach layer: taken from its shape" in text
+
+
+def test_a_plan_shows_outcomes():
+    report = Report(Settings(), [layer("", Outcome.PLANNED), layer("b", Outcome.FAILED, reason="why")])
+    rows = [re.split(r"\s{2,}", line) for line in str(report).split("\n\n")[0].splitlines()]
+    assert rows == [
+        ["layer", "shape", "outcome"],
+        ["(the model itself)", "4x3x2x1", "planned"],
+        ["b", "4x3x2x1", "failed", "why"],
+    ]
+
+
+def test_the_file_is_named_whatever_bytes_its_name_is_made_of():
+    report = run()
+    report.file, report.file_bytes = "a\udcff.pt", 2_340_000
+    assert str(report).endswith("1.25 s, a?.pt (2.3 MB)")
+    str(report).encode()
+
+
+class Tags(HTMLParser):
+    """The open tags, which must close in order, and the text between."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag != "br":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_a_notebook_shows_the_same_escaped():
+    report = run()
+    report.model = "<script>alert(1)</script>"
+    tags = Tags(report._repr_html_())
+    assert tags.open == []
+    assert tags.seen.count("tr") == 4
+    assert "script" not in tags.seen
+    assert "frozen: <requires_grad> & more" in tags.text
+    assert "<script>alert(1)</script>, 3 convolutions: 2 initialized, 1 skipped" in tags.text
+
+
+@pytest.mark.parametrize(("layers", "opened"), [(2, True), (150, False)])
+def test_a_long_table_is_folded_in_a_notebook(layers, opened):
+    assert ("<details open>" in measured(*[0.5] * layers)._repr_html_()) is opened
+
+
+# Records
+
+
+def test_records_are_flat_and_have_the_same_keys():
+    records = run().to_records()
+    assert [list(record) for record in records] == [list(records[0])] * 3
+    assert records[0] == {
+        "name": "stem",
+        "kind": "Conv2d",
+        "shape": "4x3x2x1",
+        "outcome": "initialized",
+        "reason": None,
+        "steps": 2,
+        "seconds": 0.5,
+        "similarity_before": 8.0,
+        "normalized_similarity_before": 0.5,
+        "similarity_after": 2.0,
+        "normalized_similarity_after": 0.125,
+        "norm_ratio_after": 1.0,
+    }
+    assert records[2]["outcome"] == "skipped"
+    assert records[2]["norm_ratio_after"] is None
+    assert type(records[0]["outcome"]) is str
+
+
+def test_records_of_a_measured_model_have_the_measures_bare_names():
+    records = measured(0.25).to_records()
+    assert records[0]["normalized_similarity"] == 0.25
+    assert records[1]["normalized_similarity"] is None
+    assert not [key for key in records[0] if key.endswith(("before", "after"))]
+
+
+def test_records_of_nothing_are_no_records():
+    assert Report(Settings(), []).to_records() == []
+
+
+# Choosing and ordering layers
+
+
+@pytest.mark.parametrize(
+    ("include", "names"),
+    [
+        ([], ["stem", "head.0", "frozen"]),
+        (["head*"], ["head.0"]),
+        (["frozen", "s*"], ["stem", "frozen"]),
+        (["*"], ["stem", "head.0", "frozen"]),
+    ],
+    ids=str,
+)
+def test_layers_are_selected_by_patterns(include, names):
+    report = run()
+    assert [one.name for one in report.select(include).layers] == names
+    assert len(report.layers) == 3
+    assert report.select(include).totals["layers"] == len(names)
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(InputError, match=r"no convolution matches 'x\*'; there are stem, head.0, frozen"):
+        run().select(["*", "x*"])
+
+
+def test_layers_are_ordered_from_high_to_low_and_those_without_a_value_last():
+    report = measured(0.25, math.inf, 0.75, 0.25).sorted_by("normalized_similarity")
+    assert [one.name for one in report.layers] == ["layer1", "layer2", "layer0", "layer3", "odd"]
+    assert [one.name for one in run().sorted_by("normalized_similarity").layers] == ["head.0", "stem", "frozen"]
+
+
+def test_measures_are_added_where_the_report_has_none_and_replace_none():
+    old = Report(Settings(), [layer("stem", Outcome.MEASURED, before={"similarity": -1.0, "x": 1.0})])
+    new = Report(Settings(), [layer("frozen", Outcome.MEASURED, before={"x": 9.0}), layer("stem", before={"x": 2.0})])
+    report = run().with_measures(old, new)
+    assert report.layers[0].before == BEFORE | {"x": 1.0}
+    assert report.layers[0].after == AFTER | {"norm_ratio": 1.0, "x": 2.0}
+    assert report.layers[1:] == run().layers[1:]
+
+
+# The file of the full record
+
+
+def test_the_record_holds_everything_known_of_a_run(tmp_path):
+    report = run()
+    assert save_record(report, tmp_path / "run.json") == tmp_path / "run.json"
+    data = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert data == run_record(report)
+    versions = {"convsim-init": convsim_init.__version__, "torch": torch.__version__}
+    assert data["format_version"] == 1
+    assert data["versions"] == versions | {"python": platform.python_version()}
+    assert [one["losses"] for one in data["layers"]] == [[0.5, 0.3, 0.125], [0.5], []]
+    for key, value in report.to_dict().items():
+        if key != "layers":
+            assert data[key] == value
+    for plain, one in zip(data["layers"], report.layers, strict=True):
+        assert {key: value for key, value in plain.items() if key != "losses"} == one.to_dict()
+
+
+def test_the_documents_schema_names_every_field():
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `([^`]+)`", text, re.M))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    before = measure(model)
+    record = run_record(initialize_(model).with_measures(before, measure(model)))
+    fields = {*record, *record["versions"], *record["settings"], *record["totals"], *record["layers"][0]}
+    fields |= record["layers"][0]["after"].keys() | {outcome.value for outcome in Outcome}
+    assert documented == fields
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    report = run()
+    report.layers[0] = layer("a", before={"similarity": math.inf}, losses=[math.nan, 1.0])
+    save_record(report, tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)
+    assert data["layers"][0]["before"] == {"similarity": None}
+    assert data["layers"][0]["losses"] == [None, 1.0]
+
+
+def test_an_existing_record_is_kept_unless_it_may_be_replaced(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    with pytest.raises(InputError, match="exists already"):
+        save_record(run(), path)
+    assert path.read_text() == "old"
+    save_record(run(), path, overwrite=True)
+    assert json.loads(path.read_text())["model"] == "net"
+
+
+def test_a_record_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(RunError, match="No space left"):
+        save_record(run(), tmp_path / "run.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["run.txt", "run", "gone/run.json", "run.JSON"])
+def test_a_record_goes_to_a_json_file_in_a_folder_that_is_there(name, tmp_path):
+    with pytest.raises(InputError):
+        save_record(run(), tmp_path / name)
+
+
+def test_a_report_can_be_copied_and_compared():
+    assert copy.deepcopy(run()) == run()
+    assert run() != measured(0.5)

@@ -1,0 +1,150 @@
+"""The examples run with the real trainers, and once a trainer is set up the weights are still those of the file."""
+
+import multiprocessing
+import os
+import re
+import runpy
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+import convsim_init as ci
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def server() -> multiprocessing.context.ForkServerContext:
+    """Forks processes that have what all examples need loaded already, which saves seconds for each of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "torchvision"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def start(server, tmp_path, folder) -> Callable[..., Callable[[], str]]:
+    """Start a process of its own in that folder: trainers leave signal handlers, loggers and patches behind.
+
+    What it returns waits for the process, sees that it ended well and returns what it printed.
+    """
+
+    def start(target: Callable[..., None], *arguments: str, **environment: str) -> Callable[[], str]:
+        log = tmp_path / f"log-{environment.get('RANK', '0')}"
+        process = server.Process(target=run_there, args=(target, arguments, folder, environment, log), daemon=True)
+        process.start()
+
+        def finish() -> str:
+            process.join(300)  # one of two that wait for each other would wait for ever
+            text = log.read_text()
+            assert process.exitcode == 0, text
+            return text
+
+        return finish
+
+    return start
+
+
+def run_there(target, arguments, folder, environment, log) -> None:
+    os.chdir(folder)
+    os.environ |= environment
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where others run beside it
+    target(*arguments)
+    sys.stdout.flush()
+
+
+def run_script(name: str, *arguments: str) -> None:
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def matches(text: str) -> list[tuple[int, int]]:
+    return [(int(matched), int(expected)) for matched, expected in re.findall(r"matched (\d+) of (\d+)", text)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder of init files of ResNet-18, as the command writes them."""
+    folder = tmp_path_factory.mktemp("files")
+    model = ci.build_model("resnet18")
+    ci.initialize_(model, settings=ci.Settings(steps=2))
+    ci.save_checkpoint(model, folder / "bare.safetensors")
+    ci.save_checkpoint(model, folder / "bare.pt")
+    ci.save_checkpoint(model, folder / "backbone.pt", prefix="backbone.")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where an example runs."""
+    path = tmp_path / "here"
+    path.mkdir()
+    return path
+
+
+ALL, NO_HEAD = 122, 120  # entries of a ResNet-18, and those that a new head leaves
+
+
+@pytest.mark.parametrize(
+    ("trainer", "file", "expected"),
+    [
+        pytest.param("torchvision", "bare.safetensors", [ALL], id="torchvision"),
+        pytest.param("timm", "bare.safetensors", [ALL, NO_HEAD], id="timm"),
+        pytest.param("transformers", "bare.safetensors", [38, ALL], id="transformers"),
+        pytest.param("lightning", "bare.safetensors", [ALL], id="lightning"),
+        pytest.param("mmengine", "backbone.pt", [ALL, ALL], id="mmengine"),
+        pytest.param("fastai", "bare.pt", [ALL, NO_HEAD], id="fastai"),
+    ],
+)
+def test_a_trainer_starts_from_the_file(trainer, file, expected, files, start, folder):
+    pytest.importorskip(trainer)
+    text = start(run_script, f"{trainer}_train.py", str(files / file))()
+    assert matches(text) == [(count, count) for count in expected]
+    assert list(folder.iterdir()) == []
+
+
+def test_processes_in_parallel_start_from_the_file(files, start, folder):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    arguments = (run_script, "ddp_train.py", str(files / "bare.safetensors"))
+    for finish in [start(*arguments, RANK=rank, **shared) for rank in ("0", "1")]:
+        assert matches(finish()) == [(ALL, ALL)]
+    assert list(folder.iterdir()) == []
+
+
+def test_an_own_initialization_uses_it(start, folder):
+    text = start(run_script, "apply.py")()
+    similarities = re.findall(r"(\S+) -> (\S+)$", text, re.MULTILINE)
+    assert len(similarities) == 3
+    assert all(float(after) < 0.5 * float(before) for before, after in similarities)
+    assert list(folder.iterdir()) == []
+
+
+def train_in_place(file: str) -> None:
+    example = runpy.run_path(str(EXAMPLES / "mmengine_train.py"))
+    weights = torch.load(file, weights_only=True)
+    model = example["Classifier"]({"type": "Kaiming", "layer": "Conv2d"})
+    model.load_state_dict(weights)
+    example["train"](model, weights)
+
+
+def test_mmengine_overwrites_what_is_loaded_before(files, start):
+    pytest.importorskip("mmengine")
+    text = start(train_in_place, str(files / "backbone.pt"))()
+    assert matches(text) == [(ALL - 20, ALL)]  # its 20 convolutions are drawn anew: the example is needed
+
+
+def test_every_example_is_tested():
+    tested = {"torchvision", "timm", "transformers", "lightning", "mmengine", "fastai", "ddp"}
+    assert {path.name.removesuffix("_train.py") for path in EXAMPLES.glob("*_train.py")} == tested

@@ -1,0 +1,372 @@
+"""Faults from outside: kills, signals, disks and folders that fail, and runs that meet at one file."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from convsim_init import save_checkpoint, scratch
+from convsim_init.errors import InputError, RunError
+from convsim_init.files import check_source, check_target, replacing
+
+ROOT = Path(__file__).parents[2]
+OLD = b"the file that was there"
+WEIGHTS = {"w": torch.ones(1000)}
+FORMATS = ["init.safetensors", "init.pt"]
+formats = pytest.mark.parametrize("name", FORMATS)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Kills, and what they leave
+
+
+def test_kills_leave_a_whole_file_and_no_litter_that_stays(tmp_path):
+    process = [sys.executable, ROOT / "tests/fuzz/kills.py", "--kills", "30", "--folder", tmp_path]
+    done = subprocess.run(process, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["kills"] == 30
+    assert counts["in the middle of a write"] > 5  # else nothing was tried
+    assert counts["damaged files"] == counts["folders with litter"] == 0
+
+
+def scratch_of(folder: Path, host: str = scratch.HOST, age: float = 0) -> Path:
+    left = folder / f".{host}-{'0' * 16}.convsim-init.tmp"
+    left.mkdir()
+    (left / "new").write_bytes(b"half of")
+    (left / ".tmpOfALibrary").write_bytes(b"half of")
+    for path in (left / "new", left / ".tmpOfALibrary", left):
+        os.utime(path, (time.time() - age,) * 2)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("host", "age", "goes"),
+    [
+        pytest.param(scratch.HOST, 0, True, id="ours"),
+        pytest.param("0" * 8, 3600, False, id="another-machine"),
+        pytest.param("0" * 8, 2 * scratch.ABANDONED, True, id="another-machine-long-ago"),
+    ],
+)
+def test_the_next_run_removes_what_the_dead_left(host, age, goes, tmp_path):
+    left = scratch_of(tmp_path, host, age)
+    save_checkpoint(WEIGHTS, tmp_path / "init.pt")
+    assert left.exists() is not goes
+
+
+@pytest.mark.parametrize(("age", "goes"), [(3600, False), (2 * scratch.ABANDONED, True)], ids=["young", "old"])
+def test_without_locks_age_decides(age, goes, tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "fcntl", None)
+    left = scratch_of(tmp_path, age=age)
+    save_checkpoint(WEIGHTS, tmp_path / "init.pt")
+    assert left.exists() is not goes
+
+
+def test_what_the_living_write_stays(tmp_path):
+    with replacing(tmp_path / "a.pt") as unfinished:
+        unfinished.write_bytes(b"slow")
+        os.utime(unfinished.parent, (0, 0))
+        os.utime(unfinished, (0, 0))
+        save_checkpoint(WEIGHTS, tmp_path / "b.pt")
+        assert unfinished.read_bytes() == b"slow"
+    assert names(tmp_path) == ["a.pt", "b.pt"]
+
+
+def test_names_that_only_resemble_ours_and_links_stay(tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_bytes(OLD)
+    (tmp_path / ".mine.convsim-init.tmp").mkdir()
+    (tmp_path / f".{scratch.HOST}-{'1' * 16}.convsim-init.tmp").symlink_to(precious)
+    save_checkpoint(WEIGHTS, tmp_path / "init.pt")
+    assert (precious / "file").read_bytes() == OLD
+    assert (tmp_path / ".mine.convsim-init.tmp").exists()
+
+
+RACE = """
+import os, sys, torch
+from convsim_init import save_checkpoint
+torch.set_num_threads(1)
+children = []
+for value in (1.0, 2.0):
+    child = os.fork()
+    if child == 0:
+        for _ in range(30):
+            for path in sys.argv[1:]:
+                save_checkpoint({"w": torch.full((30000,), value)}, path, overwrite=True)
+        os._exit(0)
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_two_runs_may_write_the_same_files(tmp_path):
+    paths = [tmp_path / name for name in FORMATS]
+    done = subprocess.run([sys.executable, "-c", RACE, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path) == sorted(FORMATS)
+    for path in paths:
+        raced, wholes = path.read_bytes(), []
+        for value in (1.0, 2.0):
+            save_checkpoint({"w": torch.full((30000,), value)}, path, overwrite=True)
+            wholes.append(path.read_bytes())
+        assert raced in wholes
+
+
+# Signals
+
+BUSY = """
+import hashlib, sys
+from convsim_init import initialize
+from convsim_init.files import replacing
+from pathlib import Path
+
+def busy(*_, **__):
+    with replacing(Path(sys.argv[1])) as unfinished:
+        unfinished.write_bytes(b"half of")
+        print("busy", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C code, deaf to signals
+
+initialize.initialize_ = busy
+from convsim_init.cli.main import main
+main(["cifar_resnet18", "--out", sys.argv[1], "--force"])
+"""
+SIGNALS = [
+    pytest.param(signal.SIGTERM, 143, "Error: terminated; no partial file is left\n", id="term"),
+    pytest.param(signal.SIGINT, 130, "Error: interrupted; no partial file is left\n", id="int"),
+]
+
+
+@pytest.mark.parametrize(("number", "status", "line"), SIGNALS)
+def test_a_signal_ends_even_what_is_deaf_to_it(number, status, line, tmp_path):
+    path = tmp_path / "init.pt"
+    path.write_bytes(OLD)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=30) == ("", line)
+    finally:
+        process.kill()
+    assert process.returncode == status
+    assert names(tmp_path) == [path.name]
+    assert path.read_bytes() == OLD
+
+
+ENDLESS = """
+import sys
+from convsim_init.cli.main import main
+from convsim_init.optim import descent
+begin = descent._adam
+def adam(*arguments):
+    print("begun", flush=True)
+    return begin(*arguments)
+descent._adam = adam
+main(["cifar_resnet18", "--preset", "paper", "--steps", "1000000", "--out", sys.argv[1]])
+"""
+
+
+def test_sigterm_ends_the_descent(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, tmp_path / "init.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[1] == "Error: terminated; no partial file is left\n"
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert names(tmp_path) == []
+
+
+def test_sigterm_is_the_callers_again_after_a_run(command):
+    command("list")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# Disks and folders
+
+
+def mounted(options: str, script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python script where a file system of its own is mounted on the folder, or skip the test."""
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("mounting needs the superuser and unshare")
+    if subprocess.run(["unshare", "-m", "mount", *options.split(), folder], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    line = f'mount {options} "$0" && exec "$1" -c "$2" "$0"'
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", line, folder, sys.executable, script], capture_output=True, text=True
+    )
+
+
+FULL = """
+import os, sys, torch
+from pathlib import Path
+from convsim_init import save_checkpoint
+from convsim_init.errors import InputError, RunError
+folder = Path(sys.argv[1])
+for name in ("init.safetensors", "init.pt"):
+    save_checkpoint({"w": torch.ones(10)}, folder / name)
+    old = (folder / name).read_bytes()
+    try:
+        save_checkpoint({"w": torch.ones(10**6)}, folder / name, overwrite=True)
+    except RunError as error:
+        print(error)
+    assert (folder / name).read_bytes() == old
+print(sorted(os.listdir(folder)))
+"""
+
+
+def test_a_full_disk_keeps_the_old_file_and_no_litter(tmp_path):
+    done = mounted("-t tmpfs -o size=1m none", FULL, tmp_path)
+    assert done.returncode == 0, done.stderr
+    *errors, left = done.stdout.splitlines()
+    assert len(errors) == len(FORMATS)
+    for name, error in zip(FORMATS, errors, strict=True):
+        assert error.startswith(f"could not write '{tmp_path / name}': ")
+        assert "No space left on device" in error
+        assert error.endswith("; nothing changed there")
+    assert left == "['init.pt', 'init.safetensors']"
+
+
+READ_ONLY = """
+import sys
+from convsim_init.files import check_target
+try:
+    check_target(sys.argv[1] + "/init.pt")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_disk_is_refused_before_any_work(tmp_path):
+    done = mounted("-t tmpfs -o ro none", READ_ONLY, tmp_path)
+    assert done.stdout == f"expected a folder that can be written to, got '{tmp_path}': choose another\n", done.stderr
+
+
+def remove_folder(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("happens", "cause", "left"),
+    [
+        pytest.param(remove_folder, "No such file or directory", None, id="folder-removed"),
+        pytest.param(become_a_folder, "Is a directory", ["init.pt"], id="a-folder-in-its-place"),
+    ],
+)
+def test_what_changes_during_the_run_is_told(happens, cause, left, tmp_path):
+    path = tmp_path / "folder" / "init.pt"
+    path.parent.mkdir()
+    path.write_bytes(OLD)
+
+    def run() -> None:
+        with replacing(check_target(path, overwrite=True)) as unfinished:
+            unfinished.write_bytes(b"new")
+            happens(path)
+
+    with pytest.raises(RunError) as caught:
+        run()
+    assert str(caught.value) == f"could not write {str(path)!r}: {cause}; nothing changed there"
+    assert left is None or names(path.parent) == left
+
+
+def test_a_link_made_during_the_run_is_replaced_and_not_followed(tmp_path):
+    path, other = tmp_path / "init.pt", tmp_path / "other"
+    other.write_bytes(OLD)
+    with replacing(check_target(path)) as unfinished:
+        unfinished.write_bytes(b"new")
+        path.symlink_to(other)
+    assert (other.read_bytes(), path.read_bytes(), path.is_symlink()) == (OLD, b"new", False)
+
+
+@formats
+def test_no_more_open_files_is_told(name, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    (tmp_path / name).write_bytes(OLD)
+    save_checkpoint(WEIGHTS, tmp_path / name, overwrite=True)  # what is imported on first use
+    whole = (tmp_path / name).read_bytes()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with pytest.raises(RunError, match="Too many open files; nothing changed there"):
+            save_checkpoint({"w": torch.zeros(3)}, tmp_path / name, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tmp_path / name).read_bytes() == whole
+    assert names(tmp_path) == [name]
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare", "message"),
+    [
+        pytest.param("a.pt", Path.mkdir, "expected a file to write, got the folder 'a.pt'", id="folder"),
+        pytest.param("/dev/stdout", None, "expected a file name ending in .safetensors, .pt, .pth, got", id="stdout"),
+        pytest.param("a.pt", link("/dev/null"), "expected an ordinary file to write, got 'a.pt'", id="device"),
+        pytest.param("a.pt", link("a.pt"), "expected an ordinary file to write, got 'a.pt'", id="loop"),
+        pytest.param("a.pt", link("gone/a.pt"), "expected an existing folder to write to, got", id="dangling"),
+        pytest.param("a.pt", os.mkfifo, "expected an ordinary file to write, got 'a.pt'", id="fifo"),
+        pytest.param("gone/a.pt", None, "expected an existing folder to write to, got", id="no-folder"),
+        pytest.param("x" * 253 + ".pt", None, "cannot write 'xxx", id="name-of-256-bytes"),
+        pytest.param("é" * 127 + ".pt", None, "cannot write 'ééé", id="name-of-257-bytes"),
+        pytest.param("./" * 2100 + "a" * 300 + ".pt", None, "cannot write", id="path-too-long"),
+        pytest.param("", None, "expected a file name ending in", id="empty"),
+        pytest.param(".", None, "expected a file name ending in", id="dot"),
+        pytest.param("a.pt/", Path.mkdir, "expected a file to write, got the folder 'a.pt'", id="slash"),
+        pytest.param("a.PT", None, "expected a file name ending in", id="capitals"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused_in_one_line_before_any_work(name, prepare, message, command, tmp_path):
+    if prepare:
+        prepare(tmp_path / name)
+    before = names(tmp_path)
+    for arguments in (["cifar_resnet18", "--out", name, "--force", "--exclude", "nothing"], ["inspect", name]):
+        status, out, err = command(*arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert arguments[0] == "inspect" or err.startswith(f"Error: {message}")
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 252 + ".pt", "é" * 120 + "x.safetensors", "a\nb.pt", "-.pt", "a'b.pt"], ids=repr
+)
+def test_odd_names_that_can_be_are_written(name, tmp_path):
+    save_checkpoint(WEIGHTS, tmp_path / name)
+    assert names(tmp_path) == [name]
+    assert stat.S_ISREG((tmp_path / name).lstat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["a\nb/c.pt", "a\0b.pt", "a\ud800.pt"], ids=["newline", "null", "surrogate"])
+@pytest.mark.parametrize("check", [check_target, check_source])
+def test_what_no_system_can_name_is_refused_in_one_line(check, name):
+    with pytest.raises(InputError) as caught:
+        check(name)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()
