@@ -42,7 +42,7 @@ from convsim_init.optim.replay import Replay
 from convsim_init.optim.stacked import Stack, descend_stacks
 from convsim_init.settings import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MUST_MOVE = 9  # values a weight and step, see above
 STEPS = 50
