@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,7 @@ from convsim_init.functional.similarity import (
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
-from convsim_init.optim.accelerated import descend_together
-from convsim_init.optim.descent import Descent, Stop, descend
+from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
@@ -115,8 +114,7 @@ def initialize_(
         tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
         Team.for_devices(*(torch.device(device or layer.device) for layer in layers)) as team,
     ):
-        together = descend_together(own, settings, device, on_step=team.checkpoint)
-        treat = partial(_treat, together=together, settings=settings, device=device, checkpoint=team.checkpoint)
+        treat = partial(_treat, settings=settings, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report
             bar.update()
@@ -147,54 +145,48 @@ def plan(
 
 @torch.no_grad()
 def _treat(
-    layer: Layer,
-    *,
-    together: Mapping[str, tuple[Descent, float]],
-    checkpoint: Callable[[], None],
-    settings: Settings,
-    device: torch.device | str | None,
+    layer: Layer, *, settings: Settings, device: torch.device | str | None, on_step: Callable[[], None]
 ) -> LayerReport:
+    """Lower the similarity of one layer's filters, write them, and report what the forward pass then uses."""
     started = time.perf_counter()
-    descent, spent = together.get(layer.name, (None, 0.0))
-    outcome, reason, details = Outcome.SKIPPED, layer.obstacle, dict[str, Any]()
-    if reason is None:
+    report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
+    if layer.obstacle is None:
         with full_precision(torch.device(device or layer.device)):
-            outcome, reason, details = _lower(layer, descent, checkpoint, settings, device)
-    seconds, reason = spent + time.perf_counter() - started, layer.explained(reason)
-    return LayerReport(layer.name, layer.kind, layer.shape, outcome, reason, seconds=seconds, **details)
+            report = _lower(layer, report, settings, device, on_step)
+    return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 
 
 def _lower(
     layer: Layer,
-    descent: Descent | None,
-    checkpoint: Callable[[], None],
+    report: LayerReport,
     settings: Settings,
     device: torch.device | str | None,
-) -> tuple[Outcome, str | None, dict[str, Any]]:
+    on_step: Callable[[], None],
+) -> LayerReport:
     bank = layer.bank(settings.channels, device)
     if not all_finite(bank):
-        return Outcome.FAILED, "left as it was: its weight holds infinities or NaN", {}
+        return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
     obstacle = pair_obstacle(bank, settings.channels)
     if obstacle:
-        return Outcome.SKIPPED, obstacle, {}
+        return replace(report, reason=obstacle)
     before, norms = measure_bank(bank, settings.channels), filter_norms(bank)
-    descent = descent or descend(bank, settings, on_step=checkpoint)
-    details: dict[str, Any] = {"steps": descent.steps, "losses": descent.losses}
+    descent = descend(bank, settings, on_step=on_step)
+    report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
-        return Outcome.FAILED, f"left as it was: {descent.stop.value}", details
+        return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
     put_back = layer.weight.keep()
     try:
         difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:
-        return Outcome.FAILED, str(error), details
-    written = layer.bank(settings.channels, device)
-    norm_ratio = float((filter_norms(written) / norms)[norms > 0].mean())
+        return replace(report, outcome=Outcome.FAILED, reason=str(error))
+    written = layer.bank(settings.channels, device)  # read back: what the forward pass uses now
     after = measure_bank(written, settings.channels)
     if difference and all(after[name] >= before[name] for name in before):
         put_back()
-        return Outcome.SKIPPED, f"left as it was: {difference} and is no better", details
-    details |= {"before": before, "after": after | {"norm_ratio": norm_ratio}}
-    return Outcome.APPROXIMATED if difference else Outcome.INITIALIZED, difference, details
+        return replace(report, reason=f"left as it was: {difference} and is no better")
+    after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
+    outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
+    return replace(report, outcome=outcome, reason=difference, before=before, after=after)
 
 
 def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:

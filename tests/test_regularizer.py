@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
 from convsim_init.backends.compiled import SWITCH
-from convsim_init.backends.gradient import Layout, _plan, summed_similarity
+from convsim_init.backends.gradient import Layout, summed_similarity
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)
@@ -52,16 +52,14 @@ def test_gradcheck(pairs, channels, normalized):
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_layer_of_several_blocks(normalized, monkeypatch):
-    monkeypatch.setattr("convsim_init.backends.packs.VALUES_PER_PACK", 1)
+    monkeypatch.setattr("convsim_init.backends.torch_ops.CACHED", 1)
     test_its_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched", torch.float64)
 
 
 @choices
-@pytest.mark.parametrize("limit", [1, 2**20], ids=["one by one", "together"])
 @pytest.mark.parametrize("scale", [1, 1e-41, 1e-25, 1e25, 0])
-def test_layers_of_one_kernel_size(scale, limit, pairs, channels, monkeypatch):
-    monkeypatch.setattr("convsim_init.backends.gradient.VALUES_PER_PACK", limit)
-    _plan.cache_clear()
+@pytest.mark.usefixtures("compiled_or_not")
+def test_filters_of_very_different_norms(scale, pairs, channels):
     weights = [torch.randn(shape, dtype=torch.float64) for shape in ((6, 3, 3, 3), (4, 5, 3, 3), (4, 2, 3, 3))]
     weights[1][2] *= scale
     used = [weight.float().requires_grad_() for weight in weights]
@@ -89,7 +87,6 @@ def test_defaults_of_the_caller_do_not_matter(normalized):
     expected = gradients()
     former = torch.get_default_dtype()
     for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
-        _plan.cache_clear()
         try:
             torch.set_default_dtype(dtype)
             with torch.device(device):

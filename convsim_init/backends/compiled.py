@@ -20,8 +20,8 @@ from convsim_init.functional.fourier import Fourier
 from convsim_init.settings import Channels, Pairs, Settings
 
 SWITCH = "CONVSIM_INIT_COMPILED"
-INTERFACE = 2  # counted in step.c too: what was built from another version is not used
-CHUNK = 32  # filters side by side, as there
+INTERFACE = 3  # as interface_version() in step.c: a library built from another version is not used
+CHUNK = 32  # filters side by side, as in step.c
 
 
 class _Sizes(ctypes.Structure):
@@ -75,8 +75,8 @@ def _built() -> ctypes.CDLL | None:
         try:
             library = ctypes.CDLL(str(path))
             library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
-            library.arrive.argtypes, library.arrive.restype = [POINTER(_Layout), *[c_void_p] * 9], None
-            library.aim.argtypes, library.aim.restype = [POINTER(_Layout), c_float, *[c_void_p] * 7], None
+            library.evaluate.argtypes, library.evaluate.restype = [POINTER(_Layout), *[c_void_p] * 9], None
+            library.turn.argtypes, library.turn.restype = [POINTER(_Layout), c_float, *[c_void_p] * 7], None
             library.similarity.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 3]
             library.similarity.restype = c_double
             library.interface_version.restype = library.chunk_size.restype = c_int64
@@ -114,15 +114,17 @@ class CompiledSimilarity:
         self._scratch_size = library_.scratch_size(byref(self._layout))
         self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
 
-    def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float:
+    def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float | None:
         """The similarity of kernels ``[K, T]``, in the order of the bank, whose gradient is written to ``out``.
 
         Returns:
-            The raw one, or the mean of the pairs' normalized ones; -1 where a norm is too small or large for that.
+            The raw one, or the mean of the pairs' normalized ones; None where a norm is too small or
+            too large for that.
         """
         arrays = (kernels, out, kernels.new_empty(self._scratch_size))
         radius = self._radius if normalized else 0
-        return float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
+        value = float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
+        return None if value == -1 else value
 
 
 @lru_cache(maxsize=16)
@@ -131,9 +133,9 @@ def _folded(kernel_size: tuple[int, ...]) -> Fourier:
 
 
 class CompiledBlock:
-    """A `blocks.Block` for what the defaults need: float32 on the CPU, all pairs, matched channels."""
+    """A `Block` for what the defaults need: float32 on the CPU, all pairs, matched channels."""
 
-    MOST = 2**19  # weights: within a block only a channel at a time is in the cache, so that blocks only share out work
+    max_weights = 2**19  # a channel at a time is in the cache, whatever the block: blocks only share out work
 
     def __init__(
         self,
@@ -150,11 +152,13 @@ class CompiledBlock:
         self._library, self._memory = library_, memory
         _, group_count, channel_count, filters = self._shape = weights.shape
         self._weights = _chunked(weights)
-        self._ascent, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
+        self._direction, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
         self._layout = _Layout.of(fourier, group_count, channel_count, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
         shapes = (4, group_count, filters), (), (3, 3)
-        self._sums, self._overlap, self._couplings = (weights.new_empty(s, dtype=torch.float64) for s in shapes)
+        self._sums, self._grad_dot_prev, self._coefficients = (
+            weights.new_empty(s, dtype=torch.float64) for s in shapes
+        )
 
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
@@ -166,18 +170,19 @@ class CompiledBlock:
         """As `Block.weights`."""
         return _unchunked(self._weights, self._shape)
 
-    def arrive(self, keep: Tensor, add: Tensor, taken: Tensor) -> tuple[Tensor, float]:
-        """As `Block.arrive`."""
-        state = (self._weights, self._ascent, self._gradient)
-        arrays = (keep, add, taken, *state, self._scratch(), self._sums, self._overlap)
-        self._library.arrive(byref(self._layout), *map(Tensor.data_ptr, arrays))
-        return self._sums, float(self._overlap)
+    def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
+        """As `Block.evaluate`."""
+        state = (self._weights, self._direction, self._gradient)
+        arrays = (keep, add, shift, *state, self._scratch(), self._sums, self._grad_dot_prev)
+        self._library.evaluate(byref(self._layout), *map(Tensor.data_ptr, arrays))
+        return self._sums, float(self._grad_dot_prev)
 
-    def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
-        """As `Block.aim`."""
-        arrays = (lean, slow, self._weights, self._gradient, self._ascent, self._scratch(), self._couplings)
-        self._library.aim(byref(self._layout), beta, *map(Tensor.data_ptr, arrays))
-        return self._couplings
+    def turn(self, beta: float, weight_coefficient: Tensor, curvature: Tensor) -> Tensor:
+        """As `Block.turn`."""
+        state = (self._weights, self._gradient, self._direction)
+        arrays = (weight_coefficient, curvature, *state, self._scratch(), self._coefficients)
+        self._library.turn(byref(self._layout), beta, *map(Tensor.data_ptr, arrays))
+        return self._coefficients
 
     def _scratch(self) -> Tensor:
         """Memory of the thread's own."""

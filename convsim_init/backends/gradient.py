@@ -1,26 +1,25 @@
-"""Convolutional Similarity for training: with its gradient in closed form, taken on the way, in few operations.
+"""Convolutional Similarity for training: the gradient in closed form, computed in the forward pass.
 
-Letters: G groups, M filters of a group, C input channels of a group, T taps, K kernels of a weight.
+Letters: G groups, M filters of a group, C input channels of a group, T taps, K = G M C kernels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from convsim_init.backends.compiled import CompiledSimilarity, fits, library
-from convsim_init.backends.packs import VALUES_PER_PACK, Pack
+from convsim_init.backends.compiled import CompiledSimilarity, fits
+from convsim_init.backends.torch_ops import value_and_gradient
 from convsim_init.functional.similarity import accumulation_dtype, bank_weight, filter_bank, full_precision
 from convsim_init.settings import Channels, Pairs
 
 
 class Layout(NamedTuple):
-    """How the weight of a convolution is to be read: its groups, and whether it is that of a transposed one."""
+    """How to read the weight of a convolution: its groups, and whether it is that of a transposed one."""
 
     groups: int = 1
     transposed: bool = False
@@ -31,7 +30,8 @@ def summed_similarity(
 ) -> Tensor:
     """Sum of `convolutional_similarity` over weights, on the device of the first; differentiable once.
 
-    One node of the autograd graph for all of them: for small layers a node each costs more than the arithmetic.
+    One node of the autograd graph for all of them: for small layers a node each costs more than the
+    arithmetic.
     """
     total: Tensor = _Sum.apply(layouts, pairs, channels, normalized, *weights)  # type: ignore[no-untyped-call]
     return total
@@ -42,34 +42,30 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
-        looks = tuple(_Look(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True))
-        # What only stands for a tensor has no memory that C code could read.
-        real = all(type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ for weight in weights)
-        real = real and not torch.compiler.is_compiling()
-        similarities = _similarities(looks, pairs, channels, real and library() is not None)
-        ctx.looks, ctx.weights, ctx.plan = looks, weights, None  # the weights may change until `backward`
-        total, gradients = _by_layer(similarities, looks, weights, normalized)
-        if total is None:
-            ctx.plan = _plan(looks, pairs, channels)
-            total, gradients = _by_pack(ctx.plan, looks, weights, normalized)
+        ctx.specs = [WeightSpec(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
+        ctx.weights = weights  # not saved for the backward pass: they may change until then
+        values, gradients = [], []
+        for spec, weight in zip(ctx.specs, weights, strict=True):
+            value, gradient = _value_and_gradient(spec, weight, pairs, channels, normalized)
+            values.append(value)
+            gradients.append(gradient)
         ctx.save_for_backward(*gradients)
-        return total
+        return _total(values, weights[0])
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            if ctx.plan is None:
-                alone = zip(ctx.looks, ctx.saved_tensors, strict=True)
-                gradients = [look.weight(outer * gradient) for look, gradient in alone]
-            else:
-                gradients = _unpacked(ctx.plan, ctx.looks, outer, ctx.saved_tensors)
+            gradients = [
+                spec.weight((outer.to(spec.device) * gradient).to(spec.dtype))
+                for spec, gradient in zip(ctx.specs, ctx.saved_tensors, strict=True)
+            ]
         if torch.is_grad_enabled():  # a second derivative may follow
             gradients = list(map(_Once.apply, gradients, ctx.weights))
         return None, None, None, None, *gradients
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that knows what it depends on, and refuses to say how: silently it would count as constant."""
+    """A gradient that refuses to be differentiated: without it, it would silently count as constant."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -82,18 +78,13 @@ class _Once(torch.autograd.Function):
         )
 
 
-class _Look(NamedTuple):
-    """All that has to be known of a weight beforehand."""
+class WeightSpec(NamedTuple):
+    """What is known of a weight before its values."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     layout: Layout
-
-    def bank(self, channels: Channels) -> torch.Size:
-        """Shape ``[G, M, C, *kernel_size]`` of its filter bank."""
-        empty = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        return filter_bank(empty, **self.layout._asdict(), channels=channels).shape
 
     def kernels(self, weight: Tensor) -> Tensor:
         """Its kernels ``[K, T]``, in the order of its filters."""
@@ -104,81 +95,45 @@ class _Look(NamedTuple):
     def weight(self, kernels: Tensor) -> Tensor:
         """The weight that has these kernels."""
         if self.layout.transposed:
-            return bank_weight(kernels.view(self.bank("matched")), groups=self.layout.groups, transposed=True)
+            bank = kernels.view(_bank_shape(self, "matched"))
+            return bank_weight(bank, groups=self.layout.groups, transposed=True)
         return kernels.view(self.shape)
 
 
-_Plan: TypeAlias = list[tuple[Pack, list[int]]]  # packs, and which of all weights are in them
+def _value_and_gradient(
+    spec: WeightSpec, weight: Tensor, pairs: Pairs, channels: Channels, normalized: bool
+) -> tuple[float | Tensor, Tensor]:
+    """The similarity of one weight, and its gradient by kernels ``[K, T]``."""
+    kernels = spec.kernels(weight)
+    # What only stands for a tensor, as under torch.compile, has no memory that C code could read.
+    real = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
+    if real and fits(spec.dtype, spec.device, pairs, channels):
+        kernels = kernels.resolve_neg().contiguous()
+        gradient = torch.empty_like(kernels)
+        value = _compiled(_bank_shape(spec, channels))(kernels, gradient, normalized=normalized)
+        if value is not None:
+            return value, gradient
+    with full_precision(spec.device):
+        kernels = kernels.to(accumulation_dtype(spec.dtype))
+        return value_and_gradient(kernels, _bank_shape(spec, channels), pairs, channels, normalized=normalized)
 
 
-def _by_layer(
-    similarities: Sequence[CompiledSimilarity], looks: Sequence[_Look], weights: Sequence[Tensor], normalized: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The sum, None where it cannot be compiled; and the gradients ``[K, T]``."""
-    if not similarities:
-        return None, []
-    kernels = [look.kernels(weight).resolve_neg().contiguous() for look, weight in zip(looks, weights, strict=True)]
-    gradients = [torch.empty_like(some) for some in kernels]
-    alone = zip(similarities, kernels, gradients, strict=True)
-    values = [similarity(some, out, normalized=normalized) for similarity, some, out in alone]
-    return None if min(values) == -1 else kernels[0].new_tensor(sum(values)), gradients
+def _total(values: Sequence[float | Tensor], first: Tensor) -> Tensor:
+    """The sum of similarities, in the precision and on the device of the first weight's."""
+    numbers = sum(value for value in values if isinstance(value, float))
+    tensors = [value.to(first.device) for value in values if isinstance(value, Tensor)]
+    if len(tensors) < len(values):
+        tensors.append(torch.tensor(numbers, dtype=accumulation_dtype(first.dtype), device=first.device))
+    return sum(tensors[1:], tensors[0])
 
 
-def _by_pack(
-    plan: _Plan, looks: Sequence[_Look], weights: Sequence[Tensor], normalized: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The sum; and the gradients of each pack's kernels ``[K, T]``."""
-    values, gradients = [], []
-    for pack, members in plan:
-        with full_precision(pack.device):
-            kernels = torch.cat([looks[member].kernels(weights[member]) for member in members])
-            value, gradient = (pack.normalized if normalized else pack.raw)(kernels.to(pack.dtype))
-        values.append(value.to(weights[0].device))
-        gradients.append(gradient)
-    return sum(values[1:], values[0]), gradients
+@lru_cache(maxsize=256)
+def _bank_shape(spec: WeightSpec, channels: Channels) -> torch.Size:
+    """Shape ``[G, M, C, *kernel_size]`` of its filter bank."""
+    empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    return filter_bank(empty, **spec.layout._asdict(), channels=channels).shape
 
 
-def _unpacked(plan: _Plan, looks: Sequence[_Look], outer: Tensor, packed: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the weights, in their order."""
-    gradients: dict[int, Tensor] = {}
-    for (pack, members), gradient in zip(plan, packed, strict=True):
-        scaled = (outer.to(pack.device) * gradient).to(looks[members[0]].dtype)
-        for member, part in zip(members, torch.split(scaled, pack.kernels), strict=True):
-            gradients[member] = looks[member].weight(part)
-    return [gradients[position] for position in range(len(gradients))]
-
-
-@lru_cache(maxsize=64)
-def _similarities(
-    looks: tuple[_Look, ...], pairs: Pairs, channels: Channels, compiled: bool
-) -> Sequence[CompiledSimilarity]:
-    """One for each weight, or none where C code cannot do all."""
-    if compiled and all(fits(look.dtype, look.device, pairs, channels) for look in looks):
-        return [CompiledSimilarity(look.bank(channels)) for look in looks]
-    return []
-
-
-@lru_cache(maxsize=64)
-def _plan(looks: tuple[_Look, ...], pairs: Pairs, channels: Channels) -> _Plan:
-    """Small weights of one kernel size, dtype and device go together."""
-    alike: dict[Any, list[list[int]]] = {}
-    room: dict[Any, int] = {}
-    for position, look in enumerate(looks):
-        bank = look.bank(channels)
-        values = bank[:3].numel() * math.prod(2 * size - 1 for size in bank[3:])  # of its spectrum
-        key = (bank[3:], look.dtype, look.device)
-        room[key] = room.get(key, 0) - values
-        if room[key] < 0:
-            alike.setdefault(key, []).append([])
-            room[key] = VALUES_PER_PACK - values
-        alike[key][-1].append(position)
-    return [
-        (_pack([looks[member] for member in members], pairs, channels), members)
-        for packs in alike.values()
-        for members in packs
-    ]
-
-
-def _pack(looks: Sequence[_Look], pairs: Pairs, channels: Channels) -> Pack:
-    banks = [look.bank(channels) for look in looks]
-    return Pack(banks, pairs, channels, accumulation_dtype(looks[0].dtype), looks[0].device)
+@lru_cache(maxsize=256)
+def _compiled(shape: torch.Size) -> CompiledSimilarity:
+    return CompiledSimilarity(shape)

@@ -1,5 +1,7 @@
-/* The arithmetic of a conjugate-gradient step on a block of a layer, fused, and that of the regularizer: what torch does in
- * many passes over the block, this does channel by channel in one, with all that lies between in a core's cache.
+/* The two passes of a conjugate-gradient step over a block of a layer, `evaluate` and `turn`, and the
+ * similarity of a layer with its gradient for the regularizer. What torch's operations do in many
+ * passes over the block, each of these does channel by channel in one, with all intermediate values in
+ * a core's cache: see backends/block.py for what they compute, optim/conjugate_gradient.py for why.
  *
  * A block is [g, c, M, T]: g groups, c channels, M filters, T taps a kernel, of which the first are even; but within
  * each CHUNK of filters (the last one may be smaller) the taps come before the filters, so that memory is read and
@@ -11,11 +13,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Compiled for several generations of processors; the one at hand is found when the library is loaded. */
+/* Compiled once for each generation of processors; the loader picks the one for this machine. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MULTIVERSIONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define FOR_EVERY_PROCESSOR
+#define MULTIVERSIONED
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -38,15 +40,16 @@ typedef struct {
     float coarse_constant;                     /* factor of the constant's power there */
 } Layout;
 
-/* Of these the compiler knows the loops. */
+/* For these the loops have a length that the compiler knows: 10 % faster. */
 static const Sizes FULL_3X3 = {9, 5, 25, 13}, COARSE_3X3 = {9, 5, 9, 5}, ALL_1X1 = {1, 1, 1, 1};
 
 INLINE int same(Sizes a, Sizes b) {
     return a.taps == b.taps && a.even == b.even && a.points == b.points && a.cosines == b.cosines;
 }
 
-/* To be raised whenever a function or the layout changes: what was built before is then not used. */
-int64_t interface_version(void) { return 2; }
+/* To be raised, with INTERFACE in compiled.py, whenever a function or the layout changes: a library that
+ * was built from an older version is then not used. */
+int64_t interface_version(void) { return 3; }
 
 int64_t chunk_size(void) { return CHUNK; }
 
@@ -74,11 +77,13 @@ INLINE void product(const float *restrict matrix, int64_t row_step, int64_t colu
     }
 }
 
-/* Ask for memory that is needed soon, so that it comes while others compute; it may lie beyond the block's. */
-INLINE void expect(const float *memory, int64_t floats) {
+/* Ask for memory that is needed soon, so that it arrives during other work. The address may lie beyond the
+ * block: a prefetch never faults. */
+INLINE void prefetch(const float *memory, int64_t floats) {
     for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(memory + i, 1, 2);
 }
 
+/* The order of a sum is fixed by the code, never by the compiler: the same bits on any number of threads. */
 INLINE float total(const float *lanes) {
     float sum = 0;
     for (int i = 0; i < CHUNK / 2; i++) sum += lanes[i] + lanes[i + CHUNK / 2];
@@ -95,26 +100,28 @@ INLINE void project(const float *first, const float *second, Sizes z, const floa
 /* The spectra of a chunk of kernels, and what they add to the power of all. */
 INLINE void transform(const Layout *l, Sizes z, const float *restrict w, float *restrict x, float *restrict powers) {
     const int64_t F = z.cosines;
-    const float none[CHUNK] = {0}; /* the constant has no sine */
+    const float zeros[CHUNK] = {0}; /* the constant has no sine */
     project(l->first, l->second, z, w, x);
     for (int64_t f = 0; f < F; f++) {
-        const float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
+        const float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : zeros;
         for (int64_t i = 0; i < CHUNK; i++) powers[f * CHUNK + i] += cosine[i] * cosine[i] + sine[i] * sine[i];
     }
 }
 
-/* The gradient of a chunk of kernels, less 2 * taken * weights, from their spectra, which are spent, and the power of
- * all, summed over filters; their energies, inner products of their own and their partners' power, are added up. */
-INLINE void differentiate(const Layout *l, Sizes z, const float *restrict powers, const float *restrict taken,
+/* The gradient of a chunk of kernels, less 2 * shift * weights, from their spectra x (overwritten) and the
+ * power of all filters: with P a filter's own power and S the sum of all, dCS/dx = 2 (S - P) x. The shift is
+ * subtracted from S - P, where it costs nothing: the basis takes l->identity to twice the weights.
+ * <P, S - P> is added to energies, unless that is null. */
+INLINE void differentiate(const Layout *l, Sizes z, const float *restrict powers, const float *restrict shift,
                           float *restrict x, float *restrict g, float *restrict energies) {
     const int64_t T = z.taps, even = z.even, N = z.points, F = z.cosines;
-    float none[CHUNK] = {0};
+    float zeros[CHUNK] = {0};
     for (int64_t f = 0; f < F; f++) {
-        float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : none;
+        float *cosine = x + f * CHUNK, *sine = f ? cosine + (F - 1) * CHUNK : zeros;
         for (int64_t i = 0; i < CHUNK; i++) {
             const float power = cosine[i] * cosine[i] + sine[i] * sine[i];
-            const float partners = powers[f] - power - taken[i] * l->identity[f];
-            energies[i] += power * partners;
+            const float partners = powers[f] - power - shift[i] * l->identity[f];
+            if (energies) energies[i] += power * partners;
             cosine[i] *= partners;
             sine[i] *= partners;
         }
@@ -123,106 +130,108 @@ INLINE void differentiate(const Layout *l, Sizes z, const float *restrict powers
     product(l->second, 1, T - even, T - even, N - F, x + F * CHUNK, g + even * CHUNK, 2);
 }
 
-/* Move n filters' weights, and take them along to a chunk; filters that are missing there are zero. */
+/* Move n filters' weights and copy them to a chunk, whose other filters are zero already. */
 INLINE void move(int64_t n, int64_t taps, const float *restrict keep, const float *restrict add,
-                 float *restrict weights, const float *restrict ascent, float *restrict chunk,
+                 float *restrict weights, const float *restrict direction, float *restrict chunk,
                  double *restrict squares) {
     float sums[CHUNK] = {0};
-    for (int64_t t = 0; t < taps; t++, weights += n, ascent += n, chunk += CHUNK)
+    for (int64_t t = 0; t < taps; t++, weights += n, direction += n, chunk += CHUNK)
         for (int64_t i = 0; i < n; i++) {
-            chunk[i] = weights[i] = weights[i] * keep[i] + ascent[i] * add[i];
+            chunk[i] = weights[i] = weights[i] * keep[i] + direction[i] * add[i];
             sums[i] += chunk[i] * chunk[i];
         }
     for (int64_t i = 0; i < n; i++) squares[i] += sums[i];
 }
 
-/* Keep n filters' gradient in place of the previous one, and add to what is known of each; return the inner product. */
+/* Store n filters' gradient over the previous one, and add to the sums per filter; return the inner product
+ * of the two gradients, over all n. */
 INLINE float keep_gradient(int64_t n, int64_t taps, const float *restrict chunk, const float *restrict weights,
-                           const float *restrict ascent, float *restrict gradient, double *restrict sums,
+                           const float *restrict direction, float *restrict gradient, double *restrict sums,
                            int64_t next) {
-    float along[CHUNK] = {0}, squares[CHUNK] = {0}, climb[CHUNK] = {0}, overlap[CHUNK] = {0};
+    float dot_weights[CHUNK] = {0}, squares[CHUNK] = {0}, dot_direction[CHUNK] = {0}, dot_previous[CHUNK] = {0};
     for (int64_t t = 0; t < taps; t++) {
         for (int64_t i = 0; i < n; i++) {
             const float g = chunk[i];
-            along[i] += g * weights[i];
+            dot_weights[i] += g * weights[i];
             squares[i] += g * g;
-            climb[i] += g * ascent[i];
-            overlap[i] += g * gradient[i];
+            dot_direction[i] += g * direction[i];
+            dot_previous[i] += g * gradient[i];
             gradient[i] = g;
         }
-        chunk += CHUNK, weights += CHUNK, gradient += n, ascent += n;
+        chunk += CHUNK, weights += CHUNK, gradient += n, direction += n;
     }
     for (int64_t i = 0; i < n; i++) {
-        sums[i] += along[i];
+        sums[i] += dot_weights[i];
         sums[next + i] += squares[i];
-        sums[2 * next + i] += climb[i];
+        sums[2 * next + i] += dot_direction[i];
     }
-    return total(overlap);
+    return total(dot_previous);
 }
 
-/* Turn n filters' directions, and take them and the weights along to chunks. */
-INLINE void turn(int64_t n, int64_t taps, float beta, const float *restrict lean, const float *restrict weights,
-                 const float *restrict gradient, float *restrict ascent, float *restrict weights_chunk,
-                 float *restrict ascent_chunk) {
+/* Turn n filters' directions, and copy them and the weights to chunks. */
+INLINE void turn_chunk(int64_t n, int64_t taps, float beta, const float *restrict weight_coefficient, const float *restrict weights,
+                 const float *restrict gradient, float *restrict direction, float *restrict weights_chunk,
+                 float *restrict direction_chunk) {
     for (int64_t t = 0; t < taps; t++) {
         for (int64_t i = 0; i < n; i++) {
             weights_chunk[i] = weights[i];
-            ascent_chunk[i] = ascent[i] = gradient[i] + beta * ascent[i] + lean[i] * weights[i];
+            direction_chunk[i] = direction[i] = gradient[i] + beta * direction[i] + weight_coefficient[i] * weights[i];
         }
-        weights += n, gradient += n, ascent += n, weights_chunk += CHUNK, ascent_chunk += CHUNK;
+        weights += n, gradient += n, direction += n, weights_chunk += CHUNK, direction_chunk += CHUNK;
     }
 }
 
 /* Floats of scratch memory that any function needs. */
 int64_t scratch_size(const Layout *l) {
-    const int64_t arriving = chunks(l) * (l->full.taps + l->full.points) + l->full.cosines + l->full.taps;
-    const int64_t aiming = 2 * (l->coarse.taps + l->coarse.points) + 3 * l->coarse.cosines;
-    return CHUNK * (arriving > aiming ? arriving : aiming) + l->groups * l->filters;
+    const int64_t evaluation = chunks(l) * (l->full.taps + l->full.points) + l->full.cosines + l->full.taps;
+    const int64_t turning = 2 * (l->coarse.taps + l->coarse.points) + 3 * l->coarse.cosines;
+    return CHUNK * (evaluation > turning ? evaluation : turning) + l->groups * l->filters;
 }
 
-/* Move to weights * keep + ascent * add (both per filter), and take the gradient there, less all_taken * weights.
- * sums[4, g, M]: the gradient along the weights, its squared norms, along the ascents; squared norms of the weights. */
-INLINE void arrive_sized(const Layout *l, Sizes z, const float *keep, const float *add, const float *all_taken,
-                         float *weights, const float *ascent, float *gradient, float *scratch, double *sums,
-                         double *overlap) {
+/* Move to weights * keep + direction * add (both per filter), and take the gradient there, less
+ * all_shifts * weights. sums[4, g, M]: inner products of that gradient with the weights, itself and the
+ * direction; squared norms of the weights. */
+INLINE void evaluate_sized(const Layout *l, Sizes z, const float *keep, const float *add, const float *all_shifts,
+                         float *weights, const float *direction, float *gradient, float *scratch, double *sums,
+                         double *dot_previous) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters, next = l->groups * M; /* between sums */
-    float *all_w = scratch, *all_x = all_w + chunks(l) * T * CHUNK, *lanes = all_x + chunks(l) * N * CHUNK;
-    float *g = lanes + F * CHUNK, energies[CHUNK] = {0}; /* not needed */
+    float *all_w = scratch, *all_x = all_w + chunks(l) * T * CHUNK, *power_sums = all_x + chunks(l) * N * CHUNK;
+    float *g = power_sums + F * CHUNK;
     for (int64_t i = 0; i < 4 * next; i++) sums[i] = 0;
-    *overlap = 0;
+    *dot_previous = 0;
 
     for (int64_t row = 0; row < l->groups * l->channels; row++) {
         const int64_t group = row / l->channels * M;
-        for (int64_t i = 0; i < F * CHUNK; i++) lanes[i] = 0;
+        for (int64_t i = 0; i < F * CHUNK; i++) power_sums[i] = 0;
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
             float *w = all_w + m * T, *x = all_x + m * N;
-            expect(gradient + at, n * T);
+            prefetch(gradient + at, n * T);
             if (n == CHUNK) {
-                move(CHUNK, T, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
+                move(CHUNK, T, keep + filter, add + filter, weights + at, direction + at, w, sums + 3 * next + filter);
             } else {
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
-                move(n, T, keep + filter, add + filter, weights + at, ascent + at, w, sums + 3 * next + filter);
+                move(n, T, keep + filter, add + filter, weights + at, direction + at, w, sums + 3 * next + filter);
             }
-            transform(l, z, w, x, lanes);
+            transform(l, z, w, x, power_sums);
         }
-        for (int64_t f = 0; f < F; f++) lanes[f] = total(lanes + f * CHUNK);
+        for (int64_t f = 0; f < F; f++) power_sums[f] = total(power_sums + f * CHUNK);
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
-            float *w = all_w + m * T, *x = all_x + m * N, taken[CHUNK] = {0};
-            expect(weights + at + M * T, n * T);
-            expect(ascent + at + M * T, n * T);
-            for (int64_t i = 0; i < n; i++) taken[i] = all_taken[filter + i] / 2;
-            differentiate(l, z, lanes, taken, x, g, energies);
+            float *w = all_w + m * T, *x = all_x + m * N, shift[CHUNK] = {0};
+            prefetch(weights + at + M * T, n * T);
+            prefetch(direction + at + M * T, n * T);
+            for (int64_t i = 0; i < n; i++) shift[i] = all_shifts[filter + i] / 2;
+            differentiate(l, z, power_sums, shift, x, g, NULL);
             if (n == CHUNK)
-                *overlap += keep_gradient(CHUNK, T, g, w, ascent + at, gradient + at, sums + filter, next);
+                *dot_previous += keep_gradient(CHUNK, T, g, w, direction + at, gradient + at, sums + filter, next);
             else
-                *overlap += keep_gradient(n, T, g, w, ascent + at, gradient + at, sums + filter, next);
+                *dot_previous += keep_gradient(n, T, g, w, direction + at, gradient + at, sums + filter, next);
         }
     }
 }
 
-/* Between a kernel's taps and half the sum and the difference of opposite ones, up to the root of 2: orthogonal. */
+/* From a kernel's taps to the sums and differences of opposite taps, over the root of 2: orthogonal. */
 INLINE void fold(int64_t T, float factor, const float *restrict kernel, float *restrict folded, int64_t step) {
     const float half_root = 0.70710678f * factor;
     for (int64_t t = 0; t < T / 2; t++) {
@@ -247,25 +256,25 @@ INLINE void unfold(int64_t T, const float *restrict folded, int64_t step, float 
 INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, const float *factors, float *gradient,
                                float *scratch) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters, C = l->channels;
-    const float taken[CHUNK] = {0};
-    float *all_x = scratch, *lanes = all_x + chunks(l) * N * CHUNK, *w = lanes + F * CHUNK;
+    const float shift[CHUNK] = {0};
+    float *all_x = scratch, *power_sums = all_x + chunks(l) * N * CHUNK, *w = power_sums + F * CHUNK;
     double sum = 0;
     for (int64_t row = 0; row < l->groups * C; row++) {
         const int64_t first = (row / C * M * C + row % C) * T; /* the kernel of the first filter */
         float energies[CHUNK] = {0};
-        for (int64_t i = 0; i < F * CHUNK; i++) lanes[i] = 0;
+        for (int64_t i = 0; i < F * CHUNK; i++) power_sums[i] = 0;
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK;
             if (n < CHUNK)
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
             for (int64_t i = 0; i < n; i++)
                 fold(T, factors[row / C * M + m + i], kernels + first + (m + i) * C * T, w + i, CHUNK);
-            transform(l, z, w, all_x + m * N, lanes);
+            transform(l, z, w, all_x + m * N, power_sums);
         }
-        for (int64_t f = 0; f < F; f++) lanes[f] = total(lanes + f * CHUNK);
+        for (int64_t f = 0; f < F; f++) power_sums[f] = total(power_sums + f * CHUNK);
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK;
-            differentiate(l, z, lanes, taken, all_x + m * N, w, energies);
+            differentiate(l, z, power_sums, shift, all_x + m * N, w, energies);
             for (int64_t i = 0; i < n; i++) unfold(T, w + i, CHUNK, gradient + first + (m + i) * C * T);
         }
         sum += total(energies);
@@ -273,45 +282,46 @@ INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, c
     return sum / 2;
 }
 
-/* Turn the ascents to gradient + beta * ascent + lean * weights, and look along them: with the power at distance t
- * P0 - 2 t P1 + t^2 (P2 + slow * P0) on the coarse lattice, how the terms i <= j are coupled; couplings[3, 3]. */
-INLINE void aim_sized(const Layout *l, Sizes z, float beta, const float *lean, const float *slow, const float *weights,
-                      const float *gradient, float *ascent, float *scratch, double *couplings) {
+/* Turn the directions to gradient + beta * direction + weight_coefficient * weights, and expand the loss
+ * along them: with the power P0 - 2 t P1 + t^2 P2 on the coarse lattice, P2 including curvature * P0, the
+ * coefficients[3, 3] are <P_i, S_j - P_j> for i <= j, (0, 0) aside, S the sums over filters. */
+INLINE void turn_sized(const Layout *l, Sizes z, float beta, const float *weight_coefficient, const float *curvature, const float *weights,
+                      const float *gradient, float *direction, float *scratch, double *coefficients) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters;
     float *w = scratch, *a = w + T * CHUNK, *wx = l->coarse_first ? a + T * CHUNK : w;
-    float *ax = l->coarse_first ? wx + N * CHUNK : a, *lanes = a + (T + 2 * N) * CHUNK, none[CHUNK] = {0};
-    for (int64_t i = 0; i < 9; i++) couplings[i] = 0;
+    float *ax = l->coarse_first ? wx + N * CHUNK : a, *power_sums = a + (T + 2 * N) * CHUNK, zeros[CHUNK] = {0};
+    for (int64_t i = 0; i < 9; i++) coefficients[i] = 0;
 
-    for (int64_t row = l->groups * l->channels; row-- > 0;) { /* backwards: what was seen last is still in the cache */
+    for (int64_t row = l->groups * l->channels; row-- > 0;) { /* backwards: what was passed over last is still in the cache */
         const int64_t group = row / l->channels * M;
         float products[5][CHUNK] = {{0}};
-        for (int64_t i = 0; i < 3 * F * CHUNK; i++) lanes[i] = 0;
+        for (int64_t i = 0; i < 3 * F * CHUNK; i++) power_sums[i] = 0;
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
-            float slower[CHUNK] = {0};
-            expect(weights + at - M * T, n * T);
-            expect(ascent + at - M * T, n * T);
-            expect(gradient + at - M * T, n * T);
-            for (int64_t i = 0; i < n; i++) slower[i] = slow[filter + i];
+            float curvatures[CHUNK] = {0};
+            prefetch(weights + at - M * T, n * T);
+            prefetch(direction + at - M * T, n * T);
+            prefetch(gradient + at - M * T, n * T);
+            for (int64_t i = 0; i < n; i++) curvatures[i] = curvature[filter + i];
             if (n == CHUNK) {
-                turn(CHUNK, T, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
+                turn_chunk(CHUNK, T, beta, weight_coefficient + filter, weights + at, gradient + at, direction + at, w, a);
             } else {
                 for (int64_t i = 0; i < 2 * T * CHUNK; i++) w[i] = 0;
-                turn(n, T, beta, lean + filter, weights + at, gradient + at, ascent + at, w, a);
+                turn_chunk(n, T, beta, weight_coefficient + filter, weights + at, gradient + at, direction + at, w, a);
             }
             if (l->coarse_first) {
                 project(l->coarse_first, l->coarse_second, z, w, wx);
                 project(l->coarse_first, l->coarse_second, z, a, ax);
             }
             for (int64_t f = 0; f < F; f++) {
-                const float *wc = wx + f * CHUNK, *ws = f ? wc + (F - 1) * CHUNK : none; /* cosines, sines */
-                const float *ac = ax + f * CHUNK, *as = f ? ac + (F - 1) * CHUNK : none;
+                const float *wc = wx + f * CHUNK, *ws = f ? wc + (F - 1) * CHUNK : zeros; /* cosines, sines */
+                const float *ac = ax + f * CHUNK, *as = f ? ac + (F - 1) * CHUNK : zeros;
                 const float scale = f ? 1 : l->coarse_constant;
-                float *s = lanes + 3 * f * CHUNK;
+                float *s = power_sums + 3 * f * CHUNK;
                 for (int64_t i = 0; i < CHUNK; i++) {
                     const float p0 = scale * (wc[i] * wc[i] + ws[i] * ws[i]);
                     const float p1 = scale * (wc[i] * ac[i] + ws[i] * as[i]);
-                    const float p2 = scale * (ac[i] * ac[i] + as[i] * as[i]) + slower[i] * p0;
+                    const float p2 = scale * (ac[i] * ac[i] + as[i] * as[i]) + curvatures[i] * p0;
                     s[i] += p0, s[CHUNK + i] += p1, s[2 * CHUNK + i] += p2;
                     products[0][i] += p0 * p1, products[1][i] += p0 * p2, products[2][i] += p1 * p1;
                     products[3][i] += p1 * p2, products[4][i] += p2 * p2;
@@ -319,35 +329,35 @@ INLINE void aim_sized(const Layout *l, Sizes z, float beta, const float *lean, c
             }
         }
         for (int64_t f = 0; f < F; f++) {
-            const float *s = lanes + 3 * f * CHUNK;
+            const float *s = power_sums + 3 * f * CHUNK;
             const double s0 = total(s), s1 = total(s + CHUNK), s2 = total(s + 2 * CHUNK);
-            couplings[1] += s0 * s1, couplings[2] += s0 * s2, couplings[4] += s1 * s1;
-            couplings[5] += s1 * s2, couplings[8] += s2 * s2;
+            coefficients[1] += s0 * s1, coefficients[2] += s0 * s2, coefficients[4] += s1 * s1;
+            coefficients[5] += s1 * s2, coefficients[8] += s2 * s2;
         }
-        couplings[1] -= total(products[0]), couplings[2] -= total(products[1]), couplings[4] -= total(products[2]);
-        couplings[5] -= total(products[3]), couplings[8] -= total(products[4]);
+        coefficients[1] -= total(products[0]), coefficients[2] -= total(products[1]), coefficients[4] -= total(products[2]);
+        coefficients[5] -= total(products[3]), coefficients[8] -= total(products[4]);
     }
 }
 
-FOR_EVERY_PROCESSOR
-void arrive(const Layout *l, const float *keep, const float *add, const float *all_taken, float *weights,
-            const float *ascent, float *gradient, float *scratch, double *sums, double *overlap) {
+MULTIVERSIONED
+void evaluate(const Layout *l, const float *keep, const float *add, const float *all_shifts, float *weights,
+            const float *direction, float *gradient, float *scratch, double *sums, double *dot_previous) {
     if (same(l->full, FULL_3X3))
-        arrive_sized(l, FULL_3X3, keep, add, all_taken, weights, ascent, gradient, scratch, sums, overlap);
+        evaluate_sized(l, FULL_3X3, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
     else if (same(l->full, ALL_1X1))
-        arrive_sized(l, ALL_1X1, keep, add, all_taken, weights, ascent, gradient, scratch, sums, overlap);
+        evaluate_sized(l, ALL_1X1, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
     else
-        arrive_sized(l, l->full, keep, add, all_taken, weights, ascent, gradient, scratch, sums, overlap);
+        evaluate_sized(l, l->full, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
 }
-FOR_EVERY_PROCESSOR
-void aim(const Layout *l, float beta, const float *lean, const float *slow, const float *weights, const float *gradient,
-         float *ascent, float *scratch, double *couplings) {
+MULTIVERSIONED
+void turn(const Layout *l, float beta, const float *weight_coefficient, const float *curvature, const float *weights, const float *gradient,
+         float *direction, float *scratch, double *coefficients) {
     if (same(l->coarse, COARSE_3X3))
-        aim_sized(l, COARSE_3X3, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
+        turn_sized(l, COARSE_3X3, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
     else if (same(l->coarse, ALL_1X1))
-        aim_sized(l, ALL_1X1, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
+        turn_sized(l, ALL_1X1, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
     else
-        aim_sized(l, l->coarse, beta, lean, slow, weights, gradient, ascent, scratch, couplings);
+        turn_sized(l, l->coarse, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
 }
 
 INLINE double dot(int64_t n, const float *a, const float *b) {
@@ -359,9 +369,10 @@ INLINE double dot(int64_t n, const float *a, const float *b) {
     return (double)total(lanes) + rest;
 }
 
-/* Similarity of a layer's kernels [g, M, c, T], as they lie in its weight, and its gradient; with a radius, that of
- * filters scaled to this norm, or -1 where one is too short or too long for that. The basis is that over folded kernels. */
-FOR_EVERY_PROCESSOR
+/* Similarity of a layer's kernels [g, M, c, T], in the order of its weight, and its gradient. With a radius it
+ * is that of filters scaled to this norm, or -1 where a filter is too short or too long for float32. The
+ * basis is that over folded kernels. */
+MULTIVERSIONED
 double similarity(const Layout *l, float radius, const float *kernels, float *gradient, float *scratch) {
     const int64_t filters = l->groups * l->filters, length = l->channels * l->full.taps;
     float *factors = scratch, *rest = scratch + filters;
@@ -373,11 +384,11 @@ double similarity(const Layout *l, float radius, const float *kernels, float *gr
     const double found = same(l->full, FULL_3X3)  ? similarity_sized(l, FULL_3X3, kernels, factors, gradient, rest)
                          : same(l->full, ALL_1X1) ? similarity_sized(l, ALL_1X1, kernels, factors, gradient, rest)
                                                   : similarity_sized(l, l->full, kernels, factors, gradient, rest);
-    for (int64_t i = 0; radius && i < filters; i++) { /* what lies along a filter does not count */
+    for (int64_t i = 0; radius && i < filters; i++) { /* project: radial changes do not count */
         const float *w = kernels + i * length;
         float *g = gradient + i * length;
-        const float factor = factors[i], along = dot(length, g, w) * (factor / radius) * (factor / radius);
-        for (int64_t j = 0; j < length; j++) g[j] = factor * (g[j] - along * w[j]);
+        const float factor = factors[i], radial = dot(length, g, w) * (factor / radius) * (factor / radius);
+        for (int64_t j = 0; j < length; j++) g[j] = factor * (g[j] - radial * w[j]);
     }
     return found;
 }

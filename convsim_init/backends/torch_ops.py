@@ -1,61 +1,25 @@
-"""The arithmetic of a conjugate-gradient step on a block of a layer, in few operations of torch's.
+"""The conjugate-gradient step and the regularizer in torch's operations: any device, dtype and coupling.
 
-`compiled.py` does the same in one pass, where the package was built with a C compiler.
+`compiled.py` does the same in one pass over the weights, for the default settings on the CPU.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from convsim_init.functional.fourier import CACHED, Fourier, Halves
-from convsim_init.functional.similarity import partner_power
-from convsim_init.settings import Settings
-
-
-class Block(Protocol):
-    """Some groups of a layer, or some channels of one, with what the conjugate gradients keep of them."""
-
-    groups: slice
-    channels: slice
-
-    @property
-    def weights(self) -> Tensor:
-        """Where they stand, ``[T, g, c, M]`` in the coordinates of `Fourier`."""
-
-    def arrive(self, keep: Tensor, add: Tensor, taken: Tensor) -> tuple[Tensor, float]:
-        """Move to ``keep * weights + add * ascent``, and take the gradient there, less ``taken * weights``.
-
-        Args:
-            keep: Per filter, ``[g, 1, M]``.
-            add: Likewise.
-            taken: Likewise.
-
-        Returns:
-            Sums per filter ``[4, g, M]``: inner products of this gradient with the weights, itself and the ascent, and
-            the squared norms of the weights; and the inner product of the whole gradient with the one before, at the
-            first arrival after `aim`. They last until the next call.
-        """
-
-    def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
-        """Turn the ascent to ``gradient + beta * ascent + lean * weights``, and look along it.
-
-        The power at distance t down the ascent is ``P0 - 2 t P1 + t^2 P2``, with ``slow * P0`` added to P2. It is seen
-        on the coarse lattice, where correlations wrap around: the lowest loss lies at nearly the same distance.
-
-        Returns:
-            How much of the loss comes from each two of these terms, ``[3, 3]``; above the diagonal at least. It lasts
-            until the next call.
-        """
+from convsim_init.functional.fourier import CACHED, Fourier, Halves, cuts
+from convsim_init.functional.similarity import count_pairs, nonzero, partner_power, real_fourier_basis
+from convsim_init.settings import Channels, Pairs, Settings
 
 
 class TorchBlock:
-    """A block on any device, of any dtype, for all settings; blocks of a layer share ``memory``."""
+    """A `Block` on any device, of any dtype, for all settings; blocks of a layer share ``memory``."""
 
-    MOST = CACHED  # weights: each operation passes over all of them
+    max_weights = CACHED  # each operation passes over all of them
 
     def __init__(
         self,
@@ -70,57 +34,60 @@ class TorchBlock:
         self._memory = memory
         self._fourier, self._pairs, self._summed = fourier, settings.pairs, settings.channels == "all"
         self._weights = Halves(weights)
-        self._ascent, self._gradient, self._previous = (Halves(torch.zeros_like(weights)) for _ in range(3))
+        self._direction, self._gradient, self._previous = (Halves(torch.zeros_like(weights)) for _ in range(3))
 
     @property
     def weights(self) -> Tensor:
         """As `Block.weights`."""
         return self._weights.whole
 
-    def arrive(self, keep: Tensor, add: Tensor, taken: Tensor) -> tuple[Tensor, float]:
-        """As `Block.arrive`."""
-        weights, ascent, gradient = self._weights.whole, self._ascent.whole, self._gradient.whole
+    def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
+        """As `Block.evaluate`."""
+        weights, direction, gradient = self._weights.whole, self._direction.whole, self._gradient.whole
         here = self._workspace()
-        weights.mul_(keep).addcmul_(ascent, add)
+        weights.mul_(keep).addcmul_(direction, add)
         self._fourier.full.forward(self._weights, out=here.spectrum)
-        lift = self._fourier.identity * taken / 2  # [F, g, 1, M]: taken among the partners, where it costs nothing
+        # The shift is subtracted from the partners' power, [F, g, 1, M], where it costs nothing.
+        lift = self._fourier.identity * shift / 2
         power = here.lifted_power(lift)  # [F, g, c, M]
         lifts = partner_power(lift, self._pairs) + lift
-        if self._pairs == "all":  # then these are equal for all filters
+        if self._pairs == "all":  # then the lifts are equal for all filters
             partners = torch.sub(power.sum(-1, keepdim=True) - lifts[..., :1], power, out=power)
         else:
             partners = partner_power(power, self._pairs).sub_(lifts)
         here.spectrum.first.mul_(partners)
         here.spectrum.second.mul_(partners[1:])
         self._fourier.full.twice_adjoint(here.spectrum, out=self._gradient)
-        pairs = ((gradient, weights), (gradient, gradient), (gradient, ascent), (weights, weights))
-        sums = torch.stack([here.inner(a, b) for a, b in pairs])
+        factors = ((gradient, weights), (gradient, gradient), (gradient, direction), (weights, weights))
+        sums = torch.stack([here.inner(a, b) for a, b in factors])
         return sums, float(torch.dot(self._gradient.flat, self._previous.flat))
 
-    def aim(self, beta: float, lean: Tensor, slow: Tensor) -> Tensor:
-        """As `Block.aim`."""
-        weights, ascent, here = self._weights, self._ascent, self._workspace()
-        torch.add(self._gradient.whole, ascent.whole, alpha=beta, out=ascent.whole).addcmul_(weights.whole, lean)
+    def turn(self, beta: float, weight_coefficient: Tensor, curvature: Tensor) -> Tensor:
+        """As `Block.turn`."""
+        weights, direction, here = self._weights, self._direction, self._workspace()
+        torch.add(self._gradient.whole, direction.whole, alpha=beta, out=direction.whole)
+        direction.whole.addcmul_(weights.whole, weight_coefficient)
         self._previous, self._gradient = self._gradient, self._previous
         if not self._fourier.coarse_is_free:
             self._fourier.coarse.forward(weights, out=here.coarse_weights)
-            self._fourier.coarse.forward(ascent, out=here.coarse_ascent)
-            weights, ascent = here.coarse_weights, here.coarse_ascent
+            self._fourier.coarse.forward(direction, out=here.coarse_direction)
+            weights, direction = here.coarse_weights, here.coarse_direction
         powers = here.expansion  # [3, F, g, c, M]
-        for power, a, b in ((powers[0], weights, weights), (powers[1], weights, ascent), (powers[2], ascent, ascent)):
+        factors = ((weights, weights), (weights, direction), (direction, direction))
+        for power, (a, b) in zip(powers, factors, strict=True):
             torch.mul(a.first, b.first, out=power)
             power[1:].addcmul_(a.second, b.second)
-        powers[2].addcmul_(powers[0], slow)
+        powers[2].addcmul_(powers[0], curvature)
         powers[:, 0] *= self._fourier.coarse_constant
         if self._summed:
             powers = powers.sum(3, keepdim=True)
-        if self._pairs == "all":
+        if self._pairs == "all":  # <P_i, S_j - P_j> without a tensor of partners
             sums = powers.sum(-1).flatten(1)
             return sums @ sums.T - powers.flatten(1) @ powers.flatten(1).T
         return powers.flatten(1) @ partner_power(powers, self._pairs).flatten(1).T
 
     def _workspace(self) -> _Workspace:
-        """Memory of the thread's own for blocks of this shape: to allocate it anew costs page faults."""
+        """Scratch memory of this thread for blocks of this shape: allocating it anew costs page faults."""
         shape = "x".join(map(str, self._weights.whole.shape))
         workspace: _Workspace | None = getattr(self._memory, shape, None)
         if workspace is None:
@@ -130,7 +97,7 @@ class TorchBlock:
 
 
 class _Workspace:
-    """Scratch memory for blocks of one shape. What is not needed at the same time lies at the same place."""
+    """Scratch memory for blocks of one shape; what is not needed at the same time shares a place."""
 
     def __init__(self, weights: Tensor, fourier: Fourier, summed: bool) -> None:
         taps, *rest = weights.shape
@@ -146,10 +113,10 @@ class _Workspace:
         self.spectrum = Halves(memory[: fourier.points])
         self.expansion = memory[: 3 * coarse].view(3, coarse, *rest)
         self.coarse_weights = Halves(memory[3 * coarse : 3 * coarse + seen])
-        self.coarse_ascent = Halves(memory[3 * coarse + seen : 3 * coarse + 2 * seen])
+        self.coarse_direction = Halves(memory[3 * coarse + seen : 3 * coarse + 2 * seen])
 
     def lifted_power(self, lift: Tensor) -> Tensor:
-        """Power of the spectrum and ``lift`` ``[F, g, 1, M]``; where channels are summed, of all of them together."""
+        """The power of the spectrum plus ``lift`` ``[F, g, 1, M]``; summed over channels where they are."""
         first, second = self.spectrum.first, self.spectrum.second
         if self._summed:
             torch.mul(first, first, out=self._power)
@@ -161,3 +128,53 @@ class _Workspace:
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products ``[g, M]`` of the filters' parts ``[T, g, c, M]``."""
         return torch.mul(a, b, out=self._product).sum((0, 2))
+
+
+def value_and_gradient(
+    kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels, *, normalized: bool
+) -> tuple[Tensor, Tensor]:
+    """Convolutional Similarity of a layer and its gradient, in closed form; never waits for the device.
+
+    Args:
+        kernels: Kernels ``[G M C, T]`` of the filter bank, float32 or float64.
+        shape: Shape ``[G, M, C, *kernel_size]`` of the bank.
+        pairs: Filter pairs that count.
+        channels: Kernels compared.
+        normalized: Take the mean over pairs of filters scaled to unit norm.
+    """
+    if not normalized:
+        return _raw(kernels, shape, pairs, channels)
+    # With u = w / |w|: dCS/dw = (g - <g, u> u) / |w|, g = dCS/du. Divided by its largest entry first, a
+    # filter's squares neither vanish nor overflow.
+    filters = kernels.view(*shape[:2], -1)  # [G, M, C T]
+    largest = nonzero(filters.abs().amax(-1, keepdim=True))  # [G, M, 1]
+    scaled = filters / largest
+    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    active = count_pairs(norms[..., 0] > 0, pairs).clamp(min=1)
+    unit = scaled / nonzero(norms)
+    value, gradient = _raw(unit.view_as(kernels), shape, pairs, channels)
+    gradient = gradient.view_as(unit)
+    gradient.addcmul_(unit, torch.linalg.vecdot(gradient, unit)[..., None], value=-1)
+    gradient.div_(nonzero(norms) * active).div_(largest)
+    return value / active, gradient.view_as(kernels)
+
+
+def _raw(kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
+    """Raw similarity of kernels ``[G M C, T]`` and its gradient: CS = <P, Q P> / 2, dCS/dx = 2 Q P x."""
+    basis = real_fourier_basis(shape[3:], kernels.dtype, kernels.device)  # [N, T]
+    bank, gradients = kernels.view(*shape[:3], -1), torch.empty_like(kernels)
+    out, values = gradients.view_as(bank), []
+    whole = channels == "all" or kernels.device.type != "cpu"
+    for groups, some in cuts(shape, kernels.numel() if whole else CACHED):
+        block = bank[groups, :, some]  # [g, M, c, T]
+        spectrum = torch.mm(basis, block.reshape(-1, block.shape[-1]).T).view(-1, *block.shape[:3])  # [N, g, M, c]
+        cosines, sines = spectrum[: len(basis) // 2 + 1], spectrum[len(basis) // 2 + 1 :]
+        power = cosines.square()  # [F, g, M, c]
+        power[1:].addcmul_(sines, sines)
+        power = power.sum(-1, keepdim=True) if channels == "all" else power
+        partners = partner_power(power, pairs, dim=2)
+        values.append(torch.sum(power * partners) / 2)
+        cosines.mul_(partners)
+        sines.mul_(partners[1:])
+        out[groups, :, some] = torch.mm(spectrum.flatten(1).T, basis).view_as(block).mul_(2)
+    return torch.stack(values).sum(), gradients

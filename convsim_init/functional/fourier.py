@@ -20,13 +20,13 @@ from convsim_init.functional.similarity import real_fourier_basis
 CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
 
 
-def cuts(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and channels of the blocks of about ``most`` weights into which a bank ``[G, M, C, ...]`` is cut.
+def cuts(shape: Sequence[int], max_weights: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and channels of the blocks of about ``max_weights`` into which a bank ``[G, M, C, ...]`` is cut.
 
     A power of two of them and of nearly equal size, where that is possible: so they suit most numbers of threads.
     """
     groups, channels = shape[0], shape[2]
-    count = 1 << (math.ceil(math.prod(shape) / most) - 1).bit_length()
+    count = 1 << (math.ceil(math.prod(shape) / max_weights) - 1).bit_length()
     room = math.ceil(groups * channels / count)  # in channels
     group_step, channel_step = max(1, room // channels), min(room, channels)
     for g in range(0, groups, group_step):
@@ -85,14 +85,14 @@ class Fourier:
         self.full = Basis(full @ rotation.T, self.rotation)
         self.coarse = Basis(coarse @ rotation.T, self.rotation)
 
-    def blocks(self, bank: Tensor, scale: Tensor, most: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Cut a bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]`` into blocks of about ``most`` weights.
+    def blocks(self, bank: Tensor, scale: Tensor, max_weights: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Cut a bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]`` into blocks of about ``max_weights``.
 
         Yields:
             Groups, channels, and the coordinates ``[T, g, c, M]`` of what they select.
         """
         kernels = bank.flatten(3)  # [G, M, C, T]
-        for groups, channels in cuts(bank.shape, most):
+        for groups, channels in cuts(bank.shape, max_weights):
             scaled = kernels[groups, :, channels] / scale[groups, :, None, None]
             some = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
             rotated = torch.mm(self.rotation, some.reshape(len(some), -1))

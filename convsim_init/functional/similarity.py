@@ -123,12 +123,11 @@ def real_fourier_basis(
         ``[N, T]`` for N points: F rows of cosines, the constant first, then N - F rows of sines. Rows carry the fourth
         root of their Parseval weight, so that the inner product of two power spectra is an energy.
     """
-    basis: Tensor = _basis(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)))
-    return basis.to(device, dtype)
+    return _basis(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)), dtype, device)
 
 
-@lru_cache(maxsize=64)
-def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...]) -> Tensor:
+@lru_cache(maxsize=256)  # on its device: to copy it there anew would make the host wait
+def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     points = math.prod(lattice)
     # In this order the last frequency mirrors the first, and so on: one half, from the zero in the middle, is enough.
     frequencies = _product([range(-(n // 2), n // 2 + 1) for n in lattice])[points // 2 :]  # [F, rank]
@@ -137,7 +136,7 @@ def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...]) -> Tensor:
     phase = 2 * math.pi * turns @ (taps - taps.mean(0)).T  # [F, T]
     basis: Tensor = torch.cat([phase.cos(), phase[1:].sin()]) * (2 / points) ** 0.25
     basis[0] = (1 / points) ** 0.25
-    return basis
+    return basis.to(device, dtype)
 
 
 def _product(axes: Sequence[range]) -> Tensor:

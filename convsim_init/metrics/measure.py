@@ -81,7 +81,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0
     whole = channels == "all" or bank.device.type != "cpu"
-    for groups, some in cuts(bank.shape, most=bank.numel() if whole else CACHED):
+    for groups, some in cuts(bank.shape, max_weights=bank.numel() if whole else CACHED):
         kernels = (flat[groups, :, some] / lengths[groups]).to(bank.dtype)  # [g, M, c, T]
         spectrum = torch.mm(basis, kernels.reshape(-1, kernels.shape[-1]).T).view(-1, *kernels.shape[:-1])
         power = power_spectrum(spectrum.transpose(2, 3), channels)  # [F, g, c, M]

@@ -21,14 +21,14 @@ from convsim_init.functional.similarity import (
     nonzero,
     per_filter,
 )
-from convsim_init.optim.conjugate_gradient import Filters
+from convsim_init.optim.conjugate_gradient import ConjugateGradient
 from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings
 
-BACKTRACKS = 5
-IDLE_STEPS = 2
-OFF_PLATEAU, PATIENCE = 0.95, 20
-NOTHING_LEFT = 1e-20
+BACKTRACKS = 5  # step lengths tried along one direction, each a quarter of the one before
+IDLE_STEPS = 2  # in a row that gain too little end a descent
+OFF_PLATEAU, PATIENCE = 0.95, 20  # share of the loss at the start, and losses noted, that end a plateau
+NOTHING_LEFT = 1e-20  # share of the loss at the start
 
 
 class Stop(Enum):
@@ -80,78 +80,89 @@ def descend(
     return Descent(bank, descent.losses, Stop.NON_FINITE)
 
 
-class _Progress:
-    """The losses so far, and whether another step is worth taking."""
+class StoppingRule:
+    """The losses so far, and when to stop.
 
-    def __init__(self, settings: Settings, on_step: Callable[[], None]) -> None:
+    Args:
+        settings: The most steps, and the tolerance.
+
+    Attributes:
+        losses: The loss at the start and after each step.
+    """
+
+    def __init__(self, settings: Settings) -> None:
         self.losses: list[float] = []
-        self.stop = Stop.STEPS
         self._settings = settings
-        self._on_step = on_step
         self._idle = 0
 
-    def __call__(self, loss: float) -> bool:
-        """Note the loss reached; True if the descent should go on."""
+    def update(self, loss: float) -> Stop | None:
+        """Note the loss that was reached; None if the descent should go on."""
         self.losses.append(loss)
+        if not math.isfinite(loss):
+            return Stop.NON_FINITE
         start, gain = self.losses[0], self.losses[-2] - loss if len(self.losses) > 1 else math.inf
-        # Wide layers start on a plateau: for some steps nearly nothing is gained, and then the more.
+        # Wide layers start on a plateau: some steps gain nearly nothing, and the steps after them much.
         on_plateau = loss > OFF_PLATEAU * start and len(self.losses) <= PATIENCE
         idle = gain < self._settings.tolerance * start and not on_plateau
         self._idle = self._idle + 1 if idle else 0
         if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * start:
-            self.stop = Stop.CONVERGED
-        self._on_step()
-        return self.stop is Stop.STEPS and math.isfinite(loss) and len(self.losses) <= self._settings.steps
+            return Stop.CONVERGED
+        return Stop.STEPS if len(self.losses) > self._settings.steps else None
 
 
 @torch.no_grad()
 def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: Callable[[], None]) -> Descent:
-    """Conjugate gradients with exact steps. Each lowers the loss, so the last weights are the best."""
+    """Conjugate gradients with exact line searches. Each step lowers the loss, so the last weights are the best."""
     norms = filter_norms(bank)  # [G, M]
     preserve = settings.norm == "preserve"
     scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
     unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1)) if preserve else float(scale.max()) ** 4
 
-    filters = Filters(bank, nonzero(scale), settings, team)
-    progress = _Progress(settings, on_step)
-    loss = filters.arrive(0)
-    while progress(loss):
-        loss = _step(filters, progress.losses[-1])
-        if not loss < progress.losses[-1]:
-            progress.stop = Stop.CONVERGED
+    filters, rule = ConjugateGradient(bank, nonzero(scale), settings, team), StoppingRule(settings)
+    loss, restart = filters.retract(0.0), False
+    while (stop := rule.update(loss)) is None:
+        on_step()
+        loss, restart = _take_step(filters, rule.losses[-1], restart)
+        if not loss < rule.losses[-1]:
+            stop = Stop.CONVERGED
             break
 
-    moved = filters.take_bank()
+    moved = filters.into_bank()
     if preserve:  # also undoes the rounding of many steps
         scale = scale / nonzero(filter_norms(moved))
-    return Descent(moved.mul_(per_filter(scale, moved)), [unit * loss for loss in progress.losses], progress.stop)
+    return Descent(moved.mul_(per_filter(scale, moved)), [unit * loss for loss in rule.losses], stop)
 
 
-def _step(filters: Filters, reached: float) -> float:
-    """Move to the lowest loss along the conjugate direction, and nowhere if that is not lower; return the loss."""
-    for _ in range(2):  # seen from where it stands already, the second direction is that of steepest descent
-        distance = filters.aim()
-        if not distance:  # there is nowhere to go
+def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tuple[float, bool]:
+    """Move to the lowest loss along the next direction, by backtracking where the line search went too far.
+
+    Returns:
+        The loss there, or ``reached`` if no step lowers it; and whether the next direction has to restart.
+    """
+    for steepest in (restart, True):  # where the conjugate direction fails, steepest descent from the same place
+        step = filters.next_direction(restart=steepest)
+        if not step:
             break
-        for _ in range(BACKTRACKS):
-            loss = filters.arrive(distance)
+        for tries in range(BACKTRACKS):
+            loss = filters.retract(step)
             if loss < reached:
-                return loss
-            distance /= 4
-        filters.arrive(0)
-    return reached
+                return loss, tries > 0
+            step /= 4
+        filters.retract(0.0)
+    return reached, True
 
 
 def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Descent:
     """What a plain loop with `torch.optim.Adam` does; where norms are preserved, each step ends by restoring them."""
     norms = filter_norms(bank)
-    progress = _Progress(settings, on_step)
+    rule = StoppingRule(settings)
     with torch.inference_mode(False), torch.enable_grad():
         weight = bank.clone().requires_grad_()
         adam = torch.optim.Adam([weight], lr=settings.learning_rate)
         loss = bank_similarity(weight, settings.pairs, settings.channels)
         best, lowest = bank, loss.item()
-        while progress(loss.item()):
+        while (stop := rule.update(loss.item())) is None:
+            on_step()
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
@@ -161,4 +172,4 @@ def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Desc
             loss = bank_similarity(weight, settings.pairs, settings.channels)
             if loss.item() < lowest:
                 best, lowest = weight.detach().clone(), loss.item()
-    return Descent(best, progress.losses, progress.stop)
+    return Descent(best, rule.losses, stop)

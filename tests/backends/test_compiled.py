@@ -16,9 +16,9 @@ from convsim_init.devices import describe_environment
 from convsim_init.functional.fourier import Fourier
 from convsim_init.functional.similarity import bank_similarity, filter_norms
 from convsim_init.functional.similarity import per_filter as shaped
-from convsim_init.optim import conjugate_gradient as filters
+from convsim_init.optim import conjugate_gradient
 from convsim_init.optim.descent import descend
-from convsim_init.optim.line_search import first_rise
+from convsim_init.optim.line_search import first_minimum
 from convsim_init.settings import Settings
 
 pytestmark = pytest.mark.skipif(compiled._built() is None, reason="installed without a C compiler")
@@ -47,7 +47,7 @@ def test_a_block_does_what_torchs_operations_do(shape):
     bank = torch.randn(shape, generator=generator)
     bank /= shaped(filter_norms(bank), bank)
     fourier_ = Fourier(shape[3:], torch.float32, torch.device("cpu"))
-    ((*cut, weights),) = fourier_.blocks(bank, torch.ones(bank.shape[:2]), most=bank.numel())
+    ((*cut, weights),) = fourier_.blocks(bank, torch.ones(bank.shape[:2]), max_weights=bank.numel())
     blocks = [
         kind(*cut, weights.clone(), fourier_, Settings(), threading.local()) for kind in (TorchBlock, CompiledBlock)
     ]
@@ -57,24 +57,21 @@ def test_a_block_does_what_torchs_operations_do(shape):
 
     length = 1.0
     for _ in range(3):
-        keep, add, taken, lean, slow = (
-            per_filter(),
-            per_filter() / length,
-            per_filter(),
-            per_filter() / 8,
-            -per_filter(),
+        keep, add, shift = per_filter(), per_filter() / length, per_filter()
+        weight_coefficient, curvature = per_filter() / 8, -per_filter()
+        (sums, overlap), (expected_sums, expected_overlap) = (
+            block.evaluate(keep, add, shift) for block in blocks[::-1]
         )
-        (sums, overlap), (expected_sums, expected_overlap) = (block.arrive(keep, add, taken) for block in blocks[::-1])
         for found, expected in zip(sums, expected_sums, strict=True):
             close = 1e-4 * float(expected.abs().max()) + 1e-6 * length**2
             torch.testing.assert_close(found.to(expected), expected, rtol=1e-4, atol=close)
         length = float(expected_sums[1].sum()) ** 0.5  # of the gradient
         assert overlap == pytest.approx(expected_overlap, rel=1e-4, abs=1e-4 * length**2)
-        looks, expected = (block.aim(0.3, lean, slow) for block in blocks[::-1])
+        found, expected = (block.turn(0.3, weight_coefficient, curvature) for block in blocks[::-1])
         upper = torch.ones(3, 3).triu().bool()
         upper[0, 0] = False  # the loss where it stands is known
         close = 1e-4 * float(expected.abs().max()) + 1e-6 * length**2
-        torch.testing.assert_close(looks[upper].to(expected), expected[upper], rtol=1e-4, atol=close)
+        torch.testing.assert_close(found[upper].to(expected), expected[upper], rtol=1e-4, atol=close)
         scale = float(blocks[0].weights.abs().max())
         torch.testing.assert_close(blocks[1].weights, blocks[0].weights, rtol=1e-4, atol=1e-5 * scale)
 
@@ -84,7 +81,7 @@ def test_a_block_does_what_torchs_operations_do(shape):
 @pytest.mark.parametrize("most", [1, 2**17])
 def test_a_descent_takes_the_same_steps(shape, norm, most, monkeypatch):
     for kind in (CompiledBlock, TorchBlock):
-        monkeypatch.setattr(kind, "MOST", most)
+        monkeypatch.setattr(kind, "max_weights", most)
     bank = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     settings = Settings(steps=6, tolerance=0, norm=norm)
     assert CompiledBlock.fits(bank, settings)
@@ -117,9 +114,13 @@ def test_defaults_of_the_caller_do_not_matter(dtype, device):
 
 
 @pytest.mark.parametrize("norm", ["preserve", "free"])
-def test_after_a_distance_in_vain_it_takes_the_same_steps_too(norm, monkeypatch):
-    """The gradient before is lost then."""
-    monkeypatch.setattr(filters, "first_rise", lambda *slope, otherwise: 16 * first_rise(*slope, otherwise=otherwise))
+def test_after_a_step_in_vain_it_takes_the_same_steps_too(norm, monkeypatch):
+    """The compiled block has overwritten the gradient before by then."""
+
+    def too_far(*slope, otherwise):
+        return 16 * first_minimum(*slope, otherwise=otherwise)
+
+    monkeypatch.setattr(conjugate_gradient, "first_minimum", too_far)
     bank = torch.randn(1, 24, 8, 3, 3, generator=torch.Generator().manual_seed(4))
     settings = Settings(steps=6, tolerance=0, norm=norm)
     found = descend(bank, settings)

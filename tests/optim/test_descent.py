@@ -17,7 +17,7 @@ from convsim_init.functional.similarity import (
     filter_norms,
     per_filter,
 )
-from convsim_init.optim.conjugate_gradient import Filters
+from convsim_init.optim.conjugate_gradient import ConjugateGradient
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings
@@ -41,7 +41,7 @@ layers = pytest.mark.parametrize(("shape", "layout"), LAYERS.values(), ids=LAYER
 @pytest.fixture(params=[1, 90, 400, 10**9], ids=lambda n: f"blocks of {n}")
 def block_size(request, monkeypatch):
     for kind in (CompiledBlock, TorchBlock):
-        monkeypatch.setattr(kind, "MOST", request.param)
+        monkeypatch.setattr(kind, "max_weights", request.param)
 
 
 def unit(bank):
@@ -51,7 +51,7 @@ def unit(bank):
 @layers
 @couplings
 @pytest.mark.usefixtures("block_size")
-def test_filters_evaluate_the_definition_and_its_gradient(shape, layout, pairs, channels):
+def test_it_evaluates_the_definition_and_its_gradient(shape, layout, pairs, channels):
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     expected = naive.convolutional_similarity(weight, pairs=pairs, channels=channels, **layout)
     (expected_gradient,) = torch.autograd.grad(expected, weight)
@@ -59,12 +59,12 @@ def test_filters_evaluate_the_definition_and_its_gradient(shape, layout, pairs, 
     scale = torch.rand(bank.shape[:2], dtype=torch.float64) + 0.5
     scaled, settings = bank * per_filter(scale, bank), Settings(pairs=pairs, channels=channels, norm="free")
 
-    torch.testing.assert_close(Filters(scaled, scale, settings, Team(1)).take_bank(), bank)
-    state = Filters(scaled, scale, settings, Team(1))
-    torch.testing.assert_close(state.arrive(0), expected.item(), rtol=1e-10, atol=0)
-    state.aim()  # the first direction is the negative gradient
-    state.arrive(1.0)
-    stepped = bank_weight(state.take_bank(), **layout)
+    torch.testing.assert_close(ConjugateGradient(scaled, scale, settings, Team(1)).into_bank(), bank)
+    state = ConjugateGradient(scaled, scale, settings, Team(1))
+    torch.testing.assert_close(state.retract(0), expected.item(), rtol=1e-10, atol=0)
+    state.next_direction()  # the first direction is the negative gradient
+    state.retract(1.0)
+    stepped = bank_weight(state.into_bank(), **layout)
     torch.testing.assert_close(stepped, weight.detach() - expected_gradient, rtol=1e-10, atol=1e-10)
 
 
@@ -72,25 +72,27 @@ def test_filters_evaluate_the_definition_and_its_gradient(shape, layout, pairs, 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (7, 7), (1, 5), (2, 2), (4, 3), (5,), (3, 3, 3)])
 def test_a_step_ends_near_the_lowest_loss_along_its_direction(kernel_size, norm):
     bank = unit(filter_bank(torch.randn(12, 8, *kernel_size, dtype=torch.float64)))
-    state = Filters(bank, torch.ones(bank.shape[:2]), Settings(norm=norm), Team(1))
-    reached = state.arrive(0)
+    state = ConjugateGradient(bank, torch.ones(bank.shape[:2]), Settings(norm=norm), Team(1))
+    reached = state.retract(0)
     for _ in range(3):
-        distance = state.aim()
-        assert distance > 0
-        losses = {factor: state.arrive(factor * distance) for factor in (0.5, 0.8, 1.25, 2.0, 1.0)}
+        step = state.next_direction()
+        assert step > 0
+        losses = {factor: state.retract(factor * step) for factor in (0.5, 0.8, 1.25, 2.0, 1.0)}
         assert reached - losses[1.0] > 0.4 * (reached - min(losses.values()))
         reached = losses[1.0]
     if norm == "preserve":
-        torch.testing.assert_close(filter_norms(state.take_bank()), torch.ones(1, 12, dtype=torch.float64))
+        torch.testing.assert_close(filter_norms(state.into_bank()), torch.ones(1, 12, dtype=torch.float64))
 
 
 @couplings
 def test_the_line_search_is_exact_where_norms_are_free_and_the_coarse_lattice_is_the_full_one(pairs, channels):
     bank = filter_bank(torch.randn(6, 4, 2, 2, dtype=torch.float64), channels=channels)
-    state = Filters(bank, torch.ones(bank.shape[:2]), Settings(pairs=pairs, channels=channels, norm="free"), Team(1))
-    state.arrive(0)
-    distance = state.aim()
-    losses = {factor: state.arrive(factor * distance) for factor in (0.99, 1.0, 1.01)}
+    state = ConjugateGradient(
+        bank, torch.ones(bank.shape[:2]), Settings(pairs=pairs, channels=channels, norm="free"), Team(1)
+    )
+    state.retract(0)
+    step = state.next_direction()
+    losses = {factor: state.retract(factor * step) for factor in (0.99, 1.0, 1.01)}
     assert losses[1.0] < min(losses[0.99], losses[1.01])
 
 

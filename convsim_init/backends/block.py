@@ -1,0 +1,76 @@
+"""What a backend supplies to the conjugate gradients: the two passes of a step over a part of a layer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from convsim_init.backends.compiled import CompiledBlock
+from convsim_init.backends.torch_ops import TorchBlock
+from convsim_init.functional.fourier import Fourier
+from convsim_init.settings import Settings
+
+
+class Block(Protocol):
+    """Some groups of a filter bank, or some of its channels: weights, direction, and two gradients.
+
+    Tensors per filter are ``[g, 1, M]``, for g groups of M filters. Results live until the next
+    call.
+    """
+
+    groups: slice
+    channels: slice
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights ``[T, g, c, M]``, in the coordinates of `Fourier`."""
+
+    def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
+        """Move the weights to ``keep * weights + add * direction`` and take the gradient there.
+
+        Args:
+            keep: Factor of the weights, per filter.
+            add: Factor of the direction, per filter.
+            shift: The gradient g is kept as ``g - shift * weights``, per filter.
+
+        Returns:
+            Sums per filter ``[4, g, M]``: the inner products of the shifted gradient with the
+            weights, with itself and with the direction, and the squared norms of the weights. And
+            the inner product of the whole gradient with the one that the last `turn` used; it
+            holds at the first call after `turn` only.
+        """
+
+    def turn(self, beta: float, weight_coefficient: Tensor, curvature: Tensor) -> Tensor:
+        """Turn the direction to ``gradient + beta * direction + weight_coefficient * weights``.
+
+        Then expand the loss along it: with P0, P1 and P2 the power of the weights, their
+        cross-power with the direction, and the power of the direction plus ``curvature * P0``, the
+        power at step t is ``P0 - 2 t P1 + t^2 P2``. It is seen on the coarse lattice, where
+        correlations wrap around: the lowest loss lies at nearly the same step.
+
+        Args:
+            beta: Factor of the direction.
+            weight_coefficient: Factor of the weights, per filter.
+            curvature: What the retraction adds to P2, in units of P0, per filter.
+
+        Returns:
+            The coefficients ``<P_i, partner_power(P_j)>`` of the loss, ``[3, 3]``; above the diagonal
+            at least.
+        """
+
+
+def cut_into_blocks(bank: Tensor, scale: Tensor, fourier: Fourier, settings: Settings) -> Iterator[Block]:
+    """The blocks of a filter bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]``.
+
+    Compiled ones where they can be. On the CPU they are small enough for a core's cache, and
+    several threads may work on them; on an accelerator one block is the whole bank. How a bank is
+    cut depends on its shape alone, never on the number of threads.
+    """
+    kind: type[CompiledBlock | TorchBlock] = CompiledBlock if CompiledBlock.fits(bank, settings) else TorchBlock
+    whole = settings.channels == "all" or bank.device.type != "cpu"
+    memory = threading.local()
+    for groups, channels, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
+        yield kind(groups, channels, weights, fourier, settings, memory)
