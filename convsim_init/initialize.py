@@ -17,6 +17,7 @@ from convsim_init.functional.similarity import (
     all_finite,
     bank_weight,
     computing_bank,
+    computing_device,
     filter_norms,
     full_precision,
 )
@@ -56,7 +57,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
     if pair_obstacle(bank, settings.channels) is None:
-        with full_precision(weight.device), Team.for_devices(weight.device) as team:
+        with full_precision(bank.device), Team.for_devices(bank.device) as team:
             descent = descend(bank, settings, team=team)
         weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
     return weight
@@ -90,7 +91,8 @@ def initialize_(
         settings: How. Default: `Settings()`.
         include: Shell patterns of layer names, such as ``"layer4.*"``; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
-        device: Where to compute. Default: where each weight is.
+        device: Device to compute on. Default: that of each weight. Weights on Apple's MPS are computed
+            with on the CPU.
         progress: Show a progress bar on stderr.
         group: Processes of `torch.distributed` to divide the layers over, such as ``torch.distributed.group.WORLD``.
             All of them must call, with the same model and arguments, and all come to have the weights that one alone
@@ -112,7 +114,7 @@ def initialize_(
     reports: dict[str, LayerReport] = {}
     with (
         tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
-        Team.for_devices(*(torch.device(device or layer.device) for layer in layers)) as team,
+        Team.for_devices(*(computing_device(torch.device(device or layer.device)) for layer in layers)) as team,
     ):
         treat = partial(_treat, settings=settings, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
@@ -151,7 +153,7 @@ def _treat(
     started = time.perf_counter()
     report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
     if layer.obstacle is None:
-        with full_precision(torch.device(device or layer.device)):
+        with full_precision(computing_device(torch.device(device or layer.device))):
             report = _lower(layer, report, settings, device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 

@@ -101,9 +101,18 @@ def filter_bank(weight: Tensor, *, groups: int = 1, transposed: bool = False, ch
 def computing_bank(
     weight: Tensor, *, groups: int = 1, transposed: bool = False, channels: Channels = "matched"
 ) -> Tensor:
-    """`filter_bank` of a weight in the dtype that computations run in, contiguous; it may share the weight's memory."""
+    """`filter_bank` of a weight, contiguous, on the device and in the dtype that computations run in.
+
+    It may share the weight's memory.
+    """
     bank = filter_bank(weight, groups=groups, transposed=transposed, channels=channels)
+    bank = bank.to(computing_device(weight.device))
     return bank.to(accumulation_dtype(weight.dtype), memory_format=torch.contiguous_format)
+
+
+def computing_device(device: torch.device) -> torch.device:
+    """Where a weight on that device is computed with: Apple's MPS has neither float64 nor eigenvalues, the CPU has."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def bank_weight(bank: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:

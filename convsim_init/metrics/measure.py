@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convsim_init.functional.fourier import CACHED, cuts
 from convsim_init.functional.similarity import (
     all_finite,
+    computing_device,
     count_pairs,
     filter_norms,
     full_precision,
@@ -61,7 +62,7 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
     started = time.perf_counter()
     layers = find_layers(model_or_state_dict, frozen=True)
     largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
-    with Team.for_devices(*(layer.device for layer in layers)) as team:
+    with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
         reports = {report.name: report for report in team.as_completed(_measure, largest_first)}
     return Report(Settings(), [reports[layer.name] for layer in layers], time.perf_counter() - started)
 
@@ -121,7 +122,7 @@ def _measure(layer: Layer) -> LayerReport:
     started = time.perf_counter()
     outcome, reason, measures = Outcome.SKIPPED, layer.obstacle, Measures()
     if reason is None:
-        with full_precision(layer.device):
+        with full_precision(computing_device(layer.device)):
             outcome, reason, measures = _measure_weight(layer.bank())
     seconds = time.perf_counter() - started
     reason = layer.explained(reason)

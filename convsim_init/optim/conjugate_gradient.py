@@ -17,8 +17,8 @@ Transport. At R(t) the old direction is no longer tangent. Projecting it gives
 
     T d = d + q R(t),    q = -<d, R(t)> = t |d|^2 / s,    |T d|^2 = |d|^2 - q^2                (3)
 
-and projecting the gradient of the step before, g_prev (its inner products with the old w and d are
-known), gives, since grad is tangent,
+and projecting the gradient of the step before, g_prev, as it was stored (see Precision), gives,
+since grad is tangent, from its inner products with the old w and d, which are known,
 
     <grad, T g_prev> = <g, g_prev> - r <R(t), g_prev>
     <R(t), g_prev> = (<w, g_prev> - t <d, g_prev>) / s                                         (4)
@@ -41,9 +41,10 @@ quartic in t. With c_ij = <P_i, Q P_j> its slope is
     f'(t) = -2 c01 + (4 c11 + 2 c02) t - 6 c12 t^2 + 2 c22 t^3                                 (7)
 
 Precision. Close to a minimum g is nearly radial: r is hundreds of times |grad|, and in float32 (1)
-would cancel. So what a pass over the weights sums is of the shifted gradient g - lambda w, where
-lambda is r of the step before: what is left of r in it is small. The sums per filter are exchanged
-and combined in float64.
+would cancel. So what a pass over the weights stores and sums is the shifted gradient g - lambda w,
+where lambda is r of the step before: what is left of r in it is small. The sums per filter are
+exchanged and combined in float64. (As g_prev in (4) it differs from grad_prev by that rest along w;
+taking it off too, by <grad, w_prev> = t <grad, T d>, lowered no layer's loss further.)
 
 Source: Absil, Mahony, Sepulchre, *Optimization Algorithms on Matrix Manifolds* (2008), chapters 4
 (line search and retractions) and 8.3 (conjugate gradients, vector transport).
