@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from convsim_init.backends.compiled import CompiledBlock
-from convsim_init.backends.torch_ops import TorchBlock
+from convsim_init.backends.torch_ops import MaskedBlock, TorchBlock
 from convsim_init.functional.fourier import Fourier
 from convsim_init.settings import Settings
 
@@ -62,15 +62,23 @@ class Block(Protocol):
         """
 
 
-def cut_into_blocks(bank: Tensor, scale: Tensor, fourier: Fourier, settings: Settings) -> Iterator[Block]:
+def cut_into_blocks(
+    bank: Tensor, scale: Tensor, fourier: Fourier, settings: Settings, mask: Tensor | None = None
+) -> Iterator[Block]:
     """The blocks of a filter bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]``.
 
     Compiled ones where they can be. On the CPU they are small enough for a core's cache, and
     several threads may work on them; on an accelerator one block is the whole bank. How a bank is
-    cut depends on its shape alone, never on the number of threads.
+    cut depends on its shape alone, never on the number of threads. With a mask, of the bank's shape,
+    taps where it is zero stay zero.
     """
-    kind: type[CompiledBlock | TorchBlock] = CompiledBlock if CompiledBlock.fits(bank, settings) else TorchBlock
+    kind: type[CompiledBlock | TorchBlock] = TorchBlock if mask is None else MaskedBlock
+    if mask is None and CompiledBlock.fits(bank, settings):
+        kind = CompiledBlock
     whole = settings.channels == "all" or bank.device.type != "cpu"
     memory = threading.local()
     for groups, channels, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
-        yield kind(groups, channels, weights, fourier, settings, memory)
+        block = kind(groups, channels, weights, fourier, settings, memory)
+        if isinstance(block, MaskedBlock) and mask is not None:
+            block.mask = mask.flatten(3)[groups, :, channels].permute(3, 0, 2, 1).to(weights)
+        yield block

@@ -57,7 +57,7 @@ class TorchBlock:
             partners = partner_power(power, self._pairs).sub_(lifts)
         here.spectrum.first.mul_(partners)
         here.spectrum.second.mul_(partners[1:])
-        self._fourier.full.twice_adjoint(here.spectrum, out=self._gradient)
+        self._differentiate(here.spectrum)
         factors = ((gradient, weights), (gradient, gradient), (gradient, direction), (weights, weights))
         sums = torch.stack([here.inner(a, b) for a, b in factors])
         return sums, float(torch.dot(self._gradient.flat, self._previous.flat))
@@ -86,6 +86,10 @@ class TorchBlock:
             return sums @ sums.T - powers.flatten(1) @ powers.flatten(1).T
         return powers.flatten(1) @ partner_power(powers, self._pairs).flatten(1).T
 
+    def _differentiate(self, spectrum: Halves) -> None:
+        """The gradient, from the spectrum of the weights times the partners' power."""
+        self._fourier.full.twice_adjoint(spectrum, out=self._gradient)
+
     def _workspace(self) -> _Workspace:
         """Scratch memory of this thread for blocks of this shape: allocating it anew costs page faults."""
         shape = "x".join(map(str, self._weights.whole.shape))
@@ -94,6 +98,25 @@ class TorchBlock:
             workspace = _Workspace(self._weights.whole, self._fourier, self._summed)
             setattr(self._memory, shape, workspace)
         return workspace
+
+
+class MaskedBlock(TorchBlock):
+    """A block some of whose taps are zero and stay so: its gradient is projected to the others.
+
+    Directions are then in that subspace too, and the filters never leave it.
+
+    Attributes:
+        mask: 1 for the taps that are there and 0 for the others, ``[T, g, c, M]``, in the order of
+            the kernel and not in the coordinates of `Fourier`.
+    """
+
+    mask: Tensor
+
+    def _differentiate(self, spectrum: Halves) -> None:
+        super()._differentiate(spectrum)
+        rotation, coordinates = self._fourier.rotation, self._gradient.whole
+        taps = torch.mm(rotation.T, coordinates.flatten(1)).mul_(self.mask.flatten(1))
+        torch.mm(rotation, taps, out=coordinates.flatten(1))
 
 
 class _Workspace:

@@ -126,14 +126,16 @@ class ConjugateGradient:
         scale: Divisors of the filters, ``[G, M]``; where norms are preserved their norms (1 for zero).
         settings: Which similarity is lowered, and whether norms are preserved.
         team: Threads to work on the blocks of the bank.
+        mask: Where the weights may differ from zero, of the bank's shape; None for everywhere. The
+            formulas above are those of the subspace.
     """
 
-    def __init__(self, bank: Tensor, scale: Tensor, settings: Settings, team: Team) -> None:
+    def __init__(self, bank: Tensor, scale: Tensor, settings: Settings, team: Team, mask: Tensor | None = None) -> None:
         self._preserve = settings.norm == "preserve"
         self._team = team
         self._shape, self._like = bank.shape, bank.new_empty(0)
         self._fourier = Fourier(bank.shape[3:], bank.dtype, bank.device)
-        self._blocks = list(cut_into_blocks(bank, scale, self._fourier, settings))
+        self._blocks = list(cut_into_blocks(bank, scale, self._fourier, settings, mask))
 
         zeros = np.zeros((bank.shape[0], 1, bank.shape[1]))  # [G, 1, M], as all of these
         self._step = 0.0  # t: where the filters are along their directions

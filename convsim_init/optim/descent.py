@@ -61,20 +61,27 @@ class Descent:
 
 
 def descend(
-    bank: Tensor, settings: Settings, *, team: Team | None = None, on_step: Callable[[], None] = lambda: None
+    bank: Tensor,
+    settings: Settings,
+    *,
+    mask: Tensor | None = None,
+    team: Team | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Descent:
     """Lower the Convolutional Similarity of a filter bank.
 
     Args:
         bank: ``[G, M, C, *kernel_size]``, float32 or float64; left as it is.
         settings: What is lowered, and how.
+        mask: Where the bank may differ from zero, of its shape: elsewhere it is zero and stays so.
+            None for everywhere.
         team: Threads to work on the blocks of a large layer, on the CPU; None works in the caller's.
         on_step: Called before each step; what it raises ends the descent.
     """
     if settings.optimizer == "adam":
-        descent = _adam(bank, settings, on_step)
+        descent = _adam(bank, settings, mask, on_step)
     else:
-        descent = _conjugate_gradient(bank, settings, team or Team(1), on_step)
+        descent = _conjugate_gradient(bank, settings, mask, team or Team(1), on_step)
     if all(map(math.isfinite, descent.losses)) and all_finite(descent.bank):
         return descent
     return Descent(bank, descent.losses, Stop.NON_FINITE)
@@ -111,14 +118,17 @@ class StoppingRule:
 
 
 @torch.no_grad()
-def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: Callable[[], None]) -> Descent:
+def _conjugate_gradient(
+    bank: Tensor, settings: Settings, mask: Tensor | None, team: Team, on_step: Callable[[], None]
+) -> Descent:
     """Conjugate gradients with exact line searches. Each step lowers the loss, so the last weights are the best."""
     norms = filter_norms(bank)  # [G, M]
     preserve = settings.norm == "preserve"
     scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
     unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1)) if preserve else float(scale.max()) ** 4
 
-    filters, rule = ConjugateGradient(bank, nonzero(scale), settings, team), StoppingRule(settings)
+    filters = ConjugateGradient(bank, nonzero(scale), settings, team, mask)
+    rule = StoppingRule(settings)
     loss, restart = filters.retract(0.0), False
     while (stop := rule.update(loss)) is None:
         on_step()
@@ -128,6 +138,8 @@ def _conjugate_gradient(bank: Tensor, settings: Settings, team: Team, on_step: C
             break
 
     moved = filters.into_bank()
+    if mask is not None:  # up to rounding it is zero there already
+        moved *= mask
     if preserve:  # also undoes the rounding of many steps
         scale = scale / nonzero(filter_norms(moved))
     return Descent(moved.mul_(per_filter(scale, moved)), [unit * loss for loss in rule.losses], stop)
@@ -152,7 +164,7 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
     return reached, True
 
 
-def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Descent:
+def _adam(bank: Tensor, settings: Settings, mask: Tensor | None, on_step: Callable[[], None]) -> Descent:
     """What a plain loop with `torch.optim.Adam` does; where norms are preserved, each step ends by restoring them."""
     norms = filter_norms(bank)
     rule = StoppingRule(settings)
@@ -165,6 +177,8 @@ def _adam(bank: Tensor, settings: Settings, on_step: Callable[[], None]) -> Desc
             on_step()
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            if mask is not None and weight.grad is not None:
+                weight.grad *= mask
             adam.step()
             if settings.norm == "preserve":
                 with torch.no_grad():

@@ -159,6 +159,37 @@ def test_adam_that_only_rises_keeps_the_weights_given():
     assert torch.equal(descent.bank, bank)
 
 
+@layers
+@couplings
+@pytest.mark.parametrize("norm", ["preserve", "free"])
+@pytest.mark.parametrize("optimizer", ["conjugate_gradient", "adam"])
+@pytest.mark.usefixtures("block_size")
+def test_zeros_outside_a_mask_stay_zero(shape, layout, pairs, channels, norm, optimizer):
+    weight = torch.randn(shape, dtype=torch.float64)
+    bank = filter_bank(weight, channels=channels, **layout)
+    mask = torch.rand(bank.shape, generator=torch.Generator().manual_seed(3)) < 0.6
+    masked = bank * mask
+    settings = Settings(pairs=pairs, channels=channels, norm=norm, optimizer=optimizer, steps=5, tolerance=0)
+    descent = descend(masked, settings, mask=mask)
+    assert descent.bank[~mask].eq(0).all()
+    flat = channels == "all" and norm == "preserve" and math.prod(shape[2:]) == 1  # 1x1: the loss is constant
+    if optimizer == "conjugate_gradient" and not flat:
+        assert descent.losses[-1] < descent.losses[0]
+    if norm == "preserve":
+        torch.testing.assert_close(filter_norms(descent.bank), filter_norms(masked), rtol=1e-12, atol=0)
+
+
+def test_within_a_mask_it_takes_the_steps_of_a_smaller_kernel():
+    small = torch.randn(1, 12, 8, 2, 3, dtype=torch.float64)
+    large, mask = torch.zeros(1, 12, 8, 3, 5, dtype=torch.float64), torch.zeros(1, 12, 8, 3, 5, dtype=torch.bool)
+    large[..., 1:, 1:4], mask[..., 1:, 1:4] = small, True
+    settings = Settings(steps=6, tolerance=0, norm="free")
+    expected = descend(small, settings)
+    assert descend(large, settings, mask=mask).losses[:2] == pytest.approx(expected.losses[:2], rel=0.02)
+    adam = replace(settings, optimizer="adam")
+    torch.testing.assert_close(descend(large, adam, mask=mask).bank[..., 1:, 1:4], descend(small, adam).bank)
+
+
 @pytest.mark.parametrize("optimizer", ["conjugate_gradient", "adam"])
 def test_zero_filters_stay_zero_and_do_not_matter(optimizer):
     weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
