@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import (
+from convsim_init.functional.bank import (
     all_finite,
     bank_weight,
     computing_bank,

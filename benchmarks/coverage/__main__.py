@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import convsim_init as ci
-from convsim_init.functional.similarity import filter_norms, nonzero
+from convsim_init.functional.bank import filter_norms, nonzero
 from convsim_init.layers.find import find_layers
 
 RESULTS = Path(__file__).parents[1] / "results"

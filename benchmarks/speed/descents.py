@@ -13,7 +13,7 @@ from torch import Tensor
 import convsim_init as ci
 from benchmarks.speed.peers import TARGET
 from benchmarks.speed.shapes import Shapes, draw, state_dict
-from convsim_init.functional.similarity import filter_bank
+from convsim_init.functional.bank import filter_bank
 from convsim_init.optim.descent import descend
 from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings

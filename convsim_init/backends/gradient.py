@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convsim_init.backends.compiled import CompiledSimilarity, fits
 from convsim_init.backends.torch_ops import value_and_gradient
-from convsim_init.functional.similarity import accumulation_dtype, bank_weight, filter_bank, full_precision
+from convsim_init.functional.bank import accumulation_dtype, bank_weight, filter_bank, full_precision
 from convsim_init.settings import Channels, Pairs
 
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convsim_init.functional.fourier import CACHED, Fourier, Halves, cuts
-from convsim_init.functional.similarity import count_pairs, nonzero, partner_power, real_fourier_basis
+from convsim_init.functional.bank import count_pairs, nonzero
+from convsim_init.functional.fourier import CACHED, Fourier, Halves, cuts, real_fourier_basis
+from convsim_init.functional.similarity import partner_power
 from convsim_init.settings import Channels, Pairs, Settings
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import all_finite
+from convsim_init.functional.bank import all_finite
 from convsim_init.layers.find import unwrap
 from convsim_init.report.report import Report
 

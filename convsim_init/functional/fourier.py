@@ -9,13 +9,13 @@ Letters: T taps a kernel, N points of the lattice, g groups, c input channels, M
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from convsim_init.functional.similarity import real_fourier_basis
 
 CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
 
@@ -32,6 +32,20 @@ def cuts(shape: Sequence[int], max_weights: int) -> Iterator[tuple[slice, slice]
     for g in range(0, groups, group_step):
         for c in range(0, channels, channel_step):
             yield slice(g, g + group_step), slice(c, c + channel_step)
+
+
+def real_fourier_basis(
+    kernel_size: Sequence[int], dtype: torch.dtype, device: torch.device, lattice: Sequence[int] | None = None
+) -> Tensor:
+    """Real Fourier basis, around the kernel's centre, of a periodic lattice with an odd number of points an axis.
+
+    The default has ``2k - 1`` points an axis: there a kernel's full cross-correlations just fit without wrapping.
+
+    Returns:
+        ``[N, T]`` for N points: F rows of cosines, the constant first, then N - F rows of sines. Rows carry the fourth
+        root of their Parseval weight, so that the inner product of two power spectra is an energy.
+    """
+    return _basis(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)), dtype, device)
 
 
 class Halves:
@@ -137,3 +151,22 @@ def _parity_rotation(taps: int) -> Tensor:
     half = taps // 2
     ahead, behind = identity[:half], identity.flip(0)[:half]
     return torch.cat([(ahead + behind) / 2**0.5, identity[half : taps - half], (ahead - behind) / 2**0.5])
+
+
+@lru_cache(maxsize=256)  # on its device: to copy it there anew would make the host wait
+def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    points = math.prod(lattice)
+    # In this order the last frequency mirrors the first, and so on: one half, from the zero in the middle, is enough.
+    frequencies = _product([range(-(n // 2), n // 2 + 1) for n in lattice])[points // 2 :]  # [F, rank]
+    taps = _product([range(k) for k in kernel_size])  # [T, rank]
+    turns = frequencies / torch.tensor(lattice, dtype=torch.float64, device="cpu")
+    phase = 2 * math.pi * turns @ (taps - taps.mean(0)).T  # [F, T]
+    basis: Tensor = torch.cat([phase.cos(), phase[1:].sin()]) * (2 / points) ** 0.25
+    basis[0] = (1 / points) ** 0.25
+    return basis.to(device, dtype)
+
+
+def _product(axes: Sequence[range]) -> Tensor:
+    return torch.tensor(list(itertools.product(*axes)), dtype=torch.float64, device="cpu").reshape(
+        math.prod(map(len, axes)), -1
+    )

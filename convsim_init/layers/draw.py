@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import bank_weight
+from convsim_init.functional.bank import bank_weight
 from convsim_init.layers.find import Layer, find_layers
 from convsim_init.layers.weights import RefusedError
 from convsim_init.settings import BASES, Base, check_choice

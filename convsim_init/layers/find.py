@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import computing_bank
+from convsim_init.functional.bank import computing_bank
 from convsim_init.layers.inferred import find_entries
 from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
 from convsim_init.layers.weights import EntryWeight, Weight, held_weight

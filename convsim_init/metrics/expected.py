@@ -21,14 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convsim_init.functional.similarity import (
-    accumulation_dtype,
-    count_pairs,
-    filter_bank,
-    filter_norms,
-    nonzero,
-    per_filter,
-)
+from convsim_init.functional.bank import accumulation_dtype, count_pairs, filter_bank, filter_norms, nonzero, per_filter
 from convsim_init.settings import check_choice
 
 Spectrum = Literal["white", "natural"]

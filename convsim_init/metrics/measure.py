@@ -9,18 +9,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from convsim_init.functional.fourier import CACHED, cuts
-from convsim_init.functional.similarity import (
+from convsim_init.functional.bank import (
     all_finite,
     computing_device,
     count_pairs,
     filter_norms,
     full_precision,
     nonzero,
-    partner_power,
-    power_spectrum,
-    real_fourier_basis,
 )
+from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
+from convsim_init.functional.similarity import partner_power, power_spectrum
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
 from convsim_init.metrics.expected import (
     SPECTRA,

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import accumulation_dtype, full_precision
+from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers.find import find_convolutions, unwrap
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once

@@ -13,14 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from convsim_init.functional.similarity import (
-    all_finite,
-    bank_similarity,
-    count_pairs,
-    filter_norms,
-    nonzero,
-    per_filter,
-)
+from convsim_init.functional.bank import all_finite, count_pairs, filter_norms, nonzero, per_filter
+from convsim_init.functional.similarity import bank_similarity
 from convsim_init.optim.conjugate_gradient import ConjugateGradient
 from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings

@@ -13,9 +13,10 @@ from convsim_init.backends import compiled
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.devices import describe_environment
+from convsim_init.functional.bank import filter_norms
+from convsim_init.functional.bank import per_filter as shaped
 from convsim_init.functional.fourier import Fourier
-from convsim_init.functional.similarity import bank_similarity, filter_norms
-from convsim_init.functional.similarity import per_filter as shaped
+from convsim_init.functional.similarity import bank_similarity
 from convsim_init.optim import conjugate_gradient
 from convsim_init.optim.descent import descend
 from convsim_init.optim.line_search import first_minimum

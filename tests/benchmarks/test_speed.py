@@ -14,7 +14,7 @@ import convsim_init as ci
 from benchmarks.machine import file_name, in_turn, run
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import commands, descents, peers, shapes, steps
-from convsim_init.functional.similarity import filter_bank
+from convsim_init.functional.bank import filter_bank
 from convsim_init.optim.descent import descend
 
 ROOT = Path(__file__).parents[2]

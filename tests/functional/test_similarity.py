@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import convolutional_similarity, filter_bank, real_fourier_basis
+from convsim_init.functional.bank import filter_bank
+from convsim_init.functional.fourier import real_fourier_basis
+from convsim_init.functional.similarity import convolutional_similarity
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"], [False, True]))
 

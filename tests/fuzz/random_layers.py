@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import convsim_init as ci
-from convsim_init.functional.similarity import accumulation_dtype, filter_bank, filter_norms
+from convsim_init.functional.bank import accumulation_dtype, filter_bank, filter_norms
 
 CONVOLUTIONS = (
     (nn.Conv1d, nn.ConvTranspose1d),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init.functional.similarity import filter_bank
+from convsim_init.functional.bank import filter_bank
 from convsim_init.metrics.expected import (
     SPECTRA,
     VALUES_PER_BLOCK,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from convsim_init.functional.similarity import bank_similarity, filter_norms, per_filter
+from convsim_init.functional.bank import filter_norms, per_filter
+from convsim_init.functional.similarity import bank_similarity
 from convsim_init.optim import conjugate_gradient as cg
 from convsim_init.optim.conjugate_gradient import ConjugateGradient
 from convsim_init.parallel.threads import Team

@@ -10,13 +10,8 @@ import torch
 
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import TorchBlock
-from convsim_init.functional.similarity import (
-    bank_weight,
-    convolutional_similarity,
-    filter_bank,
-    filter_norms,
-    per_filter,
-)
+from convsim_init.functional.bank import bank_weight, filter_bank, filter_norms, per_filter
+from convsim_init.functional.similarity import convolutional_similarity
 from convsim_init.optim.conjugate_gradient import ConjugateGradient
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.threads import Team

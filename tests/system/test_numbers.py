@@ -7,7 +7,7 @@ from torch import nn
 
 from convsim_init import Outcome, Settings, convsim_, initialize_, measure, save_checkpoint
 from convsim_init.errors import InputError
-from convsim_init.functional.similarity import filter_norms
+from convsim_init.functional.bank import filter_norms
 
 SEEDS = range(10**6, 10**6 + 180)
 
