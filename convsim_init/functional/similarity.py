@@ -85,8 +85,9 @@ def power_spectrum(spectrum: Tensor, channels: Channels) -> Tensor:
         ``[F, G, C, M]``; with ``channels="all"`` the sum over channels, ``[F, G, 1, M]``.
     """
     frequencies = spectrum.shape[0] // 2 + 1
-    power = spectrum[:frequencies].square()
-    power[1:] += spectrum[frequencies:].square()
+    cosines, sines = spectrum[:frequencies], spectrum[frequencies:]
+    power = cosines.square()
+    power[1:].addcmul_(sines, sines)
     return power.sum(2, keepdim=True) if channels == "all" else power
 
 
