@@ -1,0 +1,175 @@
+"""A trial pass sees what the convolution is given, and leaves no trace."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from convsim_init.layers.trial import NoConvolutionError, isolated, weight_given_to_convolution
+
+
+class Everything(nn.Conv2d):
+    """Changes all that a forward pass can change."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        self.register_buffer("mask", torch.rand(4, 3, 3, 3).gt(0.5).float())
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.calls, self.seen, self.cache = 0, [], {"last": None}
+        self.plain = torch.ones(2)
+        self.generator = torch.Generator().manual_seed(3)
+        self.random = random.Random(3)
+        self.child = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        self.weight.data *= self.mask
+        self.weight.data += 1e-3 * torch.randn(4, 3, 3, 3) * self.mask
+        self.count += 1
+        self.calls += 1
+        self.seen.append(x.shape)
+        self.cache["last"] = x
+        self.plain.mul_(2)
+        self.noise = torch.rand(1, generator=self.generator) + self.random.random() + random.random() + np.random.rand()
+        self.mask = self.mask.clone()
+        self.child.train()
+        self.child(torch.randn(4, 3, 2, 2))
+        self.register_buffer("late", torch.ones(1))
+        self.add_module("added", nn.Linear(1, 1))
+        with torch.no_grad():
+            self.bias.fill_(7)
+        return F.conv2d(x, self.weight)
+
+
+def traces(module):
+    """All that a forward pass could leave behind."""
+    return {
+        "state": {key: value.clone() for key, value in module.state_dict().items()},
+        "places": {key: value.data_ptr() for key, value in module.state_dict().items()},
+        "attributes": {key: value for part in module.modules() for key, value in vars(part).items()},
+        "contents": (list(module.seen), dict(module.cache), module.plain.clone(), module.calls),
+        "generators": (module.generator.get_state(), module.random.getstate()),
+        "states": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()),
+        "modes": [part.training for part in module.modules()],
+        "modules": list(module.named_modules()),
+    }
+
+
+def same(a, b):
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        return type(a) is type(b) and bool((a == b).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a is b or a == b
+
+
+def test_nothing_of_what_a_forward_pass_changes_remains():
+    module = Everything()
+    before = traces(module)
+    weight_given_to_convolution(module, module.weight.shape, module.weight)
+    after = traces(module)
+    assert [name for name in before if not same(before[name], after[name])] == []
+    module(torch.zeros(1, 3, 3, 3))  # the test can fail: a real pass changes nearly all of it
+    changed = [name for name in before if not same(before[name], traces(module)[name])]
+    assert changed == list(before)
+
+
+def masked(hooked):
+    """A convolution whose mask is imposed by a hook that knows the module, or only its parameter."""
+    module, mask = nn.Conv2d(3, 4, 3), torch.rand(4, 3, 3, 3).gt(0.5)
+    weight = module.weight
+
+    def by_argument(m, inputs):
+        m.weight.data *= mask
+
+    def by_module(m, inputs):
+        module.weight.data *= mask
+
+    def by_tensor(m, inputs):
+        weight.data *= mask
+
+    module.register_forward_pre_hook({"argument": by_argument, "module": by_module, "tensor": by_tensor}[hooked])
+    return module, mask
+
+
+@pytest.mark.parametrize("hooked", ["argument", "module", "tensor"])
+def test_it_sees_what_a_hook_does_to_the_weight(hooked):
+    module, mask = masked(hooked)
+    before = module.weight.detach().clone()
+    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    torch.testing.assert_close(found, before * mask, rtol=0, atol=0)
+    assert torch.equal(module.weight, before)
+
+
+def test_hooks_that_follow_the_pass_do_not_fire():
+    module, calls = nn.Conv2d(3, 4, 3), []
+    module.register_forward_hook(lambda *_: calls.append("after"))
+    module.register_full_backward_hook(lambda *_: calls.append("backward"))
+    weight_given_to_convolution(module, module.weight.shape, module.weight)
+    module(torch.zeros(1, 3, 3, 3))
+    assert calls == ["after"]
+
+
+def test_it_is_differentiable_by_the_parameters():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, 2 * self.weight)
+
+    module = Doubled(3, 4, 3)
+    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    (gradient,) = torch.autograd.grad(found.sum(), module.weight)
+    assert gradient.eq(2).all()
+
+
+def test_an_error_of_the_module_puts_all_back_too():
+    class Broken(nn.Conv2d):
+        def forward(self, x):
+            self.weight.data.zero_()
+            self.calls = 1
+            raise LookupError("its own")
+
+    module = Broken(3, 4, 3)
+    before = module.weight.detach().clone()
+    with pytest.raises(LookupError):
+        weight_given_to_convolution(module, module.weight.shape, module.weight)
+    assert torch.equal(module.weight, before)
+    assert not hasattr(module, "calls")
+
+
+def test_a_pass_without_a_convolution_says_so():
+    class Linear(nn.Conv2d):
+        def forward(self, x):
+            return x
+
+    module = Linear(3, 4, 3)
+    with pytest.raises(NoConvolutionError):
+        weight_given_to_convolution(module, module.weight.shape, module.weight)
+
+
+@pytest.mark.parametrize("attribute", ["lock", "computed", "inference"])
+def test_what_cannot_be_copied_is_no_obstacle(attribute):
+    import threading
+
+    module = nn.Conv2d(3, 4, 3)
+    if attribute == "inference":
+        with torch.inference_mode():
+            value = torch.ones(3)
+    else:
+        value = threading.Lock() if attribute == "lock" else [module.weight * 2]
+    module.extra = value
+    with isolated(module):
+        assert module(torch.zeros(1, 3, 3, 3)).shape == (1, 4, 1, 1)
+    assert module.extra is value
+
+
+def test_copies_are_still_equal():
+    module = Everything()
+    clone = copy.deepcopy(module)
+    with isolated(module):
+        pass
+    assert same(module.state_dict(), clone.state_dict())
