@@ -37,6 +37,12 @@ class ConvolutionalSimilarity:
 
     Raises:
         InputError: If an option is unknown, a pattern matches no layer, or no layer is left.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10))
+        >>> similarity = ci.ConvolutionalSimilarity(model, normalized=True)
+        >>> loss = model(torch.randn(8, 3, 3, 3)).square().mean() + 0.1 * similarity()
+        >>> loss.backward()
     """
 
     def __init__(

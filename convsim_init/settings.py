@@ -51,6 +51,12 @@ class Settings:
 
     Raises:
         InputError: If a value is out of its range.
+
+    Examples:
+        >>> ci.Settings(steps=20).optimizer
+        'conjugate_gradient'
+        >>> ci.Settings.paper().norm
+        'free'
     """
 
     pairs: Pairs = "all"

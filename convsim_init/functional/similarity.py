@@ -55,6 +55,13 @@ def convolutional_similarity(
 
     Raises:
         InputError: If an option is unknown or the weight's dtype or shape does not fit.
+
+    Examples:
+        >>> weight = torch.ones(2, 1, 1, 1)  # two filters that are the same
+        >>> float(ci.convolutional_similarity(10 * weight))
+        10000.0
+        >>> float(ci.convolutional_similarity(10 * weight, normalized=True))
+        1.0
     """
     check_choice("pairs", pairs, PAIRS)
     check_choice("channels", channels, CHANNELS)
