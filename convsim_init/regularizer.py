@@ -13,9 +13,9 @@ from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
 
 class ConvolutionalSimilarity:
-    r"""The summed Convolutional Similarity of a model's convolutions, to be added to a loss (arXiv 2411.03226).
+    """The summed Convolutional Similarity of a model's convolutions, to be added to a loss (arXiv 2411.03226).
 
-    .. math:: L = L_{task} + \lambda \sum_{layers} CS(W)
+        L = L_task + λ Σ_layers CS(W)
 
     What counts is the weight that the forward pass uses, also behind a parametrization, weight_norm or a class that
     standardizes its weight; it is read anew at each call, on its own device. Make the term once the model is as it will
