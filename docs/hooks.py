@@ -8,7 +8,15 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "examples/*.py", "benchmarks/results/**/*.*")
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CODE_OF_CONDUCT.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "LICENSE",
+    "examples/*.py",
+    "benchmarks/results/**/*.*",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
