@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs  ## the documentation site, in build/site
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-dev  ## time and memory of the command and of the descent, against peers
 	$(BIN)/python -m benchmarks.speed
