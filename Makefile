@@ -8,7 +8,7 @@ LOWEST := build/lowest
 LOWEST_TESTS := release or metadata or state_dict or floats or give_the_same_bytes or odd_keys or bad_input or globs or \
 	what_cannot_be_read or json
 
-.PHONY: demo test test-lowest check bench clean
+.PHONY: demo test test-lowest check docs bench clean
 
 demo: $(VENV)/.installed  ## write init.safetensors: a ResNet-18 to train from
 	$(BIN)/convsim-init resnet18 --out init.safetensors --force
@@ -26,6 +26,9 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed-dev  ## time and memory of the command and of the descent, against peers
 	$(BIN)/python -m benchmarks.speed
 
@@ -40,7 +43,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt convsim_init/backends/step.c 
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt convsim_init/backends/step.c | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check,docs]'
+	touch $@ $(VENV)/.installed $(VENV)/.installed-docs
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/.installed
 
 # All that is not named in constraints-lowest.txt is seen through to the first environment.

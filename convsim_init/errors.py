@@ -2,8 +2,20 @@
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: says what was expected, what came and what to do."""
+    """Something the user gave cannot be used: says what was expected, what came and what to do.
+
+    Examples:
+        >>> ci.Settings(steps=0)
+        Traceback (most recent call last):
+            ...
+        convsim_init.errors.InputError: expected steps to be a whole number of at least 1, got 0
+    """
 
 
 class RunError(RuntimeError):
-    """The work itself failed although the input was usable, for instance a full disk."""
+    """The work itself failed although the input was usable, for instance a full disk.
+
+    Examples:
+        >>> issubclass(ci.RunError, RuntimeError)
+        True
+    """

@@ -51,6 +51,13 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
 
     Raises:
         InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN.
+
+    Examples:
+        >>> weight = torch.nn.init.kaiming_normal_(torch.empty(16, 8, 3, 3))
+        >>> before = ci.convolutional_similarity(weight, normalized=True)
+        >>> after = ci.convolutional_similarity(ci.convsim_(weight), normalized=True)
+        >>> bool(after < before / 5)
+        True
     """
     settings = settings or Settings()
     bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
@@ -105,6 +112,12 @@ def initialize_(
         InputError: If there is no convolution, a pattern matches none, or the processes of the group do not start from
             the same weights.
         RunError: If one of them has died.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        >>> report = ci.initialize_(model, exclude=["2"])
+        >>> [(layer.name, layer.outcome.value, layer.reason) for layer in report.layers]
+        [('0', 'initialized', None), ('2', 'skipped', 'excluded')]
     """
     settings = settings or Settings()
     started = time.perf_counter()

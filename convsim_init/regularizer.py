@@ -13,9 +13,9 @@ from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
 
 class ConvolutionalSimilarity:
-    r"""The summed Convolutional Similarity of a model's convolutions, to be added to a loss (arXiv 2411.03226).
+    """The summed Convolutional Similarity of a model's convolutions, to be added to a loss (arXiv 2411.03226).
 
-    .. math:: L = L_{task} + \lambda \sum_{layers} CS(W)
+        L = L_task + λ Σ_layers CS(W)
 
     What counts is the weight that the forward pass uses, also behind a parametrization, weight_norm or a class that
     standardizes its weight; it is read anew at each call, on its own device. Make the term once the model is as it will
@@ -37,6 +37,12 @@ class ConvolutionalSimilarity:
 
     Raises:
         InputError: If an option is unknown, a pattern matches no layer, or no layer is left.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10))
+        >>> similarity = ci.ConvolutionalSimilarity(model, normalized=True)
+        >>> loss = model(torch.randn(8, 3, 3, 3)).square().mean() + 0.1 * similarity()
+        >>> loss.backward()
     """
 
     def __init__(

@@ -40,6 +40,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
         InputError: If the file cannot be read, none of its tensors fits, or, with ``strict``, not all do; if the model
             is lazy or its tensors are on the meta device, where nothing can be loaded.
         RunError: If the model does not let its tensors be written.
+
+    Examples:
+        >>> path = ci.save_checkpoint(nn.Conv2d(3, 8, 3), "init.pt", prefix="stem.", overwrite=True)
+        >>> ci.load_checkpoint(nn.Conv2d(3, 8, 3), path).complete
+        True
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module to load into, got {type(model).__name__}: pass the model first")

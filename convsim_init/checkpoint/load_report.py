@@ -36,6 +36,12 @@ class LoadReport:
         retyped: Matched keys whose dtype is of another kind, such as integers for floats: the file's and the model's.
         refused: What the model's own strict loading raised although all of this is well; empty if nothing.
         narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the model's.
+
+    Examples:
+        >>> path = ci.save_checkpoint({"weight": torch.zeros(8, 3, 3, 3)}, "init.pt", overwrite=True)
+        >>> print(ci.load_checkpoint(nn.Conv2d(3, 8, 3), path))
+        init.pt into Conv2d: 1 of 2 keys matched
+        missing in the file, 1: bias
     """
 
     file: str

@@ -62,6 +62,12 @@ def save_checkpoint(
     Raises:
         InputError: If the path cannot be written, or the weights hold other than finite tensors.
         RunError: If writing fails, for instance on a full disk; the file that was there is still there.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3))
+        >>> report = ci.initialize_(model)
+        >>> ci.save_checkpoint(model, "init.safetensors", report=report, overwrite=True).name
+        'init.safetensors'
     """
     check_target(path, overwrite=overwrite)
     contents = checkpoint_contents(

@@ -31,11 +31,11 @@ def convolutional_similarity(
     transposed: bool = False,
     normalized: bool = False,
 ) -> Tensor:
-    r"""Convolutional Similarity of a layer's filters: the energy of their cross-correlations at every shift.
+    """Convolutional Similarity of a layer's filters: the energy of their cross-correlations at every shift.
 
-    .. math:: CS(W) = \sum_{(i,j)} \sum_{(c,d)} \lVert K_{ic} \star K_{jd} \rVert^2
+        CS(W) = Σ_(i,j) Σ_(c,d) ‖K[i,c] ⋆ K[j,d]‖²
 
-    where :math:`K_{ic}` is the kernel of filter i for input channel c and :math:`\star` the full cross-correlation
+    where ``K[i,c]`` is the kernel of filter i for input channel c and ``⋆`` the full cross-correlation
     (arXiv 2411.03226). Where it vanishes, the feature maps of i and j are orthogonal for every input. By Parseval's
     theorem the similarity of two kernels is the inner product of their power spectra, so sums over pairs are products
     of sums: time and memory grow linearly with the number of filters. Differentiable by autograd.
@@ -57,6 +57,13 @@ def convolutional_similarity(
 
     Raises:
         InputError: If an option is unknown or the weight's dtype or shape does not fit.
+
+    Examples:
+        >>> weight = torch.ones(2, 1, 1, 1)  # two filters that are the same
+        >>> float(ci.convolutional_similarity(10 * weight))
+        10000.0
+        >>> float(ci.convolutional_similarity(10 * weight, normalized=True))
+        1.0
     """
     check_choice("pairs", pairs, PAIRS)
     check_choice("channels", channels, CHANNELS)

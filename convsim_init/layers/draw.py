@@ -49,6 +49,11 @@ def draw_base_(
 
     Raises:
         InputError: If the scheme is unknown, the model has no convolution, or a pattern matches none.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+        >>> ci.draw_base_(model, "orthogonal", seed=1, exclude=["0"])
+        ['1']
     """
     check_choice("base", base, BASES)
     if base == "model":

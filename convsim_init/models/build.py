@@ -57,6 +57,11 @@ def build_model(
         UnknownModelError: No model goes by `spec`.
         InputError: The spec is malformed, its library is missing or broken, its factory raised or returned no module,
             or an argument has the wrong type, is out of range, or is not one the model takes.
+
+    Examples:
+        >>> model = ci.build_model("cifar_resnet18", num_classes=10, seed=3)
+        >>> model.fc.out_features
+        10
     """
     checked_seed = _whole("seed", seed, 0, _LARGEST_SEED)
     check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)

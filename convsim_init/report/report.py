@@ -18,7 +18,12 @@ Measures = dict[str, float]
 
 
 class Outcome(str, Enum):
-    """What became of a layer."""
+    """What became of a layer.
+
+    Examples:
+        >>> ci.Outcome("skipped") is ci.Outcome.SKIPPED
+        True
+    """
 
     INITIALIZED = "initialized"
     APPROXIMATED = "approximated"  # written, but the layer does not use quite what was written
@@ -44,6 +49,11 @@ class LayerReport:
             where nothing was to be changed, as it is; empty if not treated.
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
         losses: The minimized loss at the start and after each step.
+
+    Examples:
+        >>> layer = ci.measure(nn.Sequential(nn.Conv2d(3, 16, 3))).layers[0]
+        >>> layer.name, layer.kind, layer.shape
+        ('0', 'Conv2d', [16, 3, 3, 3])
     """
 
     name: str
@@ -79,6 +89,12 @@ class Report:
         file_bytes: Its size.
         remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
         processes: How many the layers were divided over.
+
+    Examples:
+        >>> report = ci.initialize_(nn.Sequential(nn.Conv2d(3, 16, 3)))
+        >>> totals = report.totals
+        >>> totals["after"]["normalized_similarity"] < totals["before"]["normalized_similarity"]
+        True
     """
 
     settings: Settings

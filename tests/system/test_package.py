@@ -2,7 +2,9 @@
 
 import ast
 import email
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -234,6 +236,14 @@ def test_imports_go_one_way(module):
     for imported in own_imports_of(module):
         inside = folder_of(imported) == folder_of(module)
         assert inside or level_of(imported) < level_of(module), f"{module} imports {imported}"
+
+
+def test_contributors_are_told_this_order():
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    levels = {name: level_of(name) for _, name in rows}
+    assert {path.name for path in (ROOT / "convsim_init").iterdir() if (path / "__init__.py").is_file()} < set(levels)
+    for (one, name), (other, above) in itertools.product(rows, rows):
+        assert one >= other or levels[name] < levels[above], f"{name}, {above}"
 
 
 def test_imports_do_not_go_in_circles():

@@ -11,7 +11,12 @@ from convsim_init.errors import InputError
 
 
 class UnknownModelError(InputError):
-    """No model goes by the name that was given; the message carries the closest names."""
+    """No model goes by the name that was given; the message carries the closest names.
+
+    Examples:
+        >>> issubclass(ci.UnknownModelError, ci.InputError)
+        True
+    """
 
 
 @dataclass(frozen=True)
