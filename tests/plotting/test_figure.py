@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import struct
 import sys
 import zlib
@@ -440,6 +441,14 @@ def test_without_matplotlib_the_extra_to_install_is_named(run, tmp_path, monkeyp
     for attempt in (lambda: check_plot(tmp_path / "a.png"), lambda: figure_of_run(*run)):
         with pytest.raises(InputError, match=r"pip install 'convsim-init\[plot\]'$"):
             attempt()
+
+
+def test_the_pictures_in_the_readme_are_there_for_both_backgrounds():
+    root = Path(__file__).parents[2]
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', (root / "README.md").read_text())
+    assert sorted(is_dark(Path(picture)) for picture in pictures) == [False, True]
+    for picture in pictures:
+        assert bool(imread(root / picture)[0, 0, :3].sum() < 0.5) is is_dark(Path(picture))
 
 
 # What cannot be drawn
