@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
 from convsim_init.devices import find_device
-from convsim_init.plotting.figure import choose_layer, figure_of_run, save_figure
+from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
 from convsim_init.report.report import Outcome, Report
 from convsim_init.settings import Base, Settings
@@ -133,7 +133,7 @@ def write(made: Made, choices: Choices) -> Report:
     if files.record is not None:
         save_record(report, files.record, overwrite=choices.force)
     if files.plot is not None:
-        figure = figure_of_run(report, made.before, made.after, layer=choices.plot_layer)
+        figure = figure_of_run(report, made.before, made.after, layer=choices.plot_layer, dark=is_dark(files.plot))
         save_figure(figure, files.plot, overwrite=choices.force)
     return report
 

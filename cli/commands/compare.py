@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from convsim_init.plotting.figure import check_plot, figure_of, save_figure
+from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 
 from ..options import ModelOptions, check_sources, like_option, load, model_options
 from ..signals import ending_at_once
@@ -24,7 +24,9 @@ Examples:
 @model_options
 @like_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
+)
 @click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most different.")
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -55,6 +57,8 @@ def compare(
     loaded = [load(spec, how, like) for spec in specs]
     compared = comparison.compare([(one.name, one.content) for one in loaded])
     if picture is not None:
-        figure = figure_of(compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer)
+        figure = figure_of(
+            compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(picture)
+        )
         save_figure(figure, picture, overwrite=force)
     click.echo(json.dumps(compared.to_dict(), indent=2) if as_json else str(compared))

@@ -105,7 +105,11 @@ class MainCommand(click.Command):
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the written floats. Default: float32.")
 @click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw what it did: .png, .svg, .pdf.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
+)
 @click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps are drawn. Default: the most changed.")
 @click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")

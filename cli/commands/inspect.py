@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from convsim_init.plotting.figure import check_plot, figure_of, save_figure
+from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 from convsim_init.report.table import COLUMNS, as_csv
 
 from ..options import ModelOptions, check_sources, like_option, load, model_options
@@ -43,7 +43,9 @@ Examples:
 @click.option("--include", multiple=True, metavar="GLOB", help="Show only layers whose name matches. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
 @click.option("--csv", "comma_separated", is_flag=True, help="Print all measures as comma-separated values.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
+)
 @click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most redundant.")
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -76,7 +78,9 @@ def inspect(
         report = measure(loaded.content).select(include)
     else:
         snapshot = take_snapshot(loaded.name, loaded.content).select(include)
-        save_figure(figure_of([snapshot], title=loaded.name, layer=plot_layer), picture, overwrite=force)
+        save_figure(
+            figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(picture)), picture, overwrite=force
+        )
         report = snapshot.report
     report.model, report.seed = loaded.name, loaded.seed
     report.remarks += loaded.remarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -26,6 +27,9 @@ NO_DATE: dict[str, dict[str, str | None]] = {
 }
 DOTS_PER_INCH = 150
 CORRELATION, SIMILARITY = "feature_correlation_natural", "normalized_similarity"
+WIDTH = 10.0  # inches, as are the heights of a row of panels, of the layers and of a line of the title
+PANELS, LAYERS, LINE = 3.0, 2.9, 0.25
+ABREAST = 2  # snapshots whose correlations and filters fit into one row
 
 
 def check_plot(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -40,20 +44,28 @@ def check_plot(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path
     return target
 
 
-def figure_of_run(report: Report, before: Snapshot, after: Snapshot, *, layer: str | None = None) -> Figure:
-    """Draw what a run did: similarity of every layer, feature-map correlation of one, first filters, and the losses.
+def is_dark(path: Path) -> bool:
+    """Whether a picture's file asks for a dark background: ``resnet18-dark.png`` does."""
+    return path.stem.endswith("-dark")
+
+
+def figure_of_run(
+    report: Report, before: Snapshot, after: Snapshot, *, layer: str | None = None, dark: bool = False
+) -> Figure:
+    """Draw what a run did: feature-map correlation of a layer, first filters, similarity of every layer, and losses.
 
     Args:
-        report: Of the run.
-        before: The model before it.
-        after: The model after it.
-        layer: Whose feature-map correlations are shown. Default: the most changed layer.
+        report: Report of the run.
+        before: Snapshot of the model before it.
+        after: Snapshot of the model after it.
+        layer: Name of the layer whose feature-map correlations are shown. Default: the most changed layer.
+        dark: Light text on a dark background.
 
     Raises:
         InputError: If matplotlib is not installed, nothing was measured, or there is no such layer.
     """
     losses = {layer.name: layer.losses for layer in report.layers if layer.after}
-    return figure_of([before, after], title=_title_of_run(report), losses=losses, layer=layer)
+    return figure_of([before, after], title=_title_of_run(report), losses=losses, layer=layer, dark=dark)
 
 
 def figure_of(
@@ -62,15 +74,17 @@ def figure_of(
     title: str,
     losses: Mapping[str, Sequence[float]] | None = None,
     layer: str | None = None,
+    dark: bool = False,
 ) -> Figure:
     """Draw one model or checkpoint, or several side by side.
 
     Args:
-        snapshots: What to draw, at least one.
-        title: Of the whole picture.
-        losses: For each layer the loss at the start and after each step.
-        layer: Whose feature-map correlations are shown. Default: the layer that differs most or, of a single model,
-            the one whose feature maps are most correlated.
+        snapshots: Snapshots to draw, at least one.
+        title: Title of the whole picture.
+        losses: Loss of each layer at the start and after each step.
+        layer: Name of the layer whose feature-map correlations are shown. Default: the layer that differs most or, of
+            a single model, the one whose feature maps are most correlated.
+        dark: Light text on a dark background.
 
     Raises:
         InputError: If matplotlib is not installed, nothing was measured, or there is no such layer.
@@ -82,30 +96,23 @@ def figure_of(
         raise InputError(f"expected matplotlib to draw with, got {error}: pip install 'convsim-init[plot]'") from error
     from convsim_init.plotting import panels
 
-    with panels.style():
-        label_inches = panels.label_inches(snapshots)
-        many = len(snapshots) > panels.ABREAST
-        lower = panels.SQUARE * (2 if many else 1)
-        titles = textwrap.wrap(title, 130) or [""]
-        figure = Figure(
-            figsize=(panels.WIDTH, 3.2 + label_inches + lower + 0.25 * len(titles)),
-            layout="constrained",
-            dpi=DOTS_PER_INCH,
-        )
-        figure.suptitle(panels.plain("\n".join(titles)), x=0.01, ha="left", weight="bold")
-        above, below = figure.subfigures(2, 1, height_ratios=[3.2 + label_inches, lower], squeeze=False).flatten()
-        panels.draw_similarity(above, snapshots)
-        shown = {key: values for key, values in (losses or {}).items() if len(values) > 1 and values[0] > 0}
-        shares = [float(len(snapshots))] * 2 + [1.3] * bool(shown)
-        if many:
-            grid = below.subfigures(2, 1, squeeze=False)
-        else:
-            grid = below.subfigures(1, len(shares), width_ratios=shares, squeeze=False)
-        places = grid.flatten()
-        panels.draw_correlations(places[0], snapshots, chosen)
-        panels.draw_filters(places[1], snapshots)
-        if shown and not many:
-            panels.draw_losses(places[2], shown)
+    titles = textwrap.wrap(title, 100) or [""]
+    rows = 1 if len(snapshots) <= ABREAST else 2
+    heights = [rows * PANELS, LAYERS]
+    with panels.style(dark=dark):
+        size = (WIDTH, sum(heights) + LINE * len(titles))
+        figure = Figure(figsize=size, layout="constrained", dpi=DOTS_PER_INCH)
+        figure.suptitle(panels.literal("\n".join(titles)), x=0.01, ha="left", weight="bold")
+        above, below = figure.subfigures(2, 1, height_ratios=heights, squeeze=False).flat
+        shares = [1.15, 1] if rows == 1 else [1]  # correlations have a colour bar
+        correlations, filters = above.subfigures(rows, len(shares), width_ratios=shares, squeeze=False).flat
+        panels.draw_correlations(correlations, snapshots, chosen)
+        panels.draw_filters(filters, snapshots)
+        shown = [values for values in (losses or {}).values() if len(values) > 1 and values[0] > 0]
+        if shown:
+            below, right = below.subfigures(1, 2, width_ratios=[2.6, 1], squeeze=False).flat
+            panels.draw_losses(right, shown)
+        panels.draw_similarity(below, snapshots)
         _settle(figure)
     return figure
 
@@ -139,8 +146,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, overwrite: bool
     """Write a figure as PNG, SVG or PDF, whole or not at all; the same figure gives the same bytes.
 
     Args:
-        figure: What to write.
-        path: Ends in ``.png``, ``.svg`` or ``.pdf``.
+        figure: Figure to write.
+        path: Path that ends in ``.png``, ``.svg`` or ``.pdf``.
         overwrite: Replace an existing file.
 
     Returns:
@@ -154,9 +161,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, overwrite: bool
 
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
     with replacing(target) as temporary, panels.style():
-        figure.savefig(
-            temporary, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=NO_DATE[target.suffix], facecolor="white"
-        )
+        figure.savefig(temporary, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=NO_DATE[target.suffix])
     return target
 
 
@@ -170,10 +175,10 @@ def _settle(figure: Figure) -> None:
 
 
 def _title_of_run(report: Report) -> str:
-    before, after = report.totals["before"], report.totals["after"]
+    """What is left in the median layer: the mean over layers is that of a single 7×7 stem."""
     name = report.model or "model"
-    if not after:
+    treated = [layer for layer in report.layers if layer.after and layer.before[SIMILARITY]]
+    if not treated:
         return name
-    old, new = before[SIMILARITY], after[SIMILARITY]
-    share = f" ({new / old:.1%})" if old else ""
-    return f"{name}: mean normalized similarity {old:.2e} → {new:.2e}{share}"
+    left = statistics.median(layer.after[SIMILARITY] / layer.before[SIMILARITY] for layer in treated)
+    return f"{name}: {left:.1%} of the filters' similarity is left in the median layer"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,14 +23,14 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-WIDTH, SQUARE = 13.0, 3.3  # inches
-ABREAST = 3  # snapshots whose lower panels fit into one row
-MOST_LABELS = 60  # of layers along the axis
 MOST_FILTERS, MOST_MAPS = 64, 128  # shown of a layer
+MOST_CHARACTERS = 24  # shown of a layer's name on the axis and of a line of a label
 INCHES_A_CHARACTER = 0.075
 GAP = 9  # how many times as high as the gap below it a filter is, at least
-OKABE_ITO = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+DARK = "#0d1117"
+OKABE_ITO = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "0.5")
 MARKERS = "osD^vP*X<>hp"
+FAINT: dict[str, Any] = {"color": "0.5", "alpha": 0.5, "linewidth": 0.8}  # seen on white and on black
 STYLE = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -36,6 +38,9 @@ STYLE = {
     "axes.titlesize": 9,
     "figure.titlesize": 11,
     "font.size": 9,
+    "grid.alpha": 0.3,
+    "grid.color": "0.5",
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "pdf.fonttype": 42,
     "svg.hashsalt": "convsim-init",
@@ -45,162 +50,150 @@ STYLE = {
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def style(*, dark: bool = False) -> Iterator[None]:
     """Matplotlib's own defaults and ours, whatever the user's are, for drawing and for writing."""
     from matplotlib import style as styles
 
-    with styles.context(["default", STYLE]):
+    background: list[Any] = ["dark_background", {"axes.facecolor": DARK, "figure.facecolor": DARK}] if dark else []
+    with styles.context(["default", *background, STYLE]):
         yield
 
 
-def plain(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib takes for no mathematics: a dollar in a layer's or a file's name is a dollar."""
     return text.replace("$", r"\$")
 
 
-def label_inches(snapshots: Sequence[Snapshot]) -> float:
-    """Room that the names of the layers need below their axis."""
-    names = _names(snapshots)
-    return 0.2 if _horizontal(names) else INCHES_A_CHARACTER * max(len(_shown(name)) for name in names)
-
-
-def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
-    """Normalized similarity of every layer: colours tell the snapshots apart, markers the kernel sizes."""
-    axes = figure.subplots()
-    names = _names(snapshots)
-    place = {name: index for index, name in enumerate(names)}
-    sizes = _kernel_sizes(snapshots)
-    zeros = 0
-    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    scale = 36 if len(names) <= 40 else 20
-    for index, (snapshot, colour) in enumerate(zip(snapshots, _colours(len(snapshots)), strict=True)):
-        larger = 1 + 0.7 * (len(snapshots) - 1 - index)  # so that those below are seen where values agree
-        for size, marker in zip(sizes, _markers(len(sizes)), strict=True):
-            points = [
-                (place[layer.name], layer.before["normalized_similarity"])
-                for layer in snapshot.report.layers
-                if layer.before and _size(layer.shape) == size
-            ]
-            positive = [point for point in points if point[1] > 0]
-            zeros += len(points) - len(positive)
-            for x, y in positive:
-                low[x], high[x] = min(low[x], y), max(high[x], y)
-            axes.scatter(
-                [x for x, _ in positive],
-                [y for _, y in positive],
-                s=scale * larger,
-                color=colour,
-                marker=marker,
-                linewidths=0,
-                zorder=3,
-            )
-    several = np.flatnonzero(high > low)
-    axes.vlines(several, low[several], high[several], color="0.75", linewidth=1, zorder=1)
-    axes.set_yscale("log")
-    axes.set_ylabel("normalized similarity (log scale)")
-    note = f" ({zeros} at zero, not shown)" if zeros else ""
-    axes.set_title(f"How similar the filters of each layer are, in network order{note}", loc="left")
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_xlim(-0.7, len(names) - 0.3)
-    step = math.ceil(len(names) / MOST_LABELS)
-    shown = range(0, len(names), step)
-    rotation = 0 if _horizontal(names) else 90
-    axes.set_xticks(shown, [plain(_shown(names[index])) for index in shown], rotation=rotation)
-    if step > 1:
-        axes.set_xticks(range(len(names)), minor=True)
-        axes.set_xlabel(f"layer (every {_ordinal(step)} is named)")
-    _legend(figure, axes, snapshots, sizes)
-
-
 def draw_correlations(figure: SubFigure, snapshots: Sequence[Snapshot], name: str) -> None:
     """Expected correlations between the feature maps of one layer, in each snapshot, on one colour scale."""
-    from matplotlib import colormaps
-
     matrices = [_correlations(snapshot.banks[name]) for snapshot in snapshots]
-    filters = [bank.shape[0] * bank.shape[1] for bank in (snapshot.banks[name] for snapshot in snapshots)]
-    some = f", first {MOST_MAPS} of them" if max(filters) > MOST_MAPS else ""
-    kernels = _size(snapshots[0].banks[name].shape[1:])
-    _title(
-        figure,
-        f"Feature maps' correlation, expected for natural images, of {_shown(name)}: {filters[0]} filters, "
-        f"{kernels}{some}",
-    )
-    colours = colormaps["cividis"].with_extremes(bad="white")
+    bank = snapshots[0].banks[name]
+    count = max(math.prod(snapshot.banks[name].shape[:2]) for snapshot in snapshots)
+    some = f"first {MOST_MAPS} of {count}" if count > MOST_MAPS else f"{count}"
+    title = f"Expected correlation of feature maps: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}"
     highest = max((float(np.nanmax(matrix)) for matrix in matrices if np.isfinite(matrix).any()), default=1.0)
-    panels = figure.subplots(1, len(snapshots), squeeze=False, gridspec_kw={"wspace": 0.05})[0]
+    panels = _panels(figure, snapshots, title)
     for axes, snapshot, matrix in zip(panels, snapshots, matrices, strict=True):
-        image = axes.imshow(matrix, cmap=colours, vmin=0, vmax=highest or 1.0, interpolation="nearest")
-        mean = next(one for one in snapshot.report.layers if one.name == name).before
-        axes.set_title(_panel_title(figure, snapshots, snapshot, f"mean {mean['feature_correlation_natural']:.3f}"))
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("filter")
-    panels[0].set_ylabel("filter")
-    figure.colorbar(image, ax=list(panels), label="|correlation|", shrink=0.8, aspect=25)
+        image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=highest or 1.0, interpolation="nearest")
+        (mean,) = [one.before["feature_correlation_natural"] for one in snapshot.report.layers if one.name == name]
+        axes.set_title(f"{axes.get_title()}\nmean {mean:.3f}")
+    figure.colorbar(image, ax=panels, label="|correlation|, natural images", shrink=0.8, aspect=25)
 
 
 def draw_filters(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     """Filters of the first layer in each snapshot, on one scale; mid-grey is zero."""
     name = next(name for name in snapshots[0].banks if all(name in snapshot.banks for snapshot in snapshots))
+    bank = snapshots[0].banks[name]
+    count, channels = math.prod(bank.shape[:2]), bank.shape[2]
+    some = f"first {MOST_FILTERS} of {count}" if count > MOST_FILTERS else f"{count}"
+    coloured = {1: "one channel", 3: "as RGB"}.get(channels, f"strongest of {channels} channels each")
+    title = f"First layer: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}, {coloured}; grey is zero"
     stacks = [_tiles(snapshot.banks[name]) for snapshot in snapshots]
     largest = max(float(np.abs(stack).max()) for stack in stacks) or 1.0
-    bank = snapshots[0].banks[name]
-    count, channels = bank.shape[0] * bank.shape[1], bank.shape[2]
-    some = f"first {MOST_FILTERS} of {count}" if count > MOST_FILTERS else f"{count}"
-    coloured = "as RGB" if stacks[0].shape[-1] == 3 else f"first of {channels} channels"
-    what = f"{some} filters, {_size(bank.shape[1:])}, {coloured if channels > 1 else 'one channel'}; grey is zero"
-    _title(figure, f"First layer, {_shown(name)}: {what}")
-    panels = figure.subplots(1, len(snapshots), squeeze=False, gridspec_kw={"wspace": 0.05})[0]
-    for axes, snapshot, stack in zip(panels, snapshots, stacks, strict=True):
+    for axes, stack in zip(_panels(figure, snapshots, title), stacks, strict=True):
         axes.imshow(_mosaic(0.5 + 0.5 * stack / largest), interpolation="nearest")
-        axes.set_title(_panel_title(figure, snapshots, snapshot))
-        axes.set_axis_off()
 
 
-def draw_losses(figure: SubFigure, losses: Mapping[str, Sequence[float]]) -> None:
+def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
+    """Normalized similarity of every layer: colours tell the snapshots apart, markers the kernel sizes."""
+    axes = figure.subplots()
+    layers = [(index, layer) for index, one in enumerate(snapshots) for layer in one.report.layers if layer.before]
+    names = list(dict.fromkeys(layer.name for _, layer in layers))
+    places = {name: place for place, name in enumerate(names)}
+    kernels = sorted({tuple(layer.shape[2:]) for _, layer in layers}, key=lambda kernel: (math.prod(kernel), kernel))
+    markers = dict(zip(kernels, itertools.cycle(MARKERS), strict=False))
+    colours = _colours(len(snapshots))
+    points = defaultdict(list)  # of one snapshot and kernel size: place and value of each layer
+    spans = defaultdict(list)  # at one place: the values
+    for index, layer in layers:
+        place, value = places[layer.name], layer.before["normalized_similarity"]
+        if value > 0:
+            points[index, tuple(layer.shape[2:])].append((place, value))
+            spans[place].append(value)
+    for (index, kernel), some in points.items():
+        size = (36 if len(names) <= 40 else 20) * (1 + 0.7 * (len(snapshots) - 1 - index))  # seen behind later ones
+        x, y = zip(*some, strict=True)
+        axes.scatter(x, y, s=size, color=colours[index], marker=markers[kernel], linewidths=0, zorder=3)
+    axes.vlines(list(spans), list(map(min, spans.values())), list(map(max, spans.values())), **FAINT)
+    zeros = len(layers) - sum(map(len, spans.values()))
+    note = f" ({zeros} at zero, not shown)" if zeros else ""
+    axes.set_title(f"Similarity of each layer's filters{note}", loc="left")
+    axes.set_ylabel("normalized similarity")
+    axes.set_yscale("log")
+    axes.grid(axis="y")
+    axes.set_xlim(-0.7, len(names) - 0.3)
+    _name_layers(axes, [_shortened(_shown(name)) for name in names], _characters(figure))
+    _legend(figure, list(zip((one.label for one in snapshots), colours, strict=True)), markers)
+
+
+def draw_losses(figure: SubFigure, losses: Sequence[Sequence[float]]) -> None:
     """Loss per step of each layer and of all together, over its start."""
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    for values in losses.values():
-        axes.plot(np.array(values) / values[0], color="0.7", linewidth=0.8)
-    longest = max(map(len, losses.values()))
-    held = [np.pad(np.array(values), (0, longest - len(values)), mode="edge") for values in losses.values()]
-    total = np.sum(held, axis=0)
-    axes.plot(total / total[0], color=OKABE_ITO[1], linewidth=2)
+    for values in losses:
+        each = axes.plot(np.array(values) / values[0], **FAINT)
+    longest = max(map(len, losses))
+    held = [np.pad(np.array(values), (0, longest - len(values)), mode="edge") for values in losses]
+    total = axes.plot(np.sum(held, axis=0) / sum(values[0] for values in losses), color=OKABE_ITO[1], linewidth=2)
+    axes.set_title("Loss, over its start", loc="left")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlabel("step")
-    axes.set_ylabel("loss / loss at the start")
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    handles = [axes.plot([], color="0.7", linewidth=0.8, label="each layer")[0]]
-    handles += [axes.plot([], color=OKABE_ITO[1], linewidth=2, label="sum of all")[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
-    _title(figure, "Loss per step")
+    axes.grid(axis="y")
+    figure.legend([*each, *total], ["each layer", "sum of all"], loc="outside lower center", ncols=2)
 
 
-def _names(snapshots: Sequence[Snapshot]) -> list[str]:
-    names = dict.fromkeys(layer.name for snapshot in snapshots for layer in snapshot.report.layers if layer.before)
-    return list(names)
+def _panels(figure: SubFigure, snapshots: Sequence[Snapshot], title: str) -> list[Axes]:
+    """One panel without axes for each snapshot, its label above; the title above all."""
+    figure.suptitle(literal(textwrap.fill(title, _characters(figure))), fontsize=9, x=0.02, ha="left")
+    panels = figure.subplots(1, len(snapshots), squeeze=False, gridspec_kw={"wspace": 0.05})[0]
+    width = max(8, min(MOST_CHARACTERS, _characters(figure) // len(snapshots) - 3))
+    for axes, snapshot in zip(panels, snapshots, strict=True):
+        axes.set_title(literal(textwrap.fill(snapshot.label, width)))
+        axes.set_axis_off()
+    return list(panels)
+
+
+def _name_layers(axes: Axes, names: Sequence[str], characters: int) -> None:
+    """Names along the axis, of every layer or, where they do not fit, of one in so many."""
+    step = math.ceil(len(names) * (max(map(len, names)) + 2) / characters)
+    axes.set_xticks(range(0, len(names), step), [literal(name) for name in names[::step]])
+    axes.set_xticks(range(len(names)), minor=True)
+    axes.set_xlabel("layer, in network order" + (f" (one in {step} is named)" if step > 1 else ""))
+
+
+def _legend(figure: SubFigure, colours: Sequence[tuple[str, Any]], markers: Mapping[tuple[int, ...], str]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        *(Patch(color=colour, label=literal(textwrap.fill(label, MOST_CHARACTERS))) for label, colour in colours),
+        *(
+            Line2D([], [], color="0.5", marker=marker, linestyle="", label=f"kernel {_size(kernel)}")
+            for kernel, marker in markers.items()
+        ),
+    ]
+    columns = max(1, _characters(figure) // (MOST_CHARACTERS + 6))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def _characters(figure: SubFigure) -> int:
+    return int(figure.bbox.width / figure.dpi / INCHES_A_CHARACTER)
 
 
 def _shown(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _horizontal(names: Sequence[str]) -> bool:
-    return len(names) * (max(len(_shown(name)) for name in names) + 2) * INCHES_A_CHARACTER < WIDTH - 3
+def _shortened(name: str) -> str:
+    """The name, or its start and its end, which tell layers apart."""
+    half = MOST_CHARACTERS // 2
+    return name if len(name) <= MOST_CHARACTERS else f"{name[:half]}…{name[1 - half :]}"
 
 
-def _size(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape[2:])) or "1"
-
-
-def _kernel_sizes(snapshots: Sequence[Snapshot]) -> list[str]:
-    shapes = [layer.shape for snapshot in snapshots for layer in snapshot.report.layers if layer.before]
-    ordered = sorted(shapes, key=lambda shape: (math.prod(shape[2:]), shape[2:]))
-    return list(dict.fromkeys(map(_size, ordered)))
+def _size(kernel: Sequence[int]) -> str:
+    return "×".join(map(str, kernel)) or "1"
 
 
 def _colours(count: int) -> list[Any]:
@@ -209,39 +202,6 @@ def _colours(count: int) -> list[Any]:
     if count <= len(OKABE_ITO):
         return list(OKABE_ITO[:count])
     return [colormaps["viridis"](index / (count - 1)) for index in range(count)]
-
-
-def _markers(count: int) -> list[str]:
-    return [MARKERS[index % len(MARKERS)] for index in range(count)]
-
-
-def _ordinal(number: int) -> str:
-    return {2: "second", 3: "third"}.get(number, f"{number}th")
-
-
-def _legend(figure: SubFigure, axes: Axes, snapshots: Sequence[Snapshot], sizes: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=colour, linewidth=5, solid_capstyle="butt", label=plain(textwrap.fill(snapshot.label, 24)))
-        for snapshot, colour in zip(snapshots, _colours(len(snapshots)), strict=True)
-    ]
-    handles += [
-        Line2D([], [], color="0.4", marker=marker, linestyle="", label=f"kernel {size}")
-        for size, marker in zip(sizes, _markers(len(sizes)), strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside right upper")
-
-
-def _title(figure: SubFigure, text: str) -> None:
-    inches = figure.bbox.width / figure.dpi
-    figure.suptitle(plain(textwrap.fill(text, int(inches / INCHES_A_CHARACTER))), fontsize=9, x=0.02, ha="left")
-
-
-def _panel_title(figure: SubFigure, snapshots: Sequence[Snapshot], snapshot: Snapshot, *more: str) -> str:
-    inches = figure.bbox.width / figure.dpi / len(snapshots)
-    width = max(8, min(24, int(inches / INCHES_A_CHARACTER) - 3))
-    return plain("\n".join([*textwrap.wrap(snapshot.label, width), *more]))
 
 
 def _correlations(bank: torch.Tensor) -> Array:
@@ -258,19 +218,22 @@ def _tiles(bank: torch.Tensor) -> Array:
         filters = filters[:, :, filters.shape[2] // 2]
     if filters.dim() == 3:
         filters = filters[:, None]  # a kernel of rank 1 is a row for each channel
-    shown = filters if filters.shape[1] == 3 else filters[:, :1]
-    return shown.movedim(1, -1).nan_to_num().numpy()
+    if filters.shape[1] != 3:
+        strongest = filters.flatten(2).norm(dim=2).argmax(dim=1)
+        filters = filters[torch.arange(len(filters)), strongest, None]
+    return filters.movedim(1, -1).nan_to_num().numpy()
 
 
 def _mosaic(tiles: Array) -> Array:
-    """Images side by side with white between, ``[rows, columns, 3]``."""
+    """Images side by side with nothing between, ``[rows, columns, 4]``."""
     finer = max(1, round(GAP / tiles.shape[1]))
     tiles = tiles.repeat(finer, axis=1).repeat(finer, axis=2)
     count, height, width, _ = tiles.shape
     columns = math.ceil(math.sqrt(count * height / width))
     rows = math.ceil(count / columns)
-    canvas = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, 3))
+    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4))  # red, green, blue, opacity
     for index, tile in enumerate(tiles):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
-        canvas[top : top + height, left : left + width] = tile
+        canvas[top : top + height, left : left + width, :3] = tile
+        canvas[top : top + height, left : left + width, 3] = 1
     return canvas

@@ -3,15 +3,21 @@
 import dataclasses
 import itertools
 import math
+import re
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.image import imread
+from matplotlib.legend import Legend
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from torch import nn
@@ -19,9 +25,10 @@ from torch import nn
 from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, build_model, initialize_
 from convsim_init.metrics.expected import expected_correlation
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
-from convsim_init.plotting.figure import check_plot, choose_layer, figure_of, figure_of_run, save_figure
+from convsim_init.plotting.figure import check_plot, choose_layer, figure_of, figure_of_run, is_dark, save_figure
 from convsim_init.plotting.panels import MOST_FILTERS, MOST_MAPS
 
+SIMILARITY = "Similarity of each layer's filters"
 MEASURES = ("normalized_similarity", "feature_correlation_natural")
 
 
@@ -72,13 +79,14 @@ def texts(figure: FigureBase) -> list[Text]:
     return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
 
 
+def title_of(part: FigureBase) -> str:
+    over = part._suptitle.get_text() if part._suptitle is not None else part.axes[0].get_title(loc="left")
+    return over.replace("\n", " ")
+
+
 def panel(figure: Figure, title: str) -> FigureBase:
     """The part of a figure with that title over it."""
-    (found,) = [
-        part
-        for part in figure.findobj(FigureBase)
-        if part._suptitle is not None and title in part._suptitle.get_text().replace("\n", " ")
-    ]
+    (found,) = [part for part in figure.findobj(FigureBase) if not part.subfigs and title in title_of(part)]
     return found
 
 
@@ -91,7 +99,7 @@ def image(figure: FigureBase, index: int) -> np.ndarray:
 
 def test_each_layer_is_marked_before_and_after_and_joined(run):
     figure = figure_of_run(*run)
-    axes = figure.subfigs[0].axes[0]
+    axes = panel(figure, SIMILARITY).axes[0]
     points = np.concatenate([one.get_offsets() for one in axes.findobj(PathCollection)])
     measured = [layer for layer in run[1].report.layers if layer.before]
     assert [label.get_text() for label in axes.get_xticklabels()] == [layer.name for layer in measured]
@@ -108,12 +116,12 @@ def test_each_layer_is_marked_before_and_after_and_joined(run):
 
 def test_markers_tell_kernel_sizes_apart_and_colours_the_snapshots(run):
     figure = figure_of_run(*run)
-    (legend,) = figure.subfigs[0].legends
+    (legend,) = panel(figure, SIMILARITY).legends
     assert [text.get_text() for text in legend.get_texts()] == [
         *("before", "after", "kernel 1×1", "kernel 3×1", "kernel 3×3", "kernel 5×5"),
     ]
     markers = [handle.get_marker() for handle in legend.legend_handles[2:]]
-    colours = [handle.get_color() for handle in legend.legend_handles[:2]]
+    colours = [handle.get_facecolor() for handle in legend.legend_handles[:2]]
     assert len(set(markers)) == 4
     assert len(set(colours)) == 2
 
@@ -127,7 +135,7 @@ def test_the_most_changed_layers_correlations_are_shown_on_one_scale(run):
         if old.before
     }
     assert name == max(drops, key=drops.get)
-    part = panel(figure_of_run(*run), f"of {name}:")
+    part = panel(figure_of_run(*run), f"correlation of feature maps: {name},")
     assert len({axes.images[0].get_clim() for axes in part.axes[:2]}) == 1
     for index, snapshot in enumerate((before, after)):
         mean = next(layer for layer in snapshot.report.layers if layer.name == name).before[MEASURES[1]]
@@ -136,26 +144,27 @@ def test_the_most_changed_layers_correlations_are_shown_on_one_scale(run):
 
 @pytest.mark.parametrize(("name", "groups", "transposed"), [("stem", 1, False), ("wide", 2, False), ("up", 1, True)])
 def test_a_chosen_layers_correlations_are_its_own(name, groups, transposed, run):
-    part = panel(figure_of_run(*run, layer=name), f"of {name}:")
+    part = panel(figure_of_run(*run, layer=name), f"correlation of feature maps: {name},")
     torch.manual_seed(0)
     weight = Small().get_submodule(name).weight.detach()
     expected = expected_correlation(weight, groups=groups, transposed=transposed).abs()[:MOST_MAPS, :MOST_MAPS]
     shown = image(part, 0)
     assert np.isnan(shown.diagonal()).all()
     np.testing.assert_allclose(np.nan_to_num(shown), expected.fill_diagonal_(0).numpy(), rtol=1e-4, atol=1e-6)
-    assert ("first 128 of them" in part._suptitle.get_text().replace("\n", " ")) is (name == "wide")
+    assert ("first 128 of 200" in title_of(part)) is (name == "wide")
 
 
 def test_the_first_layers_filters_are_shown_with_zero_in_grey(run):
-    part = panel(figure_of_run(*run), "First layer, stem")
+    part = panel(figure_of_run(*run), "First layer: stem")
     for index, snapshot in enumerate(run[1:]):
         bank = snapshot.banks["stem"][0]  # [8, 3, 5, 5]
         largest = max(float(one.banks["stem"].abs().max()) for one in run[1:])
         shown = image(part, index)
         finer = 2
         tile = shown[: 5 * finer : finer, : 5 * finer : finer]
-        np.testing.assert_allclose(tile, 0.5 + 0.5 * bank[0].movedim(0, -1).numpy() / largest, atol=1e-6)
-        assert (shown[5 * finer] == 1).all()  # white between the filters
+        np.testing.assert_allclose(tile[..., :3], 0.5 + 0.5 * bank[0].movedim(0, -1).numpy() / largest, atol=1e-6)
+        assert (tile[..., 3] == 1).all()
+        assert (shown[5 * finer, :, 3] == 0).all()  # the background between the filters
 
 
 @pytest.mark.parametrize(
@@ -166,7 +175,17 @@ def test_filters_of_any_shape_are_shown(shape):
     snapshot = take_snapshot("x", {"stem.weight": torch.randn(shape)} if shape[1] > 1 else conv(shape))
     part = panel(figure_of([snapshot], title="x"), "First layer")
     assert np.isfinite(image(part, 0)).all()
-    assert (f"first {MOST_FILTERS} of 70" in part._suptitle.get_text()) is (shape[0] == 70)
+    assert (f"first {MOST_FILTERS} of 70" in title_of(part)) is (shape[0] == 70)
+
+
+def test_of_many_channels_each_filters_strongest_is_shown():
+    weight = 0.1 * torch.ones(2, 4, 3, 3)
+    weight[0, 3], weight[1, 1] = -2, 1
+    part = panel(figure_of([take_snapshot("x", {"a.weight": weight})], title="x"), "First layer")
+    assert "strongest of 4 channels each" in title_of(part)
+    shown = image(part, 0)
+    assert shown[0, 0, :1] == 0  # black: the most negative
+    assert shown[0, -1, :1] == 0.75
 
 
 def conv(shape: tuple[int, ...]) -> nn.Module:
@@ -175,7 +194,7 @@ def conv(shape: tuple[int, ...]) -> nn.Module:
 
 def test_the_losses_are_shown_over_their_start_and_summed(run):
     report = run[0]
-    part = panel(figure_of_run(*run), "Loss per step")
+    part = panel(figure_of_run(*run), "Loss, over its start")
     lines = [line.get_ydata() for line in part.axes[0].lines if len(line.get_ydata())]
     treated = [layer.losses for layer in report.layers if layer.after]
     assert len(lines) == len(treated) + 1
@@ -189,8 +208,33 @@ def test_a_similarity_of_zero_is_told_and_not_drawn():
     weight = torch.zeros(2, 2, 3, 3)
     weight[0, 0], weight[1, 1] = 1, 1  # disjoint channels
     snapshot = take_snapshot("x", {"a.weight": weight, "b.weight": torch.randn(4, 2, 3, 3)})
-    axes = figure_of([snapshot], title="x").subfigs[0].axes[0]
+    axes = panel(figure_of([snapshot], title="x"), SIMILARITY).axes[0]
     assert "1 at zero, not shown" in axes.get_title(loc="left")
+
+
+def test_the_title_tells_what_is_left_in_the_median_layer(run):
+    report = run[0]
+    treated = sorted(layer.after[MEASURES[0]] / layer.before[MEASURES[0]] for layer in report.layers if layer.after)
+    left = (treated[1] + treated[2]) / 2
+    assert len(treated) == 4
+    assert (
+        f"model: {left:.1%} of the filters' similarity is left in the median layer"
+        == figure_of_run(*run).get_suptitle()
+    )
+    nothing_treated = Report(Settings(), [], model="net")
+    assert figure_of_run(nothing_treated, *run[1:]).get_suptitle() == "net"
+
+
+def test_correlations_and_filters_stand_above_the_layers(run):
+    figure = drawn(figure_of_run(*run))
+    lowest = {
+        title: min(axes.get_window_extent().y0 for axes in panel(figure, title).axes)
+        for title in ("Expected correlation", "First layer", SIMILARITY, "Loss, over its start")
+    }
+    below = panel(figure, SIMILARITY).axes[0].get_window_extent().y1
+    assert min(lowest["Expected correlation"], lowest["First layer"]) > below
+    heights = [axes.get_window_extent().height for axes in panel(figure, "First layer").axes]
+    assert min(heights) > figure.bbox.height / 4
 
 
 # That they can be read
@@ -256,6 +300,61 @@ def test_names_are_shown_as_they_are():
     figure = drawn(figure_of([synthetic("x$y$", NAMES["dollars"])], title="$t$", layer="$x^2$"))
     shown = [text.get_text().replace(r"\$", "$") for text in texts(figure)]
     assert {*NAMES["dollars"], "$t$"} <= set(shown)
+
+
+@pytest.mark.parametrize("names", ["thirty-long", "hundred-and-fifty"])
+def test_as_many_layers_are_named_as_fit_side_by_side(names):
+    figure = drawn(figure_of([synthetic("x", NAMES[names])], title="x"))
+    axes = panel(figure, SIMILARITY).axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 3
+    assert max(box.height for box in boxes) < figure.bbox.height / 30
+    assert len(axes.get_xticks()) + len(axes.get_xticks(minor=True)) == len(NAMES[names])
+    step = int(axes.get_xticks()[1])
+    assert f"one in {step} is named" in axes.get_xlabel()
+
+
+def test_a_long_name_keeps_its_start_and_its_end():
+    axes = panel(figure_of([synthetic("x", NAMES["thirty-long"])], title="x"), SIMILARITY).axes[0]
+    assert axes.get_xticklabels()[0].get_text() == "backbone.sta…n.pointwise"
+
+
+def contrast(a: object, b: object) -> float:
+    """Of two colours, from 1 to 21, as WCAG defines it."""
+    light = []
+    for colour in (a, b):
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(colour)]
+        light.append(float(np.dot([0.2126, 0.7152, 0.0722], linear)) + 0.05)
+    return max(light) / min(light)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_and_lines_stand_out_from_the_background(dark, run, tmp_path):
+    figure = figure_of_run(*run, dark=dark)
+    save_figure(figure, tmp_path / "a.png")  # which draws once more, in another style
+    background = figure.get_facecolor()
+    assert (sum(background[:3]) < 0.5) is dark
+    assert min(contrast(text.get_color(), background) for text in texts(figure)) > 7
+    handles = [handle for legend in figure.findobj(Legend) for handle in legend.legend_handles]
+    colours = [one.get_facecolor() if isinstance(one, Patch) else one.get_color() for one in handles]
+    assert min(contrast(colour, background) for colour in colours) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "dark"), [("a-dark.png", True), ("a.png", False), ("dark.svg", False), ("a-dark/b.png", False)]
+)
+def test_a_files_name_asks_for_a_dark_background(name, dark):
+    assert is_dark(Path(name)) is dark
+
+
+@pytest.mark.parametrize("name", ["a-dark.png", "a.png"])
+@pytest.mark.parametrize(
+    "arguments", [["a.pt"], ["inspect", "a.pt"], ["compare", "a.pt", "a.pt"]], ids=lambda one: one[0]
+)
+def test_every_command_draws_on_the_background_that_the_files_name_asks_for(arguments, name, command):
+    torch.save(conv((8, 4, 3, 3)).state_dict(), "a.pt")
+    assert command(*arguments, "--plot", name)[0] == 0
+    assert bool(imread(name)[0, 0, :3].sum() < 0.5) is ("dark" in name)
 
 
 def test_the_picture_of_a_large_model_is_of_a_size_that_fits_a_page():
@@ -342,6 +441,14 @@ def test_without_matplotlib_the_extra_to_install_is_named(run, tmp_path, monkeyp
     for attempt in (lambda: check_plot(tmp_path / "a.png"), lambda: figure_of_run(*run)):
         with pytest.raises(InputError, match=r"pip install 'convsim-init\[plot\]'$"):
             attempt()
+
+
+def test_the_pictures_in_the_readme_are_there_for_both_backgrounds():
+    root = Path(__file__).parents[2]
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', (root / "README.md").read_text())
+    assert sorted(is_dark(Path(picture)) for picture in pictures) == [False, True]
+    for picture in pictures:
+        assert bool(imread(root / picture)[0, 0, :3].sum() < 0.5) is is_dark(Path(picture))
 
 
 # What cannot be drawn
