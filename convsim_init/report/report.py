@@ -12,6 +12,7 @@ from typing import Any
 
 from convsim_init.errors import InputError
 from convsim_init.report.table import Table, report_table, shape_text
+from convsim_init.report.text import alternatives, quoted
 from convsim_init.settings import Base, Settings
 
 Measures = dict[str, float]
@@ -79,6 +80,7 @@ class Report:
         file_bytes: Its size.
         remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
         processes: How many the layers were divided over.
+        device: Where the layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None where none was.
     """
 
     settings: Settings
@@ -91,6 +93,7 @@ class Report:
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
     processes: int = 1
+    device: str | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Report:
             "totals": self.totals,
             "seconds": self.seconds,
             "processes": self.processes,
+            "device": self.device,
             "file": self.file,
             "file_bytes": self.file_bytes,
             "remarks": list(self.remarks),
@@ -154,9 +158,7 @@ class Report:
         Raises:
             InputError: If a pattern matches no layer.
         """
-        for pattern in include:
-            if not any(fnmatchcase(layer.name, pattern) for layer in self.layers):
-                raise InputError(f"include: no convolution matches {pattern!r}; there are {_some(self.layers)}")
+        check_patterns("include", include, [layer.name for layer in self.layers])
         chosen = [layer for layer in self.layers if any(fnmatchcase(layer.name, pattern) for pattern in include)]
         return replace(self, layers=chosen) if include else self
 
@@ -200,6 +202,12 @@ def _combine(measures: list[Measures]) -> Measures:
     return {name: sum(values[name]) if name == "similarity" else fmean(values[name]) for name in names}
 
 
-def _some(layers: Sequence[LayerReport]) -> str:
-    names = ", ".join(layer.name or "(the model itself)" for layer in layers[:4])
-    return names + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a shell pattern that matches no layer.
+
+    Raises:
+        InputError: With some of the layers that there are, and the nearest.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {alternatives(pattern, names)}")
