@@ -13,8 +13,11 @@ import click
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES, check_source
-from convsim_init.models.build import build_model, check_model
+from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.lookup import resolve
+from convsim_init.report.text import PATH, shown
+
+from .signals import exit_on_signal
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +148,16 @@ def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, 
         raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
 
 
+def check_found(specs: Sequence[str], like: str | None) -> None:
+    """Refuse what no library or module of the user's own turns out to have, before any model is built."""
+    models = [spec for spec in [*specs, like] if spec is not None and not is_file(spec)]
+    if models:
+        with exit_on_signal():
+            import torch  # noqa: F401
+        for model in dict.fromkeys(models):
+            find_model(model)
+
+
 def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
     """The model that is built from that spec, or what is in that file: a state dict or, with `like`, that model."""
     if is_file(spec):
@@ -172,7 +185,8 @@ def _load_file(path: str) -> Loaded:
     state, prefix = without_model_prefix(read_state_dict(path))
     remarks = [TOLD]
     if prefix:
-        remarks.append(f"{prefix!r} was taken off every key of {path}; --prefix {prefix} puts it back")
+        name = shown(prefix)
+        remarks.append(f"'{name}' was taken off every key of {shown(path, PATH)}; --prefix {name} puts it back")
     return Loaded(state, path, None, remarks)
 
 

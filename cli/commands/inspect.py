@@ -11,7 +11,7 @@ from convsim_init.plotting.figure import check_plot, figure_of, save_figure
 from convsim_init.report.table import COLUMNS, as_csv
 
 from ..options import ModelOptions, check_sources, like_option, load, model_options
-from ..signals import ending_at_once
+from ..signals import exit_on_signal
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
@@ -67,7 +67,7 @@ def inspect(
     check_sources([spec], how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
-    with ending_at_once():
+    with exit_on_signal():
         from convsim_init.metrics.measure import measure
         from convsim_init.metrics.snapshot import take_snapshot
 

@@ -97,7 +97,7 @@ def test_the_table_and_the_json_tell_the_same(command):
     assert counts == "cifar_resnet18, 20 convolutions: 1 initialized, 19 skipped"
     assert f"{totals['before']['normalized_similarity']:.3e} -> {totals['after']['normalized_similarity']:.3e}" in mean
     assert f"{totals['before']['similarity']:.4g} -> {totals['after']['similarity']:.4g}" in raw
-    assert re.fullmatch(r"\d+\.\d\d s, nothing written", end)
+    assert re.fullmatch(r"\d+\.\d\d s on cpu, nothing written", end)
 
 
 def test_the_json_has_the_fields_of_the_design(command, tmp_path):
@@ -105,7 +105,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (status, err) == (0, "")
     data = json.loads(out)
     assert set(data) == {
-        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes"),
+        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes", "device"),
         *("file", "file_bytes", "remarks"),
     }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
@@ -527,7 +527,7 @@ def test_what_only_the_model_or_torch_can_tell_is_refused_too(arguments, message
     ("name", "cards", "expected"),
     [
         ("auto", 0, "cpu"),
-        ("auto", 2, "cuda"),
+        ("auto", 2, "cpu"),
         ("cpu", 2, "cpu"),
         ("cuda", 2, "cuda"),
         ("cuda:1", 2, "cuda:1"),

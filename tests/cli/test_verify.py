@@ -130,7 +130,7 @@ DAMAGES = [
     ),
     pytest.param(renamed("fc.bias", "fc.Bias"), ["1: fc.bias\n", "1: fc.Bias\n"], id="renamed-by-case"),
     pytest.param(renamed("fc.bias", "fc.bias "), ["1: fc.bias\n", "fc.bias  for fc.bias"], id="renamed-by-a-space"),
-    pytest.param(renamed("fc.bias", "fc.b\n\x1b[2J"), ["1: 'fc.b\\n\\x1b[2J'\n"], id="renamed-to-control-characters"),
+    pytest.param(renamed("fc.bias", "fc.b\n\x1b[2J"), ["1: fc.b\\n\\x1b[2J\n"], id="renamed-to-control-characters"),
     pytest.param(dropped("layer4.1.conv2.weight"), ["121 of 122", "1: layer4.1.conv2.weight\n"], id="dropped"),
     pytest.param(dropped("fc.weight", "fc.bias"), ["120 of 122", "2: fc.weight, fc.bias\n"], id="dropped-head"),
     pytest.param(
