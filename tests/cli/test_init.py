@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import convsim_init
-from convsim_init.devices import available_devices, find_device
+from convsim_init.devices import MPS, available_devices, find_device
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
 from convsim_init.models.zoo import catalog
@@ -502,6 +502,12 @@ def test_an_unknown_option_is_refused(command):
             id="exclude-nothing",
         ),
         pytest.param(
+            ["--exclude", "layer1.0.cnv1"],
+            "exclude: no convolution matches 'layer1.0.cnv1'; there are conv1, layer1.0.conv1, layer1.0.conv2, "
+            "layer1.1.conv1 and 16 more: did you mean layer1.0.conv1 or layer4.0.conv1 or layer3.0.conv1?",
+            id="exclude-mistyped",
+        ),
+        pytest.param(
             ["--exclude", "*", "--convs-only"],
             "convs_only: expected a report of changed convolutions, got one that changed none",
             id="no-convs-changed",
@@ -547,6 +553,14 @@ def test_a_device_is_found_by_its_name_or_refused(name, cards, expected, monkeyp
         assert str(caught.value) == f"expected a device that is here ({here}) or auto, got {name!r}: choose another"
     else:
         assert find_device(name) == torch.device(expected)
+
+
+def test_mps_is_the_cpu_and_the_run_says_so(command, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    report = json.loads(command(*QUICK, "--device", "mps", "--json")[1])
+    assert report["device"] == "cpu"
+    assert report["remarks"] == [MPS]
+    assert json.loads(command(*QUICK, "--json")[1])["remarks"] == []
 
 
 def small(*, conv: bool = True, nan_in: str = "") -> nn.Module:
