@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-TOLD = "layers of a file are told by names and shapes; --like MODEL settles which are grouped or transposed"
+INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
 
 
 class Whole(click.IntRange):
@@ -183,7 +183,7 @@ def _load_file(path: str) -> Loaded:
     from convsim_init.checkpoint.state_dict import without_model_prefix
 
     state, prefix = without_model_prefix(read_state_dict(path))
-    remarks = [TOLD]
+    remarks = [INFERRED]
     if prefix:
         name = shown(prefix)
         remarks.append(f"'{name}' was taken off every key of {shown(path, PATH)}; --prefix {name} puts it back")

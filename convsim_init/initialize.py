@@ -121,7 +121,7 @@ def initialize_(
             reports[report.name] = report
             bar.update()
     shared = share(layers, reports, ranks, device=device)
-    places = ", ".join(dict.fromkeys(str(torch.device(device or layer.device)) for layer in layers))
+    places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
     return Report(settings, shared, time.perf_counter() - started, processes=ranks.size, device=places)
 
 

@@ -17,7 +17,7 @@ HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
 FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what `convsim-init --help` says. A file does not tell which of
-its convolutions are grouped or transposed: they are told by their shapes, unless --like names the model.
+its convolutions are grouped or transposed: that is inferred from their shapes, unless --like names the model.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional

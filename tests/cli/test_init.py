@@ -787,6 +787,43 @@ def test_an_interrupt_during_the_imports_ends_the_command(module, arguments, tmp
     assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
 
 
+TWO_SIGNALS = """
+import os, sys
+from convsim_init.cli import main as command
+first, second = map(int, sys.argv[1:])
+def run(_):
+    try:
+        os.kill(os.getpid(), first)
+    finally:
+        os.kill(os.getpid(), second)
+        print("cleaned up")
+command._run = run
+command.main()
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=["then-int", "then-term"])
+@pytest.mark.parametrize(
+    ("first", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["int", "term"],
+)
+def test_a_second_signal_does_not_break_off_the_cleaning_up(first, second, status, word):
+    process = [sys.executable, "-c", TWO_SIGNALS, str(int(first)), str(int(second))]
+    done = subprocess.run(process, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "cleaned up\n")
+    assert done.stderr == f"Error: {word}; no partial file is left\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_says_nothing(number):
+    code = "import atexit, os, sys\nfrom convsim_init.cli.main import main\n"
+    code += f"atexit.register(os.kill, os.getpid(), {int(number)})\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "list", "vgg11"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-number, "")
+    assert done.stdout.startswith("vgg11 ")
+
+
 class Terminal:
     """A terminal of 100 columns for a process to write to."""
 

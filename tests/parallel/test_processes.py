@@ -444,7 +444,7 @@ def test_only_torchrun_makes_a_rank_of_a_process(missing, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "device"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")]
+    ("name", "device"), [("auto", "cpu"), ("cuda", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")]
 )
 def test_each_process_gets_a_card_of_its_own(name, device, monkeypatch):
     for key, value in TORCHRUN.items():
