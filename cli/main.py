@@ -1,4 +1,4 @@
-"""The command ``convsim-init``: which subcommand runs, what an error looks like, and the exit status.
+"""The command ``convsim-init``: which subcommand runs, how an error looks, the exit status.
 
 torch is imported by the subcommands that need it, so that ``--help`` and ``list`` answer at once.
 """
@@ -35,7 +35,7 @@ PROGRAM = "convsim-init"
 
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
-    """A group whose help shows its default command's arguments and options, then the other commands."""
+    """A group whose help shows its default command's options, then the other commands."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the usage of the default command and of the others."""

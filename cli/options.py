@@ -1,4 +1,4 @@
-"""What a FILE or a MODEL on the command line stands for, and the options that say how a MODEL is built."""
+"""What a FILE or a MODEL stands for, and the options that say how a MODEL is built."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Loaded:
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say how a MODEL is built; it gets them as one argument, `how`."""
+    """Give a command the options of how a MODEL is built, as one argument, `how`."""
 
     @wraps(function)
     def collected(
@@ -124,7 +124,7 @@ def is_file(spec: str) -> bool:
 
 
 def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
-    """Refuse, without torch, what is neither a file nor a model, and options that would change nothing.
+    """Refuse, without torch, what is no file or model, and options that would change nothing.
 
     Args:
         specs: Files and models.
@@ -149,7 +149,7 @@ def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, 
 
 
 def check_found(specs: Sequence[str], like: str | None) -> None:
-    """Refuse what no library or module of the user's own turns out to have, before any model is built."""
+    """Refuse a model that its library or module does not have, before any is built."""
     models = [spec for spec in [*specs, like] if spec is not None and not is_file(spec)]
     if models:
         with exit_on_signal():
@@ -159,7 +159,7 @@ def check_found(specs: Sequence[str], like: str | None) -> None:
 
 
 def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
-    """The model that is built from that spec, or what is in that file: a state dict or, with `like`, that model."""
+    """The model of that spec, or what is in that file: a state dict or, with `like`, that model."""
     if is_file(spec):
         return _load_file(spec) if like is None else _load_like(spec, like, how)
     found = resolve(spec)

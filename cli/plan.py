@@ -77,7 +77,7 @@ def plan_runs(starts: Iterable[tuple[str, int | None]], files: Mapping[str, Path
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds as a user types them, in that order: ``0,3,5``, or ``0:4`` for 0, 1, 2 and 3 as in a slice.
+    """Seeds as a user types them: ``0,3,5``, or ``0:4`` for 0, 1, 2 and 3 as in a slice.
 
     Raises:
         InputError: If it is not of that form, a seed is too large or there twice, or there are none
@@ -122,9 +122,9 @@ def fill(pattern: str, *, model: str, seed: int | None) -> str:
 
 
 def file_safe(model: str) -> str:
-    """A spec as part of a file name: ``timm-resnet18``, or ``net-small`` for ``path/to/net.py:small``.
+    """A spec as part of a file name: ``net-small`` for ``path/to/net.py:small``.
 
-    Of a path its last part counts, without the suffix; letters, digits, ``.``, ``_`` and ``-`` stay.
+    The last part of a path counts, without its suffix; letters, digits, ``._-`` stay.
     """
     if Path(model).suffix in SUFFIXES:
         text = Path(model).stem

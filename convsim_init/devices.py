@@ -30,9 +30,10 @@ def check_device_name(name: str) -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name to compute on; ``auto`` is the CPU: no GPU has been measured to be faster.
+    """The device to compute on; ``auto`` is the CPU: no GPU has been measured to be faster.
 
-    Of several processes that torchrun started on this machine, each gets a CUDA device of its own unless one is named.
+    Of several processes that torchrun started on this machine, each gets a CUDA device of its own
+    for ``cuda``.
     In place of ``mps`` it is the CPU, as `MPS` says.
 
     Raises:
@@ -66,7 +67,7 @@ def available_devices() -> list[str]:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, devices and threads, for a bug report; and how a step of the descent is computed on the CPU."""
+    """Versions, devices, threads, and how a step is computed on the CPU: for a bug report."""
     import torch
 
     from convsim_init.backends.compiled import library

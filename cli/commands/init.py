@@ -208,7 +208,7 @@ def init(
 
 @contextmanager
 def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | None]:
-    """The processes that torchrun started, if they are to work together; else None, and torch is left for later."""
+    """The processes that torchrun started, if they are to work together; else None, without torch."""
     if launch.size == 1 or not wanted:
         yield None
         return

@@ -18,7 +18,7 @@ SUFFIXES = (".json",)
 
 
 def run_record(report: Report) -> dict[str, Any]:
-    """Everything that is known of a run as plain data: the report, the loss at each step, and versions.
+    """Everything known of a run as plain data: report, loss at each step, versions.
 
     Numbers that are not finite, which JSON does not have, are None.
     """

@@ -40,7 +40,7 @@ class LayerReport:
         outcome: What became of it.
         reason: Why, where it was not simply initialized.
         steps: Steps of the descent.
-        seconds: Time it took; of the descent of layers that went down an accelerator together its share.
+        seconds: Time it took.
         before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
             where nothing was to be changed, as it is; empty if not treated.
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
@@ -75,12 +75,12 @@ class Report:
         seconds: Time for all of it.
         model: Spec of the model, if it was built by name.
         seed: Seed of its weights, if they were drawn here.
-        base: Scheme that its convolutions were drawn anew by before; ``"model"`` if they were left as they are.
+        base: Scheme that its convolutions were drawn anew by; ``"model"`` if they were left.
         file: The checkpoint, if one was written.
         file_bytes: Its size.
-        remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
+        remarks: What else the reader should know, such as the library of a model, a sentence each.
         processes: How many the layers were divided over.
-        device: Where the layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None where none was.
+        device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None if none was.
     """
 
     settings: Settings
@@ -153,7 +153,7 @@ class Report:
         ]
 
     def select(self, include: Sequence[str]) -> Report:
-        """The report of the layers alone whose names match one of these shell patterns; of all if there is none.
+        """The report of the layers whose names match one of these shell patterns, if there are any.
 
         Raises:
             InputError: If a pattern matches no layer.
@@ -163,7 +163,7 @@ class Report:
         return replace(self, layers=chosen) if include else self
 
     def sorted_by(self, measure: str) -> Report:
-        """The report with its layers in falling order of a measure, after or else before; those without it last."""
+        """The report with its layers in falling order of a measure; those without it last."""
 
         def key(layer: LayerReport) -> tuple[bool, float]:
             value = (layer.after or layer.before).get(measure)
@@ -172,7 +172,7 @@ class Report:
         return replace(self, layers=sorted(self.layers, key=key))
 
     def with_measures(self, before: Report, after: Report) -> Report:
-        """The report with what two measurements say of its treated layers where it says nothing itself."""
+        """The report with measures of its treated layers added where it has none itself."""
         old, new = ({layer.name: layer.before for layer in report.layers} for report in (before, after))
         layers = [
             replace(layer, before=old.get(layer.name, {}) | layer.before, after=new.get(layer.name, {}) | layer.after)

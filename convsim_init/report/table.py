@@ -80,7 +80,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
-    """What `Report.to_dict` returns in a few words: outcomes, the change of the normalized similarity if any, time."""
+    """`Report.to_dict` in a few words: outcomes, change of the normalized similarity, time."""
     before, after = data["totals"]["before"], data["totals"]["after"]
     return [_outcomes(data["totals"]), *(_change(before, after) if after else ()), f"{data['seconds']:.2f} s"]
 

@@ -48,7 +48,7 @@ def some(names: Iterable[str], most: int = 4) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message that refuses a name: ``: did you mean a or b?``; empty if none is near."""
+    """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing."""
     # Of the shortened names: the search takes a time that is quadratic in their length.
     alike = get_close_matches(shown(name), list(dict.fromkeys(map(shown, known))))
     return f": did you mean {' or '.join(alike)}?" if alike else ""
