@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 
 from convsim_init.errors import InputError
+from convsim_init.report.text import quoted
 
 LONGEST = 1000  # characters; no argument of a model comes near, and short text cannot nest deep enough to harm
 OWN = {"num_classes": "--num-classes", "in_chans": "--in-chans", "seed": "--seed"}
@@ -30,11 +31,11 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise InputError(f"--model-arg: expected KEY=VALUE with the name of an argument as KEY, got {_short(text)}")
+            raise InputError(f"--model-arg: expected KEY=VALUE with the name of an argument as KEY, got {quoted(text)}")
         if key in OWN:
             raise InputError(f"--model-arg: {key} has an option of its own: use {OWN[key]}")
         if key in arguments:
-            raise InputError(f"--model-arg: expected each argument once, got {_short(key)} twice: leave one out")
+            raise InputError(f"--model-arg: expected each argument once, got {quoted(key)} twice: leave one out")
         arguments[key] = _value(key, value)
     return arguments
 
@@ -42,7 +43,7 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
 def _value(key: str, text: str) -> object:
     if len(text) > LONGEST:
         raise InputError(
-            f"--model-arg: expected a value of at most {LONGEST} characters for {_short(key)}, got {len(text)}: write "
+            f"--model-arg: expected a value of at most {LONGEST} characters for {quoted(key)}, got {len(text)}: write "
             f"a factory that knows it"
         )
     if text.strip().lower() in WORDS:
@@ -52,12 +53,7 @@ def _value(key: str, text: str) -> object:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         if text.lstrip().startswith(OPENERS):
             raise InputError(
-                f"--model-arg: expected a Python literal such as [1, 2] or 'text' for {_short(key)}, got "
-                f"{_short(text)}: put quotes around each text in it"
+                f"--model-arg: expected a Python literal such as [1, 2] or 'text' for {quoted(key)}, got "
+                f"{quoted(text)}: put quotes around each text in it"
             ) from error
         return text
-
-
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,21 +1,22 @@
-"""The command ``convsim-init``: which subcommand runs, what an error looks like, and the exit status.
+"""The command ``convsim-init``: which subcommand runs, how an error looks, the exit status.
 
 torch is imported by the subcommands that need it, so that ``--help`` and ``list`` answer at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
-from .signals import DONE, FAILED, WRONG_USAGE, Terminated, ending_at_once, ending_in_time, fail, interrupted
+from .signals import DONE, FAILED, WRONG_USAGE, Terminated, exit_on_signal, fail, grace_period, interrupted
 
-with ending_at_once():
+with exit_on_signal():  # from here on a signal shows no traceback, so nothing that takes long comes before
+    import os
+    from collections.abc import Iterator, Sequence
+    from contextlib import contextmanager, redirect_stdout
+    from functools import wraps
+    from pathlib import Path
+
     import click
     from click_default_group import DefaultGroup
 
@@ -34,7 +35,7 @@ PROGRAM = "convsim-init"
 
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
-    """A group whose help shows its default command's arguments and options, then the other commands."""
+    """A group whose help shows its default command's options, then the other commands."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the usage of the default command and of the others."""
@@ -88,18 +89,21 @@ for other in (inspect, compare, verify, list_models, env):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
-    with ending_in_time(), showing_once():
-        status = _run(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        with grace_period(last=arguments is None), showing_once():
+            status = _run(sys.argv[1:] if arguments is None else list(arguments))
+    except (KeyboardInterrupt, click.Abort) as error:
+        status = interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
     sys.exit(status)
 
 
-@contextlib.contextmanager
+@contextmanager
 def showing_once() -> Iterator[None]:
     """Keep to itself what a process prints that is not the first of those that torchrun started."""
     if launched().leads:
         yield
         return
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
 
 
@@ -111,8 +115,8 @@ def _run(arguments: Sequence[str]) -> int:
             return WRONG_USAGE
         status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else DONE
-    except (KeyboardInterrupt, click.Abort) as error:
-        return interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
+    except click.Abort:
+        raise
     except click.UsageError as error:
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)

@@ -1,4 +1,4 @@
-"""What a FILE or a MODEL on the command line stands for, and the options that say how a MODEL is built."""
+"""What a FILE or a MODEL stands for, and the options that say how a MODEL is built."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import click
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES, check_source
-from convsim_init.models.build import build_model, check_model
+from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.lookup import resolve
+from convsim_init.report.text import PATH, shown
+
+from .signals import exit_on_signal
 
 if TYPE_CHECKING:
     import torch
 
 
-TOLD = "layers of a file are told by names and shapes; --like MODEL settles which are grouped or transposed"
+INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
 
 
 class Whole(click.IntRange):
@@ -78,7 +81,7 @@ class Loaded:
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say how a MODEL is built; it gets them as one argument, `how`."""
+    """Give a command the options of how a MODEL is built, as one argument, `how`."""
 
     @wraps(function)
     def collected(
@@ -121,7 +124,7 @@ def is_file(spec: str) -> bool:
 
 
 def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
-    """Refuse, without torch, what is neither a file nor a model, and options that would change nothing.
+    """Refuse, without torch, what is no file or model, and options that would change nothing.
 
     Args:
         specs: Files and models.
@@ -145,8 +148,18 @@ def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, 
         raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
 
 
+def check_found(specs: Sequence[str], like: str | None) -> None:
+    """Refuse a model that its library or module does not have, before any is built."""
+    models = [spec for spec in [*specs, like] if spec is not None and not is_file(spec)]
+    if models:
+        with exit_on_signal():
+            import torch  # noqa: F401
+        for model in dict.fromkeys(models):
+            find_model(model)
+
+
 def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
-    """The model that is built from that spec, or what is in that file: a state dict or, with `like`, that model."""
+    """The model of that spec, or what is in that file: a state dict or, with `like`, that model."""
     if is_file(spec):
         return _load_file(spec) if like is None else _load_like(spec, like, how)
     found = resolve(spec)
@@ -170,9 +183,10 @@ def _load_file(path: str) -> Loaded:
     from convsim_init.checkpoint.state_dict import without_model_prefix
 
     state, prefix = without_model_prefix(read_state_dict(path))
-    remarks = [TOLD]
+    remarks = [INFERRED]
     if prefix:
-        remarks.append(f"{prefix!r} was taken off every key of {path}; --prefix {prefix} puts it back")
+        name = shown(prefix)
+        remarks.append(f"'{name}' was taken off every key of {shown(path, PATH)}; --prefix {name} puts it back")
     return Loaded(state, path, None, remarks)
 
 

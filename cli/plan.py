@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
-from convsim_init.cli.naming import file_safe, fill
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES
+from convsim_init.report.text import PATH, shown
 
-
-@dataclass(frozen=True)
-class Files:
-    """What a run writes, or the patterns of what many write; None where nothing is asked for.
-
-    Attributes:
-        out: The checkpoint.
-        record: The record of the run.
-        plot: The picture.
-    """
-
-    out: Path | None = None
-    record: Path | None = None
-    plot: Path | None = None
-
-    @property
-    def paths(self) -> list[Path]:
-        """Those that are asked for."""
-        return [path for path in self._all.values() if path is not None]
-
-    def filled(self, model: str, seed: int | None) -> Files:
-        """The files of one run where these are patterns.
-
-        Raises:
-            InputError: If one is no pattern; see `convsim_init.cli.naming.fill`.
-        """
-        named = {name: path and Path(fill(str(path), model=model, seed=seed)) for name, path in self._all.items()}
-        return Files(**named)
-
-    def missing(self) -> Files:
-        """Those that are not there yet."""
-        return Files(**{name: path for name, path in self._all.items() if path and not path.exists()})
-
-    @property
-    def _all(self) -> dict[str, Path | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+MAX_SEED = 2**63 - 1  # that torch takes
+MAX_SEEDS = 100_000  # in one command
+FIELDS = (("model", "", None), ("seed", "", None))  # what may stand in braces, unformatted
 
 
 @dataclass(frozen=True)
@@ -55,40 +24,114 @@ class Run:
     """One model that is initialized.
 
     Attributes:
-        model: Its spec, or the name of the file to start from.
-        seed: Of what is drawn; None if nothing is.
-        files: What is written.
+        model: Spec of the model, or name of the file to start from.
+        seed: Seed of what is drawn; None if nothing is.
+        out: Checkpoint to write, if any.
+        record: Record of the run to write, if any.
+        plot: Picture to write, if any.
     """
 
     model: str
-    seed: int | None
-    files: Files
+    seed: int | None = None
+    out: Path | None = None
+    record: Path | None = None
+    plot: Path | None = None
 
     @property
     def name(self) -> str:
         """What people call it."""
-        return self.model if self.seed is None else f"{self.model} seed {self.seed}"
+        model = shown(self.model, PATH)
+        return model if self.seed is None else f"{model} seed {self.seed}"
 
-    def unfinished(self, *, overwrite: bool) -> Run:
-        """The run with those files alone that it has still to write."""
-        return self if overwrite else replace(self, files=self.files.missing())
+    @property
+    def files(self) -> dict[str, Path]:
+        """Files to write, by what they are."""
+        files = {"out": self.out, "record": self.record, "plot": self.plot}
+        return {kind: path for kind, path in files.items() if path is not None}
+
+    def unfinished(self) -> Run:
+        """The run with those files alone that are not there yet."""
+        missing = {kind: path for kind, path in self.files.items() if not path.exists()}
+        return Run(self.model, self.seed, **missing)
 
 
-def plan_runs(starts: Sequence[tuple[str, int | None]], files: Files) -> list[Run]:
+def plan_runs(starts: Iterable[tuple[str, int | None]], files: Mapping[str, Path | None]) -> list[Run]:
     """The runs of a command, in the order given.
 
     Args:
         starts: Model and seed of each run, as in `Run`.
-        files: Patterns of what each writes.
+        files: Patterns of what each writes, by what it is, as in `Run`.
 
     Raises:
-        InputError: If two runs are the same or would write the same file, one would write what a run starts from, or a
-            pattern is none.
+        InputError: If two runs are the same or would write the same file, one would write what a
+            run starts from, or a pattern is none.
     """
-    runs = [Run(model, seed, files.filled(model, seed)) for model, seed in starts]
+    patterns = {kind: str(path) for kind, path in files.items() if path is not None}
+    runs = [
+        Run(model, seed, **{kind: Path(fill(text, model=model, seed=seed)) for kind, text in patterns.items()})
+        for model, seed in starts
+    ]
     if len(runs) > 1:
         _check_apart(runs)
     return runs
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds as a user types them: ``0,3,5``, or ``0:4`` for 0, 1, 2 and 3 as in a slice.
+
+    Raises:
+        InputError: If it is not of that form, a seed is too large or there twice, or there are none
+            or far too many.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,19})(?::([0-9]{1,19}))?\s*", part)
+        if found is None:
+            raise InputError(f"--seeds: expected whole numbers such as 0,3,5 or a range such as 0:100, got {text!r}")
+        first, end = int(found[1]), int(found[2] or found[1]) + (found[2] is None)
+        if end <= first or end - 1 > MAX_SEED:
+            raise InputError(
+                f"--seeds: expected a range that rises and ends by {MAX_SEED}, got {part.strip()!r}: its end is "
+                f"left out"
+            )
+        if len(seeds) + end - first > MAX_SEEDS:
+            raise InputError(f"--seeds: expected at most {MAX_SEEDS} seeds, got more in {text!r}: use several commands")
+        seeds += range(first, end)
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds: expected each seed once, got {text!r}: leave out what is there twice")
+    return seeds
+
+
+def fill(pattern: str, *, model: str, seed: int | None) -> str:
+    """The path with the run's `file_safe` model and its seed for ``{model}`` and ``{seed}``.
+
+    Raises:
+        InputError: If other things stand in braces, or ``{seed}`` where nothing is drawn.
+    """
+    try:
+        fields = [field for _, *field in Formatter().parse(pattern) if field[0] is not None]
+    except ValueError:
+        fields = [[]]
+    if not all(tuple(field) in FIELDS for field in fields):
+        raise InputError(
+            f"expected {{model}} and {{seed}} alone in braces, got {pattern!r}: write {{{{ and }}}} for braces"
+        )
+    if seed is None and any(field[0] == "seed" for field in fields):
+        raise InputError(f"{model!r} has its weights already and no seed: take {{seed}} out of {pattern!r}")
+    return pattern.format(model=file_safe(model), seed=seed)
+
+
+def file_safe(model: str) -> str:
+    """A spec as part of a file name: ``net-small`` for ``path/to/net.py:small``.
+
+    The last part of a path counts, without its suffix; letters, digits, ``._-`` stay.
+    """
+    if Path(model).suffix in SUFFIXES:
+        text = Path(model).stem
+    else:
+        place, colon, name = model.rpartition(":")
+        text = f"{Path(place).name.removesuffix('.py')}-{name}" if colon else name
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "model"
 
 
 def _check_apart(runs: Sequence[Run]) -> None:
@@ -98,7 +141,7 @@ def _check_apart(runs: Sequence[Run]) -> None:
     sources = {os.path.realpath(run.model) for run in runs if Path(run.model).suffix in SUFFIXES}
     writers: dict[str, Run] = {}
     for run in runs:
-        for path in run.files.paths:
+        for path in run.files.values():
             real = os.path.realpath(path)
             if real in sources:
                 raise InputError(f"expected new files to write, got {str(path)!r}, which a run starts from: rename it")

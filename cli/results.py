@@ -1,4 +1,4 @@
-"""What became of each of many runs, as data and as lines."""
+"""Result of each of many runs, as data and as lines."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convsim_init.cli.plan import Run
-from convsim_init.report.report import Report
-from convsim_init.report.table import printable, report_cells
+from convsim_init.report.report import Outcome, Report
+from convsim_init.report.table import report_cells
+from convsim_init.report.text import PATH, layer_name, printable, shown, some
+
+if TYPE_CHECKING:
+    from convsim_init.checkpoint.save import Contents
+    from convsim_init.metrics.snapshot import Snapshot
 
 
 class Status(str, Enum):
-    """What became of a run."""
+    """How a run ended."""
 
     DONE = "done"
     KEPT = "kept"  # its files were there already
@@ -24,53 +29,55 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one of many runs.
+    """Result of a run; until it is written with what is to be written, for another process perhaps.
 
     Attributes:
-        run: Which one, with the files that it wrote or would have; all of its files if they were kept.
-        status: What became of it.
-        report: Its report, if it came to that.
+        run: The run, with the files that it writes; with all of its files if they were kept.
+        status: How it ended, or will once it is written.
+        report: Report of its layers, if it came that far.
         error: Why it failed.
+        checkpoint: Checkpoint that is to be written.
+        before: Convolutions before, if they are to be recorded or drawn.
+        after: Convolutions after.
     """
 
     run: Run
     status: Status
     report: Report | None = None
     error: str | None = None
+    checkpoint: Contents | None = None
+    before: Snapshot | None = None
+    after: Snapshot | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain data: that of the report, if there is one, after ``status`` and ``error``."""
+        """Plain data: ``status`` and ``error``, then those of the report, if there is one."""
         data = {"status": self.status.value, "error": self.error, "model": self.run.model, "seed": self.run.seed}
         if self.report is not None:
             return data | self.report.to_dict()
-        kept = self.run.files.out if self.status is Status.KEPT else None
+        kept = self.run.out if self.status is Status.KEPT else None
         return data | {"file": kept and str(kept)}
 
     def line(self, width: int = 0) -> str:
-        """The result as people read it.
-
-        Args:
-            width: Of the run's name, so that the lines of several stand in columns.
-        """
+        """One line for people; the name of the run takes at least so many characters."""
         cells = [self.run.name.ljust(width)]
         if self.report is None or self.error is not None:
             cells += [": ".join(filter(None, [self.status.value, self.error]))]
         else:
             cells += report_cells(self.report.to_dict())
         if self.error is None:
-            cells += [str(path) for path in self.run.files.paths]
+            cells += [shown(str(path), PATH) for path in self.run.files.values()]
         return printable("  ".join(cells))
 
 
 def summary(results: Sequence[Result], runs: int) -> str:
-    """The remarks of all results, each once, and how many of so many runs had each status."""
+    """The remarks of all results, each once, and how many of so many runs ended in which way."""
     remarks = dict.fromkeys(remark for result in results if result.report for remark in result.report.remarks)
     counts = Counter(result.status for result in results)
-    told = [f"{counts[status]} {status.value}" for status in Status if counts[status]]
+    parts = [f"{counts[status]} {status.value}" for status in Status if counts[status]]
     if len(results) < runs:
-        told.append(f"{runs - len(results)} not run")
+        parts.append(f"{runs - len(results)} not run")
     redo = "; --force redoes what was kept" if counts[Status.KEPT] else ""
-    return "\n".join(map(printable, [*remarks, f"{runs} runs: {', '.join(told)}{redo}"]))
+    return "\n".join(map(printable, [*remarks, f"{runs} runs: {', '.join(parts)}{redo}"]))
 
 
 def failures(results: Sequence[Result]) -> str | None:
@@ -81,10 +88,14 @@ def failures(results: Sequence[Result]) -> str | None:
             named.setdefault(result.error, []).append(result.run.name)
     if not named:
         return None
-    total = sum(map(len, named.values()))
-    told = "; ".join(f"{_some(names)}: {error}" for error, names in named.items())
-    return f"{total} of {len(results)} runs failed; {told}"
+    reasons = "; ".join(f"{some(names, 3)}: {error}" for error, names in named.items())
+    return f"{sum(map(len, named.values()))} of {len(results)} runs failed; {reasons}"
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def failure(report: Report) -> str | None:
+    """Which layers of a run failed and why; None if none did."""
+    failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
+    if not failed:
+        return None
+    names = some([layer_name(layer.name) for layer in failed], 1)
+    return f"{names} failed, {failed[0].reason}; nothing was written; --exclude leaves a layer alone"

@@ -6,25 +6,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
-from convsim_init.devices import find_device
+from convsim_init.cli.results import Result, Status, failure
+from convsim_init.devices import MPS, find_device
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
-from convsim_init.report.report import Outcome, Report
 from convsim_init.settings import Base, Settings
 
 from .options import ModelOptions, load
-from .signals import ending_at_once
+from .signals import exit_on_signal
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from convsim_init.checkpoint.save import Contents
-    from convsim_init.metrics.snapshot import Snapshot
-
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose for every run of the command; the options of the same names say what each means."""
+    """What the user chose for every run; the options of the same names say what each means."""
 
     settings: Settings
     how: ModelOptions
@@ -41,31 +38,12 @@ class Choices:
     dry_run: bool
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a run came to, before anything is written of it: a process may hand it to another.
-
-    Attributes:
-        run: The run.
-        report: What became of its layers.
-        checkpoint: What is to be written, if that was asked for.
-        before: The convolutions before, if they are to be recorded or drawn.
-        after: The same after.
-    """
-
-    run: Run
-    report: Report
-    checkpoint: Contents | None = None
-    before: Snapshot | None = None
-    after: Snapshot | None = None
-
-
-def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Made:
-    """Do all of the run but the writing; where a layer fails, `failure` says so and nothing is to be written.
+def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
+    """Do all of the run but the writing, of which there is none if a layer failed.
 
     Args:
-        run: With the files that this process is to write, if any.
-        choices: How.
+        run: The run, with the files that this process is to write, if any.
+        choices: What the user chose.
         progress: Whether to show a bar.
         group: Processes that the layers are divided over, all of which do this.
 
@@ -73,7 +51,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         InputError: If the model cannot be built or treated as asked.
         RunError: If a process of the group has died.
     """
-    with ending_at_once():
+    with exit_on_signal():
         import torch
 
         from convsim_init.checkpoint.save import checkpoint_contents
@@ -90,7 +68,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         report = plan(network, settings=settings, **layers)
     else:
         draw_base_(network, choices.base, seed=run.seed or 0, **layers)
-        if run.files.record or run.files.plot:
+        if run.record or run.plot:
             before = take_snapshot("before", network, copy=True)
             if choices.plot_layer is not None:
                 choose_layer([before], choices.plot_layer)
@@ -99,12 +77,13 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
-    report.remarks += start.remarks
-    if choices.dry_run or failure(report) is not None:
-        return Made(run, report)
+    report.remarks += start.remarks + ([MPS] if choices.device == "mps" else [])
+    error = failure(report)
+    if choices.dry_run or error is not None:
+        return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
     if not any(layer.after for layer in report.layers):
         report.remarks.append("no convolution was treated: the weights are as they were")
-    if run.files.out is not None:
+    if run.out is not None:
         checkpoint = checkpoint_contents(
             network,
             report=report,
@@ -112,37 +91,27 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             convs_only=choices.convs_only,
             dtype=getattr(torch, choices.dtype),
         )
-    return Made(run, report, checkpoint, before, after)
+    return Result(run, Status.DONE, report, checkpoint=checkpoint, before=before, after=after)
 
 
-def write(made: Made, choices: Choices) -> Report:
-    """Write what a run came to.
+def write(result: Result, choices: Choices) -> Result:
+    """Write what is to be written, and return the result without it.
 
     Raises:
         InputError: If a file cannot be written.
         RunError: If writing fails.
     """
-    report, files = made.report, made.run.files
-    if made.checkpoint is not None and files.out is not None:
+    run, report = result.run, result.report
+    if report is not None and run.out is not None and result.checkpoint is not None:
         from convsim_init.checkpoint.save import write_checkpoint
 
-        write_checkpoint(made.checkpoint, files.out, overwrite=choices.force)
-        report.file, report.file_bytes = str(files.out), files.out.stat().st_size
-    if made.before is None or made.after is None:
-        return report
-    if files.record is not None:
-        save_record(report, files.record, overwrite=choices.force)
-    if files.plot is not None:
-        figure = figure_of_run(report, made.before, made.after, layer=choices.plot_layer, dark=is_dark(files.plot))
-        save_figure(figure, files.plot, overwrite=choices.force)
-    return report
-
-
-def failure(report: Report) -> str | None:
-    """Which layers of a run failed and why; None if none did."""
-    failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
-    if not failed:
-        return None
-    first, others = failed[0], len(failed) - 1
-    more = f" and {others} more" if others else ""
-    return f"{first.name}{more} failed, {first.reason}; nothing was written; --exclude leaves a layer alone"
+        write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+        report.file, report.file_bytes = str(run.out), run.out.stat().st_size
+    if report is not None and result.before is not None and result.after is not None:
+        if run.record is not None:
+            save_record(report, run.record, overwrite=choices.force)
+        if run.plot is not None:
+            dark = is_dark(run.plot)
+            figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
+            save_figure(figure, run.plot, overwrite=choices.force)
+    return replace(result, checkpoint=None, before=None, after=None)

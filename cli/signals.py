@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from convsim_init.parallel.launch import launched
 
 DONE, FAILED, WRONG_USAGE, MISMATCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 GRACE = 0.5  # seconds from a signal to the end, whatever is being computed
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Terminated(KeyboardInterrupt):
@@ -23,83 +25,105 @@ class Terminated(KeyboardInterrupt):
 
 def fail(message: str, status: int) -> int:
     """Tell an error in one line on stderr, once on each machine, and return the status."""
-    if sys.stderr is not None and launched().speaks:
-        print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    from convsim_init.report.text import printable
+
+    _tell("Error: " + printable(" ".join(message.split())))
     return status
 
 
 def interrupted(*, terminated: bool = False) -> int:
-    """Tell of a signal, as `fail` does."""
-    if sys.stderr is not None and sys.stderr.isatty() and launched().speaks:
-        print(file=sys.stderr)  # the terminal stands behind the ^C it has shown
+    """Tell of a signal, as `fail` does; imports nothing, because an import may be what it ends."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        _tell("")  # the terminal stands behind the ^C it has shown
     word, status = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
-    return fail(f"{word}; no partial file is left", status)
+    _tell(f"Error: {word}; no partial file is left")
+    return status
 
 
 @contextmanager
-def ending_at_once() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """Let a signal end the process on the spot, for imports.
 
-    Python's own way, an exception, shows a traceback in the imports before `main` and is lost in that of torch: its C
-    code imports numpy and drops what that raises, and the command would go on.
+    Python's own way, an exception, shows a traceback in the imports before `main` and is lost in
+    that of torch: its C code imports numpy and drops what that raises, and the command would go on.
     """
-    ours = {
-        signal.SIGINT: (signal.default_int_handler,),
-        signal.SIGTERM: (signal.SIG_DFL, _terminate),
-    }
-    before = {number: signal.getsignal(number) for number in ours}
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    replaced = [number for number, handlers in ours.items() if in_main_thread and before[number] in handlers]
-    for number in replaced:
-        signal.signal(number, lambda number, _: os._exit(interrupted(terminated=number == signal.SIGTERM)))
-    try:
+
+    def leave(number: int, _: FrameType | None) -> None:
+        _ignore_others()
+        os._exit(interrupted(terminated=number == signal.SIGTERM))
+
+    with _handled_by(leave):
         yield
-    finally:
-        for number in replaced:
-            signal.signal(number, before[number])
 
 
 @contextmanager
-def ending_in_time() -> Iterator[None]:
-    """Let SIGTERM raise as SIGINT does, and end the process a moment after either where nothing heeds it.
+def grace_period(*, last: bool = False) -> Iterator[None]:
+    """Let a signal raise an exception once, and end the process a moment later whatever it does.
 
-    Python runs a signal's handler once the main thread is back from C code: from a decomposition or a slow disk that
-    may take long. A thread is told of the signal at once.
+    Python runs a signal's handler once the main thread is back from C code, which may take long: a
+    decomposition, a slow disk. A thread of its own reads of the signal at once.
+
+    Args:
+        last: Whether the process ends after it, and a signal then ends it without a word.
     """
+
+    def watch() -> None:
+        while numbers := os.read(reader, 1):
+            if numbers[0] in HANDLED and not ended.wait(GRACE):
+                from convsim_init.scratch import remove_scratch_folders
+
+                with suppress(Exception):
+                    remove_scratch_folders()
+                os._exit(interrupted(terminated=numbers[0] == signal.SIGTERM))
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    was_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if was_default:
-        signal.signal(signal.SIGTERM, _terminate)
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    former = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(told, ended), name="convsim-init-signals", daemon=True)
-    watch.start()
+    with _handled_by(_raise_once, last=last):
+        ended = threading.Event()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        watcher = threading.Thread(target=watch, name="convsim-init-signals", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            signal.set_wakeup_fd(former)
+            os.close(writer)
+            watcher.join()
+            os.close(reader)
+
+
+@contextmanager
+def _handled_by(handler: Handler, *, last: bool = False) -> Iterator[None]:
+    """Handle signals like that where they are handled as Python does by default, or by us."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    for number, former in list(before.items()):
+        if former in (signal.default_int_handler, signal.SIG_DFL, _raise_once):
+            signal.signal(number, handler)
+        else:
+            del before[number]
     try:
         yield
     finally:
-        ended.set()
-        signal.set_wakeup_fd(former)
-        os.close(tell)
-        watch.join()
-        os.close(told)
-        if was_default:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, former in before.items():
+            signal.signal(number, signal.SIG_DFL if last else former)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _raise_once(number: int, _: FrameType | None) -> None:
+    _ignore_others()  # a second exception would break off the cleaning up after the first
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _watch(told: int, ended: threading.Event) -> None:
-    handled = (signal.SIGINT, signal.SIGTERM)
-    while numbers := os.read(told, 1):
-        if numbers[0] in handled and not ended.wait(GRACE):
-            from convsim_init.scratch import remove_scratch_folders
+def _ignore_others() -> None:
+    for number in HANDLED:  # not by SIG_IGN: Python would report a signal that has come by then
+        signal.signal(number, lambda *_: None)
 
-            with contextlib.suppress(Exception):
-                remove_scratch_folders()
-            os._exit(interrupted(terminated=numbers[0] == signal.SIGTERM))
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None and launched().speaks:
+        print(line, file=sys.stderr, flush=True)

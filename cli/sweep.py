@@ -14,7 +14,8 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, summary
 from convsim_init.errors import InputError, RunError
 
-from .run import Choices, Made, failure, make, write
+from .options import check_found
+from .run import Choices, make, write
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -30,10 +31,11 @@ def sweep(
     progress: bool,
     debug: bool,
 ) -> None:
-    """Do one run after the other, or one in each rank at a time, whatever becomes of each, and show the results.
+    """Do one run after the other, or one in each rank at a time, and show the results.
 
     Raises:
-        RunError: If one failed, or a rank has died.
+        InputError: If a model that is to be built is not found; then no run is begun.
+        RunError: If a run failed, which keeps no other from being done, or a rank has died.
     """
     results: list[Result] = []
     width = max(len(run.name) for run in runs)
@@ -56,27 +58,30 @@ def sweep(
 
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: bool) -> Iterator[Result]:
     """Of all runs, in their order; none in ranks but the first, which is the one that writes."""
+    pending = [_pending(run, choices) for run in runs]
+    if ranks is not None:
+        pending = ranks.exchange(pending)[0]  # which files are there already, the first says
+    unfinished = [one for one in pending if isinstance(one, Run)]
+    check_found([run.model for run in unfinished], choices.like if unfinished else None)
     if ranks is None:
-        for run in runs:
-            yield _written(_made(_left(run, choices), choices, debug), choices, debug)
+        for one in pending:
+            yield _written(_made(one, choices, debug), choices, debug)
         return
-    left = ranks.exchange([_left(run, choices) for run in runs])[0]  # what is there already, the first says
-    for start in range(0, len(left), ranks.size):
-        turn = left[start : start + ranks.size]
+    for start in range(0, len(pending), ranks.size):
+        turn = pending[start : start + ranks.size]
         made = _made(turn[ranks.rank], choices, debug) if ranks.rank < len(turn) else None
-        for one in ranks.collect(made):
-            if one is not None:
-                yield _written(one, choices, debug)
+        for result in ranks.collect(made):
+            if result is not None:
+                yield _written(result, choices, debug)
 
 
-def _left(run: Run, choices: Choices) -> Run | Result:
-    """What of a run there is still to do, or that there is nothing."""
-    unfinished = run.unfinished(overwrite=choices.force)
-    return Result(run, Status.KEPT) if run.files.paths and not unfinished.files.paths else unfinished
+def _pending(run: Run, choices: Choices) -> Run | Result:
+    """The run with what there is still to write, or the result that its files were there."""
+    unfinished = run if choices.force else run.unfinished()
+    return Result(run, Status.KEPT) if run.files and not unfinished.files else unfinished
 
 
-def _made(run: Run | Result, choices: Choices, debug: bool) -> Made | Result:
-    """What a run came to before it is written, or that it failed."""
+def _made(run: Run | Result, choices: Choices, debug: bool) -> Result:
     if isinstance(run, Result):
         return run
     try:
@@ -85,18 +90,11 @@ def _made(run: Run | Result, choices: Choices, debug: bool) -> Made | Result:
         return _failed(run, error, debug)
 
 
-def _written(made: Made | Result, choices: Choices, debug: bool) -> Result:
-    """What became of a run, once it is written."""
-    if isinstance(made, Result):
-        return made
+def _written(result: Result, choices: Choices, debug: bool) -> Result:
     try:
-        report = write(made, choices)
+        return write(result, choices)
     except Exception as error:
-        return _failed(made.run, error, debug)
-    error_of_layers = failure(report)
-    if error_of_layers is not None:
-        return Result(made.run, Status.FAILED, report, error_of_layers)
-    return Result(made.run, Status.PLANNED if choices.dry_run else Status.DONE, report)
+        return _failed(result.run, error, debug)
 
 
 def _failed(run: Run, error: Exception, debug: bool) -> Result:

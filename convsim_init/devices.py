@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.parallel.launch import launched
-from convsim_init.version import __version__
+from convsim_init.version import __version__, installed_version
 
 if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "numpy", "safetensors", "click", "tqdm", "torchvision", "timm")
+MPS = "--device mps: computed on the CPU, because MPS has no float64; the weights are the same"
 
 
 def check_device_name(name: str) -> str:
@@ -30,9 +30,11 @@ def check_device_name(name: str) -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is CUDA where there is one, else the CPU.
+    """The device to compute on; ``auto`` is the CPU: no GPU has been measured to be faster.
 
-    Of several processes that torchrun started on this machine, each gets a CUDA device of its own unless one is named.
+    Of several processes that torchrun started on this machine, each gets a CUDA device of its own
+    for ``cuda``.
+    In place of ``mps`` it is the CPU, as `MPS` says.
 
     Raises:
         InputError: If there is no such device here, or not one for each process.
@@ -42,7 +44,7 @@ def find_device(name: str) -> torch.device:
     launch = launched()
     present = available_devices()
     if check_device_name(name) == "auto":
-        name = "cuda" if "cuda" in present else "cpu"
+        name = "cpu"
     if name == "cuda" and name in present and launch.size > 1:
         cards = torch.cuda.device_count()
         if launch.local_size > cards:
@@ -52,7 +54,7 @@ def find_device(name: str) -> torch.device:
             )
         return torch.device("cuda", launch.local_rank)
     if name in present:
-        return torch.device(name)
+        return torch.device("cpu" if name == "mps" else name)
     raise InputError(f"expected a device that is here ({', '.join(present)}) or auto, got {name!r}: choose another")
 
 
@@ -65,7 +67,7 @@ def available_devices() -> list[str]:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, devices and threads, for a bug report; and how a step of the descent is computed on the CPU."""
+    """Versions, devices, threads, and how a step is computed on the CPU: for a bug report."""
     import torch
 
     from convsim_init.backends.compiled import library
@@ -74,7 +76,7 @@ def describe_environment() -> dict[str, str]:
         "convsim-init": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed_version(package) or "not installed" for package in PACKAGES},
         "step": "compiled" if library() else "in torch's operations",
         "cuda": torch.version.cuda or "none",
         "devices": ", ".join(map(_describe, available_devices())),
@@ -86,10 +88,3 @@ def _describe(device: str) -> str:
     import torch
 
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda:") else device
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

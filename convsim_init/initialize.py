@@ -134,7 +134,8 @@ def initialize_(
             reports[report.name] = report
             bar.update()
     shared = share(layers, reports, ranks, device=device)
-    return Report(settings, shared, time.perf_counter() - started, processes=ranks.size)
+    places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
+    return Report(settings, shared, time.perf_counter() - started, processes=ranks.size, device=places)
 
 
 @torch.no_grad()

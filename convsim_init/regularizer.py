@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import find_convolutions, find_layers, lone_obstacle, used_weight
+from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
 
@@ -68,7 +69,9 @@ class ConvolutionalSimilarity:
                 del self._modules[layer.name]
         if not self._modules:
             name, reason = next(iter(self.skipped.items()))
-            raise InputError(f"expected a model with a convolution to regularize, got none: {name}: {reason}")
+            raise InputError(
+                f"expected a model with a convolution to regularize, got none: {layer_name(name)}: {reason}"
+            )
         self._pairs, self._channels, self._normalized = pairs, channels, normalized
 
     @property

@@ -1,8 +1,14 @@
-"""The version, from the installed package or, when run from a source tree, from its pyproject.toml."""
+"""Versions of this package and of others."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("convsim-init")
-except PackageNotFoundError:
-    __version__ = "0+source"
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+__version__ = installed_version("convsim-init") or "0+source"  # a source tree alone is not installed

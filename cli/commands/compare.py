@@ -10,7 +10,7 @@ import click
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 
 from ..options import ModelOptions, check_sources, like_option, load, model_options
-from ..signals import ending_at_once
+from ..signals import exit_on_signal
 
 EPILOG = """\b
 Examples:
@@ -51,7 +51,7 @@ def compare(
     check_sources(specs, how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
-    with ending_at_once():
+    with exit_on_signal():
         from convsim_init.metrics import compare as comparison
 
     loaded = [load(spec, how, like) for spec in specs]

@@ -8,7 +8,7 @@ import click
 
 from convsim_init.devices import describe_environment
 
-from ..signals import ending_at_once
+from ..signals import exit_on_signal
 
 
 @click.command()
@@ -16,7 +16,7 @@ from ..signals import ending_at_once
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def env(as_json: bool) -> None:
     """Show versions and devices: what a bug report needs."""
-    with ending_at_once():
+    with exit_on_signal():
         import torch  # noqa: F401
 
     environment = describe_environment()

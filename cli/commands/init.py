@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from convsim_init.cli.plan import Files, plan_runs
-from convsim_init.cli.seeds import parse_seeds
+from convsim_init.cli.plan import Run, parse_seeds, plan_runs
 from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
 from convsim_init.files import SUFFIXES, check_target
+from convsim_init.models.spec import Source, parse
+from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
+from convsim_init.report.text import did_you_mean
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
-from ..options import ModelOptions, Whole, check_sources, is_file, like_option, model_options
-from ..run import Choices, failure, make, write
-from ..signals import ending_at_once
+from ..options import ModelOptions, Whole, check_found, check_sources, is_file, like_option, model_options
+from ..run import Choices, make, write
+from ..signals import exit_on_signal
 from ..sweep import sweep
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+TARGETS: dict[str, Callable[..., Path]] = {
+    "out": check_target,
+    "record": partial(check_target, suffixes=RECORD_SUFFIXES),
+    "plot": check_plot,
+}
 DEFAULTS, PAPER = Settings(), Settings.paper()
 
 HELP = """
@@ -100,7 +108,12 @@ class MainCommand(click.Command):
 @click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
-@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps. Default: auto.")
+@click.option(
+    "--device",
+    default="auto",
+    metavar="NAME",
+    help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.",
+)
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the written floats. Default: float32.")
@@ -146,7 +159,7 @@ def init(
     """Run the main command; what can be refused without torch is refused before it is loaded."""
     chosen = {name: value for name, value in choices.items() if value is not None}
     settings = replace(Settings.preset(preset), **chosen)
-    _check_commands(ctx, models)
+    _check_no_command(ctx, models)
     check_sources(models, how, like, drawn=base != "model")
     check_device_name(device)
     if plot_layer is not None and plot is None:
@@ -156,11 +169,13 @@ def init(
     useless = [option for option, value in file_options.items() if value]
     if out is None and useless:
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
-    runs = plan_runs(_starts(models, how, seeds, drawn=base != "model"), Files(out, record, plot))
+    starts = _starts(models, how, seeds, drawn=base != "model")
+    runs = plan_runs(starts, {"out": out, "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
     launch = launched()
     for run in runs if launch.beside_first else ():
-        _check_files(run.files, overwrite=force or not alone)
+        for kind, path in run.files.items():
+            TARGETS[kind](path, overwrite=force or not alone)
 
     options = Choices(
         settings=settings,
@@ -184,35 +199,44 @@ def init(
         if not alone:
             sweep(runs, options, ranks, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
             return
-        run = runs[0] if launch.leads else replace(runs[0], files=Files())
-        report = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
+        run = runs[0] if launch.leads else Run(runs[0].model, runs[0].seed)
+        result = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
+        assert result.report is not None
         if as_json:
-            click.echo(json.dumps(report.to_dict(), indent=2))
+            click.echo(json.dumps(result.report.to_dict(), indent=2))
         elif not quiet:
-            click.echo(str(report))
-        failed = failure(report)
-        if failed is not None:
-            raise RunError(failed)
+            click.echo(str(result.report))
+        if result.error is not None:
+            raise RunError(result.error)
 
 
 @contextmanager
 def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | None]:
-    """The processes that torchrun started, if they are to work together; else None, and torch is left for later."""
+    """The processes that torchrun started, if they are to work together; else None, without torch."""
     if launch.size == 1 or not wanted:
         yield None
         return
-    with ending_at_once():
+    with exit_on_signal():
         from convsim_init.parallel.processes import meet
 
     with meet(launch, find_device(device)) as ranks:
         yield ranks
 
 
-def _check_commands(ctx: click.Context, models: Sequence[str]) -> None:
+def _check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
+    """Refuse what is a command, or may be one mistyped and is no model."""
     group = ctx.parent.command if ctx.parent else None
+    commands = group.commands if isinstance(group, click.Group) else {}
     for model in models:
-        if isinstance(group, click.Group) and model in group.commands:
+        if model in commands:
             raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
+    first = models[0]
+    hint = did_you_mean(first, commands)
+    if hint and parse(first).source is Source.ANY:
+        try:
+            check_found([first], None)
+        except UnknownModelError as error:
+            raise click.UsageError(f"{first!r} is neither a command nor a model{hint}") from error
 
 
 def _starts(
@@ -227,12 +251,3 @@ def _starts(
         if is_file(model) and not drawn:
             raise click.UsageError(f"--seeds: {model!r} has its weights already; --base draws them anew")
     return [(model, seed) for model in models for seed in parse_seeds(seeds)]
-
-
-def _check_files(files: Files, *, overwrite: bool) -> None:
-    if files.record is not None:
-        check_target(files.record, overwrite=overwrite, suffixes=RECORD_SUFFIXES)
-    if files.plot is not None:
-        check_plot(files.plot, overwrite=overwrite)
-    if files.out is not None:
-        check_target(files.out, overwrite=overwrite)

@@ -11,13 +11,13 @@ from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_fi
 from convsim_init.report.table import COLUMNS, as_csv
 
 from ..options import ModelOptions, check_sources, like_option, load, model_options
-from ..signals import ending_at_once
+from ..signals import exit_on_signal
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
 FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what `convsim-init --help` says. A file does not tell which of
-its convolutions are grouped or transposed: they are told by their shapes, unless --like names the model.
+its convolutions are grouped or transposed: that is inferred from their shapes, unless --like names the model.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional
@@ -69,7 +69,7 @@ def inspect(
     check_sources([spec], how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
-    with ending_at_once():
+    with exit_on_signal():
         from convsim_init.metrics.measure import measure
         from convsim_init.metrics.snapshot import take_snapshot
 

@@ -12,7 +12,7 @@ from convsim_init.models import libraries
 from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo import catalog
 
-from ..signals import ending_at_once
+from ..signals import exit_on_signal
 
 OTHERS = "; ".join(f"convsim-init list '{library.value}:*'" for library in LIBRARIES)
 
@@ -51,5 +51,5 @@ def _matches(pattern: str | None) -> dict[str, str | None]:
         if names or pattern is None:
             return {name: catalog.MODELS[name].summary for name in names}
         asked = libraries.installed()
-    with ending_at_once():
+    with exit_on_signal():
         return {f"{one.value}:{name}": None for one in asked for name in libraries.names(one, pattern)}

@@ -10,8 +10,8 @@ import click
 from convsim_init.files import check_source
 from convsim_init.models.lookup import resolve
 
-from ..options import ModelOptions, model_options
-from ..signals import DONE, MISMATCH, ending_at_once
+from ..options import ModelOptions, is_file, model_options
+from ..signals import DONE, MISMATCH, exit_on_signal
 
 HELP = """
 Check that a file loads into a model strictly, every key accounted for.
@@ -37,10 +37,12 @@ Examples:
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
+    if is_file(model) and not is_file(str(file)):
+        raise click.UsageError(f"expected FILE MODEL, got MODEL FILE: write verify {model} {file}")
     check_source(file)
     how.check(model)
 
-    with ending_at_once():
+    with exit_on_signal():
         from convsim_init.checkpoint.load import verify_checkpoint
 
     name = resolve(model).spec.text

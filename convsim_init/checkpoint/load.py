@@ -16,6 +16,7 @@ from convsim_init.checkpoint.state_dict import bare_key, module_versions, with_v
 from convsim_init.errors import InputError, RunError
 from convsim_init.layers.find import unwrap
 from convsim_init.report.table import shape_text
+from convsim_init.report.text import quoted, shown
 
 EXAMPLES = 2
 
@@ -97,7 +98,9 @@ def _write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     own = {key: value for key, value in inner.state_dict().items() if bare_key(key) in tensors}
     for key, value in own.items():
         if isinstance(value, torch.Tensor) and value.is_meta:
-            raise InputError(f"{key}: expected a tensor with data, got one on the meta device: call to_empty first")
+            raise InputError(
+                f"{shown(key)}: expected a tensor with data, got one on the meta device: call to_empty first"
+            )
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in own.items()}
     try:
         fitting = {key: tensors[bare_key(key)] for key in own}
@@ -111,5 +114,5 @@ def _write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _examples(shapes: dict[str, list[int]]) -> str:
-    some = [f"{key[:60]!r} ({shape_text(shape) or 'scalar'})" for key, shape in list(shapes.items())[:EXAMPLES]]
+    some = [f"{quoted(key)} ({shape_text(shape) or 'scalar'})" for key, shape in list(shapes.items())[:EXAMPLES]]
     return " and ".join(some) or "none"

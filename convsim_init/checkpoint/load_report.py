@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from convsim_init.report.table import printable, shape_text
-
-SHOWN = 4
-LONGEST = 80
+from convsim_init.report.table import shape_text
+from convsim_init.report.text import PATH, quoted, shown, some
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,7 +79,7 @@ class LoadReport:
         return asdict(self) | sides | {"complete": self.complete, "exact": self.exact}
 
     def __str__(self) -> str:
-        names = f"{printable(self.file)} into {_shown(self.model)}"
+        names = f"{shown(self.file, PATH)} into {shown(self.model)}"
         return "\n".join([f"{names}: {len(self.matched)} of {self.expected} keys matched", *self._differences()])
 
     __repr__ = __str__
@@ -93,23 +91,23 @@ class LoadReport:
         if self.wrapper:
             yield f"the file's tensors are under {self.wrapper!r}"
         for prefix in self.removed:
-            yield f"prefix: the file's keys have {_quoted(prefix)}; load_checkpoint takes it off, strict loaders do not"
+            yield f"prefix: the file's keys have {quoted(prefix)}; load_checkpoint takes it off, strict loaders do not"
         if self.added:
             yield (
-                f"prefix: the file's keys lack {_quoted(self.added)}; load_checkpoint puts it there, for strict "
-                f"loaders write the file with --prefix {_shown(self.added)}"
+                f"prefix: the file's keys lack {quoted(self.added)}; load_checkpoint puts it there, for strict "
+                f"loaders write the file with --prefix {shown(self.added)}"
             )
         if self.refused:
             yield (
                 f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
                 f"which holds it"
             )
-        yield from _line("missing in the file", map(_shown, self.missing))
-        yield from _line("unexpected, not in the model", map(_shown, self.unexpected))
+        yield from _line("missing in the file", map(shown, self.missing))
+        yield from _line("unexpected, not in the model", map(shown, self.unexpected))
         yield from _line("of one shape, perhaps renamed", _pairs(self.renamed, "for"))
         shapes = {key: (_size(file), _size(model)) for key, (file, model) in self.mismatched.items()}
         yield from _line("other shape", _sides(shapes))
-        yield from _line("infinities or NaN", map(_shown, self.non_finite))
+        yield from _line("infinities or NaN", map(shown, self.non_finite))
         yield from _line("missing, but tied", _pairs(self.tied, "to"))
         yield from _line("tied in the model, different in the file", _pairs(self.conflicting, "and"))
         yield from _line("other kind of dtype", _sides(self.retyped))
@@ -117,29 +115,18 @@ class LoadReport:
 
 
 def _line(title: str, entries: Iterable[str]) -> Iterator[str]:
-    shown = list(entries)
-    if shown:
-        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-        yield f"{title}, {len(shown)}: {', '.join(shown[:SHOWN])}{more}"
+    listed = list(entries)
+    if listed:
+        yield f"{title}, {len(listed)}: {some(listed)}"
 
 
 def _pairs(keys: Mapping[str, str], between: str) -> list[str]:
-    return [f"{_shown(a)} {between} {_shown(b)}" for a, b in keys.items()]
+    return [f"{shown(a)} {between} {shown(b)}" for a, b in keys.items()]
 
 
 def _sides(entries: Mapping[str, tuple[str, str]]) -> list[str]:
-    return [f"{_shown(key)} (file {file}, model {model})" for key, (file, model) in entries.items()]
+    return [f"{shown(key)} (file {file}, model {model})" for key, (file, model) in entries.items()]
 
 
 def _size(shape: Sequence[int]) -> str:
     return shape_text(shape) or "scalar"
-
-
-def _shown(key: str) -> str:
-    """A key, which may be any text, as one short piece of a line."""
-    text = key if key and key.isprintable() else repr(key)
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
-
-
-def _quoted(prefix: str) -> str:
-    return f"'{_shown(prefix)}'"

@@ -20,6 +20,7 @@ from convsim_init.checkpoint.state_dict import bare_entries, module_versions
 from convsim_init.checkpoint.vetting import is_zipped, vet_torch_file
 from convsim_init.errors import InputError
 from convsim_init.files import TORCH_SUFFIXES, check_source
+from convsim_init.report.text import quoted
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
@@ -102,7 +103,7 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise InputError(f"expected each key once, got {path!r}, whose header repeats {_short(twice)}: write it again")
+        raise InputError(f"expected each key once, got {path!r}, whose header repeats {quoted(twice)}: write it again")
     return entries
 
 
@@ -124,14 +125,14 @@ def _checked(name: str, content: object, size: int) -> Checkpoint:
         raise InputError(f"expected weights in {name}, got an empty state dict{place}: save the model's state_dict()")
     for key, value in inner.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            what = f"{type(value).__name__} under {_short(key)}"
+            what = f"{type(value).__name__} under {quoted(key)}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            what = f"a sparse, quantized or empty one under {_short(key)}{place}"
+            what = f"a sparse, quantized or empty one under {quoted(key)}{place}"
             raise InputError(f"expected dense tensors in {name}, got {what}: convert it and save it again")
         # One row that stands for a million, or memory that the file names and does not fill.
         if max(value.nbytes, value.untyped_storage().nbytes()) > size:
-            what = f"shape {list(value.shape)} under {_short(key)}{place}"
+            what = f"shape {list(value.shape)} under {quoted(key)}{place}"
             raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
     return Checkpoint(dict(inner), opened, module_versions(inner))
 
@@ -146,8 +147,3 @@ def _unwrapped(content: object) -> tuple[object, str]:
         content = content[wrapper]
         opened.append(wrapper)
     return content, ".".join(opened)
-
-
-def _short(key: object) -> str:
-    text = repr(key)
-    return text if len(text) <= 80 else text[:77] + "..."

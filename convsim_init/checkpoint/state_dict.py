@@ -13,6 +13,7 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
 from convsim_init.layers.find import unwrap
 from convsim_init.report.report import Report
+from convsim_init.report.text import shown
 
 PARALLEL_PREFIX = "module."
 MODEL_PREFIX = "model."
@@ -136,17 +137,17 @@ def _dense(key: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         if f".{key}".endswith("._extra_state"):
             raise InputError(
-                f"{key}: expected only tensors in the state dict, got a module's extra state of type "
+                f"{shown(key)}: expected only tensors in the state dict, got a module's extra state of type "
                 f"{type(value).__name__}, which no file of tensors holds: save the state dict without it"
             )
         hint = ": pass the state dict inside it" if isinstance(value, Mapping) else ""
-        raise InputError(f"{key}: expected a tensor in the state dict, got {type(value).__name__}{hint}")
+        raise InputError(f"{shown(key)}: expected a tensor in the state dict, got {type(value).__name__}{hint}")
     if is_lazy(value):
-        raise InputError(f"{key}: expected a tensor with data, got a lazy one: run a forward pass first")
+        raise InputError(f"{shown(key)}: expected a tensor with data, got a lazy one: run a forward pass first")
     if value.is_meta:
-        raise InputError(f"{key}: expected a tensor with data, got one on the meta device: initialize it first")
+        raise InputError(f"{shown(key)}: expected a tensor with data, got one on the meta device: initialize it first")
     if value.layout is not torch.strided or value.is_quantized:
-        raise InputError(f"{key}: expected a dense tensor, got a sparse or quantized one: convert it first")
+        raise InputError(f"{shown(key)}: expected a dense tensor, got a sparse or quantized one: convert it first")
     return value.detach().cpu()
 
 
@@ -157,8 +158,10 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if _all_finite(converted):
         return converted
     if _all_finite(tensor):
-        raise InputError(f"{key}: expected numbers in the range of {converted.dtype}, got larger ones: choose float32")
-    raise InputError(f"{key}: expected finite numbers, got infinities or NaN: nothing was written")
+        raise InputError(
+            f"{shown(key)}: expected numbers in the range of {converted.dtype}, got larger ones: choose float32"
+        )
+    raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: nothing was written")
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from convsim_init.errors import InputError
+from convsim_init.report.text import quoted
 
 ZIP_SIGNATURE = b"PK\3\4"
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages; their data follow
@@ -67,7 +68,7 @@ def _vet_archive(path: Path) -> None:
         damaged = archive.testzip()  # torch takes damaged tensors as they are
         if damaged is not None:
             raise InputError(
-                f"expected an intact file, got {str(path)!r}, where {damaged!r} fails its checksum: copy it again"
+                f"expected an intact file, got {str(path)!r}, where {quoted(damaged)} fails its checksum: copy it again"
             )
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
@@ -85,9 +86,5 @@ def _vet_pickle(path: Path, pickle: object) -> None:
         if operation.name == "GLOBAL" and not DENSE_TENSORS.fullmatch(str(argument)):
             raise InputError(
                 f"expected a file of dense tensors alone, got {str(path)!r}, which needs code to be run "
-                f"({_short(str(argument))!r}): where you trust it, load it and save its state_dict()"
+                f"({quoted(str(argument).replace(' ', '.'))}): where you trust it, load it and save its state_dict()"
             )
-
-
-def _short(name: str) -> str:
-    return name.replace(" ", ".")[:80]

@@ -11,6 +11,7 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import bank_weight
 from convsim_init.layers.find import Layer, find_layers
 from convsim_init.layers.weights import RefusedError
+from convsim_init.report.text import layer_name
 from convsim_init.settings import BASES, Base, check_choice
 
 SCHEMES: Mapping[str, Callable[..., Tensor]] = {
@@ -74,5 +75,5 @@ def _draw(layer: Layer, scheme: Callable[..., Tensor], generator: torch.Generato
     try:
         layer.weight.write(bank_weight(drawn, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:
-        raise InputError(f"base: {layer.name} cannot be drawn anew: {error}; exclude it") from error
+        raise InputError(f"base: {layer_name(layer.name)} cannot be drawn anew: {error}; exclude it") from error
     return True

@@ -15,6 +15,8 @@ from convsim_init.functional.bank import computing_bank
 from convsim_init.layers.inferred import find_entries
 from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
 from convsim_init.layers.weights import EntryWeight, Weight, held_weight
+from convsim_init.report.report import check_patterns
+from convsim_init.report.text import shown
 from convsim_init.settings import Channels
 
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
@@ -123,17 +125,16 @@ def find_layers(
         obstacles = {entry.name: entry.obstacle for entry in entries}
     else:
         raise InputError(f"expected a module or its state dict, got {type(source).__name__}")
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
-                raise InputError(f"{option}: no convolution matches {pattern!r}; there are {_some(layers)}")
+    names = [layer.name for layer in layers]
+    check_patterns("include", include, names)
+    check_patterns("exclude", exclude, names)
     owners: dict[int, str] = {}
     for layer in layers:
         layer.obstacle = _unselected(layer.name, include, exclude) or obstacles.get(layer.name)
         layer.obstacle = layer.obstacle or layer.weight.obstacle(frozen=frozen)
         if layer.obstacle is None:
             owner = owners.setdefault(id(layer.weight.sources[0]), layer.name)
-            layer.obstacle = None if owner == layer.name else f"shares its weight with {owner}"
+            layer.obstacle = None if owner == layer.name else f"shares its weight with {shown(owner)}"
     return layers
 
 
@@ -185,8 +186,3 @@ def _unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> st
 
 def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _some(layers: Sequence[Layer]) -> str:
-    names = [layer.name or "(the model itself)" for layer in layers[:4]]
-    return ", ".join(names) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")

@@ -13,11 +13,11 @@ from convsim_init.checkpoint.state_dict import bare_entries
 from convsim_init.errors import InputError
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
-from convsim_init.report.table import COLUMNS, Table, measure_cells, printable, shape_text, shared_reason
+from convsim_init.report.table import COLUMNS, Table, measure_cells, shape_text, shared_reason
+from convsim_init.report.text import PATH, layer_name, shown, some
 
 IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"
 COMPUTED = "computed by a parametrization"
-SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Comparison:
         rows = [["", "", *_side_by_side([[letter] * len(COLUMNS) for letter in letters]), ""]]
         for layer, reports in zip(self.layers, self.reports, strict=True):
             cells = _side_by_side([measure_cells(report.before if report else {}) for report in reports])
-            rows.append([layer.name or "(the model itself)", _shapes(layer), *cells, _weights(layer, letters)])
+            rows.append([layer_name(layer.name), _shapes(layer), *cells, _weights(layer, letters)])
         totals = [measure_cells(snapshot.report.totals["before"]) for snapshot in self.snapshots]
         rows.append(["mean of the measured", "", *_side_by_side(totals), ""])
         legend = [f"{letter}  {_about(snapshot)}" for letter, snapshot in zip(letters, self.snapshots, strict=True)]
@@ -95,14 +95,14 @@ class Comparison:
         counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in by_kind.items() if entries)
         lines = [f"{len(self.entries)} entries of their state dicts: {counts}"]
         layers = {_weight_key(layer.name) for layer in self.layers}
-        others = [entry.name for entry in by_kind[DIFFERENT] if entry.name not in layers]
+        others = [shown(entry.name) for entry in by_kind[DIFFERENT] if entry.name not in layers]
         if others:
-            lines.append(f"different, and no convolution's weight: {_some(others)}")
+            lines.append(f"different, and no convolution's weight: {some(others)}")
         if by_kind[RESHAPED]:
-            lines.append(f"shapes differ: {_some([f'{e.name} ({_shapes(e)})' for e in by_kind[RESHAPED]])}")
+            lines.append(f"shapes differ: {some(f'{shown(e.name)} ({_shapes(e)})' for e in by_kind[RESHAPED])}")
         for owners in dict.fromkeys(_owners(entry, letters) for entry in by_kind[INCOMPLETE]):
-            names = [entry.name for entry in by_kind[INCOMPLETE] if _owners(entry, letters) == owners]
-            lines.append(f"only in {owners}: {_some(names)}")
+            names = [shown(entry.name) for entry in by_kind[INCOMPLETE] if _owners(entry, letters) == owners]
+            lines.append(f"only in {owners}: {some(names)}")
         return lines
 
     def __str__(self) -> str:
@@ -142,7 +142,7 @@ def _about(snapshot: Snapshot) -> str:
     totals = snapshot.report.totals
     remarks = [f"{totals[name]} {name}" for name in ("measured", "skipped", "failed") if name in totals]
     note = shared_reason(snapshot.report.to_dict()["layers"])
-    return f"{printable(snapshot.label)}, {totals['layers']} convolutions: {', '.join(remarks)}" + (
+    return f"{shown(snapshot.label, PATH)}, {totals['layers']} convolutions: {', '.join(remarks)}" + (
         f"; each {note}" if note else ""
     )
 
@@ -195,7 +195,3 @@ def _owners(entry: Entry, letters: Sequence[str]) -> str:
 
 def _weights(layer: Entry, letters: Sequence[str]) -> str:
     return f"only in {_owners(layer, letters)}" if layer.weights == INCOMPLETE else layer.weights
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

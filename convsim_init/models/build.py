@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING
@@ -68,12 +68,24 @@ def build_model(
     found = resolve(spec).spec
     arguments = _arguments(num_classes, in_chans, kwargs)
     _check(found, arguments)
-    own = found.source in (Source.MODULE, Source.FILE)
-    with factories.surroundings(found) if own else nullcontext():
+    with _imports(found):
         with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
             build = _builder(found)
         with _reproducible(checked_seed):
             return build(arguments).train()
+
+
+def find_model(spec: str, /) -> Resolved:
+    """Find what builds a model, whose library or module is imported for that, and build nothing.
+
+    Raises:
+        UnknownModelError: No model goes by `spec`.
+        InputError: As `build_model`.
+    """
+    resolved = resolve(spec)
+    with _imports(resolved.spec), _reproducible(0):
+        _builder(resolved.spec)
+    return resolved
 
 
 def check_model(
@@ -130,6 +142,10 @@ def _builder(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     if spec.source in (Source.TORCHVISION, Source.TIMM):
         return libraries.find(spec.source, spec.name)
     return factories.find(spec)
+
+
+def _imports(spec: Spec) -> AbstractContextManager[None]:
+    return factories.surroundings(spec) if spec.source in (Source.MODULE, Source.FILE) else nullcontext()
 
 
 @contextmanager

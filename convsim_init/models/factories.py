@@ -6,16 +6,16 @@ Naming one runs the user's code, that of the module and that of the factory, and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.models.spec import Source, Spec
-from convsim_init.models.user_code import is_importable, load_file, load_module, running, running_file, telling
+from convsim_init.models.user_code import is_importable, load_file, load_module, running, running_file, user_errors
+from convsim_init.report.text import did_you_mean, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def check(spec: Spec) -> None:
         return
     path = Path(spec.place)
     if not path.is_file():
-        alike = _alike(path.name, (file.name for file in path.parent.glob("*.py")))
+        alike = did_you_mean(path.name, (file.name for file in path.parent.glob("*.py")))
         raise InputError(f"expected a Python file to read, got {spec.place!r}, which is none{alike}")
 
 
@@ -58,10 +58,10 @@ def find(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     found: object = load_module(spec.place) if spec.source is Source.MODULE else load_file(spec.place)
     for part in spec.name.split("."):
         owner = found
-        with telling(spec.place):
+        with user_errors(spec.place):
             found = getattr(owner, part, _MISSING)
         if found is _MISSING:
-            alike = _alike(part, (name for name in dir(owner) if not name.startswith("_")))
+            alike = did_you_mean(part, (name for name in dir(owner) if not name.startswith("_")))
             raise InputError(f"expected the name of a function or class in {spec.place}, got {spec.name!r}{alike}")
     if isinstance(found, torch.nn.Module) or not callable(found):
         what = "a model" if isinstance(found, torch.nn.Module) else f"{type(found).__name__}, which cannot be called"
@@ -73,7 +73,7 @@ def _build(text: str, factory: Callable[..., object], arguments: Mapping[str, ob
     import torch
 
     _check_arguments(text, factory, arguments)
-    with telling(text):
+    with user_errors(text):
         model = factory(**arguments)
     if not isinstance(model, torch.nn.Module):
         got = "None" if model is None else f"type {type(model).__name__}"
@@ -90,13 +90,8 @@ def _check_arguments(text: str, factory: Callable[..., object], arguments: Mappi
         signature.bind(**arguments)
     except TypeError as error:
         plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
-        taken = " ".join(str(signature.replace(parameters=plain, return_annotation=signature.empty)).split())
-        taken = taken if len(taken) <= 200 else taken[:197] + "..."
+        bare = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+        taken = shortened(" ".join(bare.split()), 200)
         raise InputError(
             f"{text}: expected arguments that fit {taken}, got {', '.join(arguments) or 'none'}: {error}"
         ) from error
-
-
-def _alike(name: str, known: Iterable[str]) -> str:
-    alike = get_close_matches(name, list(known))
-    return f": did you mean {' or '.join(alike)}?" if alike else ""

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from convsim_init.errors import InputError
 from convsim_init.models.spec import LIBRARIES, Source
 from convsim_init.models.zoo.catalog import UnknownModelError, closest
+from convsim_init.version import installed_version
 
 if TYPE_CHECKING:
     import torch
@@ -120,14 +120,8 @@ def _load(library: Source) -> ModuleType:
             raise InputError(
                 f"cannot import {library.value}: {cause}; pip install 'convsim-init[{library.value}]'"
             ) from error
+        own, of_torch = (installed_version(name) or "of an unknown version" for name in ("torchvision", "torch"))
         raise InputError(
-            f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({cause}): install both "
+            f"torchvision {own} does not fit torch {of_torch} ({cause}): install both "
             f"from the same place, for the same CUDA version or for the CPU, as pytorch.org/get-started shows"
         ) from error
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of an unknown version"

@@ -52,7 +52,7 @@ def running_file(file: str) -> Iterator[None]:
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def user_errors(what: str) -> Iterator[None]:
     """Turn whatever code raises, but an interrupt, into one line.
 
     Raises:
@@ -73,7 +73,7 @@ def load_module(name: str) -> ModuleType:
         InputError: If it is not there or its import fails.
     """
     try:
-        with telling(f"importing {name}"):
+        with user_errors(f"importing {name}"):
             return import_module(name)
     except InputError as error:
         missing = error.__cause__
@@ -93,7 +93,7 @@ def load_file(file: str) -> ModuleType:
         InputError: If it cannot be read or running it fails.
     """
     path = Path(file).resolve()
-    with telling(file):
+    with user_errors(file):
         identity = f"{path}\n{path.stat().st_mtime_ns}"
         name = "convsim_init_file_" + hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
         if name in sys.modules:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.files import check_target, replacing
+from convsim_init.report.text import alternatives, quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,8 +132,7 @@ def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str
         raise InputError("expected a layer to draw that was measured in all of them, got none: compare like with like")
     if layer is not None:
         if layer not in names:
-            some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise InputError(f"expected a layer to draw, got {layer!r}: there are {some}")
+            raise InputError(f"expected a layer to draw, got {quoted(layer)}: {alternatives(layer, names)}")
         return layer
 
     def span(name: str) -> float:

@@ -6,26 +6,25 @@ import json
 import math
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from convsim_init.files import check_target, replacing
 from convsim_init.report.report import Report
-from convsim_init.version import __version__
+from convsim_init.version import __version__, installed_version
 
 FORMAT_VERSION = 1
 SUFFIXES = (".json",)
 
 
 def run_record(report: Report) -> dict[str, Any]:
-    """Everything that is known of a run as plain data: the report, the loss at each step, and versions.
+    """Everything known of a run as plain data: report, loss at each step, versions.
 
     Numbers that are not finite, which JSON does not have, are None.
     """
     data = report.to_dict()
     layers = [plain | {"losses": layer.losses} for plain, layer in zip(data["layers"], report.layers, strict=True)]
-    versions = {"convsim-init": __version__, "torch": _version("torch"), "python": platform.python_version()}
+    versions = {"convsim-init": __version__, "torch": installed_version("torch"), "python": platform.python_version()}
     return {"format_version": FORMAT_VERSION, "versions": versions, **_finite(data | {"layers": layers})}
 
 
@@ -57,10 +56,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

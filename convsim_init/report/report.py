@@ -12,6 +12,7 @@ from typing import Any
 
 from convsim_init.errors import InputError
 from convsim_init.report.table import Table, report_table, shape_text
+from convsim_init.report.text import alternatives, quoted
 from convsim_init.settings import Base, Settings
 
 Measures = dict[str, float]
@@ -44,7 +45,7 @@ class LayerReport:
         outcome: What became of it.
         reason: Why, where it was not simply initialized.
         steps: Steps of the descent.
-        seconds: Time it took; of the descent of layers that went down an accelerator together its share.
+        seconds: Time it took.
         before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
             where nothing was to be changed, as it is; empty if not treated.
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
@@ -84,11 +85,12 @@ class Report:
         seconds: Time for all of it.
         model: Spec of the model, if it was built by name.
         seed: Seed of its weights, if they were drawn here.
-        base: Scheme that its convolutions were drawn anew by before; ``"model"`` if they were left as they are.
+        base: Scheme that its convolutions were drawn anew by; ``"model"`` if they were left.
         file: The checkpoint, if one was written.
         file_bytes: Its size.
-        remarks: What else the reader should know, a sentence each, for instance which library a model was taken from.
+        remarks: What else the reader should know, such as the library of a model, a sentence each.
         processes: How many the layers were divided over.
+        device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None if none was.
 
     Examples:
         >>> report = ci.initialize_(nn.Sequential(nn.Conv2d(3, 16, 3)))
@@ -107,6 +109,7 @@ class Report:
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
     processes: int = 1
+    device: str | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class Report:
             "totals": self.totals,
             "seconds": self.seconds,
             "processes": self.processes,
+            "device": self.device,
             "file": self.file,
             "file_bytes": self.file_bytes,
             "remarks": list(self.remarks),
@@ -165,19 +169,17 @@ class Report:
         ]
 
     def select(self, include: Sequence[str]) -> Report:
-        """The report of the layers alone whose names match one of these shell patterns; of all if there is none.
+        """The report of the layers whose names match one of these shell patterns, if there are any.
 
         Raises:
             InputError: If a pattern matches no layer.
         """
-        for pattern in include:
-            if not any(fnmatchcase(layer.name, pattern) for layer in self.layers):
-                raise InputError(f"include: no convolution matches {pattern!r}; there are {_some(self.layers)}")
+        check_patterns("include", include, [layer.name for layer in self.layers])
         chosen = [layer for layer in self.layers if any(fnmatchcase(layer.name, pattern) for pattern in include)]
         return replace(self, layers=chosen) if include else self
 
     def sorted_by(self, measure: str) -> Report:
-        """The report with its layers in falling order of a measure, after or else before; those without it last."""
+        """The report with its layers in falling order of a measure; those without it last."""
 
         def key(layer: LayerReport) -> tuple[bool, float]:
             value = (layer.after or layer.before).get(measure)
@@ -186,7 +188,7 @@ class Report:
         return replace(self, layers=sorted(self.layers, key=key))
 
     def with_measures(self, before: Report, after: Report) -> Report:
-        """The report with what two measurements say of its treated layers where it says nothing itself."""
+        """The report with measures of its treated layers added where it has none itself."""
         old, new = ({layer.name: layer.before for layer in report.layers} for report in (before, after))
         layers = [
             replace(layer, before=old.get(layer.name, {}) | layer.before, after=new.get(layer.name, {}) | layer.after)
@@ -216,6 +218,12 @@ def _combine(measures: list[Measures]) -> Measures:
     return {name: sum(values[name]) if name == "similarity" else fmean(values[name]) for name in names}
 
 
-def _some(layers: Sequence[LayerReport]) -> str:
-    names = ", ".join(layer.name or "(the model itself)" for layer in layers[:4])
-    return names + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a shell pattern that matches no layer.
+
+    Raises:
+        InputError: With some of the layers that there are, and the nearest.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {alternatives(pattern, names)}")

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from convsim_init.report.text import PATH, layer_name, printable, shown
+
 COLUMNS = {
     "similarity": "normalized_similarity",
     "corr-white": "feature_correlation_white",
@@ -20,6 +22,8 @@ CHANGED_HEADER = ["layer", "shape", "similarity before -> after", "", "norm rati
 MEASURED_HEADER = ["layer", "shape", *COLUMNS, ""]
 UNTREATED_HEADER = ["layer", "shape", "outcome", ""]
 OPEN_ROWS = 30  # a longer table is folded in HTML
+CELL = 200  # characters shown of a cell
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what texts begin with that spreadsheets compute
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,26 @@ class Table:
 
     def text(self) -> str:
         """Columns two spaces apart, empty ones left out, then the summary."""
-        return f"{align([self.header, *self.rows])}\n\n" + "\n".join(self.summary)
+        rows = [[shown(cell, CELL) if cell else "" for cell in row] for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, "", *map(printable, self.summary)])
 
     def html(self) -> str:
         """The summary, then the table, folded if it is long; everything escaped."""
-        head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in self.header)
-        rows = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
-            for row in self.rows
+        head, *rows = (
+            "".join(f'<{tag} style="text-align:left">{html.escape(printable(cell))}</{tag}>' for cell in row)
+            for tag, row in [("th", self.header), *(("td", row) for row in self.rows)]
         )
-        summary = "<br>".join(map(html.escape, self.summary))
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        summary = "<br>".join(html.escape(printable(line)) for line in self.summary)
         opened = " open" if len(self.rows) <= OPEN_ROWS else ""
         return (
             f"<div><p>{summary}</p><details{opened}><summary>layers</summary>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details></div>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details></div>"
         )
 
 
@@ -63,30 +73,28 @@ def report_table(data: Mapping[str, Any]) -> Table:
     else:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
+    device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
-    end = f"{data['seconds']:.2f} s{processes}, {_file(data)}"
-    return Table(header, rows, [_counts(data), *_remarks(data), *_change_of_totals(data), *_common(note), end])
+    end = f"{data['seconds']:.2f} s{device}{processes}, {_file(data)}"
+    return Table(header, rows, [_counts(data), *data["remarks"], *_change_of_totals(data), *_common(note), end])
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
-    """What `Report.to_dict` returns in a few words: outcomes, the change of the normalized similarity if any, time."""
+    """`Report.to_dict` in a few words: outcomes, change of the normalized similarity, time."""
     before, after = data["totals"]["before"], data["totals"]["after"]
     return [_outcomes(data["totals"]), *(_change(before, after) if after else ()), f"{data['seconds']:.2f} s"]
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, columns two spaces apart, empty ones left out."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    used = [column for column, width in enumerate(widths) if width]
-    return "\n".join("  ".join(row[column].ljust(widths[column]) for column in used).rstrip() for row in rows)
-
-
 def as_csv(records: Sequence[Mapping[str, object]]) -> str:
-    """Flat records with the same keys as comma-separated values, the keys in the first line."""
+    """Flat records with the same keys as comma-separated values, the keys in the first line.
+
+    Texts are escaped as on a terminal, and an apostrophe stands before one that a spreadsheet would
+    take for a formula.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, records[0] if records else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(records[0] if records else [])
+    writer.writerows([_plain(value) for value in record.values()] for record in records)
     return text.getvalue()
 
 
@@ -104,11 +112,6 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def printable(name: str) -> str:
-    """A file name as any stream can show it, whatever bytes it is made of."""
-    return name.encode(errors="replace").decode()
-
-
 def shared_reason(layers: Sequence[Mapping[str, Any]]) -> str | None:
     """The remark that stands beside each layer that was measured, if they have it in common."""
     reasons = {layer["reason"] for layer in layers if layer["before"]}
@@ -116,7 +119,13 @@ def shared_reason(layers: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _title(layer: Mapping[str, Any]) -> list[str]:
-    return [layer["name"] or "(the model itself)", shape_text(layer["shape"])]
+    return [layer_name(layer["name"]), shape_text(layer["shape"])]
+
+
+def _plain(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(FORMULAS) else "") + printable(value)
 
 
 def _changed_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
@@ -139,7 +148,7 @@ def _measured_table(data: Mapping[str, Any]) -> Table:
     rows.append([f"mean of {len(measured)}", "", *measure_cells(data["totals"]["before"]), ""])
     summary = [
         _counts(data),
-        *_remarks(data),
+        *data["remarks"],
         f"sum of raw similarity {data['totals']['before']['similarity']:.4g}",
         *_common(note),
         f"{data['seconds']:.2f} s",
@@ -148,16 +157,13 @@ def _measured_table(data: Mapping[str, Any]) -> Table:
 
 
 def _counts(data: Mapping[str, Any]) -> str:
-    name = printable(data["model"] or "model")
-    return f"{name}, {data['totals']['layers']} convolutions: {_outcomes(data['totals'])}"
+    return (
+        f"{shown(data['model'] or 'model', PATH)}, {data['totals']['layers']} convolutions: {_outcomes(data['totals'])}"
+    )
 
 
 def _outcomes(totals: Mapping[str, Any]) -> str:
     return ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
-
-
-def _remarks(data: Mapping[str, Any]) -> list[str]:
-    return [printable(remark) for remark in data["remarks"]]
 
 
 def _common(note: str | None) -> list[str]:
@@ -183,4 +189,4 @@ def _change(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[st
 def _file(data: Mapping[str, Any]) -> str:
     if data["file"] is None or data["file_bytes"] is None:
         return "nothing written"
-    return f"{printable(data['file'])} ({data['file_bytes'] / 1e6:.1f} MB)"
+    return f"{shown(data['file'], PATH)} ({data['file_bytes'] / 1e6:.1f} MB)"

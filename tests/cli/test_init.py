@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import convsim_init
-from convsim_init.devices import available_devices, find_device
+from convsim_init.devices import MPS, available_devices, find_device
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
 from convsim_init.models.zoo import catalog
@@ -97,7 +97,7 @@ def test_the_table_and_the_json_tell_the_same(command):
     assert counts == "cifar_resnet18, 20 convolutions: 1 initialized, 19 skipped"
     assert f"{totals['before']['normalized_similarity']:.3e} -> {totals['after']['normalized_similarity']:.3e}" in mean
     assert f"{totals['before']['similarity']:.4g} -> {totals['after']['similarity']:.4g}" in raw
-    assert re.fullmatch(r"\d+\.\d\d s, nothing written", end)
+    assert re.fullmatch(r"\d+\.\d\d s on cpu, nothing written", end)
 
 
 def test_the_json_has_the_fields_of_the_design(command, tmp_path):
@@ -105,7 +105,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (status, err) == (0, "")
     data = json.loads(out)
     assert set(data) == {
-        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes"),
+        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes", "device"),
         *("file", "file_bytes", "remarks"),
     }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
@@ -502,6 +502,12 @@ def test_an_unknown_option_is_refused(command):
             id="exclude-nothing",
         ),
         pytest.param(
+            ["--exclude", "layer1.0.cnv1"],
+            "exclude: no convolution matches 'layer1.0.cnv1'; there are conv1, layer1.0.conv1, layer1.0.conv2, "
+            "layer1.1.conv1 and 16 more: did you mean layer1.0.conv1 or layer4.0.conv1 or layer3.0.conv1?",
+            id="exclude-mistyped",
+        ),
+        pytest.param(
             ["--exclude", "*", "--convs-only"],
             "convs_only: expected a report of changed convolutions, got one that changed none",
             id="no-convs-changed",
@@ -527,7 +533,7 @@ def test_what_only_the_model_or_torch_can_tell_is_refused_too(arguments, message
     ("name", "cards", "expected"),
     [
         ("auto", 0, "cpu"),
-        ("auto", 2, "cuda"),
+        ("auto", 2, "cpu"),
         ("cpu", 2, "cpu"),
         ("cuda", 2, "cuda"),
         ("cuda:1", 2, "cuda:1"),
@@ -547,6 +553,14 @@ def test_a_device_is_found_by_its_name_or_refused(name, cards, expected, monkeyp
         assert str(caught.value) == f"expected a device that is here ({here}) or auto, got {name!r}: choose another"
     else:
         assert find_device(name) == torch.device(expected)
+
+
+def test_mps_is_the_cpu_and_the_run_says_so(command, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    report = json.loads(command(*QUICK, "--device", "mps", "--json")[1])
+    assert report["device"] == "cpu"
+    assert report["remarks"] == [MPS]
+    assert json.loads(command(*QUICK, "--json")[1])["remarks"] == []
 
 
 def small(*, conv: bool = True, nan_in: str = "") -> nn.Module:
@@ -771,6 +785,43 @@ def test_an_interrupt_during_the_imports_ends_the_command(module, arguments, tmp
     process = [sys.executable, "-c", INTERRUPTED_IMPORT, module, *arguments]
     done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
+
+
+TWO_SIGNALS = """
+import os, sys
+from convsim_init.cli import main as command
+first, second = map(int, sys.argv[1:])
+def run(_):
+    try:
+        os.kill(os.getpid(), first)
+    finally:
+        os.kill(os.getpid(), second)
+        print("cleaned up")
+command._run = run
+command.main()
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=["then-int", "then-term"])
+@pytest.mark.parametrize(
+    ("first", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["int", "term"],
+)
+def test_a_second_signal_does_not_break_off_the_cleaning_up(first, second, status, word):
+    process = [sys.executable, "-c", TWO_SIGNALS, str(int(first)), str(int(second))]
+    done = subprocess.run(process, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "cleaned up\n")
+    assert done.stderr == f"Error: {word}; no partial file is left\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_says_nothing(number):
+    code = "import atexit, os, sys\nfrom convsim_init.cli.main import main\n"
+    code += f"atexit.register(os.kill, os.getpid(), {int(number)})\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "list", "vgg11"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-number, "")
+    assert done.stdout.startswith("vgg11 ")
 
 
 class Terminal:

@@ -377,6 +377,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, co
         (["inspect", "cifar_resnet18", "--plot", "a.png", "--plot-layer", "fc"], "expected a layer to draw, got 'fc'"),
         (["compare", "cifar_resnet18", "head.pt"], "expected a state dict with convolution weights"),
         ([*QUICK, "--plot", "a.png", "--plot-layer", "fc"], "expected a layer to draw, got 'fc': there are conv1"),
+        ([*QUICK, "--plot", "a.png", "--plot-layer", "convl"], "and 16 more: did you mean conv1?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convsim_init.cli.naming import file_safe, fill
-from convsim_init.cli.seeds import parse_seeds
+from convsim_init.cli.plan import file_safe, fill, parse_seeds
 from convsim_init.errors import InputError
 
 SOURCE = import_module("convsim_init.cli.options")
@@ -402,3 +401,99 @@ def test_bad_input_is_refused_before_any_work(arguments, message, command, tmp_p
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert message in err
     assert written(tmp_path) == ["old.pt"]
+
+
+# What is found before any run begins
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        pytest.param("timm:resnt10t", "of timm, got 'resnt10t': did you mean timm:resnet10t", id="library"),
+        pytest.param(
+            "resnt10t", "expected the name of a model, got 'resnt10t': did you mean timm:resnet10t", id="bare"
+        ),
+        pytest.param("nets.py:smal", "in nets.py, got 'smal': did you mean small?", id="factory"),
+        pytest.param("broken.py:make", "broken.py raised ZeroDivisionError", id="import"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--quiet", "--dry-run"])
+def test_no_run_begins_before_every_model_is_found(missing, message, option, command, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.setattr(SOURCE, "build_model", lambda *_, **__: pytest.fail("it builds a model"))
+    status, out, err = command(SMALL, missing, "--out", "{model}.pt", option)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+    assert written(tmp_path) == []
+
+
+def test_a_model_that_a_file_is_like_is_found_first_too(command, tmp_path):
+    save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "a.safetensors")
+    status, out, err = command("a.safetensors", SMALL, "--like", "nets.py:smal", "--out", "{model}.pt")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "did you mean small?" in err
+
+
+def test_what_is_kept_need_not_be_found(command, tmp_path):
+    (tmp_path / "nets-gone-s0.safetensors").write_bytes(b"")
+    status, _, err = command("nets.py:gone", SMALL, *PATTERN, *QUICK)
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            ["verfy", "old.pt", SMALL], "'verfy' is neither a command nor a model: did you mean verify?", id="1"
+        ),
+        pytest.param(["--quiet", "inspct", SMALL], "'inspct' is neither a command", id="after-an-option"),
+        pytest.param(["compar", SMALL, SMALL], "did you mean compare?", id="one-letter"),
+        pytest.param(["lst"], "did you mean list?", id="alone"),
+        pytest.param(["resnet81", SMALL], "did you mean resnet18", id="a-model"),
+    ],
+)
+@pytest.mark.parametrize("libraries", [True, False], ids=["libraries", "alone"])
+def test_a_mistyped_command_is_no_model(arguments, message, libraries, command, tmp_path, monkeypatch):
+    save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "old.pt")
+    monkeypatch.setattr(SOURCE, "build_model", lambda *_, **__: pytest.fail("it builds a model"))
+    if not libraries:
+        monkeypatch.setattr("convsim_init.models.lookup.libraries.installed", lambda: [])
+    status, out, err = command(*arguments)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+
+
+def test_a_model_whose_name_is_like_a_commands_goes_on(command, monkeypatch):
+    monkeypatch.setattr(import_module("convsim_init.cli.commands.init"), "check_found", lambda *_: None)
+    assert "expected the name of a model, got 'verifynet'" in command("verifynet")[2]
+
+
+# Names are data
+
+NASTY = "a\n\x1b[2J\u202eb"
+
+
+@pytest.mark.parametrize("options", [[], ["--csv"]], ids=["table", "csv"])
+def test_no_name_of_a_file_reaches_the_terminal_raw(options, command, tmp_path):
+    names = [NASTY, "layer" * 600, "=1+1"]
+    save_file({f"model.{name}.weight": torch.randn(4, 3, 3, 3) for name in names}, tmp_path / "w.safetensors")
+    outputs = [command("inspect", "w.safetensors", *options), command("w.safetensors", "w.safetensors", "--seeds", "0")]
+    outputs += [command("compare", "w.safetensors", SMALL), command("verify", "w.safetensors", SMALL)]
+    outputs += [command("w.safetensors"), command("inspect", "w.safetensors", "--include", NASTY[::-1])]
+    for status, out, err in outputs:
+        assert status in (0, 2, 3)
+        assert all(map(str.isprintable, (out + err).split("\n")))
+        assert options or max(map(len, (out + err).splitlines())) < 1000
+    data = json.loads(command("inspect", "w.safetensors", "--json")[1])
+    assert {layer["name"] for layer in data["layers"]} == set(names)
+
+
+def test_a_file_with_any_name_is_shown_on_one_line(command, tmp_path):
+    name = "\x1b[31m\n\u202e.safetensors"
+    save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / name)
+    for arguments in ([name], [name, SMALL], ["inspect", name], ["compare", name, name], ["verify", name, SMALL]):
+        status, out, err = command(*arguments)
+        assert status in (0, 3)
+        assert r"\x1b[31m\n\u202e.safetensors" in out
+        assert all(map(str.isprintable, (out + err).split("\n")))

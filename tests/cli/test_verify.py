@@ -130,7 +130,7 @@ DAMAGES = [
     ),
     pytest.param(renamed("fc.bias", "fc.Bias"), ["1: fc.bias\n", "1: fc.Bias\n"], id="renamed-by-case"),
     pytest.param(renamed("fc.bias", "fc.bias "), ["1: fc.bias\n", "fc.bias  for fc.bias"], id="renamed-by-a-space"),
-    pytest.param(renamed("fc.bias", "fc.b\n\x1b[2J"), ["1: 'fc.b\\n\\x1b[2J'\n"], id="renamed-to-control-characters"),
+    pytest.param(renamed("fc.bias", "fc.b\n\x1b[2J"), ["1: fc.b\\n\\x1b[2J\n"], id="renamed-to-control-characters"),
     pytest.param(dropped("layer4.1.conv2.weight"), ["121 of 122", "1: layer4.1.conv2.weight\n"], id="dropped"),
     pytest.param(dropped("fc.weight", "fc.bias"), ["120 of 122", "2: fc.weight, fc.bias\n"], id="dropped-head"),
     pytest.param(
@@ -298,6 +298,9 @@ def test_what_cannot_be_read_is_told_from_a_mismatch(name, damage, words, comman
     [
         pytest.param(["none.pt", "resnet18"], "No such file", id="file"),
         pytest.param(["a.bin", "resnet18"], "rename it", id="suffix"),
+        pytest.param(["resnet18", "a.pt"], "got MODEL FILE: write verify a.pt resnet18", id="swapped"),
+        pytest.param(["resnet18", "gone.pt"], "got MODEL FILE: write verify gone.pt resnet18", id="swapped-missing"),
+        pytest.param(["a.pt", "b.pt"], "expected a model to build, got the checkpoint", id="two-files"),
         pytest.param(["a.pt", "resnet19"], "resnet18", id="model"),
         pytest.param(["a.pt"], "MODEL", id="no-model"),
         pytest.param(["a.pt", "resnet18", "--num-classes", "0"], "--num-classes", id="classes"),

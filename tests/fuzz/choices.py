@@ -17,10 +17,13 @@ import atheris
 
 with atheris.instrument_imports(include=["convsim_init", "fnmatch"]):
     from convsim_init.cli.arguments import parse_arguments
+    from convsim_init.cli.plan import fill, parse_seeds
     from convsim_init.errors import InputError
     from convsim_init.files import check_source, check_target
     from convsim_init.initialize import plan
     from convsim_init.models.spec import parse
+    from convsim_init.report.table import as_csv
+    from convsim_init.report.text import alternatives, shown
     from convsim_init.settings import CHANNELS, NORMS, OPTIMIZERS, PAIRS, Settings
 
 from torch import nn
@@ -66,7 +69,26 @@ def source(data: atheris.FuzzedDataProvider) -> None:
     check_source(data.ConsumeUnicode(300) + data.PickValueInList([".pt", ".safetensors", ""]))
 
 
-CHOICES: list[Callable[[atheris.FuzzedDataProvider], None]] = [settings, patterns, spec, argument, target, source]
+def many(data: atheris.FuzzedDataProvider) -> None:
+    parse_seeds(data.PickValueInList(["", "0:", "1,2,"]) + data.ConsumeUnicode(40))
+
+
+def pattern(data: atheris.FuzzedDataProvider) -> None:
+    fill(data.PickValueInList(["", "{model}"]) + data.ConsumeUnicode(40), model=data.ConsumeUnicode(40), seed=3)
+
+
+def name(data: atheris.FuzzedDataProvider) -> None:
+    text = data.ConsumeUnicode(200)
+    assert shown(text).isprintable()
+    assert 0 < len(shown(text)) <= 80
+    assert alternatives(text, [text, text[::-1]]).isprintable()
+    assert as_csv([{"name": text}]).count("\n") == 2
+
+
+CHOICES: list[Callable[[atheris.FuzzedDataProvider], None]] = [
+    *(settings, patterns, spec, argument, target, source),
+    *(many, pattern, name),
+]
 
 
 def test_one_input(content: bytes) -> None:

@@ -173,7 +173,7 @@ def test_three_processes_have_more_than_enough_for_two_layers(command, tmp_path)
     command("nets.py:wide", "--out", "one.pt", "--base", "orthogonal")
     (first, *others) = ranks(3, "nets.py:wide", "--out", "three.pt", "--base", "orthogonal")
     assert first[0] == 0, first[2]
-    assert "s in 3 processes, three.pt" in first[1]
+    assert "s on cpu in 3 processes, three.pt" in first[1]
     assert others == [(0, "", "")] * 2
     assert (tmp_path / "three.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
     assert written(tmp_path) == ["one.pt", "three.pt"]
@@ -444,7 +444,7 @@ def test_only_torchrun_makes_a_rank_of_a_process(missing, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "device"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")]
+    ("name", "device"), [("auto", "cpu"), ("cuda", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")]
 )
 def test_each_process_gets_a_card_of_its_own(name, device, monkeypatch):
     for key, value in TORCHRUN.items():

@@ -1,6 +1,8 @@
 """What a report shows and holds: its totals, tables, records, and the file of a run's full record."""
 
 import copy
+import csv
+import io
 import json
 import math
 import platform
@@ -15,6 +17,8 @@ from torch import nn
 import convsim_init
 from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, initialize_, measure
 from convsim_init.report.record import run_record, save_record
+from convsim_init.report.table import as_csv
+from convsim_init.report.text import printable
 
 MEASURED = {"similarity": 4.0, "normalized_similarity": 0.25, "effective_rank_natural": 0.5}
 BEFORE, AFTER = {"similarity": 8.0, "normalized_similarity": 0.5}, {"similarity": 2.0, "normalized_similarity": 0.125}
@@ -95,7 +99,7 @@ def test_remarks_stand_below_the_counts(report):
     report.remarks = ["taken from there", "odd\udcff name"]
     counts, *others = str(report).split("\n\n")[1].splitlines()
     assert "3 convolutions: 2 init" in counts or "2 convolutions: 1 measured" in counts
-    assert others[:2] == ["taken from there", "odd? name"]
+    assert others[:2] == ["taken from there", r"odd\udcff name"]
     assert report.to_dict()["remarks"] == report.remarks
 
 
@@ -122,6 +126,68 @@ def test_a_remark_that_all_layers_share_is_made_once():
     assert "\neach layer: taken from its shape" in text
 
 
+def test_the_last_line_says_where_it_was_computed():
+    report = run()
+    report.device, report.processes = "cuda:0", 3
+    assert str(report).splitlines()[-1] == "1.25 s on cuda:0 in 3 processes, nothing written"
+    assert report.to_dict()["device"] == "cuda:0"
+
+
+def test_a_report_of_a_run_names_its_device():
+    assert initialize_(nn.Conv2d(3, 4, 3)).device == "cpu"
+    assert measure(nn.Conv2d(3, 4, 3)).device is None
+
+
+HOSTILE = {
+    "newline": "stem\nhead.0  4x3x2x1  5.000e-01 -> 1.250e-01",
+    "return": "stem\rfine",
+    "escape": "\x1b[2J\x1b]0;title\x07",
+    "override": "\u202egnp.exe",
+    "surrogate": "a\udcff",
+    "separator": "a\u2028b\x85c",
+    "long": "layer." * 500,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("outcome", [Outcome.INITIALIZED, Outcome.MEASURED, Outcome.PLANNED], ids=lambda one: one.value)
+def test_a_name_is_data_in_every_table(name, outcome):
+    before = {} if outcome is Outcome.PLANNED else MEASURED
+    after = AFTER | {"norm_ratio": 1.0} if outcome is Outcome.INITIALIZED else {}
+    one = layer(name, outcome, before=before, after=after)
+    other = layer("plain", Outcome.SKIPPED, reason=f"shares its weight with {name}")
+    report = Report(Settings(), [one, other], 1.0, name, remarks=[f"{name} was taken off"])
+    report.file, report.file_bytes = name, 5
+    plain = copy.deepcopy(report)
+    plain.layers = [layer("x", outcome, before=before, after=after), layer("plain", Outcome.SKIPPED, reason="why")]
+    plain.model, plain.remarks, plain.file = "model", ["remark"], "file"
+    assert len(str(report).splitlines()) == len(str(plain).splitlines())
+    assert all(part.isprintable() for part in str(report).split("\n"))
+    table = str(report).split("\n\n")[0]
+    assert max(map(len, table.splitlines())) < 400
+    seen = "".join(Tags(report._repr_html_()).text)
+    assert seen.isprintable()
+    assert report.to_dict()["layers"][0]["name"] == name
+    assert json.loads(json.dumps(report.to_dict()))["model"] == name
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "='a'!B1"])
+def test_no_text_is_a_formula_in_a_spreadsheet(name):
+    report = measured(-0.25)
+    report.layers[0] = layer(name, Outcome.MEASURED, before={"x": -0.25}, reason=name)
+    records = list(csv.DictReader(io.StringIO(as_csv(report.to_records()))))
+    assert records[0]["name"] == records[0]["reason"] == "'" + printable(name)
+    assert records[0]["x"] == "-0.25"  # a number
+
+
+def test_a_spreadsheet_gets_one_line_a_layer():
+    report = measured(0.25)
+    report.layers[0] = layer("a\nb\x1b,c", Outcome.MEASURED, before={"x": 1.0})
+    lines = as_csv(report.to_records()).splitlines()
+    assert len(lines) == 3
+    assert all(map(str.isprintable, lines))
+
+
 def test_a_plan_shows_outcomes():
     report = Report(Settings(), [layer("", Outcome.PLANNED), layer("b", Outcome.FAILED, reason="why")])
     rows = [re.split(r"\s{2,}", line) for line in str(report).split("\n\n")[0].splitlines()]
@@ -135,7 +201,7 @@ def test_a_plan_shows_outcomes():
 def test_the_file_is_named_whatever_bytes_its_name_is_made_of():
     report = run()
     report.file, report.file_bytes = "a\udcff.pt", 2_340_000
-    assert str(report).endswith("1.25 s, a?.pt (2.3 MB)")
+    assert str(report).endswith(r"1.25 s, a\udcff.pt (2.3 MB)")
     str(report).encode()
 
 
@@ -235,8 +301,10 @@ def test_layers_are_selected_by_patterns(include, names):
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
-    with pytest.raises(InputError, match=r"no convolution matches 'x\*'; there are stem, head.0, frozen"):
+    with pytest.raises(InputError, match=r"no convolution matches 'x\*'; there are stem, head.0, frozen$"):
         run().select(["*", "x*"])
+    with pytest.raises(InputError, match=r"'head0'; there are stem, head.0, frozen: did you mean head.0\?$"):
+        run().select(["head0"])
 
 
 def test_layers_are_ordered_from_high_to_low_and_those_without_a_value_last():

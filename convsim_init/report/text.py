@@ -1,0 +1,59 @@
+"""Names and long texts as people read them. A name is data: any characters, any number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+
+NAME, PATH = 80, 300  # characters shown of a layer's name or a key, and of a path
+
+
+def printable(text: str) -> str:
+    """Text on one line, with all that does not print escaped as `repr` does.
+
+    Controls, bidirectional overrides and lone surrogates would otherwise move a terminal's cursor,
+    forge the row of a table or fail to be encoded.
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def shortened(text: str, length: int = NAME) -> str:
+    """Text of at most that many characters, its middle left out where it is longer."""
+    if len(text) <= length:
+        return text
+    end = (length - 3) // 2
+    return text[: length - 3 - end] + "..." + text[-end:]
+
+
+def shown(name: str, length: int = NAME) -> str:
+    """A name as one short piece of a line."""
+    return shortened(printable(name), length) or "''"
+
+
+def quoted(value: object, length: int = NAME) -> str:
+    """A name, or whatever stands in the place of one, in quotation marks."""
+    return shortened(repr(value), length)
+
+
+def layer_name(name: str) -> str:
+    """The name of a layer, which is empty where the model itself is the layer."""
+    return shown(name) if name else "(the model itself)"
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first few of several names, already `shown`: ``a, b and 3 more``."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing."""
+    # Of the shortened names: the search takes a time that is quadratic in their length.
+    alike = get_close_matches(shown(name), list(dict.fromkeys(map(shown, known))))
+    return f": did you mean {' or '.join(alike)}?" if alike else ""
+
+
+def alternatives(name: str, known: Collection[str]) -> str:
+    """The end of a message that refuses a layer's name: some that there are, and the nearest."""
+    return f"there are {some(map(layer_name, known))}{did_you_mean(name, known)}"
