@@ -182,7 +182,7 @@ def _lower(
     details: dict[str, Any] = {"steps": descent.steps, "losses": descent.losses}
     if descent.stop is Stop.NON_FINITE:
         return Outcome.FAILED, f"left as it was: {descent.stop.value}", details
-    put_back = layer.weight.keep()
+    put_back = layer.weight.backup()
     try:
         difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:

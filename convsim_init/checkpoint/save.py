@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.checkpoint.state_dict import (
-    bare_entries,
     changed_entries,
     module_versions,
     plain_tensors,
+    state_entries,
     with_versions,
 )
 from convsim_init.errors import InputError, RunError
@@ -98,7 +98,7 @@ def checkpoint_contents(
     Raises:
         InputError: If the weights hold other than finite tensors.
     """
-    entries = bare_entries(model_or_state_dict)
+    entries = state_entries(model_or_state_dict)
     if convs_only:
         entries = changed_entries(entries, report)
     tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convsim_init.checkpoint.state_dict import bare_entries
+from convsim_init.checkpoint.state_dict import state_entries
 from convsim_init.errors import InputError
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
@@ -126,7 +126,7 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
     if len(sources) < 2:
         raise InputError(f"expected at least two models or checkpoints to compare, got {len(sources)}")
     snapshots = [take_snapshot(label, source) for label, source in sources]
-    states = [{key: x for key, x in bare_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
+    states = [{key: x for key, x in state_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
     entries = [_entry(key, [state.get(key) for state in states]) for key in _union(states)]
     by_key = {entry.name: entry for entry in entries}
     shapes = [{layer.name: layer.shape for layer in snapshot.report.layers} for snapshot in snapshots]

@@ -231,8 +231,8 @@ def test_missing_and_unexpected_keys_are_told_and_guessed_to_be_renamed():
 
 def test_long_lists_are_shortened_in_text_alone():
     report = ci.load_checkpoint(ci.build_model("resnet18"), saved({"fc.bias": torch.ones(1000)}))
-    assert "missing in the file, 121: conv1.weight, bn1.weight, bn1.bias, bn1.running_mean and 117 more" in str(report)
-    assert len(report.missing) == len(report.to_dict()["missing"]) == 121
+    assert "missing in the file, 101: conv1.weight, bn1.weight, bn1.bias, bn1.running_mean and 97 more" in str(report)
+    assert len(report.missing) == len(report.to_dict()["missing"]) == 101
     assert repr(report) == str(report)
 
 
@@ -491,18 +491,16 @@ def test_a_load_that_fails_half_way_changes_nothing():
 def test_an_interrupt_changes_nothing(monkeypatch):
     model = small(2)
     load = nn.Linear._load_from_state_dict
-    calls: list[object] = []
 
     def interrupted(self, *arguments):
         load(self, *arguments)
-        calls.append(self)
-        if len(calls) == 1:
+        if self is model[4]:
+            assert torch.equal(self.weight, small(1)[4].weight)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(nn.Linear, "_load_from_state_dict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ci.load_checkpoint(model, saved(small(1)))
-    assert len(calls) == 2
     assert_equal(model, values(small(2)))
 
 
