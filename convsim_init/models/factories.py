@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.models.spec import Source, Spec
-from convsim_init.models.user_code import is_importable, load_file, load_module, running, running_file, telling
+from convsim_init.models.user_code import is_importable, load_file, load_module, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _MISSING = object()
 
 
-def check(spec: Spec) -> None:
+def check_place(spec: Spec) -> None:
     """Refuse a file or a package that is not there, without running anything.
 
     Raises:
@@ -42,12 +41,7 @@ def check(spec: Spec) -> None:
         raise InputError(f"expected a Python file to read, got {spec.place!r}, which is none{alike}")
 
 
-def surroundings(spec: Spec) -> AbstractContextManager[None]:
-    """What the user's code finds around it while `find` and `build` run it."""
-    return running() if spec.source is Source.MODULE else running_file(spec.place)
-
-
-def find(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
+def find_factory(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     """What makes the model, from its arguments, of the factory that a spec names.
 
     Raises:
@@ -58,7 +52,7 @@ def find(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     found: object = load_module(spec.place) if spec.source is Source.MODULE else load_file(spec.place)
     for part in spec.name.split("."):
         owner = found
-        with telling(spec.place):
+        with user_errors(spec.place):
             found = getattr(owner, part, _MISSING)
         if found is _MISSING:
             alike = _alike(part, (name for name in dir(owner) if not name.startswith("_")))
@@ -73,7 +67,7 @@ def _build(text: str, factory: Callable[..., object], arguments: Mapping[str, ob
     import torch
 
     _check_arguments(text, factory, arguments)
-    with telling(text):
+    with user_errors(text):
         model = factory(**arguments)
     if not isinstance(model, torch.nn.Module):
         got = "None" if model is None else f"type {type(model).__name__}"

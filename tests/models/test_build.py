@@ -17,7 +17,7 @@ from torch import nn
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
-from convsim_init.models.lookup import resolve
+from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import Source, Spec, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 
