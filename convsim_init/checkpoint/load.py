@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -68,8 +68,8 @@ def verify_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, name: s
 
     Args:
         model: Any module, on the meta device too; it is not changed.
-        path: As for `load_checkpoint`.
-        name: What to call the model. Default: its class.
+        path: Path of the checkpoint, as for `load_checkpoint`.
+        name: Name of the model in the report. Default: its class.
 
     Raises:
         InputError: If the file cannot be read, or the model is lazy.
@@ -86,7 +86,20 @@ def _rehearse(
         The report, and the state dict to load.
     """
     report, inner = match(checkpoint, model, file=file, name=name), unwrap(model)
-    trial = _copy(inner)
+    try:
+        trial = _copy(inner)
+    except Exception:  # whatever the model holds that cannot be copied, such as a lock
+        restore = _backup(inner)
+        try:
+            return _try_out(report, checkpoint, inner, inner)
+        finally:
+            restore()
+    return _try_out(report, checkpoint, inner, trial)
+
+
+def _try_out(
+    report: LoadReport, checkpoint: Checkpoint, inner: nn.Module, trial: nn.Module
+) -> tuple[LoadReport, Mapping[str, Tensor]]:
     state = with_versions(checkpoint.tensors, checkpoint.versions)
     outcome = _try_loading(trial, state, strict=True)
     if not isinstance(outcome, Exception):
@@ -170,18 +183,28 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for key in state:
         if isinstance(own.get(key), Tensor) and own[key].is_meta:
             raise InputError(f"{key}: expected a tensor with data, got one on the meta device: call to_empty first")
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-    before = [tensor.detach().clone() for tensor in tensors]
+    restore = _backup(model)
     try:
         model.load_state_dict(state, strict=False)
     except BaseException as error:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, value):  # so that it can be written
-                    tensor.copy_(value)
+        restore()
         if isinstance(error, RuntimeError):
             raise RunError(f"the model's tensors cannot be written, it is as it was: {error}") from error
         raise
+
+
+def _backup(model: nn.Module) -> Callable[[], None]:
+    """What gives a model's parameters and buffers the values back that they have now."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    before = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in zip(tensors, before, strict=True):
+            if not torch.equal(tensor, value):  # others may not let themselves be written
+                tensor.copy_(value)
+
+    return restore
 
 
 def _examples(shapes: dict[str, list[int]]) -> str:

@@ -23,14 +23,14 @@ class LoadReport:
         file: Path of the checkpoint.
         model: Name of the model: its class, or its spec where it was built by name.
         expected: Number of the model's keys.
-        wrapper: What the file keeps its state dict under, such as ``"state_dict"``; mostly empty.
+        wrapper: Key that the file keeps its state dict under, such as ``"state_dict"``; mostly empty.
         removed: Prefixes that were taken off the file's keys.
         added: Prefix that was put in their place; mostly empty.
         matched: The file's key for each key whose tensor is in the file in the model's shape.
         missing: Keys that the file does not have.
         unexpected: The file's keys that the model does not have.
         mismatched: Keys whose shapes differ: the file's and the model's. The model keeps its tensor.
-        renamed: For unexpected keys, a missing one of the same shape: a guess.
+        renamed: A missing key of the same shape for unexpected ones: a guess.
         tied: Missing keys that share their tensor with a matched one, which is the value.
         conflicting: Tied keys that are both in the file, with different values.
         non_finite: Matched keys that hold, in the model's dtype, infinities or NaN.
@@ -38,7 +38,7 @@ class LoadReport:
             the model's.
         narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the
             model's.
-        refused: What the model's own strict loading raised although the keys match; mostly empty.
+        refused: Error of the model's own strict loading although the keys match; mostly empty.
         supplied: Keys that are not in the file in the model's shape, which the model's own loading sets
             or keeps of its own accord, such as batch norm's ``num_batches_tracked`` for old files.
         converted: The file's keys that the model does not have and its own loading makes use of.

@@ -29,10 +29,10 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     """Compare the tensors of a checkpoint with the state dict of a model. Neither is changed.
 
     Args:
-        checkpoint: What was read.
+        checkpoint: Checkpoint that was read.
         model: Any module, on the meta device too; DistributedDataParallel and torch.compile are looked through.
-        file: What to call the checkpoint.
-        name: What to call the model. Default: its class.
+        file: Name of the checkpoint in the report.
+        name: Name of the model in the report. Default: its class.
 
     Raises:
         InputError: If the model is lazy: its shapes are not known yet.

@@ -29,9 +29,9 @@ class Checkpoint(NamedTuple):
     """The tensors of a file under its own keys.
 
     Attributes:
-        tensors: Dense ones, on the CPU.
-        wrapper: What the file keeps them under, such as ``"state_dict"``; empty if under nothing.
-        versions: What `torch.save` kept of the modules' notes, see `module_versions`.
+        tensors: Dense tensors on the CPU.
+        wrapper: Key that the file keeps them under, such as ``"state_dict"``; empty if under nothing.
+        versions: Notes of the modules that `torch.save` kept, see `module_versions`.
     """
 
     tensors: dict[str, Tensor]

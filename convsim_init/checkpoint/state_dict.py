@@ -80,8 +80,8 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
     """The entries as finite contiguous tensors on the CPU, each with memory of its own.
 
     Args:
-        entries: What to convert.
-        dtype: Of the floating tensors; None keeps each one's own.
+        entries: Entries to convert.
+        dtype: Dtype of the floating tensors; None keeps each one's own.
 
     Raises:
         InputError: If there are no entries, one is anything but a dense tensor of finite numbers, or ``dtype`` is not

@@ -62,7 +62,7 @@ class ForwardWeight(Weight):
             used, stored = self.read(), self._stored.read()
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
-            return f"no telling which weight {kind} uses: a trial pass ended with {type(error).__name__}: {text}"
+            return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
         for self._centred in (False, True):

@@ -17,8 +17,8 @@ class Snapshot:
     """Convolutions at one time.
 
     Attributes:
-        label: What people call it, for instance ``"before"``.
-        report: Of `measure`.
+        label: Name for people, for instance ``"before"``.
+        report: Result of `measure`.
         banks: The filters of each layer that was measured, ``[G, M, C, *kernel_size]`` on the CPU, G
             groups of M filters of C input channels.
     """

@@ -33,8 +33,8 @@ class Spec:
     """A spec in its parts.
 
     Attributes:
-        text: As the user wrote it.
-        source: Where the model comes from.
+        text: Spec as the user wrote it.
+        source: Origin of the model.
         place: The module or the path; empty for other sources.
         name: The model's name, or the factory's, which may have dots.
     """

@@ -1,6 +1,7 @@
 """Loading checkpoints: what matches under which prefixes, what is told of the rest, and what stays as it was."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -661,6 +662,17 @@ def test_a_model_that_refuses_keys_of_its_own_is_believed():
     assert "RuntimeError: no, thank you" in report.refused
     with pytest.raises(ci.RunError, match="no, thank you"):
         ci.load_checkpoint(model, "a.pt")
+
+
+def test_a_model_that_cannot_be_copied_is_tried_itself_and_put_back():
+    model = small(2)
+    model.lock = threading.Lock()
+    state = {key: value for key, value in small(1).state_dict().items() if "num_batches" not in key}
+    assert verify_checkpoint(model, saved(state)).supplied == ["1.num_batches_tracked"]
+    assert not verify_checkpoint(model, saved(small(1, classes=3), "b.pt")).exact
+    assert_equal(model, values(small(2)))
+    assert ci.load_checkpoint(model, "a.pt", strict=True).exact
+    assert_equal(model, values(small(1)))
 
 
 def test_verifying_changes_neither_the_model_nor_what_hooks_left_on_it():

@@ -151,8 +151,8 @@ class Conditional(nn.Conv2d):
     ("module", "reason"),
     [
         (Polynomial(4, 8, 3), "Polynomial computes its weight from the parameter in a way that is not known here"),
-        (Elsewhere(4, 8, 3), "no telling which weight Elsewhere uses: a trial pass ended with RuntimeError: no conv"),
-        (Conditional(4, 8, 3), "no telling which weight Conditional uses: a trial pass ended with TypeError"),
+        (Elsewhere(4, 8, 3), "which weight Elsewhere uses is not known: a trial pass ended with RuntimeError: no conv"),
+        (Conditional(4, 8, 3), "which weight Conditional uses is not known: a trial pass ended with TypeError"),
         (Standardized(4, 8, 3, gain=0.0), "all weights are zero that Standardized makes of its parameter"),
         (Standardized(4, 8, 3).requires_grad_(False), "frozen"),
         (Standardized(4, 8, 3, device="meta"), "meta device"),

@@ -26,7 +26,7 @@ class BuiltIn:
     """One built-in model.
 
     Attributes:
-        name: What the user types.
+        name: Name that the user types.
         module: Module of `convsim_init.models.zoo` that defines it.
         factory: Class in that module, called with `arguments`, `num_classes` and `in_chans`.
         summary: One line for people.
