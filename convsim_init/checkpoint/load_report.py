@@ -109,7 +109,7 @@ class LoadReport:
                 f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
                 f"which holds it"
             )
-        yield from _line("not in the file, set by the model's own loading", map(_shown, self.supplied))
+        yield from _line("not in the file as the model has it, set by its own loading", map(_shown, self.supplied))
         yield from _line("converted by the model's own loading", map(_shown, self.converted))
         yield from _line("missing in the file", map(_shown, self.missing))
         yield from _line("unexpected, not in the model", map(_shown, self.unexpected))
