@@ -165,7 +165,7 @@ def fixed_kernel_norms(model: nn.Module, images: Tensor) -> None:
     for conv in convolutions(model):
         if conv.groups == 1 and conv.kernel_size != (1, 1):
             by_channel = conv.weight.transpose(0, 1)  # [C, M, kH, kW]
-            banks = by_channel.flatten(0, 1)[:, None].contiguous()  # [C M, 1, kH, kW]
+            banks = by_channel.flatten(0, 1)[:, None].clone(memory_format=torch.contiguous_format)  # [C M, 1, kH, kW]
             ci.convsim_(banks, groups=conv.in_channels)
             conv.weight.copy_(banks.view(by_channel.shape).transpose(0, 1))
 
