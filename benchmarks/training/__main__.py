@@ -31,7 +31,7 @@ from benchmarks.training.fit import OPTIMIZERS, fit
 from benchmarks.training.networks import NETWORKS
 from benchmarks.training.pictures import draw
 from benchmarks.training.records import Case, Record, Records
-from benchmarks.training.summary import comparisons, table
+from benchmarks.training.summary import comparisons, rows_of, table
 from benchmarks.training.tasks import TASKS, Task, cifar_task
 from benchmarks.training.tasks.data import Data
 from convsim_init.devices import describe_environment
@@ -159,8 +159,16 @@ def write(records: Records, folder: Path) -> None:
     runs = list(records)
     lines = [f"# Training runs, {datetime.date.today()}", "", *ABOUT, f"On {cpu_name()}:", ""]
     lines += [f"- {name}: {value}" for name, value in describe_environment().items()]
-    lines += ["", f"{len(runs)} runs, {sum(run.seconds for run in runs) / 3600:.1f} hours.", ""]
-    for case in sorted({run.case for run in runs}):
+    cases = sorted({run.case for run in runs})
+    compared = sum(row.gain is not None for case in cases for row in rows_of(runs, case)[1])
+    hours = sum(run.seconds for run in runs) / 3600
+    lines += [
+        "",
+        f"{len(runs)} runs, {hours:.1f} hours. {compared} arms are compared with a base, each at its own rate; "
+        "of such intervals one in twenty leaves out zero by luck alone.",
+        "",
+    ]
+    for case in cases:
         rows = table(runs, case)
         lines += rows + comparisons(runs, case)
         rates = {run.rate for run in runs if run.case == case and run.final}

@@ -280,7 +280,7 @@ def test_fixed_kernel_norms_lower_the_similarity_and_fix_them():
     for old, conv in zip(before, convolutions(model), strict=True):
         new = conv.weight.detach()
         torch.testing.assert_close(new.flatten(2).norm(dim=2), old.flatten(2).norm(dim=2), rtol=1e-4, atol=0)
-        assert ci.convolutional_similarity(new) < 0.7 * ci.convolutional_similarity(old)
+        assert ci.convolutional_similarity(new) < 0.95 * ci.convolutional_similarity(old)
 
 
 def test_signed_permutations_use_every_channel_before_any_twice():
@@ -443,7 +443,9 @@ def test_the_tuned_rate_is_the_best_and_the_grid_grows(tmp_path, monkeypatch):
     assert len(made) == count  # nothing is trained twice
     with (tmp_path / "runs.csv").open() as file:
         assert sum(row["final"] == "1" for row in csv.DictReader(file)) == 6
-    assert "| convsim | 0.9 | 3 |" in (tmp_path / "training.md").read_text()
+    text = (tmp_path / "training.md").read_text()
+    assert "| convsim | 0.9 | 3 |" in text
+    assert " 1 arms are compared with a base" in text
     assert (tmp_path / "digits-vgg-w1-fan_out-sgd-no-decay-20.png").stat().st_size > 10_000
 
 
