@@ -22,6 +22,7 @@ from convsim_init.functional.bank import (
     full_precision,
 )
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
+from convsim_init.layers.remarks import frozen_twins, model_remarks, parted_remarks
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.optim.descent import Stop, descend
@@ -60,6 +61,12 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         True
     """
     settings = settings or Settings()
+    owner = weight._base if weight._is_view() and weight._base is not None else weight
+    if owner.grad_fn is not None:
+        raise InputError(
+            "expected a parameter or a part of one, got a weight that is computed, whose change would be lost: pass "
+            "the model to initialize_, which sets what it is computed from"
+        )
     bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
@@ -124,6 +131,7 @@ def initialize_(
     layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
+    twins = frozen_twins(layers)
     reports: dict[str, LayerReport] = {}
     with (
         tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
@@ -135,7 +143,8 @@ def initialize_(
             bar.update()
     shared = share(layers, reports, ranks, device=device)
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
-    return Report(settings, shared, time.perf_counter() - started, processes=ranks.size, device=places)
+    seconds, remarks = time.perf_counter() - started, [*model_remarks(model, layers), *parted_remarks(twins)]
+    return Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
 
 
 @torch.no_grad()
@@ -150,13 +159,14 @@ def plan(
     settings = settings or Settings()
     started = time.perf_counter()
     reports = []
-    for layer in find_layers(model, _patterns("include", include), _patterns("exclude", exclude)):
+    layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
+    for layer in layers:
         reason = layer.obstacle
         if reason is None:
             reason = pair_obstacle(layer.bank(settings.channels), settings.channels)
         outcome = Outcome.SKIPPED if reason else Outcome.PLANNED
         reports.append(LayerReport(layer.name, layer.kind, layer.shape, outcome, layer.explained(reason)))
-    return Report(settings, reports, time.perf_counter() - started)
+    return Report(settings, reports, time.perf_counter() - started, remarks=model_remarks(model, layers))
 
 
 @torch.no_grad()
@@ -186,7 +196,8 @@ def _lower(
     if obstacle:
         return replace(report, reason=obstacle)
     before, norms = measure_bank(bank, settings.channels), filter_norms(bank)
-    descent = descend(bank, settings, on_step=on_step)
+    mask = layer.mask(settings.channels, device)
+    descent = descend(bank, settings, mask=mask, on_step=on_step)
     report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
         return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
@@ -194,7 +205,7 @@ def _lower(
     try:
         difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:
-        return replace(report, outcome=Outcome.FAILED, reason=str(error))
+        return replace(report, reason=str(error))
     written = layer.bank(settings.channels, device)  # read back: what the forward pass uses now
     after = measure_bank(written, settings.channels)
     if difference and all(after[name] >= before[name] for name in before):
@@ -202,7 +213,9 @@ def _lower(
         return replace(report, reason=f"left as it was: {difference} and is no better")
     after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
-    return replace(report, outcome=outcome, reason=difference, before=before, after=after)
+    within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
+    reason = ": ".join(filter(None, [within, difference])) or None
+    return replace(report, outcome=outcome, reason=reason, before=before, after=after)
 
 
 def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:

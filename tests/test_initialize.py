@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 
 import convsim_init as ci
 from convsim_init.initialize import plan
@@ -80,7 +80,6 @@ def test_every_kind_of_convolution_is_treated_and_keeps_its_norms():
         (nn.LazyConv2d(4, 3), "run a forward pass first"),
         (nn.Conv2d(4, 4, 3, device="meta"), "meta device"),
         (nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), "spectral_norm"),
-        (prune.random_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5), "pruning"),
         (nn.Conv2d(4, 4, 3, dtype=torch.complex64), "torch.complex64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -352,7 +351,7 @@ def test_a_parametrization_that_cannot_be_assigned_to_leaves_the_layer_as_it_was
     nn.utils.parametrize.register_parametrization(module, "weight", OneWay())
     before = module.weight.clone()
     (layer,) = ci.initialize_(module, settings=QUICK).layers
-    assert layer.outcome is ci.Outcome.FAILED
+    assert layer.outcome is ci.Outcome.SKIPPED
     assert "right_inverse" in layer.reason
     assert torch.equal(module.weight, before)
 

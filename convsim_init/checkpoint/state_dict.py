@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.memory import is_sharded
 from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.report.report import Report
 from convsim_init.report.text import shown
@@ -133,6 +134,11 @@ def _dense(key: str, value: object) -> Tensor:
         raise InputError(f"{shown(key)}: expected a tensor with data, got a lazy one: run a forward pass first")
     if value.is_meta:
         raise InputError(f"{shown(key)}: expected a tensor with data, got one on the meta device: initialize it first")
+    if is_sharded(value):
+        raise InputError(
+            f"{shown(key)}: expected a whole tensor, got one that is sharded over processes: gather the "
+            f"state dict with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+        )
     if value.layout is not torch.strided or value.is_quantized:
         raise InputError(f"{shown(key)}: expected a dense tensor, got a sparse or quantized one: convert it first")
     return value.detach().cpu()
@@ -143,6 +149,11 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     converted = tensor.to(dtype or tensor.dtype)
     if _all_finite(converted):
+        if tensor.any() and not converted.any():
+            raise InputError(
+                f"{shown(key)}: expected numbers in the range of {converted.dtype}, got smaller ones, which "
+                f"would all be zero: choose float32 or bfloat16"
+            )
         return converted
     if _all_finite(tensor):
         raise InputError(

@@ -13,9 +13,10 @@ from convsim_init.errors import InputError
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
+from convsim_init.layers.memory import Memory, memory, overlap
 from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
-from convsim_init.layers.weights import Weight, stored_weight
+from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
 from convsim_init.settings import Channels
@@ -81,19 +82,22 @@ def find_layers(
     names = [layer.name for layer in layers]
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)
-    owners: dict[int, str] = {}
+    taken: list[tuple[Memory, str]] = []
     for layer in layers:
         layer.obstacle = _unselected(layer.name, include, exclude) or layer.weight.obstacle(read_only=read_only)
         if layer.obstacle is None:
-            owner = owners.setdefault(id(layer.weight.sources[0]), layer.name)
-            layer.obstacle = None if owner == layer.name else f"shares its weight with {shown(owner)}"
+            own = [memory(source) for source in layer.weight.sources]
+            owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
+            layer.obstacle = owner and f"shares its weight with {shown(owner)}"
+            taken += [(one, layer.name) for one in own]
     return layers
 
 
 def used_weight(module: _ConvNd) -> Weight:
     """The weight that a convolution's forward pass uses."""
     weight = stored_weight(module)
-    return ForwardWeight(module, weight) if has_forward_of_its_own(module) else weight
+    needs_trial = has_forward_of_its_own(module) or has_unknown_hook(module)
+    return ForwardWeight(module, weight) if needs_trial else weight
 
 
 def lone_obstacle(filters: int, groups: int, channels: Channels) -> str | None:

@@ -22,6 +22,12 @@ COMPUTED = {  # the key's ending of what a weight is computed from, and the entr
 BY_SHAPE = "taken from its shape for a convolution without groups, not transposed"
 BY_BIAS = "taken from the length of its bias for a transposed convolution"
 DEPTHWISE = "looks depthwise, by its shape alone"
+DOUBTFUL = (
+    "doubtful whether it is a convolution's weight in PyTorch's layout, so it is left alone: the model itself (--like "
+    "in the shell) settles it"
+)
+USUAL_EXTENT = 7  # of a kernel; longer ones want a bias or a norm layer as evidence
+OTHER_NAMES = ("bilinear", "expert", "codebook")
 
 
 def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
@@ -40,6 +46,9 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
         if ending in COMPUTED:
             reason = "parametrized: its weight is computed from what the state dict holds; use the model itself"
             weight = ComputedWeight(value, _computation(state, prefix, ending), reason)
+        if _is_doubtful(state, name, value):
+            yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
+            continue
         groups = _transposed_groups(value, state.get(f"{prefix}bias"))
         if groups:
             kind = kind.replace("Conv", "ConvTranspose")
@@ -48,6 +57,27 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, weight, groups=value.shape[0], note=DEPTHWISE)
         else:
             yield Layer(name, kind, weight, note=BY_SHAPE)
+
+
+def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool:
+    """Whether a tensor may as well be no convolution's weight, or one in another library's layout.
+
+    Sparse and channels-last layouts put the kernel before the channels, ``[M, k, k, k, C]`` or
+    ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be.
+    """
+    inputs, extents = weight.shape[1], weight.shape[2:]
+    if any(word in name.lower() for word in OTHER_NAMES):
+        return True
+    if len(extents) > 1 and inputs == extents[0] != extents[-1] and len(set(extents[:-1])) == 1:
+        return True  # [M, k, k, C]
+    if max(extents) <= USUAL_EXTENT:
+        return False
+    if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
+        return True  # [k, k, C, M]
+    bias = state.get(f"{name}.bias" if name else "bias")
+    has_bias = isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) in weight.shape[:2]
+    square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs
+    return square or not (has_bias or weight.shape[1] == 1 or len(set(extents)) == 1 < len(extents))
 
 
 def _computation(state: Mapping[str, object], prefix: str, ending: str) -> Callable[[], Tensor] | None:

@@ -56,6 +56,14 @@ class Layer:
         weight = self.weight.read().to(device)
         return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
 
+    def mask(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor | None:
+        """Where the bank may differ from zero, of its shape; None for everywhere."""
+        mask = self.weight.mask
+        if mask is None:
+            return None
+        ones = mask.to(device, torch.float32)
+        return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
+
     def explained(self, reason: str | None) -> str | None:
         """The reason of an outcome, with what the layer was taken for where that was inferred from little."""
         if reason is None or self.note is None:

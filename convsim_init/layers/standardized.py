@@ -1,28 +1,22 @@
-"""Convolutions whose class computes another weight from its parameter in every forward pass.
+"""Convolutions whose forward pass, or a hook before it, uses another weight than their parameter.
 
 Weight standardization (arXiv 1903.10520) and its scaled form (arXiv 2101.08692) do: what the network uses are filters
-of zero mean and fixed norm, ``used = slope * (weight - mean(weight))``. Other classes scale their filters. No class is
-known here by its name: a forward pass is begun, and the weight is taken that it hands to the convolution.
+of zero mean and fixed norm, ``used = slope * (weight - mean(weight))``. Other classes scale their filters, or multiply
+them by a mask. No class is known here by its name: a trial pass shows which weight is given to the convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.weights import Weight, backup_tensors, describe_mismatch, evaluating, to_float64
+from convsim_init.layers.trial import weight_given_to_convolution
+from convsim_init.layers.weights import Weight, backup_tensors, describe_mismatch, to_float64
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = {
-    *(F.conv1d, F.conv2d, F.conv3d, torch.convolution),
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-}
 METHODS = ("forward", "_conv_forward")
 
 
@@ -35,7 +29,10 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
 
 
 class ForwardWeight(Weight):
-    """The weight that a forward pass of its own uses: the stored one, or that one's filters centred or scaled.
+    """The weight that a forward pass uses: the stored one, masked, or with its filters centred or scaled.
+
+    Where it is none of these, the stored weight is set to the one wanted, and how far the weight
+    that is then used is from it is reported.
 
     Args:
         module: The convolution.
@@ -45,48 +42,56 @@ class ForwardWeight(Weight):
     def __init__(self, module: _ConvNd, stored: Weight) -> None:
         super().__init__(*stored.sources)
         self._module, self._stored = module, stored
-        self._centred = False
+        self._mask = stored.mask
+        self._centred, self._known = False, True
 
     @property
     def shape(self) -> list[int]:
         """Shape of the stored weight."""
         return self._stored.shape
 
+    @property
+    def mask(self) -> Tensor | None:
+        """Where the weight that is used may differ from zero, once `obstacle` has looked; None for everywhere."""
+        return self._mask
+
     def obstacle(self, *, read_only: bool) -> str | None:
-        """Why the stored weight cannot be had, or what its class does with it that is not known here."""
+        """Why the stored weight cannot be had, or the one that is used cannot be seen."""
         obstacle = self._stored.obstacle(read_only=read_only)
         if obstacle is not None:
             return obstacle
         kind = type(self._module).__name__
         try:
             used, stored = self.read(), self._stored.read()
+            mask = self._find_mask(stored)
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
             return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
+        if mask is not None and torch.equal(used, stored * mask):
+            self._mask = mask
+            return None
         for self._centred in (False, True):
             if describe_mismatch("class", self._slopes(used, stored) * self._variable(stored), used) is None:
                 return None
-        return f"{kind} computes its weight from the parameter in a way that is not known here"
+        self._centred = self._known = False
+        return None
 
     def compute(self) -> Tensor:
-        """The weight that a forward pass hands to the convolution."""
-        module, stored = self._module, self._stored.read()
-        size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
-        try:
-            with evaluating(module), _Capture(stored.shape):
-                module(stored.new_zeros(1, module.in_channels, *size))
-        except _CapturedError as captured:
-            return captured.weight
-        raise RuntimeError("no convolution with a weight of that shape was called")
+        """The weight that a forward pass gives to the convolution."""
+        return weight_given_to_convolution(self._module, self.shape, self._stored.read())
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
         """Choose the stored weight so that its class computes this one, centred if the class centres filters."""
         used, stored = self.read(), self._stored.read()
-        if used.data_ptr() == stored.data_ptr():
-            return self._stored.write(weight)
+        if self._mask is not None:  # what the mask hides stays as it is
+            self._stored.write(torch.where(self._mask, weight.to(stored), stored))
+            return describe_mismatch("class", weight * self._mask, self.read())
+        if not self._known or torch.equal(used, stored):
+            self._stored.write(weight)
+            return describe_mismatch("class", weight, self.read())
         slopes = self._slopes(used, stored)  # [M, 1, ...]
         target = self._variable(weight)
         target *= _ratios(_norms(weight), _norms(target))
@@ -108,6 +113,16 @@ class ForwardWeight(Weight):
         """The tensors that the stored weight is stored in."""
         return self._stored.storage()
 
+    def _find_mask(self, stored: Tensor) -> Tensor | None:
+        """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""
+        if self._stored.mask is not None or type(self._stored) is not Weight:
+            return self._stored.mask
+        probe = 1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        probe = probe.to(stored)
+        used = weight_given_to_convolution(self._module, self.shape, stored, probe=probe)
+        mask = used != 0
+        return mask if not mask.all() and torch.equal(used, probe * mask) else None
+
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
         weight = to_float64(weight)
@@ -127,32 +142,3 @@ def _norms(weight: Tensor) -> Tensor:
 
 def _ratios(above: Tensor, below: Tensor) -> Tensor:
     return above / torch.where(below == 0, 1, below)
-
-
-class _CapturedError(BaseException):
-    """Ends a forward pass where it hands a weight to a convolution; no handler of exceptions stops it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-
-class _Capture(TorchFunctionMode):
-    """Context in which the first convolution with a weight of that shape raises it."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self._shape = list(shape)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        if func in CONVOLUTIONS:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if list(weight.shape) == self._shape:
-                raise _CapturedError(weight)
-        return func(*args, **kwargs)

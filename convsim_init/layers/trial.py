@@ -30,10 +30,13 @@ class NoConvolutionError(RuntimeError):
     """The forward pass called no convolution with a weight of the module's shape."""
 
 
-def weight_given_to_convolution(module: _ConvNd, shape: Sequence[int], like: Tensor) -> Tensor:
+def weight_given_to_convolution(
+    module: _ConvNd, shape: Sequence[int], like: Tensor, *, probe: Tensor | None = None
+) -> Tensor:
     """The first weight of that shape that the module's forward pass gives to a convolution.
 
-    The module runs in evaluation mode on zeros of the dtype and device of ``like``.
+    The module runs in evaluation mode on zeros of the dtype and device of ``like``; with ``probe`` in
+    place of its parameter's values.
 
     Returns:
         The weight at that moment, differentiable by the module's parameters; it shares no memory with
@@ -46,6 +49,8 @@ def weight_given_to_convolution(module: _ConvNd, shape: Sequence[int], like: Ten
     size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
     try:
         with isolated(module), _Capture(shape):
+            if probe is not None:
+                module.weight.data.copy_(probe)
             module(torch.zeros(1, module.in_channels, *size, dtype=like.dtype, device=like.device))
     except _CapturedError as captured:
         return captured.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from convsim_init.layers.memory import is_expanded, is_sharded
 
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,6 +38,11 @@ class Weight:
         self._trained = trained
 
     @property
+    def mask(self) -> Tensor | None:
+        """Where the weight that is used may differ from zero, of its shape; None for everywhere."""
+        return None
+
+    @property
     def shape(self) -> list[int]:
         """Shape of the weight; empty while a lazy module has none."""
         return [] if is_lazy(self.sources[0]) else list(self.sources[0].shape)
@@ -45,6 +53,10 @@ class Weight:
             return "lazy, without a weight yet: run a forward pass first"
         if any(source.is_meta for source in self.sources):
             return "on the meta device, without data: move it with to_empty and initialize it first"
+        if any(map(is_sharded, self.sources)):
+            return "sharded over processes: initialize the model before it is sharded"
+        if not read_only and any(map(is_expanded, self.sources)):
+            return "its entries share memory, as after expand(): clone it first"
         if self._trained and not read_only and not any(source.requires_grad for source in self.sources):
             return "frozen: requires_grad is False"
         if any(source.dtype not in TREATED_DTYPES for source in self.sources):
@@ -155,6 +167,39 @@ class NormedWeight(Weight):
         return [*self.sources, self._module.weight]
 
 
+class PrunedWeight(Weight):
+    """A weight that a hook of `torch.nn.utils.prune` computes: a parameter times a mask of zeros and ones."""
+
+    def __init__(self, module: _ConvNd, parameter: Tensor, mask: Tensor) -> None:
+        super().__init__(parameter)
+        self._module, self._mask = module, mask
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the parameter is not pruned."""
+        return self._mask != 0
+
+    def compute(self) -> Tensor:
+        """What the hook computes."""
+        return self.sources[0] * self._mask
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Set the parameter where it is not pruned, and what the hook left on the module."""
+        parameter = self.sources[0]
+        parameter.copy_(torch.where(self.mask, weight.to(parameter), parameter))
+        self._module.weight.copy_(self.read())
+        return describe_mismatch("pruning", weight, self.read())
+
+    def backup(self) -> Callable[[], None]:
+        """What gives back the parameter and what the hook left on the module."""
+        return backup_tensors(self.storage())
+
+    def storage(self) -> list[Tensor]:
+        """The parameter and what the hook left on the module."""
+        return [*self.sources, self._module.weight]
+
+
 class ComputedWeight(Weight):
     """A weight that can be read but not set.
 
@@ -192,6 +237,10 @@ def stored_weight(module: _ConvNd) -> Weight:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return NormedWeight(module, hook)
+        if _prunes(hook):
+            parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
+            if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
+                return PrunedWeight(module, parameter, mask)
     compute = _hooked(module) or (lambda: module.weight)
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
     return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
@@ -200,11 +249,21 @@ def stored_weight(module: _ConvNd) -> Weight:
 def _hooked(module: _ConvNd) -> Callable[[], Tensor] | None:
     """What computes the weight as a hook of torch would before a forward pass, without changing the module."""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+        if _prunes(hook):
             return partial(hook.apply_mask, module)
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
             return partial(hook.compute_weight, module, do_power_iteration=False)
     return None
+
+
+def has_unknown_hook(module: _ConvNd) -> bool:
+    """Whether a hook of somebody's own, which may change the weight, runs before its forward pass."""
+    known = (WeightNorm, SpectralNorm, BasePruningMethod)
+    return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())
+
+
+def _prunes(hook: object) -> TypeGuard[BasePruningMethod]:
+    return isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"
 
 
 def backup_tensors(tensors: Sequence[Tensor]) -> Callable[[], None]:

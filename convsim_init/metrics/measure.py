@@ -20,6 +20,7 @@ from convsim_init.functional.bank import (
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
+from convsim_init.layers.remarks import model_remarks
 from convsim_init.metrics.expected import (
     SPECTRA,
     Spectrum,
@@ -67,7 +68,8 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
     largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
     with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
         reports = {report.name: report for report in team.as_completed(_measure, largest_first)}
-    return Report(Settings(), [reports[layer.name] for layer in layers], time.perf_counter() - started)
+    measured, remarks = [reports[layer.name] for layer in layers], model_remarks(model_or_state_dict, layers)
+    return Report(Settings(), measured, time.perf_counter() - started, remarks=remarks)
 
 
 @torch.no_grad()

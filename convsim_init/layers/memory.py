@@ -1,0 +1,40 @@
+"""Which tensors share memory: told by where their entries lie, not by which object holds them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Memory(NamedTuple):
+    """The stretch of a storage that a tensor's entries lie in, in bytes."""
+
+    device: torch.device
+    storage: int
+    start: int
+    end: int
+
+
+def memory(tensor: Tensor) -> Memory:
+    """Where the entries of a dense tensor lie; those of a strided one may leave gaps."""
+    extent = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    end = start + int(extent) * tensor.element_size() if tensor.numel() else start
+    return Memory(tensor.device, tensor.untyped_storage().data_ptr(), start, end)
+
+
+def overlap(a: Memory, b: Memory) -> bool:
+    """Whether two tensors lie in a stretch of memory that both use."""
+    return a[:2] == b[:2] and a.start < b.end and b.start < a.end
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several entries of a tensor are one in memory, as after ``expand``."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, whose module most programs never import."""
+    return type(tensor).__module__.startswith("torch.distributed.tensor")

@@ -1,0 +1,96 @@
+"""What a report should say of a model beside its layers: what was not looked at, and what is only part of the truth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from convsim_init.layers.find import unwrap
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.names import bare_name
+from convsim_init.report.text import layer_name, shown, some
+
+
+def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
+    """Remarks on a model that its layers' reports do not make; none on a state dict."""
+    if not isinstance(model, nn.Module):
+        return []
+    inner = unwrap(model)
+    return [*_other_kernels(inner, [layer.name for layer in layers]), *_second_weights(inner, layers)]
+
+
+def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Remarks on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
+
+    Those have a ``kernel_size`` and weights of their own, or a weight of the rank of a kernel.
+
+    Args:
+        model: Model without wrappers.
+        names: Names of the layers that are in the report.
+    """
+    found, inside = Counter[str](), tuple(f"{name}." for name in names)
+    weights = 0
+    for name, module in model.named_modules():
+        bare = bare_name(name)
+        if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
+            continue
+        own = [parameter for key, parameter in module._parameters.items() if parameter is not None and "weight" in key]
+        own = [parameter for parameter in own if not is_lazy(parameter)]
+        kernels = [parameter for parameter in own if hasattr(module, "kernel_size") or 3 <= parameter.dim() <= 5]
+        if kernels:
+            found[type(module).__name__] += 1
+            weights += sum(parameter.numel() for parameter in kernels)
+    if not found:
+        return []
+    total = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
+    return [f"not looked at, though they may convolve: {kinds}, with {weights / total:.0%} of the parameters"]
+
+
+def _second_weights(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Remarks on convolutions with another parameter of their weight's shape, which is left as it was."""
+    shapes = {layer.name: layer.shape for layer in layers if layer.obstacle is None}
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd) and bare_name(name) in shapes:
+            for key, parameter in module._parameters.items():
+                if key in ("weight", "weight_orig", "weight_v") or parameter is None or is_lazy(parameter):
+                    continue
+                if list(parameter.shape) == shapes[bare_name(name)]:
+                    found.append(shown(f"{bare_name(name)}.{key}"))
+    if not found:
+        return []
+    return [f"second weights of convolutions, left as they were, count for nothing here: {some(found)}"]
+
+
+@torch.no_grad()
+def frozen_twins(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
+    """Frozen layers with the values of one that is treated, as momentum encoders have, and that one."""
+    treated: dict[tuple[int, ...], list[Layer]] = {}
+    for layer in layers:
+        if layer.obstacle is None:
+            treated.setdefault(tuple(layer.shape), []).append(layer)
+    found = []
+    for layer in layers:
+        if layer.obstacle is not None and layer.obstacle.startswith("frozen"):
+            twins = (other for other in treated.get(tuple(layer.shape), []) if _same(layer, other))
+            found += [(layer, other) for other in twins][:1]
+    return found
+
+
+def parted_remarks(twins: Sequence[tuple[Layer, Layer]]) -> list[str]:
+    """A remark on those twins that are no longer equal."""
+    parted = [f"{layer_name(a.name)} (of {layer_name(b.name)})" for a, b in twins if not _same(a, b)]
+    if not parted:
+        return []
+    return [f"frozen copies that are no longer equal to what they were copied from: {some(parted)}: copy them again"]
+
+
+def _same(a: Layer, b: Layer) -> bool:
+    one, other = a.weight.sources[0], b.weight.sources[0]
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)

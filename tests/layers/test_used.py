@@ -1,0 +1,289 @@
+"""What is reported is what the convolution is given: masked, tied, quantized, expanded, pruned and computed weights."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import convsim_init as ci
+from convsim_init.layers.memory import memory, overlap
+
+SETTINGS = ci.Settings(steps=8)
+
+
+def given(module, shape=None):
+    """The weight that ``F.conv*`` is given in a real forward pass of a copy, seen from outside."""
+    seen, module = [], copy.deepcopy(module)
+    size = [7] * len(module.kernel_size)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("conv1d", "conv2d", "conv3d", "conv_transpose2d"):
+            plain = getattr(F, name)
+
+            def watched(x, weight, *rest, plain=plain, **kwargs):
+                seen.append(weight.detach().clone())
+                return plain(x, weight, *rest, **kwargs)
+
+            patch.setattr(F, name, watched)
+        module.eval()(torch.zeros(1, module.in_channels, *size))
+    return seen[0]
+
+
+def norms(weight):
+    return weight.double().flatten(1).norm(dim=1)
+
+
+class Masked(nn.Conv2d):
+    """PixelCNN's: the mask is multiplied into the parameter at each forward pass."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        half = self.kernel_size[0] // 2
+        self.mask[:, :, half, half:] = 0
+        self.mask[:, :, half + 1 :] = 0
+
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+class MaskedCopy(Masked):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.mask, self.bias)
+
+
+def hooked():
+    module = nn.Conv2d(3, 16, 5)
+    mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    module.register_forward_pre_hook(lambda m, _: m.weight.data.mul_(mask))
+    return module
+
+
+def pruned(times=1):
+    module = nn.Conv2d(3, 16, 5)
+    for _ in range(times):
+        prune.random_unstructured(module, "weight", 0.4)
+    return module
+
+
+MASKS = {
+    "in place": lambda: Masked(3, 16, 5),
+    "multiplied": lambda: MaskedCopy(3, 16, 5),
+    "by a hook": hooked,
+    "pruned": pruned,
+    "twice pruned": lambda: pruned(2),
+}
+
+
+@pytest.mark.parametrize("build", MASKS.values(), ids=MASKS.keys())
+def test_within_a_mask_zeros_stay_zero_and_norms_are_kept(build):
+    module = build()
+    before, old = {key: value.clone() for key, value in module.state_dict().items()}, given_of(module)
+    ci.measure(module)
+    ci.initialize_(module, exclude=["*"], settings=SETTINGS)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    new, zeros = given_of(module), old == 0
+    assert zeros.any()
+    assert new[zeros].eq(0).all()
+    torch.testing.assert_close(norms(new), norms(old), rtol=1e-5, atol=0)
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert layer.reason == f"within its mask, {float((~zeros).float().mean()):.0%} of the entries"
+    assert layer.after["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(new, normalized=True)), rel=1e-4
+    )
+    assert layer.after["normalized_similarity"] < 0.8 * float(ci.convolutional_similarity(old, normalized=True))
+
+
+def given_of(module):
+    """As `given`, but a pruned module cannot be copied deeply once its hook has run."""
+    if hasattr(module, "weight_mask"):
+        return (module.weight_orig * module.weight_mask).detach()
+    return given(module)
+
+
+def test_what_a_mask_hides_stays_as_it_was():
+    module = MaskedCopy(3, 16, 5)
+    before = module.weight.detach().clone()
+    ci.initialize_(module, settings=SETTINGS)
+    hidden = module.mask == 0
+    assert torch.equal(module.weight[hidden], before[hidden])
+    assert not torch.equal(module.weight[~hidden], before[~hidden])
+
+
+@pytest.mark.parametrize("kind", ["same data", "a view", "a transposed view", "one parameter"])
+@pytest.mark.parametrize("source", ["module", "state dict"])
+def test_memory_says_what_is_shared(kind, source):
+    first, second = nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3)
+    if kind == "same data":
+        second.weight.data = first.weight.data
+    elif kind == "a view":
+        whole = torch.randn(12, 4, 3, 3)
+        first.weight.data, second.weight.data = whole[:8], whole[4:]
+    elif kind == "a transposed view":
+        second.weight = nn.Parameter(first.weight.data.transpose(2, 3))
+    else:
+        second.weight = first.weight
+    model = nn.ModuleDict({"a": first, "b": second})
+    what = model if source == "module" else dict(model.state_dict())
+    report = ci.initialize_(what, settings=SETTINGS)
+    assert [layer.reason for layer in report.layers][-1] == "shares its weight with a"
+    used = ci.convolutional_similarity(first.weight.detach(), normalized=True)
+    assert report.layers[0].after["normalized_similarity"] == pytest.approx(float(used), rel=1e-4)
+
+
+def test_parts_of_one_storage_that_do_not_overlap_are_apart():
+    whole = torch.randn(16, 4, 3, 3)
+    assert overlap(memory(whole[:8]), memory(whole[7:]))
+    assert not overlap(memory(whole[:8]), memory(whole[8:]))
+    assert not overlap(memory(whole), memory(whole.clone()))
+
+
+def test_quantization_aware_convolutions_are_approximated_and_their_observers_untouched():
+    from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.qconfig = get_default_qat_qconfig("fbgemm")
+        prepare_qat(model.train(), inplace=True)
+    before = copy.deepcopy(model.state_dict())
+    ci.measure(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.outcome for layer in report.layers] == [ci.Outcome.APPROXIMATED] * 2
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == ["0.weight", "1.weight"]
+
+
+def test_a_class_that_ignores_its_parameter_is_put_back():
+    class Constant(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, torch.linspace(-1, 1, self.weight.numel()).view_as(self.weight).sin())
+
+    module = Constant(3, 8, 3)
+    before = module.weight.detach().clone()
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert "is no better" in layer.reason
+    assert torch.equal(module.weight, before)
+
+
+def test_an_expanded_weight_is_measured_and_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    model[0].weight = nn.Parameter(torch.randn(8, 1, 3, 3).expand(8, 3, 3, 3))
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["skipped", "initialized"]
+    assert report.layers[0].reason == "its entries share memory, as after expand(): clone it first"
+    assert ci.measure(model).layers[0].outcome is ci.Outcome.MEASURED
+
+
+def test_one_weight_that_cannot_be_assigned_does_not_stop_the_others():
+    class Added(nn.Module):
+        def forward(self, weight):
+            return weight + 1e-3
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Added())
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped"]
+    assert "cannot be assigned to" in report.layers[1].reason
+
+
+def test_a_computed_weight_is_refused_and_a_part_of_a_parameter_is_not():
+    module = parametrizations.weight_norm(nn.Conv1d(16, 8, 3))
+    with pytest.raises(ci.InputError, match="a weight that is computed, whose change would be lost"):
+        ci.convsim_(module.weight)
+    plain = nn.Conv1d(16, 8, 3)
+    before = plain.weight.detach().clone()
+    ci.convsim_(plain.weight[:4], settings=SETTINGS)
+    assert torch.equal(plain.weight[4:], before[4:])
+    assert not torch.equal(plain.weight[:4], before[:4])
+
+
+def test_frozen_copies_that_part_are_told():
+    query = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    key = copy.deepcopy(query).requires_grad_(False)
+    other = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    report = ci.initialize_(nn.ModuleDict({"q": query, "k": key, "other": other}), settings=SETTINGS)
+    (remark,) = report.remarks
+    assert remark.startswith("frozen copies that are no longer equal")
+    assert "k.0 (of q.0), k.1 (of q.1)" in remark
+
+
+def test_second_weights_are_told():
+    class Complex(nn.Conv2d):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.weight_i = nn.Parameter(torch.randn_like(self.weight))
+
+        def forward(self, z):
+            return torch.complex(F.conv2d(z.real, self.weight), F.conv2d(z.imag, self.weight_i))
+
+    report = ci.measure(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    assert report.remarks == []
+    model = nn.ModuleDict({"a": Complex(3, 4, 3)})
+    model["a"].forward = lambda z: F.conv2d(z, model["a"].weight)
+    assert ci.measure(model).remarks == [
+        "second weights of convolutions, left as they were, count for nothing here: a.weight_i"
+    ]
+
+
+def test_modules_that_may_convolve_are_told_with_their_share():
+    class Bank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel_size = (3, 3)
+            self.weight = nn.Parameter(torch.randn(4, 3 * 4 * 9))
+
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "bank": Bank(), "k1": Kernel(), "k2": Kernel()})
+    (remark,) = ci.measure(model).remarks
+    share = (4 * 108 + 2 * 108) / (108 + 4 * 108 + 2 * 108)
+    assert remark == f"not looked at, though they may convolve: 2 Kernel, 1 Bank, with {share:.0%} of the parameters"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "others", "looks"),
+    [
+        ("conv", (8, 3, 3, 3), {}, True),
+        ("conv", (8, 3, 1, 7), {}, True),
+        ("stem", (16, 3, 16, 16), {}, True),
+        ("encoder.conv", (16, 8, 10), {"encoder.conv.bias": 16}, True),
+        ("up", (16, 8, 16), {"up.bias": 8}, True),
+        ("spconv 2 by name", (16, 3, 3, 3, 32), {}, False),
+        ("spconv 1", (3, 3, 3, 32, 16), {}, False),
+        ("tensorflow", (3, 3, 32, 64), {}, False),
+        ("channels last", (16, 3, 3, 32), {}, False),
+        ("pair.bilinear", (16, 8, 6), {"pair.bilinear.bias": 16}, False),
+        ("pair", (16, 8, 8), {"pair.bias": 16}, False),
+        ("experts", (4, 64, 5), {}, False),
+        ("stacked", (4, 64, 32), {}, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_files_tensor_is_taken_for_a_convolution_only_where_it_looks_like_one(name, shape, others, looks):
+    state = {f"{name}.weight": torch.randn(shape)} | {key: torch.zeros(size) for key, size in others.items()}
+    before = state[f"{name}.weight"].clone()
+    (layer,) = ci.initialize_(state, settings=ci.Settings(steps=1)).layers
+    assert torch.equal(state[f"{name}.weight"], before) is not looks
+    if not looks:
+        assert layer.reason.startswith("doubtful whether it is a convolution's weight")
+        assert not ci.measure(state).layers[0].before
+
+
+def test_numbers_that_would_all_be_zero_in_a_files_dtype_are_refused(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].weight.data.mul_(1e-12)
+    with pytest.raises(ci.InputError, match=r"0\.weight: expected numbers in the range of torch\.float16, got smaller"):
+        ci.save_checkpoint(model, tmp_path / "a.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    ci.save_checkpoint(model, tmp_path / "a.safetensors", dtype=torch.bfloat16)
