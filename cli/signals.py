@@ -98,7 +98,7 @@ def _watch(told: int, ended: threading.Event) -> None:
     handled = (signal.SIGINT, signal.SIGTERM)
     while numbers := os.read(told, 1):
         if numbers[0] in handled and not ended.wait(GRACE):
-            from convsim_init.scratch import remove_scratch_folders
+            from convsim_init.files import remove_scratch_folders
 
             with contextlib.suppress(Exception):
                 remove_scratch_folders()

@@ -13,6 +13,7 @@ import click
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, summary
 from convsim_init.errors import InputError, RunError
+from convsim_init.files import ExistsError
 
 from .run import Choices, Made, failure, make, write
 
@@ -91,6 +92,8 @@ def _written(made: Made | Result, choices: Choices, debug: bool) -> Result:
         return made
     try:
         report = write(made, choices)
+    except ExistsError:  # another command has written it in the meantime
+        return Result(made.run, Status.KEPT)
     except Exception as error:
         return _failed(made.run, error, debug)
     error_of_layers = failure(report)
