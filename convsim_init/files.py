@@ -35,6 +35,7 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 SCRATCH_NAME = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.convsim-init\.tmp")
+NEW = "new"
 ABANDONED = 24 * 60 * 60  # seconds
 UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by FUSE or SMB, for instance
 _scratch_folders: set[Path] = set()
@@ -69,21 +70,21 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffi
         InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary
             file, or it exists and may not be replaced.
     """
-    target, mode = _with_suffix(path, suffixes), None
+    target = _with_suffix(path, suffixes)
     try:
         real = _real(target)
-        is_folder = real.parent.is_dir()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            mode = real.lstat().st_mode
+        folder = str(real.parent)
+        if not real.parent.is_dir():
+            raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
+        mode = real.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
-    folder = str(real.parent)
-    if not is_folder:
-        raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
-    if mode is None:
-        return target
     if stat.S_ISDIR(mode):
         raise InputError(f"expected a file to write, got the folder {str(target)!r}: name a file in it")
     if not stat.S_ISREG(mode):
@@ -111,8 +112,7 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     real = _real(target)
     try:
-        with _scratch_folder(real.parent) as folder:
-            temporary = folder / "new"
+        with _scratch_file(real.parent) as temporary:
             # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -193,8 +193,8 @@ def _warn(target: Path, problem: str, error: OSError) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_folder(place: Path) -> Iterator[Path]:
-    """A new empty folder in ``place``, gone with all that is in it at the end; what dead runs left goes first."""
+def _scratch_file(place: Path) -> Iterator[Path]:
+    """A path in a new folder in ``place``, gone with all that is in it at the end; what dead runs left goes first."""
     with contextlib.suppress(OSError):  # a folder may be written to and not listed
         for name in os.listdir(place):
             if match := SCRATCH_NAME.fullmatch(name):
@@ -207,7 +207,7 @@ def _scratch_folder(place: Path) -> Iterator[Path]:
         lock = _lock(folder, wait=True)
     _scratch_folders.add(folder)
     try:
-        yield folder
+        yield folder / NEW
     finally:
         _remove(folder)
         _scratch_folders.discard(folder)
@@ -249,6 +249,7 @@ def _unlock(lock: int | None) -> None:
 
 def _remove(folder: Path) -> None:
     try:
-        folder.rmdir()  # needs no descriptor, of which there may be none left
+        (folder / NEW).unlink(missing_ok=True)
+        folder.rmdir()  # neither needs a descriptor, of which there may be none left
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
