@@ -113,7 +113,8 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     real = _real(target)
     try:
         with _scratch_file(real.parent) as temporary:
-            # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
+            # The kernel applies the umask to this mode. A library that replaces the file picks
+            # a mode of its own.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
@@ -129,7 +130,7 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _exists(target) from error
     except OSError as error:
         raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
-    # The new file is in its place: what fails from here on is no reason to say that nothing changed.
+    # The new file is in its place: no failure from here on may say that nothing changed.
     try:
         _sync(real.parent, os.O_RDONLY)
     except OSError as error:
@@ -149,7 +150,8 @@ def _rename_to_free_name(path: Path, new: Path) -> None:
     except OSError as error:
         if isinstance(error, FileExistsError) or os.path.lexists(new):
             raise FileExistsError from error
-        path.rename(new)  # no hard links in this file system: two that come here at the same instant are not told apart
+        # A file system without hard links. A file made since the line above is replaced.
+        path.rename(new)
 
 
 def _exists(target: Path) -> ExistsError:
@@ -194,13 +196,13 @@ def _warn(target: Path, problem: str, error: OSError) -> None:
 
 @contextlib.contextmanager
 def _scratch_file(place: Path) -> Iterator[Path]:
-    """A path in a new folder in ``place``, gone with all that is in it at the end; what dead runs left goes first."""
+    """A path in a new folder in ``place``, which goes at the end; what dead runs left goes first."""
     with contextlib.suppress(OSError):  # a folder may be written to and not listed
         for name in os.listdir(place):
             if match := SCRATCH_NAME.fullmatch(name):
                 _remove_if_abandoned(place / name, here=match[1] == HOST)
     folder = lock = None
-    while folder is None or not folder.exists():  # another run may take it for abandoned before it is locked
+    while folder is None or not folder.exists():  # taken for abandoned before it was locked
         _unlock(lock)
         folder = place / f".{HOST}-{secrets.token_hex(8)}.convsim-init.tmp"
         folder.mkdir(0o700)
