@@ -65,7 +65,7 @@ def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: 
     for start in range(0, len(left), ranks.size):
         turn = left[start : start + ranks.size]
         made = _made(turn[ranks.rank], choices, debug) if ranks.rank < len(turn) else None
-        for one in ranks.collect(made):
+        for one in ranks.gather(made):
             if one is not None:
                 yield _written(one, choices, debug)
 

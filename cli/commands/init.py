@@ -198,9 +198,9 @@ def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | N
         yield None
         return
     with ending_at_once():
-        from convsim_init.parallel.processes import meet
+        from convsim_init.parallel.processes import process_group
 
-    with meet(launch, find_device(device)) as ranks:
+    with process_group(launch, find_device(device)) as ranks:
         yield ranks
 
 
