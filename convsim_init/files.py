@@ -1,4 +1,4 @@
-"""Writing whole files or none. Imports no torch: a path that cannot be written is refused before torch is loaded.
+"""Writing whole files or none. Imports no torch: a bad path is refused before torch is loaded.
 
 A file is written in a scratch folder beside it, synced, and only then given its name. A killed run
 cannot remove that folder, so the next run that writes to the same place does. A lock that ends with
@@ -64,7 +64,7 @@ def check_source(path: str | os.PathLike[str]) -> Path:
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: Sequence[str] = SUFFIXES) -> Path:
-    """The path, if a file with one of these suffixes, by default a checkpoint's, can be written there.
+    """The path, if a file with one of these suffixes can be written there.
 
     Raises:
         InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary
