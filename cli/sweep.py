@@ -13,6 +13,7 @@ import click
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, summary
 from convsim_init.errors import InputError, RunError
+from convsim_init.files import ExistsError
 
 from .options import check_found
 from .run import Choices, make, write
@@ -70,7 +71,7 @@ def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: 
     for start in range(0, len(pending), ranks.size):
         turn = pending[start : start + ranks.size]
         made = _made(turn[ranks.rank], choices, debug) if ranks.rank < len(turn) else None
-        for result in ranks.collect(made):
+        for result in ranks.gather(made):
             if result is not None:
                 yield _written(result, choices, debug)
 
@@ -93,6 +94,8 @@ def _made(run: Run | Result, choices: Choices, debug: bool) -> Result:
 def _written(result: Result, choices: Choices, debug: bool) -> Result:
     try:
         return write(result, choices)
+    except ExistsError:  # another command has written it in the meantime
+        return Result(result.run, Status.KEPT)
     except Exception as error:
         return _failed(result.run, error, debug)
 

@@ -1,18 +1,48 @@
-"""Writing whole files or none. Imports no torch: a path that cannot be written is refused before torch is loaded."""
+"""Writing whole files or none. Imports no torch: a bad path is refused before torch is loaded.
+
+A file is written in a scratch folder beside it, synced, and only then given its name. A killed run
+cannot remove that folder, so the next run that writes to the same place does. A lock that ends with
+its process tells the living from the dead. Other machines may not see that lock across a network,
+and some file systems have none: what another machine made, or what cannot be locked, goes only
+after a day in which nothing was written there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import platform
+import re
+import secrets
+import shutil
 import stat
+import time
+import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convsim_init.errors import InputError, RunError
-from convsim_init.scratch import scratch_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 TORCH_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+SCRATCH_NAME = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.convsim-init\.tmp")
+NEW = "new"
+ABANDONED = 24 * 60 * 60  # seconds
+UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by FUSE or SMB, for instance
+_scratch_folders: set[Path] = set()
+
+
+class ExistsError(InputError):
+    """The file to write is there already and may not be replaced."""
 
 
 def check_source(path: str | os.PathLike[str]) -> Path:
@@ -21,8 +51,7 @@ def check_source(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
     """
-    source = Path(path)
-    _check_suffix(source, SUFFIXES)
+    source = _with_suffix(path, SUFFIXES)
     try:
         mode = source.stat().st_mode
     except (OSError, ValueError) as error:
@@ -35,75 +64,104 @@ def check_source(path: str | os.PathLike[str]) -> Path:
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: Sequence[str] = SUFFIXES) -> Path:
-    """The path, if a file with one of these suffixes, by default a checkpoint's, can be written there.
+    """The path, if a file with one of these suffixes can be written there.
 
     Raises:
-        InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary file, or it exists
-            and may not be replaced.
+        InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary
+            file, or it exists and may not be replaced.
     """
-    target = Path(path)
-    _check_suffix(target, suffixes)
+    target = _with_suffix(path, suffixes)
     try:
-        _check_place(target, _real(target), overwrite=overwrite)
+        real = _real(target)
+        folder = str(real.parent)
+        if not real.parent.is_dir():
+            raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
+        mode = real.lstat().st_mode
+    except FileNotFoundError:
+        return target
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
-    return target
-
-
-def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
-    if path.suffix not in suffixes:  # in lower case only: loaders look for just these
-        raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: rename it")
-
-
-def _check_place(target: Path, real: Path, *, overwrite: bool) -> None:
-    folder = str(real.parent)
-    if not real.parent.is_dir():
-        raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
-    try:
-        mode = real.lstat().st_mode
-    except FileNotFoundError:
-        return
     if stat.S_ISDIR(mode):
         raise InputError(f"expected a file to write, got the folder {str(target)!r}: name a file in it")
     if not stat.S_ISREG(mode):
         raise InputError(f"expected an ordinary file to write, got {str(target)!r}, which is none: choose another name")
     if not overwrite:
-        raise InputError(f"{str(target)!r} exists already: choose another name or overwrite it (--force in the shell)")
+        raise _exists(target)
+    return target
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary file beside the target that takes its place, synced, when the block ends well.
 
-    The old file, or none, is there until the new one is complete; the mode follows the umask. If the target is a
-    symbolic link, what it points to is replaced.
+    The old file, or none, is there until the new one is complete; the mode follows the umask. If
+    the target is a symbolic link, what it points to is replaced. What a file system cannot do, such
+    as syncing, is a warning.
+
+    Args:
+        target: Path that `check_target` has accepted.
+        overwrite: Replace a file that is there, even if it was made within the block.
 
     Raises:
+        ExistsError: If another file appeared there within the block and may not be replaced.
         RunError: If the block or the replacement fails with an operating system's error.
     """
+    real = _real(target)
     try:
-        real = _real(target)
-        with scratch_folder(real.parent) as folder:
-            temporary = folder / "new"
-            try:
-                # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
-                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                mode = os.fstat(descriptor).st_mode & 0o777
-                os.close(descriptor)
-                yield temporary
+        with _scratch_file(real.parent) as temporary:
+            # The kernel applies the umask to this mode. A library that replaces the file picks
+            # a mode of its own.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            with _optional(target, "its mode could not be set"):
                 temporary.chmod(mode)
+            with _optional(target, "it could not be synced"):
                 _sync(temporary, os.O_RDWR)
+            if overwrite:
                 temporary.replace(real)
-            finally:
-                temporary.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not every system lets a folder be opened
-                _sync(real.parent, os.O_RDONLY)
+            else:
+                _rename_to_free_name(temporary, real)
+    except FileExistsError as error:
+        raise _exists(target) from error
     except OSError as error:
         raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
+    # The new file is in its place: no failure from here on may say that nothing changed.
+    try:
+        _sync(real.parent, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, *UNSUPPORTED):  # not every system lets a folder be opened
+            _warn(target, "its folder could not be synced", error)
+
+
+def remove_scratch_folders() -> None:
+    """Remove those of this process, because it ends without leaving their contexts."""
+    for folder in list(_scratch_folders):
+        _remove(folder)
+
+
+def _rename_to_free_name(path: Path, new: Path) -> None:
+    try:
+        new.hardlink_to(path)  # unlike a rename it never replaces a file
+    except OSError as error:
+        if isinstance(error, FileExistsError) or os.path.lexists(new):
+            raise FileExistsError from error
+        # A file system without hard links. A file made since the line above is replaced.
+        path.rename(new)
+
+
+def _exists(target: Path) -> ExistsError:
+    return ExistsError(f"{str(target)!r} exists already: choose another name or overwrite it (--force in the shell)")
+
+
+def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
+    if Path(path).suffix not in suffixes:  # in lower case only: loaders look for just these
+        raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: rename it")
+    return Path(path)
 
 
 def _real(path: Path) -> Path:
@@ -120,3 +178,80 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _optional(target: Path, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn(target, problem, error)
+
+
+def _warn(target: Path, problem: str, error: OSError) -> None:
+    warnings.warn(f"{str(target)!r} is written, but {problem}: {_cause(error)}", RuntimeWarning, stacklevel=1)
+
+
+@contextlib.contextmanager
+def _scratch_file(place: Path) -> Iterator[Path]:
+    """A path in a new folder in ``place``, which goes at the end; what dead runs left goes first."""
+    with contextlib.suppress(OSError):  # a folder may be written to and not listed
+        for name in os.listdir(place):
+            if match := SCRATCH_NAME.fullmatch(name):
+                _remove_if_abandoned(place / name, here=match[1] == HOST)
+    folder = lock = None
+    while folder is None or not folder.exists():  # taken for abandoned before it was locked
+        _unlock(lock)
+        folder = place / f".{HOST}-{secrets.token_hex(8)}.convsim-init.tmp"
+        folder.mkdir(0o700)
+        lock = _lock(folder, wait=True)
+    _scratch_folders.add(folder)
+    try:
+        yield folder / NEW
+    finally:
+        _remove(folder)
+        _scratch_folders.discard(folder)
+        _unlock(lock)
+
+
+def _remove_if_abandoned(folder: Path, *, here: bool) -> None:
+    with contextlib.suppress(OSError):
+        age = time.time() - max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
+        lock = _lock(folder, wait=False)
+        if age > ABANDONED or (here and lock is not None):
+            shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds the folder's lock; None where there are no locks.
+
+    Raises:
+        BlockingIOError: If another holds it and is not waited for.
+    """
+    descriptor = None
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor
+    except OSError as error:
+        _unlock(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        (folder / NEW).unlink(missing_ok=True)
+        folder.rmdir()  # neither needs a descriptor, of which there may be none left
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -217,9 +217,9 @@ def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | N
         yield None
         return
     with exit_on_signal():
-        from convsim_init.parallel.processes import meet
+        from convsim_init.parallel.processes import process_group
 
-    with meet(launch, find_device(device)) as ranks:
+    with process_group(launch, find_device(device)) as ranks:
         yield ranks
 
 

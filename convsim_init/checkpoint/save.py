@@ -119,7 +119,7 @@ def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwr
         RunError: If writing fails; the file that was there is still there.
     """
     target = check_target(path, overwrite=overwrite)
-    with replacing(target) as temporary:
+    with replacing(target, overwrite=overwrite) as temporary:
         if target.suffix in TORCH_SUFFIXES:
             _write_torch(with_versions(contents.tensors, contents.versions), temporary)
         else:

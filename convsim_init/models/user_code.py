@@ -110,12 +110,13 @@ def load_file(file: str) -> ModuleType:
 
 @contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    before = sys.path.copy()
+    before, working_folder = sys.path.copy(), Path.cwd()
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path[:] = before
+        os.chdir(working_folder)  # relative paths go on meaning what they meant
 
 
 def _lies_in(folder: Path, name: str, module: ModuleType) -> bool:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """A process among those at work on the same command: by default the only one.
+    """A process among those that torchrun started, by default the only one.
 
     Attributes:
-        rank: Its number among all, from 0.
-        size: How many there are.
-        local_rank: Its number among those of its machine, from 0.
-        local_size: How many of them its machine has.
+        rank: Number of the process among all, from 0.
+        size: Number of processes.
+        local_rank: Number of the process among those of its machine, from 0.
+        local_size: Number of processes of its machine.
     """
 
     rank: int = 0
@@ -24,24 +24,24 @@ class Launch:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that writes files and shows the result."""
+        """Whether this process writes files and shows the result."""
         return self.rank == 0
 
     @property
     def beside_first(self) -> bool:
-        """Whether it is on the machine of the one that leads, and finds the same files there."""
+        """Whether this process is on the machine of the leading one, and finds the same files there."""
         return self.rank == self.local_rank
 
     @property
     def speaks(self) -> bool:
-        """Whether it is the one of its machine that tells of errors, which all of them meet."""
+        """Whether this process shows errors for all of its machine."""
         return self.local_rank == 0
 
 
 def launched() -> Launch:
-    """What torchrun says of this process in the environment.
+    """This process's place, from the environment that torchrun has set.
 
-    ``RANK`` and the like alone mean nothing: many a cluster sets them for processes that it starts for other work.
+    ``RANK`` and the like alone mean nothing: many a cluster sets them for processes of other work.
     """
     numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     if "TORCHELASTIC_RUN_ID" not in os.environ or not all(map(str.isdecimal, numbers)):

@@ -1,4 +1,4 @@
-"""The layers of a model divided over ranks: each is treated by one of them, and all come to have what it came to."""
+"""The layers of a model divided over ranks: one treats each layer, and all get its result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from convsim_init.layers.find import Layer
 from convsim_init.parallel.processes import Ranks
 from convsim_init.report.report import LayerReport
 
-OVERHEAD = 25_000  # weights that take as long as what a layer costs however small it is; measured
+OVERHEAD = 25_000  # weights that take as long as the fixed cost of a layer; measured
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def own_layers(layers: Sequence[Layer], ranks: Ranks) -> list[Layer]:
-    """Those that this rank treats, the largest first.
+    """The layers that this rank treats, the largest first.
 
     Raises:
         InputError: If the ranks do not start from the same layers and weights.
@@ -38,13 +38,16 @@ def share(
     *,
     device: torch.device | str | None = None,
 ) -> list[LayerReport]:
-    """What became of every layer, and its weight in every rank.
+    """Give every rank all new weights and reports.
 
     Args:
-        layers: All, in order.
-        own: What became of those that this rank has treated.
-        ranks: All that `own_layers` divided them over.
-        device: Where they compute, and weights travel from. Default: where each weight is.
+        layers: All layers, in order.
+        own: Reports of the layers that this rank has treated, by name.
+        ranks: Ranks that `own_layers` divided the layers over.
+        device: Device that weights travel from. Default: each weight's.
+
+    Returns:
+        The reports of all layers, in order.
     """
     reports = {name: (report, rank) for rank, some in enumerate(ranks.exchange(own)) for name, report in some.items()}
     for layer in layers:
@@ -54,15 +57,15 @@ def share(
     return [reports[layer.name][0] for layer in layers]
 
 
-def deal(costs: Sequence[float], hands: int) -> list[int]:
-    """Which of so many hands takes each item, so that none has much more to do: the dearest first, to the least busy.
+def deal(costs: Sequence[float], workers: int) -> list[int]:
+    """The worker that takes each item: the largest items first, each to the least busy worker.
 
-    The most that one has is at most 4/3 of what it is in the best of divisions (Graham, *Bounds on multiprocessing
-    timing anomalies*, 1969).
+    The busiest has at most 4/3 of what it has in the best division (Graham, *Bounds on
+    multiprocessing timing anomalies*, 1969).
     """
-    owners, load = [0] * len(costs), [0.0] * hands
+    owners, load = [0] * len(costs), [0.0] * workers
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        owners[item] = min(range(hands), key=load.__getitem__)
+        owners[item] = min(range(workers), key=load.__getitem__)
         load[owners[item]] += costs[item]
     return owners
 
@@ -70,10 +73,10 @@ def deal(costs: Sequence[float], hands: int) -> list[int]:
 def _check_alike(layers: Sequence[Layer], ranks: Ranks) -> None:
     first, *others = ranks.exchange([_fingerprint(layer) for layer in layers])
     for rank, other in enumerate(others, 1):
-        if [one[0] for one in other] != [one[0] for one in first]:
+        if [about for about, _ in other] != [about for about, _ in first]:
             raise InputError(f"group: expected the same model in every rank, got another in rank {rank} than in rank 0")
-        for (about, weights), (_, others_weights) in zip(first, other, strict=True):
-            if weights != others_weights:
+        for (about, sums), (_, sums_of_other) in zip(first, other, strict=True):
+            if sums != sums_of_other:
                 raise InputError(
                     f"group: expected every rank to start from the same weights, got others for {about[0]!r} in rank "
                     f"{rank} than in rank 0: build the model from the same seed or file in each"
@@ -87,5 +90,5 @@ def _fingerprint(layer: Layer) -> tuple[tuple[object, ...], tuple[int, ...]]:
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> int:
-    """The sum of a tensor's bits as integers: tells one draw from another, in one pass on any device."""
+    """Sum of a tensor's bits as integers: differs from draw to draw, in one pass on any device."""
     return int(tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum())

@@ -1,14 +1,10 @@
-"""Processes at one piece of work, called ranks: how they meet, hand each other results and errors, and part.
-
-All that is said to `torch.distributed` is said here.
-"""
+"""Processes at one piece of work, called ranks. Only this module talks to `torch.distributed`."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,51 +22,18 @@ ANSWER = timedelta(hours=1)  # of a rank that works; one that has died is notice
 STORE = "convsim-init"
 
 
-class KnownToAll:
-    """An error that the other ranks need not be told of."""
-
-
-class LostError(KnownToAll, RunError):
-    """A rank has died or cannot be reached."""
-
-
-class OtherInputError(KnownToAll, InputError):
-    """An `InputError` of another rank."""
-
-
-class OtherRunError(KnownToAll, RunError):
-    """Any other error of another rank."""
-
-
-@dataclass(frozen=True)
-class _Trouble:
-    """What a rank hands in instead of a result."""
-
-    message: str
-    of_input: bool
-
-    @classmethod
-    def of(cls, error: Exception) -> _Trouble:
-        foreseen = isinstance(error, (InputError, RunError))
-        return cls(str(error) if foreseen else f"{type(error).__name__}: {error}", isinstance(error, InputError))
-
-    def error(self, rank: int) -> InputError | RunError:
-        kind = OtherInputError if self.of_input else OtherRunError
-        return kind(f"rank {rank}: {self.message}")
-
-
 class Ranks:
     """The ranks of a process group, this one among them.
 
     Every method but the constructor must be called by all of them, in the same order.
 
     Args:
-        group: Of `torch.distributed`; None for this process alone, which then talks to nobody.
+        group: Process group of `torch.distributed`; None for this process alone.
 
     Attributes:
         group: The same.
-        rank: The number of this one, from 0.
-        size: How many there are.
+        rank: Number of this rank, from 0.
+        size: Number of ranks.
 
     Raises:
         InputError: If this process is not in the group.
@@ -79,40 +42,48 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self._ended = False  # whether a rank was lost or has sent an error: nobody waits any more
         if self.rank < 0:
             raise InputError("group: expected a process group that this process is in: call it only where it is")
 
     def exchange(self, value: Value) -> list[Value]:
-        """What every rank hands in, in their order; anything that can be pickled.
+        """The values of all ranks, in their order; anything that can be pickled but errors.
 
         Raises:
-            OtherInputError, OtherRunError: If a rank handed in an error instead.
-            LostError: If one has died.
+            InputError, RunError: If a rank sent an error instead, or has died.
         """
-        values = [value] if self.group is None else self._gather(value)
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._reaching():
+            dist.all_gather_object(values, value, group=self.group)
         for rank, one in enumerate(values):
-            if isinstance(one, _Trouble):
-                raise one.error(rank)
+            if isinstance(one, (InputError, RunError)):
+                self._ended = True
+                raise type(one)(f"rank {rank}: {one}")
         return values
 
-    def tell(self, error: Exception) -> None:
-        """Hand in an error where the others hand in results; theirs, if they have any, are of no more interest."""
-        with suppress(LostError):
-            self._gather(_Trouble.of(error))
+    def broadcast_error(self, error: Exception) -> None:
+        """Send an error to ranks that wait in `exchange` or `gather`, unless it came from one of them."""
+        if self._ended:
+            return
+        foreseen = isinstance(error, (InputError, RunError))
+        message = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        with suppress(InputError, RunError):  # this one comes back, or that of another rank
+            self.exchange(InputError(message) if isinstance(error, InputError) else RunError(message))
 
-    def collect(self, value: Value) -> list[Value]:
-        """What every rank hands in, for the first alone; an empty list for the others.
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, for the first alone; an empty list for the others.
 
         Raises:
-            OtherInputError, OtherRunError: If a rank handed in an error instead.
-            LostError: If one has died.
+            InputError, RunError: If a rank sent an error instead, or has died.
         """
         if self.group is None:
             return [value]
         data = pickle.dumps(value)
-        self.exchange(None)  # the last moment to tell of an error: what follows only brings data
+        self.exchange(None)  # the last moment for an error: what follows brings data alone
         values: list[Any] = [None] * self.size if self.rank == 0 else []
-        with _reaching(self.size):
+        with self._reaching():
             dist.gather_object(data, values or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
         return [pickle.loads(data) for data in values]
 
@@ -121,28 +92,22 @@ class Ranks:
         """Give tensors of all ranks the values that the owner's have.
 
         Args:
-            tensors: Of the same shapes and dtypes in every rank.
-            owner: Whose values count.
-            device: From which they travel, if the group connects such devices. Default: where each tensor is.
+            tensors: Tensors of the same shapes and dtypes in every rank.
+            owner: Rank whose values count.
+            device: Device that they travel from, if the group connects such devices. Default: each tensor's.
 
         Raises:
-            LostError: If a rank has died.
+            RunError: If a rank has died.
         """
         if self.group is None:
             return
-        source = dist.get_global_rank(self.group, owner)
         for tensor in tensors:
             carried = tensor.detach().to(self._carrier(torch.device(device or tensor.device))).contiguous()
-            with _reaching(self.size):  # as bytes: not every backend knows every dtype
+            with self._reaching():  # as bytes: not every backend knows every dtype
+                source = dist.get_global_rank(self.group, owner)
                 dist.broadcast(carried.view(-1).view(torch.uint8), source, group=self.group)
             if self.rank != owner:
                 tensor.copy_(carried)
-
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        with _reaching(self.size):
-            dist.all_gather_object(values, value, group=self.group)
-        return values
 
     def _carrier(self, wanted: torch.device) -> torch.device:
         """That device, or else one that the group does connect."""
@@ -151,16 +116,28 @@ class Ranks:
             return wanted
         return torch.device("cpu" if "cpu:" in connected else "cuda")
 
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self._ended = True
+            raise RunError(
+                f"expected all {self.size} processes to work to the end, and one has died or cannot be reached "
+                f"(--debug shows more); no partial file is left"
+            ) from error
+
 
 @contextmanager
-def meet(launch: Launch, device: torch.device) -> Iterator[Ranks]:
+def process_group(launch: Launch, device: torch.device) -> Iterator[Ranks]:
     """All ranks that torchrun started, for as long as the context lasts; they leave it together.
 
     An error that leaves the context in one rank leaves it in all of them.
 
     Args:
-        launch: What torchrun said.
-        device: Where this rank computes. Weights travel by NCCL between CUDA devices of their own, else by gloo.
+        launch: This rank's place among them.
+        device: Device that this rank computes on. Weights travel by NCCL between CUDA devices of
+            their own, else by gloo.
 
     Raises:
         RunError: If not all of them come.
@@ -168,10 +145,9 @@ def meet(launch: Launch, device: torch.device) -> Iterator[Ranks]:
     ranks = _join(launch, device)
     try:
         yield ranks
-        ranks.exchange(None)  # the others wait until the first has written its files, and hear if it could not
+        ranks.exchange(None)  # the others wait for the files that the first writes, or its error
     except Exception as error:
-        if not isinstance(error, KnownToAll):
-            ranks.tell(error)
+        ranks.broadcast_error(error)
         raise
     finally:
         dist.destroy_process_group()
@@ -182,34 +158,21 @@ def _join(launch: Launch, device: torch.device) -> Ranks:
         raise RunError(
             "expected PyTorch with torch.distributed under torchrun, got one without it: use a single process"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    own_device = device.type == "cuda" and device.index == launch.local_rank
+    backend = "cpu:gloo,cuda:nccl" if own_device else "gloo"  # NCCL refuses two ranks on one device
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=MEETING))  # type: ignore[attr-defined]
-        # A script that torchrun runs may call the command again and again: what earlier calls left there is not for us.
+        # A script that torchrun runs may call the command several times; each call has keys of its own.
         call = store.add(f"{STORE}/calls/{launch.rank}", 1)
         store = dist.PrefixStore(f"{STORE}/{call}", store)  # type: ignore[attr-defined]
         store.set(str(launch.rank), "here")
         store.wait([str(rank) for rank in range(launch.size)], MEETING)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
     except RuntimeError as error:
         raise RunError(
             f"expected all {launch.size} processes that torchrun started to run this command, and some did not come "
             f"within {MEETING.seconds} s; to run it in one of them alone: env -u TORCHELASTIC_RUN_ID convsim-init ..."
         ) from error
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if device.index == launch.local_rank:  # NCCL refuses two ranks on one device
-            backend = "cpu:gloo,cuda:nccl"
-    with _reaching(launch.size):
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
     return Ranks(dist.group.WORLD)
-
-
-@contextmanager
-def _reaching(size: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostError(
-            f"expected all {size} processes to work to the end, and one has died or cannot be reached (--debug shows "
-            f"more); no partial file is left"
-        ) from error

@@ -1,7 +1,8 @@
 """A team of threads for work on the CPU, with one intra-op thread each.
 
-Torch's own threads divide each small operation, and mostly wait for each other. A team divides whole layers, or the
-blocks of one layer, so that every core stays busy, and results do not depend on the number of threads.
+Torch's own threads divide each small operation, and mostly wait for each other. A team divides
+whole layers, or the blocks of one layer, so that every core stays busy, and results do not depend
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -19,57 +20,23 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_intra_op = threading.RLock()  # guards the two below
+_teams = 0  # how many are at work, maybe in several threads of the caller's at once
+_callers = 1  # torch's number of intra-op threads before they were
+
 
 class Cancelled(BaseException):
     """Raised in a worker whose result nobody waits for any more."""
 
 
-class _IntraOp:
-    """Torch's number of intra-op threads while teams work, maybe at once in several threads of the process.
-
-    A thread that asks torch for the first time hears the number that was set last, by whichever thread: while a team
-    works, its 1.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._teams, self._before = 0, 1
-
-    def callers(self) -> int:
-        """The number that the caller has when no team works."""
-        with self._lock:
-            return self._callers()
-
-    def lower(self) -> int:
-        """Set it to 1 and return what it was."""
-        with self._lock:
-            callers = self._before = self._callers()
-            self._teams += 1
-            torch.set_num_threads(1)
-            return callers
-
-    def give_back(self, callers: int) -> None:
-        """Set it to what it was."""
-        with self._lock:
-            self._teams -= 1
-            torch.set_num_threads(callers)
-
-    def _callers(self) -> int:
-        here = torch.get_num_threads()
-        return self._before if self._teams and here == 1 else here
-
-
-_intra_op = _IntraOp()
-
-
 class Team:
     """Threads that work for as long as the context lasts.
 
-    Within it torch has one intra-op thread; the caller's number is put back at the end. Workers compute in the
-    caller's inference mode, without gradients.
+    Within it torch has one intra-op thread; the caller's number is put back at the end. Workers
+    compute in the caller's inference mode, without gradients.
 
     Args:
-        threads: How many; with one, the caller does the work.
+        threads: Number of threads; with one, the caller does the work.
     """
 
     def __init__(self, threads: int) -> None:
@@ -82,49 +49,43 @@ class Team:
 
     @classmethod
     def for_devices(cls, *devices: torch.device) -> Team:
-        """As many threads as torch would use on the CPU; an accelerator needs but one to be kept busy."""
-        return cls(_intra_op.callers() if all(device.type == "cpu" for device in devices) else 1)
+        """A team of as many threads as torch uses on the CPU; of one for accelerators."""
+        return cls(_callers_threads() if all(device.type == "cpu" for device in devices) else 1)
 
     def __enter__(self) -> Team:
-        self._callers = _intra_op.lower()
+        self._exits = ExitStack()
+        self._exits.enter_context(_one_intra_op_thread())
+        if self._pool:
+            self._exits.callback(self._pool.shutdown, cancel_futures=True)
+        self._exits.callback(self._left.set)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._left.set()
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-        _intra_op.give_back(self._callers)
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
 
     def checkpoint(self) -> None:
-        """To be called often by long work: raises once the caller has left, by an interrupt for instance."""
+        """Raise `Cancelled` once the caller has left; for long work to call often."""
         if self._left.is_set():
             raise Cancelled
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of ``work`` for every item, in the order of the items; the caller works too, in its own mode."""
-        if self._pool is None or len(items) == 1:
+        """Results of ``work`` for every item, in the order of the items; the caller works too."""
+        if self._pool is None or len(items) <= 1:
             return [work(item) for item in items]
-        waiting, results = deque(enumerate(items)), dict[int, Result]()
+        stops = [None] * self._threads  # one for each who takes items
+        waiting = deque([*range(len(items)), *stops])
 
-        def take(_: int) -> None:
-            while True:
-                try:
-                    number, item = waiting.popleft()
-                except IndexError:  # none is left
-                    return
-                results[number] = work(item)
+        def take(_: None) -> dict[int, Result]:
+            return {number: work(items[number]) for number in iter(waiting.popleft, None)}
 
-        helpers = self._submit(take, range(1, min(self._threads, len(items))))  # few: to wake one takes long
+        helpers = [self._submit(take, stop) for stop in stops[1 : len(items)]]  # few: to wake one takes long
         try:
-            take(0)
+            results = take(None)
         finally:
-            waiting.clear()
-            begun = [helper for helper in helpers if not helper.cancel()]
-            wait(begun)
-        for helper in begun:
-            helper.result()
+            waiting.extendleft(stops)  # after an error nothing more is begun
+        for helper in helpers:
+            if not helper.cancel():
+                results |= helper.result()
         return [results[number] for number in range(len(items))]
 
     def as_completed(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
@@ -132,13 +93,39 @@ class Team:
         if self._pool is None:
             yield from map(work, items)
         else:
-            yield from (future.result() for future in as_completed(self._submit(work, items)))
+            yield from (future.result() for future in as_completed([self._submit(work, item) for item in items]))
 
-    def _submit(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Future[Result]]:
+    def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
         assert self._pool is not None
 
-        def alone(item: Item) -> Result:
+        def alone() -> Result:
             with torch.inference_mode(self._inference), torch.no_grad():
                 return work(item)
 
-        return [self._pool.submit(alone, item) for item in items]
+        return self._pool.submit(alone)
+
+
+def _callers_threads() -> int:
+    """Torch's number of intra-op threads when no team is at work.
+
+    A thread that asks torch for the first time hears the number that was set last, by whichever
+    thread: while a team is at work, its 1.
+    """
+    with _intra_op:
+        here = torch.get_num_threads()
+        return _callers if _teams and here == 1 else here
+
+
+@contextmanager
+def _one_intra_op_thread() -> Iterator[None]:
+    global _teams, _callers
+    with _intra_op:
+        callers = _callers = _callers_threads()
+        _teams += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _intra_op:
+            _teams -= 1
+            torch.set_num_threads(callers)

@@ -45,7 +45,7 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
     """
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
     text = json.dumps(run_record(report), indent=1, allow_nan=False)
-    with replacing(target) as temporary:
+    with replacing(target, overwrite=overwrite) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return target
 

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -649,24 +650,30 @@ def test_a_killed_run_leaves_the_old_file(tmp_path):
 
 
 @formats
-def test_the_whole_file_is_synced_then_renamed_then_its_folder_synced(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True], ids=["linked", "renamed"])
+def test_the_whole_file_is_synced_then_named_then_its_folder_synced(name, overwrite, tmp_path, monkeypatch):
     events: list[tuple[str, int]] = []
-    sync, rename = os.fsync, Path.replace
+    sync, rename, link = os.fsync, Path.replace, os.link
 
     def note_sync(descriptor: int) -> None:
         status = os.fstat(descriptor)
         events.append(("folder", 0) if stat.S_ISDIR(status.st_mode) else ("file", status.st_size))
         sync(descriptor)
 
-    def note_rename(source: Path, target: Path) -> Path:
-        events.append(("rename", source.stat().st_size))
-        assert source.parent.parent == target.parent  # a file system of its own would copy, not rename
-        return rename(source, target)
+    def note_name(call: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def noted(source: Path, target: Path) -> None:
+            events.append(("name", source.stat().st_size))
+            assert source.parent.parent == target.parent  # a file system of its own would copy, not rename
+            call(source, target)
+
+        return noted
 
     monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(Path, "replace", note_rename)
-    size = save_checkpoint(small(), tmp_path / name).stat().st_size
-    assert events == [("file", size), ("rename", size), ("folder", 0)]
+    monkeypatch.setattr(Path, "replace", note_name(rename))
+    monkeypatch.setattr(os, "link", note_name(link))
+    size = save_checkpoint(small(), tmp_path / name, overwrite=overwrite).stat().st_size
+    assert events == [("file", size), ("name", size), ("folder", 0)]
+    assert (tmp_path / name).stat().st_nlink == 1
 
 
 # What cannot be written

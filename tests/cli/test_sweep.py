@@ -15,6 +15,8 @@ from convsim_init.errors import InputError
 
 SOURCE = import_module("convsim_init.cli.options")
 NETWORKS = """
+import os
+from pathlib import Path
 import torch
 from torch import nn
 
@@ -31,8 +33,17 @@ def broken():
 
 def raising():
     raise RuntimeError("not today")
+
+def overtaken():
+    Path("nets-overtaken-s0.safetensors").write_text("of another command")
+    return small()
+
+def moving():
+    os.chdir("elsewhere")
+    return small()
 """
 SMALL, WIDE, BROKEN, RAISING = (f"nets.py:{name}" for name in ("small", "wide", "broken", "raising"))
+OVERTAKEN, MOVING = "nets.py:overtaken", "nets.py:moving"
 PATTERN = ["--out", "{model}-s{seed}.safetensors"]
 QUICK = ["--steps", "2"]
 
@@ -238,6 +249,27 @@ def test_records_and_pictures_have_names_of_their_own(command, tmp_path):
     assert (tmp_path / "nets-wide.pt").stat().st_ino == kept
     again = json.loads((tmp_path / "nets-wide.json").read_text())
     assert [layer["losses"] for layer in again["layers"]] == [layer["losses"] for layer in record["layers"]]
+
+
+def test_what_another_command_writes_in_the_meantime_is_kept(command, tmp_path):
+    status, out, err = command(OVERTAKEN, "--seeds", "0:2", *PATTERN, *QUICK)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "nets.py:overtaken seed 0  kept  nets-overtaken-s0.safetensors"
+    assert out.splitlines()[-1] == "2 runs: 1 done, 1 kept; --force redoes what was kept"
+    assert (tmp_path / "nets-overtaken-s0.safetensors").read_text() == "of another command"
+    assert written(tmp_path) == ["nets-overtaken-s0.safetensors", "nets-overtaken-s1.safetensors"]
+
+
+@pytest.mark.parametrize("runs", [[MOVING], [MOVING, "nets.py:small"]], ids=["one", "two"])
+def test_a_model_that_changes_the_working_folder_moves_no_file(runs, command, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    status, out, err = command(*runs, "--out", "{model}.safetensors", "--report", "{model}.json", *QUICK)
+    assert (status, err) == (0, "")
+    assert written(tmp_path, ".safetensors") == sorted(f"nets-{run[8:]}.safetensors" for run in runs)
+    assert written(tmp_path, ".json") == sorted(f"nets-{run[8:]}.json" for run in runs)
+    assert written(tmp_path / "elsewhere") == []
+    assert "nets-moving.safetensors" in out
+    assert str(tmp_path) not in out
 
 
 # What fails

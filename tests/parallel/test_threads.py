@@ -71,3 +71,26 @@ def test_teams_that_overlap_give_it_back_too():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "1", "3", "3"]
+
+
+def test_calls_that_overlap_in_several_threads_leave_torchs_number_as_it_was():
+    code = """if True:
+        import threading, torch, convsim_init as ci
+        torch.set_num_threads(3)
+        model = torch.nn.Sequential(*(torch.nn.Conv2d(8, 8, 3) for _ in range(4)))
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        ci.initialize_(model)
+        results = []
+        def run():
+            for _ in range(5):
+                own = torch.nn.Sequential(*(torch.nn.Conv2d(8, 8, 3) for _ in range(4)))
+                own.load_state_dict(state)
+                ci.initialize_(own)
+                results.append(all(map(torch.equal, own.state_dict().values(), model.state_dict().values())))
+            results.append(torch.get_num_threads() == 3)
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        print(len(results), all(results), torch.get_num_threads())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["24", "True", "3"]

@@ -1,5 +1,6 @@
 """Faults from outside: kills, signals, disks and folders that fail, and runs that meet at one file."""
 
+import errno
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_init import save_checkpoint, scratch
+from convsim_init import files, save_checkpoint
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import check_source, check_target, replacing
 
@@ -24,6 +25,10 @@ OLD = b"the file that was there"
 WEIGHTS = {"w": torch.ones(1000)}
 FORMATS = ["init.safetensors", "init.pt"]
 formats = pytest.mark.parametrize("name", FORMATS)
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
 
 
 def names(folder: Path) -> list[str]:
@@ -43,7 +48,7 @@ def test_kills_leave_a_whole_file_and_no_litter_that_stays(tmp_path):
     assert counts["damaged files"] == counts["folders with litter"] == 0
 
 
-def scratch_of(folder: Path, host: str = scratch.HOST, age: float = 0) -> Path:
+def scratch_of(folder: Path, host: str = files.HOST, age: float = 0) -> Path:
     left = folder / f".{host}-{'0' * 16}.convsim-init.tmp"
     left.mkdir()
     (left / "new").write_bytes(b"half of")
@@ -56,9 +61,9 @@ def scratch_of(folder: Path, host: str = scratch.HOST, age: float = 0) -> Path:
 @pytest.mark.parametrize(
     ("host", "age", "goes"),
     [
-        pytest.param(scratch.HOST, 0, True, id="ours"),
+        pytest.param(files.HOST, 0, True, id="ours"),
         pytest.param("0" * 8, 3600, False, id="another-machine"),
-        pytest.param("0" * 8, 2 * scratch.ABANDONED, True, id="another-machine-long-ago"),
+        pytest.param("0" * 8, 2 * files.ABANDONED, True, id="another-machine-long-ago"),
     ],
 )
 def test_the_next_run_removes_what_the_dead_left(host, age, goes, tmp_path):
@@ -67,9 +72,9 @@ def test_the_next_run_removes_what_the_dead_left(host, age, goes, tmp_path):
     assert left.exists() is not goes
 
 
-@pytest.mark.parametrize(("age", "goes"), [(3600, False), (2 * scratch.ABANDONED, True)], ids=["young", "old"])
+@pytest.mark.parametrize(("age", "goes"), [(3600, False), (2 * files.ABANDONED, True)], ids=["young", "old"])
 def test_without_locks_age_decides(age, goes, tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     left = scratch_of(tmp_path, age=age)
     save_checkpoint(WEIGHTS, tmp_path / "init.pt")
     assert left.exists() is not goes
@@ -90,7 +95,7 @@ def test_names_that_only_resemble_ours_and_links_stay(tmp_path):
     precious.mkdir()
     (precious / "file").write_bytes(OLD)
     (tmp_path / ".mine.convsim-init.tmp").mkdir()
-    (tmp_path / f".{scratch.HOST}-{'1' * 16}.convsim-init.tmp").symlink_to(precious)
+    (tmp_path / f".{files.HOST}-{'1' * 16}.convsim-init.tmp").symlink_to(precious)
     save_checkpoint(WEIGHTS, tmp_path / "init.pt")
     assert (precious / "file").read_bytes() == OLD
     assert (tmp_path / ".mine.convsim-init.tmp").exists()
@@ -283,7 +288,7 @@ def test_what_changes_during_the_run_is_told(happens, cause, left, tmp_path):
     path.write_bytes(OLD)
 
     def run() -> None:
-        with replacing(check_target(path, overwrite=True)) as unfinished:
+        with replacing(check_target(path, overwrite=True), overwrite=True) as unfinished:
             unfinished.write_bytes(b"new")
             happens(path)
 
@@ -296,10 +301,117 @@ def test_what_changes_during_the_run_is_told(happens, cause, left, tmp_path):
 def test_a_link_made_during_the_run_is_replaced_and_not_followed(tmp_path):
     path, other = tmp_path / "init.pt", tmp_path / "other"
     other.write_bytes(OLD)
-    with replacing(check_target(path)) as unfinished:
+    with replacing(check_target(path), overwrite=True) as unfinished:
         unfinished.write_bytes(b"new")
         path.symlink_to(other)
     assert (other.read_bytes(), path.read_bytes(), path.is_symlink()) == (OLD, b"new", False)
+
+
+def fail_with(code: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+@pytest.mark.parametrize("appears", [lambda path: path.write_bytes(OLD), link("gone")], ids=["file", "link"])
+def test_what_appears_during_the_run_is_kept(appears, hard_links, tmp_path, monkeypatch):
+    path = tmp_path / "init.pt"
+    if not hard_links:
+        monkeypatch.setattr(os, "link", fail_with(errno.EPERM))
+
+    def run() -> None:
+        with replacing(check_target(path)) as unfinished:
+            unfinished.write_bytes(b"new")
+            appears(path)
+
+    with pytest.raises(InputError, match="exists already: choose another name or overwrite it"):
+        run()
+    assert path.is_symlink() or path.read_bytes() == OLD
+    assert names(tmp_path) == [path.name]
+
+
+def test_without_hard_links_a_new_file_is_written_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", fail_with(errno.EPERM))
+    save_checkpoint(WEIGHTS, tmp_path / "init.pt")
+    assert names(tmp_path) == ["init.pt"]
+
+
+FIRST = """
+import os, sys
+from pathlib import Path
+from convsim_init.files import ExistsError, replacing
+children = []
+for number in range(8):
+    child = os.fork()
+    if child == 0:
+        for turn in range(50):
+            try:
+                with replacing(Path(sys.argv[1], f"{turn}.pt")) as unfinished:
+                    unfinished.write_bytes(bytes([number]) * 10000)
+            except ExistsError:
+                continue
+            with Path(sys.argv[1], f"{turn}.winners").open("ab") as winners:
+                winners.write(bytes([number]))
+        os._exit(0)
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_of_many_that_write_a_new_file_at_once_the_first_one_keeps_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FIRST, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(names(tmp_path)) == 100
+    for turn in range(50):
+        (winner,) = (tmp_path / f"{turn}.winners").read_bytes()
+        assert (tmp_path / f"{turn}.pt").read_bytes() == bytes([winner]) * 10000
+
+
+# What a file system cannot do
+
+
+@formats
+@pytest.mark.parametrize(
+    ("call", "code", "problem"),
+    [
+        pytest.param("chmod", errno.EPERM, "its mode could not be set: Operation not permitted", id="chmod"),
+        pytest.param("fsync", errno.EINVAL, "it could not be synced: Invalid argument", id="fsync-invalid"),
+        pytest.param("fsync", errno.ENOTSUP, "it could not be synced: Operation not supported", id="fsync-unsupported"),
+    ],
+)
+def test_what_a_file_system_cannot_do_is_a_warning(call, code, problem, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, call, fail_with(code))
+    with pytest.warns(RuntimeWarning, match=f"^'{tmp_path / name}' is written, but {problem}$"):
+        save_checkpoint(WEIGHTS, tmp_path / name)
+    assert names(tmp_path) == [name]
+
+
+@formats
+def test_a_file_that_cannot_be_synced_does_not_replace_another(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(OLD)
+    monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
+    with pytest.raises(RunError, match="Input/output error; nothing changed there"):
+        save_checkpoint(WEIGHTS, tmp_path / name, overwrite=True)
+    assert (tmp_path / name).read_bytes() == OLD
+    assert names(tmp_path) == [name]
+
+
+def test_after_the_rename_nobody_says_that_nothing_changed(tmp_path, monkeypatch):
+    path, sync = tmp_path / "init.pt", os.fsync
+    path.write_bytes(OLD)
+
+    def sync_files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            fail_with(errno.EIO)()
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    monkeypatch.setattr(os, "unlink", fail_with(errno.EIO))
+    with pytest.warns(RuntimeWarning, match="is written, but its folder could not be synced: Input/output error"):
+        save_checkpoint(WEIGHTS, path, overwrite=True)
+    assert torch.load(path)["w"].equal(WEIGHTS["w"])
 
 
 @formats
@@ -318,10 +430,6 @@ def test_no_more_open_files_is_told(name, tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (tmp_path / name).read_bytes() == whole
     assert names(tmp_path) == [name]
-
-
-def link(target: str) -> Callable[[Path], None]:
-    return lambda path: path.symlink_to(target)
 
 
 @pytest.mark.parametrize(
