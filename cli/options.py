@@ -70,8 +70,8 @@ class Loaded:
     Attributes:
         content: The model, or the state dict in the file.
         name: The spec, with the library that a bare name was found in.
-        seed: Of the drawn weights; None for a file.
-        remarks: What to know of how it was found.
+        seed: Seed of the drawn weights; None for a file.
+        remarks: Remarks on how it was found.
     """
 
     content: torch.nn.Module | Mapping[str, torch.Tensor]
@@ -97,7 +97,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     whole, positive = Whole(min=0), Whole(min=1)
     for option in (
-        click.option("--seed", type=whole, metavar="N", help="Of a MODEL's drawn weights. Default: 0."),
+        click.option("--seed", type=whole, metavar="N", help="Seed of a MODEL's drawn weights. Default: 0."),
         click.option(
             "--model-arg",
             "model_args",

@@ -22,7 +22,7 @@ from convsim_init.functional.bank import (
     full_precision,
 )
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
-from convsim_init.layers.remarks import frozen_twins, model_remarks, parted_remarks
+from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.optim.descent import Stop, descend
@@ -45,7 +45,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
             ``[in_channels, out_channels / groups, *kernel_size]``; float16, bfloat16, float32 or float64.
         groups: Groups of the convolution.
         transposed: Whether the weight is that of a transposed convolution.
-        settings: How. Default: `Settings()`.
+        settings: Optimization settings. Default: `Settings()`.
 
     Returns:
         ``weight``. Unchanged where its filters form no pair: a single filter, one filter per group, zero filters.
@@ -97,20 +97,20 @@ def initialize_(
 
     What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
     standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
-    reported as approximated, or, if it came out no better, put back and skipped.
+    reported as approximated, or, if it does not improve, put back and skipped.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through. Or a state dict, whose
-            tensors are then changed; what its layers are is told by name and shape, as in `measure`.
-        settings: How. Default: `Settings()`.
+            tensors are then changed; its layers are inferred from names and shapes, as in `measure`.
+        settings: Optimization settings. Default: `Settings()`.
         include: Shell patterns of layer names, such as ``"layer4.*"``; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
         device: Device to compute on. Default: that of each weight. Weights on Apple's MPS are computed
             with on the CPU.
         progress: Show a progress bar on stderr.
         group: Processes of `torch.distributed` to divide the layers over, such as ``torch.distributed.group.WORLD``.
-            All of them must call, with the same model and arguments, and all come to have the weights that one alone
-            would have. Default: None; the process works alone and talks to no other.
+            All of them must call, with the same model and arguments, and all get the weights that one
+            alone would compute. Default: None; the process works alone.
 
     Returns:
         What became of each layer.
@@ -128,7 +128,7 @@ def initialize_(
     """
     settings = settings or Settings()
     started = time.perf_counter()
-    layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
+    layers = find_layers(model, include, exclude)
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
     twins = frozen_twins(layers)
@@ -143,7 +143,7 @@ def initialize_(
             bar.update()
     shared = share(layers, reports, ranks, device=device)
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
-    seconds, remarks = time.perf_counter() - started, [*model_remarks(model, layers), *parted_remarks(twins)]
+    seconds, remarks = time.perf_counter() - started, [*model_remarks(model, layers), *divergence_remarks(twins)]
     return Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
 
 
@@ -159,7 +159,7 @@ def plan(
     settings = settings or Settings()
     started = time.perf_counter()
     reports = []
-    layers = find_layers(model, _patterns("include", include), _patterns("exclude", exclude))
+    layers = find_layers(model, include, exclude)
     for layer in layers:
         reason = layer.obstacle
         if reason is None:
@@ -216,9 +216,3 @@ def _lower(
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
     reason = ": ".join(filter(None, [within, difference])) or None
     return replace(report, outcome=outcome, reason=reason, before=before, after=after)
-
-
-def _patterns(option: str, patterns: Sequence[str]) -> Sequence[str]:
-    if isinstance(patterns, str):
-        raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    return patterns

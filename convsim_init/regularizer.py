@@ -34,7 +34,7 @@ class ConvolutionalSimilarity:
         exclude: Shell patterns of layer names to leave out.
 
     Attributes:
-        skipped: Why each of the others does not, by its name.
+        skipped: Reason why each other layer does not count, by its name.
 
     Raises:
         InputError: If an option is unknown, a pattern matches no layer, or no layer is left.

@@ -46,10 +46,10 @@ class Settings:
         pairs: Filter pairs that count: ``"all"`` of a layer, or only ``"adjacent"`` ones (i, i + 1).
         channels: Kernels compared: those of ``"matched"`` input channels, or ``"all"`` with all.
         norm: ``"preserve"`` keeps each filter's L2 norm; ``"free"`` does not, and then similarity falls by shrinking.
-        optimizer: ``"conjugate_gradient"`` with exact steps, nothing to tune; or ``"adam"``.
+        optimizer: ``"conjugate_gradient"`` with a line search, nothing to tune; or ``"adam"``.
         steps: Most steps per layer, at least 1.
         tolerance: Stop once steps lower the loss by less than this fraction of its start; 0 never stops early.
-        learning_rate: Of Adam; conjugate gradients have none.
+        learning_rate: Learning rate of Adam; conjugate gradients have none.
 
     Raises:
         InputError: If a value is out of its range.

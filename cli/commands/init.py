@@ -116,7 +116,7 @@ class MainCommand(click.Command):
 )
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of the written floats. Default: float32.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written floats. Default: float32.")
 @click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
 @click.option(
     "--plot",

@@ -43,7 +43,7 @@ def vet_torch_file(path: Path) -> None:
 
     Raises:
         InputError: If a checksum fails, or a pickle needs code to be run.
-        Exception: Of many kinds, if it is no file of `torch.save`.
+        Exception: Any kind, if it is no file of `torch.save`.
     """
     if is_zipped(path):
         _vet_archive(path)

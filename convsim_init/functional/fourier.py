@@ -66,18 +66,19 @@ class Fourier:
     """The transforms of kernels of one size.
 
     Args:
-        kernel_size: Of the kernels.
-        dtype: To compute in.
-        device: To compute on.
-        folded: Let the coordinates be sums and differences of opposite taps, whatever the sides.
+        kernel_size: Size of the kernels.
+        dtype: Dtype to compute in.
+        device: Device to compute on.
+        folded: Whether the coordinates shall be sums and differences of opposite taps, whatever the sides.
 
     Attributes:
         rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
         points: N of the lattice on which full cross-correlations just fit.
         coarse_points: N of the smallest lattice of odd sides on which norms are still exact.
-        identity: ``[F, 1, 1, 1]``; coefficients times it come back from `Basis.twice_adjoint` as twice the kernels.
+        identity: Power ``[F, 1, 1, 1]`` whose product with the coefficients of kernels
+            `Basis.twice_adjoint` maps to twice these kernels.
         coarse_is_free: Whether the coordinates are the coefficients on the coarse lattice, up to their weights.
-        coarse_constant: Then the factor of the constant's power, next to that of the others.
+        coarse_constant: Factor of the constant's power then, relative to that of the others.
         full, coarse: The bases of both lattices, over the coordinates.
     """
 

@@ -83,7 +83,7 @@ def frozen_twins(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
     return found
 
 
-def parted_remarks(twins: Sequence[tuple[Layer, Layer]]) -> list[str]:
+def divergence_remarks(twins: Sequence[tuple[Layer, Layer]]) -> list[str]:
     """A remark on those twins that are no longer equal."""
     parted = [f"{layer_name(a.name)} (of {layer_name(b.name)})" for a, b in twins if not _same(a, b)]
     if not parted:

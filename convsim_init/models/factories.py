@@ -26,7 +26,7 @@ def check_place(spec: Spec) -> None:
     """Refuse a file or a package that is not there, without running anything.
 
     Raises:
-        InputError: With the closest file names.
+        InputError: If there is none; it names the closest files.
     """
     if spec.source is Source.MODULE:
         if not is_importable(spec.place):

@@ -54,7 +54,7 @@ def user_errors(what: str) -> Iterator[None]:
     """Turn whatever code raises, but an interrupt, into one line.
 
     Raises:
-        InputError: In its place.
+        InputError: In place of what the code raises.
     """
     try:
         yield

@@ -34,9 +34,11 @@ the new one: after a failed line search, where a filter turned by more than 45 d
 would not ascend.
 
 Line search. A kernel's power spectrum at step t is, with the powers P0 of w and P2' of d and their
-cross-power P1, to the third order in t: P(t) = P0 - 2 t P1 + t^2 P2, P2 = P2' - |d|^2 P0. The loss
-is the quadratic form f = <P, Q P> / 2 of the power, Q the sum over partners, so along the line it is a
-quartic in t. With c_ij = <P_i, Q P_j> its slope is
+cross-power P1, to the second order in t: P(t) = P0 - 2 t P1 + t^2 P2, P2 = P2' - |d|^2 P0 (exact where
+norms are free). The loss is the quadratic form f = <P, Q P> / 2 of the power, Q the sum over partners,
+so along the line it is a quartic in t. Its coefficients are taken on a coarse lattice, where
+correlations wrap around: the first minimum lies at nearly the same t, at less than half the work, and
+a step is taken only if the loss itself is lower there. With c_ij = <P_i, Q P_j> the slope is
 
     f'(t) = -2 c01 + (4 c11 + 2 c02) t - 6 c12 t^2 + 2 c22 t^3                                 (7)
 

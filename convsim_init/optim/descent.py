@@ -21,7 +21,7 @@ from convsim_init.settings import Settings
 
 BACKTRACKS = 5  # step lengths tried along one direction, each a quarter of the one before
 IDLE_STEPS = 2  # in a row that gain too little end a descent
-OFF_PLATEAU, PATIENCE = 0.95, 20  # share of the loss at the start, and losses noted, that end a plateau
+PLATEAU_SHARE, PLATEAU_LOSSES = 0.95, 20  # share of the first loss, and losses noted, that end a plateau
 NOTHING_LEFT = 1e-20  # share of the loss at the start
 
 
@@ -103,7 +103,7 @@ class StoppingRule:
             return Stop.NON_FINITE
         start, gain = self.losses[0], self.losses[-2] - loss if len(self.losses) > 1 else math.inf
         # Wide layers start on a plateau: some steps gain nearly nothing, and the steps after them much.
-        on_plateau = loss > OFF_PLATEAU * start and len(self.losses) <= PATIENCE
+        on_plateau = loss > PLATEAU_SHARE * start and len(self.losses) <= PLATEAU_LOSSES
         idle = gain < self._settings.tolerance * start and not on_plateau
         self._idle = self._idle + 1 if idle else 0
         if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * start:
@@ -115,7 +115,7 @@ class StoppingRule:
 def _conjugate_gradient(
     bank: Tensor, settings: Settings, mask: Tensor | None, team: Team, on_step: Callable[[], None]
 ) -> Descent:
-    """Conjugate gradients with exact line searches. Each step lowers the loss, so the last weights are the best."""
+    """Conjugate gradients. Each step lowers the loss, so the last weights are the best."""
     norms = filter_norms(bank)  # [G, M]
     preserve = settings.norm == "preserve"
     scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]

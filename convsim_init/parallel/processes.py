@@ -31,7 +31,7 @@ class Ranks:
         group: Process group of `torch.distributed`; None for this process alone.
 
     Attributes:
-        group: The same.
+        group: Process group of `torch.distributed`, or None.
         rank: Number of this rank, from 0.
         size: Number of ranks.
 

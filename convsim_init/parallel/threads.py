@@ -108,7 +108,7 @@ class Team:
 def _callers_threads() -> int:
     """Torch's number of intra-op threads when no team is at work.
 
-    A thread that asks torch for the first time hears the number that was set last, by whichever
+    To a thread that asks for the first time torch gives the number that was set last, by whichever
     thread: while a team is at work, its 1.
     """
     with _intra_op:

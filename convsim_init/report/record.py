@@ -32,7 +32,7 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
     """Write the record of a run as JSON, whole or not at all.
 
     Args:
-        report: Of the run.
+        report: Report of the run.
         path: Ends in ``.json``.
         overwrite: Replace an existing file.
 

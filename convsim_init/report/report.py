@@ -219,11 +219,13 @@ def _combine(measures: list[Measures]) -> Measures:
 
 
 def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a shell pattern that matches no layer.
+    """Refuse a shell pattern that matches no layer, and a string in place of a list of patterns.
 
     Raises:
         InputError: With some of the layers that there are, and the nearest.
     """
+    if isinstance(patterns, str):
+        raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {alternatives(pattern, names)}")
