@@ -56,7 +56,6 @@ def _evaluate(
     group, first = program // parts, program % parts * span
     taps_stride = tl.num_programs(0) // parts * channels * filters
     frequency, lane = tl.arange(0, freqs), tl.arange(0, TILE)
-    unit = tl.load(basis + taps * freqs + frequency)
     nothing = tl.zeros([freqs, TILE], tl.float32)
     for channel in range(first, tl.minimum(first + span, channels)):
         row = (group * channels + channel) * filters
@@ -84,6 +83,7 @@ def _evaluate(
                 w = tl.load(weights + t * taps_stride + row + start + lane, mask=here, other=0.0)
                 cosines, sines = _add_tap(cosines, sines, basis, w, t, taps, freqs)
             # The shift is subtracted from the partners' power, before anything cancels.
+            unit = tl.load(basis + taps * freqs + frequency)
             partners = total[:, None] - (cosines * cosines + sines * sines) - unit[:, None] * lift[None, :]
             cosines *= 2 * partners
             sines *= 2 * partners
