@@ -14,7 +14,7 @@ from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES, check_source
 from convsim_init.models.build import build_model, check_model, find_model
-from convsim_init.models.lookup import resolve
+from convsim_init.models.libraries import resolve
 from convsim_init.report.text import PATH, shown
 
 from .signals import exit_on_signal

@@ -190,7 +190,7 @@ def _lower(
     report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
         return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
-    put_back = layer.weight.keep()
+    put_back = layer.weight.backup()
     try:
         difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:

@@ -61,7 +61,10 @@ class ConvolutionalSimilarity:
         self.skipped: dict[str, str] = {}
         self._modules = dict(find_convolutions(model))
         for layer in find_layers(model, include, exclude):
-            module = self._modules[layer.name]
+            module = self._modules.get(layer.name)
+            if module is None:
+                self.skipped[layer.name] = "a call in a graph: make the term of the model that the graph was made from"
+                continue
             filters = module.out_channels // (module.groups if channels == "matched" else 1)
             reason = layer.obstacle or lone_obstacle(filters, module.groups, channels)
             if reason is not None:

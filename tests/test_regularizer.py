@@ -268,7 +268,7 @@ def test_a_weight_put_in_its_place_counts():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Conv2d(3, 1, 3), {}, "a convolution to regularize, got none: : only one filter"),
+        (nn.Conv2d(3, 1, 3), {}, "a convolution to regularize, got none: .the model itself.: only one filter"),
         (nn.Linear(3, 1), {}, "a model with convolutions, got Linear"),
         (nn.Conv2d(3, 4, 3), {"pairs": "some"}, "expected pairs to be one of"),
         (nn.Conv2d(3, 4, 3), {"channels": "some"}, "expected channels to be one of"),

@@ -1,7 +1,7 @@
 """The arms of the training benchmark: what is done to a network's convolutions before, or while, it is trained.
 
-Every arm is given the same base draw, He's normal distribution as in torchvision's ResNets, and where it is not about
-norms each filter ends with the norm that it had there.
+Every arm is given the same base draw, He's normal distribution over the fan that a case names, and where it is not
+about norms each filter ends with the norm that it had there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Arm:
 
     Attributes:
         about: In a few words.
-        start: Changes the convolutions of a network in place, given training images.
+        start: Changes the convolutions of a network in place, given inputs for training.
         penalty: Weight of the Convolutional Similarity added to the loss.
         normalized: Whether the penalty is the normalized similarity.
     """
@@ -36,10 +36,10 @@ class Arm:
     normalized: bool = False
 
 
-def draw_base(model: nn.Module) -> None:
-    """Draw every convolution from He's normal distribution over the fan out, with zero biases."""
+def draw_base(model: nn.Module, fan: str) -> None:
+    """Draw every convolution from He's normal distribution over ``fan_in`` or ``fan_out``, with zero biases."""
     for conv in convolutions(model):
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(conv.weight, mode=fan, nonlinearity="relu")
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
 
@@ -66,6 +66,16 @@ def with_norms_of(weight: Tensor, other: Tensor) -> Tensor:
     return other * (norms / old)
 
 
+def _in_turn(*starts: Start) -> Start:
+    """One start after another."""
+
+    def start(model: nn.Module, images: Tensor) -> None:
+        for each in starts:
+            each(model, images)
+
+    return start
+
+
 def one_channel(weight: Tensor) -> Tensor:
     """Keep one input channel of each filter, chosen at random."""
     chosen = torch.randint(weight.shape[1], (len(weight),))
@@ -85,14 +95,25 @@ def delta_orthogonal(weight: Tensor) -> Tensor:
     return filters
 
 
+def signed_permutations(weight: Tensor) -> Tensor:
+    """Each filter of a 1x1 layer keeps one channel, no channel twice before all have been kept; others stay."""
+    filters, channels = weight.shape[:2]
+    if weight.shape[2:] != (1, 1):
+        return weight
+    rounds = [torch.randperm(channels) for _ in range(0, filters, channels)]
+    return weight * F.one_hot(torch.cat(rounds)[:filters], channels)[:, :, None, None]
+
+
 @torch.no_grad()
 def patch_whitened(model: nn.Module, images: Tensor) -> None:
     """Orthogonal filters for whitened patches: feature maps of training images do not correlate before activations.
 
-    Layer by layer in one forward pass, each from the patches that reach it.
+    Layer by layer in one forward pass, each from the patches that reach it; grouped layers stay.
     """
 
     def whiten(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        if conv.groups > 1:
+            return
         patches = F.unfold(inputs[0], conv.kernel_size, padding=conv.padding, stride=conv.stride)
         patches = patches.transpose(1, 2).flatten(0, 1)  # [N, C kH kW]
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
@@ -108,6 +129,24 @@ def patch_whitened(model: nn.Module, images: Tensor) -> None:
 
 
 @torch.no_grad()
+def unit_variance(model: nn.Module, images: Tensor) -> None:
+    """Scale every layer so that its output has unit variance: LSUV's second half (Mishkin and Matas, arXiv 1511.06422).
+
+    Layer by layer in one forward pass, each from what reaches it through the scaled ones before.
+    """
+
+    def scale(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        deviation = output.std()
+        conv.weight /= deviation
+        return output / deviation  # the biases are zero
+
+    handles = [conv.register_forward_hook(scale) for conv in convolutions(model)]
+    model(images[:256])
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
 def kernel_norms(model: nn.Module, images: Tensor) -> None:
     """Random kernels with the norms of convsim's: how it divides a filter among channels, without its patterns."""
     drawn = [conv.weight.clone() for conv in convolutions(model)]
@@ -115,6 +154,20 @@ def kernel_norms(model: nn.Module, images: Tensor) -> None:
     for conv, kernels in zip(convolutions(model), drawn, strict=True):
         norms, old = (w.flatten(2).norm(dim=2)[..., None, None] for w in (conv.weight, kernels))
         conv.weight.copy_(kernels * (norms / old))
+
+
+@torch.no_grad()
+def fixed_kernel_norms(model: nn.Module, images: Tensor) -> None:
+    """Convolutional Similarity lowered while every kernel keeps its norm: patterns without a division among channels.
+
+    With matched channels and such norms each input channel is a bank of filters for itself. Grouped layers stay.
+    """
+    for conv in convolutions(model):
+        if conv.groups == 1 and conv.kernel_size != (1, 1):
+            by_channel = conv.weight.transpose(0, 1)  # [C, M, kH, kW]
+            banks = by_channel.flatten(0, 1)[:, None].clone(memory_format=torch.contiguous_format)  # [C M, 1, kH, kW]
+            ci.convsim_(banks, groups=conv.in_channels)
+            conv.weight.copy_(banks.view(by_channel.shape).transpose(0, 1))
 
 
 def convsim(model: nn.Module, images: Tensor, settings: ci.Settings | None = None, ones: bool = True) -> None:
@@ -139,23 +192,41 @@ def pytorch_default(model: nn.Module, images: Tensor) -> None:
         conv.reset_parameters()
 
 
+def he(model: nn.Module, images: Tensor, fan: str) -> None:
+    """He's normal distribution over another fan than the base's."""
+    draw_base(model, fan)
+
+
 LONG = ci.Settings(steps=200, tolerance=0)
+orthogonal = _each(lambda weight: nn.init.orthogonal_(torch.empty(weight.shape)))
+all_channels = partial(convsim, settings=ci.Settings(channels="all"))
 
 ARMS: dict[str, Arm] = {
-    "base": Arm("He's normal distribution, fan out"),
+    "base": Arm("He's normal distribution"),
     "convsim": Arm("Convolutional Similarity lowered, default settings", convsim),
     "one channel": Arm("control: each filter keeps one random channel", _each(one_channel)),
-    "orthogonal": Arm("orthogonal filters", _each(lambda weight: nn.init.orthogonal_(torch.empty(weight.shape)))),
+    "orthogonal": Arm("orthogonal filters", orthogonal),
     "patch-whitened": Arm("control that sees the data: orthogonal on whitened patches", patch_whitened),
     "kernel norms": Arm("control: random kernels with the norms of convsim's", kernel_norms),
+    "signed permutations": Arm("control: 1×1 layers alone, one channel a filter", _each(signed_permutations)),
     "delta-orthogonal": Arm("an orthogonal matrix at the middle tap", _each(delta_orthogonal)),
     "convsim, 10 steps": Arm("10 steps at most", partial(convsim, settings=ci.Settings(steps=10))),
     "convsim, 200 steps": Arm("200 steps, never stopping early", partial(convsim, settings=LONG)),
-    "convsim, all channels": Arm("`channels=all`", partial(convsim, settings=ci.Settings(channels="all"))),
+    "convsim, all channels": Arm("`channels=all`", all_channels),
+    "convsim, fixed kernel norms": Arm("patterns without a division among channels", fixed_kernel_norms),
     "convsim, not 1x1": Arm("1×1 layers left as they are", partial(convsim, ones=False)),
     "paper": Arm("about norms: the paper's recipe, 100 steps", partial(convsim, settings=ci.Settings.paper())),
     "paper, rescaled": Arm("the paper's recipe at the base's norms", paper_rescaled),
     "regularizer": Arm("normalized similarity added to the loss, weight 1", penalty=1.0, normalized=True),
     "regularizer, raw": Arm("raw similarity added to the loss, weight 0.001", penalty=1e-3),
+    "convsim, regularizer": Arm("both", convsim, penalty=1.0, normalized=True),
     "PyTorch's default": Arm("about norms: what `nn.Conv2d` draws", pytorch_default),
+    "fan in": Arm("about norms: He's distribution, fan in", partial(he, fan="fan_in")),
+    "fan out": Arm("about norms: He's distribution, fan out, as in torchvision's ResNets", partial(he, fan="fan_out")),
+    "unit variance": Arm("about norms: the base, each layer scaled on inputs", unit_variance),
+    "LSUV": Arm("about norms: orthogonal filters, each layer scaled on inputs", _in_turn(orthogonal, unit_variance)),
+    "convsim, unit variance": Arm("convsim, each layer scaled on inputs", _in_turn(convsim, unit_variance)),
+    "convsim, all channels, unit variance": Arm(
+        "`channels=all`, each layer scaled on inputs", _in_turn(all_channels, unit_variance)
+    ),
 }  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,46 +13,63 @@ from torch import Tensor, nn
 
 import convsim_init as ci
 from benchmarks.training.arms import Arm, draw_base
-from benchmarks.training.tasks import Data
+from benchmarks.training.tasks.data import Data
 
 POINTS = 10
 WARM_UP = 0.1
 STATISTICS = 256
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.05),
+    "sgd-no-decay": partial(torch.optim.SGD, momentum=0.9, weight_decay=0),
+    "sgd-no-momentum": partial(torch.optim.SGD, momentum=0, weight_decay=0),
+}
+
 
 def fit(
-    data: Data, model: nn.Module, arm: Arm, *, rate: float, momentum: float, steps: int, batch: int, seed: int
+    data: Data, model: nn.Module, arm: Arm, *, draw: str, optimizer: str, rate: float, steps: int, batch: int, seed: int
 ) -> list[float]:
-    """Train by SGD: the rate rises linearly over a tenth of the steps, then falls to zero as a cosine.
+    """Train: the rate rises linearly over a tenth of the steps, then falls to zero as a cosine.
 
-    Base draw, division of the data and batches depend on the seed alone, so that arms can be compared in pairs.
+    Base draw, division of the data, batches and augmentations depend on the seed alone, so that arms can be compared
+    in pairs.
 
     Returns:
         Test accuracy, from 0 to 1, at `points` of the steps. Where the loss is no longer finite, training has ended and
         accuracy is that of guessing.
     """
     torch.manual_seed(seed)
-    draw_base(model)
+    draw_base(model, draw)
+    order, distortion = (torch.Generator().manual_seed(first + seed) for first in (20_000, 30_000))
+    inputs = data.augment(data.images[:STATISTICS], distortion)
     torch.manual_seed(10_000 + seed)
-    arm.start(model.train(), data.images)
+    arm.start(model.train(), inputs)
     term = ci.ConvolutionalSimilarity(model, normalized=arm.normalized) if arm.penalty else None
-    order = torch.Generator().manual_seed(20_000 + seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    algorithm = OPTIMIZERS[optimizer](decayed_apart(model), lr=rate)
     accuracies, batches, wanted = [], batches_of(len(data.images), batch, order), points(steps)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * schedule(step / steps)
+        for group in algorithm.param_groups:
+            group["lr"] = rate * schedule(step / steps)
         chosen = next(batches).to(data.images.device)
-        loss = F.cross_entropy(model(data.images[chosen]), data.labels[chosen])
+        loss = F.cross_entropy(model(data.augment(data.images[chosen], distortion)), data.labels[chosen])
         if term is not None:
             loss = loss + arm.penalty * term()
         if not math.isfinite(loss.item()):
             break
-        optimizer.zero_grad()
+        algorithm.zero_grad()
         loss.backward()
-        optimizer.step()
+        algorithm.step()
         if step + 1 in wanted:
-            accuracies.append(test_accuracy(model, data))
+            accuracies.append(test_accuracy(model, data, inputs))
     return accuracies + [1 / data.classes] * (len(wanted) - len(accuracies))
+
+
+def decayed_apart(model: nn.Module) -> list[dict[str, object]]:
+    """Groups of parameters: weights, which decay; then scales and biases, which do not."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
 
 def points(steps: int) -> list[int]:
@@ -74,10 +92,10 @@ def batches_of(images: int, size: int, generator: torch.Generator) -> Iterator[T
 
 
 @torch.no_grad()
-def test_accuracy(model: nn.Module, data: Data) -> float:
-    """Share of test images classified correctly, with batch norm's statistics over training images of the moment."""
+def test_accuracy(model: nn.Module, data: Data, inputs: Tensor) -> float:
+    """Share of test images classified correctly, with batch norm's statistics over training inputs of the moment."""
     with current_statistics(model):
-        model(data.images[:STATISTICS])
+        model(inputs)
     model.eval()
     right = sum(
         int((model(images).argmax(1) == labels).sum())

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convsim_init as ci
 
+Norm = Callable[[int], nn.Module]
 
-def plain(in_chans: int, classes: int, width: float) -> nn.Module:
-    """Four 3x3 layers without normalization."""
-    channels = [in_chans, *_scaled((16, 32, 32, 64), width)]
+
+def plain(
+    in_chans: int, classes: int, width: float, filters: tuple[int, ...] = (16, 32, 32, 64), per_stage: int = 2
+) -> nn.Module:
+    """3x3 layers without normalization; the last of every few has stride 2."""
+    channels = [in_chans, *_scaled(filters, width)]
     layers: list[nn.Module] = []
-    for (a, b), stride in zip(pairwise(channels), (1, 2, 1, 2), strict=True):
-        layers += [nn.Conv2d(a, b, 3, stride, padding=1), nn.ReLU()]
+    for index, (a, b) in enumerate(pairwise(channels)):
+        layers += [nn.Conv2d(a, b, 3, 1 + (index % per_stage == per_stage - 1), padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels[-1], classes))
 
 
@@ -31,13 +37,23 @@ def vgg(in_chans: int, classes: int, width: float) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """A stem of 5x5 with stride 2, then three basic blocks, with batch norm; 1x1 layers where the width changes."""
+    """A stem of 5x5 with stride 2, then three basic blocks; 1x1 layers where the width changes.
 
-    def __init__(self, in_chans: int, classes: int, width: float) -> None:
+    Args:
+        in_chans: Channels of the images.
+        classes: Outputs.
+        width: Factor on every layer's filters.
+        norm: Made of a number of channels, it follows every convolution.
+        last: Follows the last convolution of a block, in its place.
+    """
+
+    def __init__(
+        self, in_chans: int, classes: int, width: float, norm: Norm = nn.BatchNorm2d, last: Norm = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         a, b, c = _scaled((16, 32, 64), width)
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, a, 5, 2, padding=2, bias=False), nn.BatchNorm2d(a), nn.ReLU())
-        self.blocks = nn.Sequential(Block(a, a, 1), Block(a, b, 2), Block(b, c, 2))
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, a, 5, 2, padding=2, bias=False), norm(a), nn.ReLU())
+        self.blocks = nn.Sequential(*(Block(*shape, norm, last) for shape in ((a, a, 1), (a, b, 2), (b, c, 2))))
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,18 +65,106 @@ class ResNet(nn.Module):
 class Block(nn.Module):
     """Two 3x3 layers beside a shortcut."""
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+    def __init__(self, before: int, after: int, stride: int, norm: Norm, last: Norm) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after)
-        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)
+        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False), norm(after)
+        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, padding=1, bias=False), last(after)
         self.shortcut: nn.Module = nn.Identity()
         if before != after:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps."""
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
+
+
+class Shift(nn.Module):
+    """A learned number added to every channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps."""
+        return x + self.bias[:, None, None]
+
+
+class SkipInit(Shift):
+    """A learned factor, of zero at first, on a whole branch (De and Smith, arXiv 2002.10444); and a shift."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.factor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps."""
+        return self.factor * super().forward(x)
+
+
+def convmixer(in_chans: int, classes: int, width: float) -> nn.Module:
+    """Patches of 2x2, then four blocks of a 7x7 depthwise layer beside a shortcut and a 1x1 layer, with batch norm."""
+    (channels,) = _scaled((32,), width)
+
+    def activated(conv: nn.Conv2d) -> nn.Sequential:
+        return nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(channels))
+
+    layers: list[nn.Module] = [activated(nn.Conv2d(in_chans, channels, 2, 2))]
+    for _ in range(4):
+        layers.append(Residual(activated(nn.Conv2d(channels, channels, 7, padding=3, groups=channels))))
+        layers.append(activated(nn.Conv2d(channels, channels, 1)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def convnext(in_chans: int, classes: int, width: float) -> nn.Module:
+    """Patches of 2x2, then four of ConvNeXt's blocks with layer norm, of one width."""
+    (channels,) = _scaled((32,), width)
+    blocks = [
+        Residual(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
+                LayerNorm(channels),
+                nn.Conv2d(channels, 4 * channels, 1),
+                nn.GELU(),
+                nn.Conv2d(4 * channels, channels, 1),
+            ),
+            LayerScale(channels),
+        )
+        for _ in range(4)
+    ]
+    stem = [nn.Conv2d(in_chans, channels, 2, 2), LayerNorm(channels)]
+    head = [nn.AdaptiveAvgPool2d(1), LayerNorm(channels), nn.Flatten(), nn.Linear(channels, classes)]
+    return nn.Sequential(*stem, *blocks, *head)
+
+
+class Residual(nn.Sequential):
+    """Layers beside a shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps."""
+        out: Tensor = x + super().forward(x)
+        return out
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of every pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class LayerScale(nn.Module):
+    """A learned factor on every channel, small at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((channels,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps."""
+        return self.factor[:, None, None] * x
 
 
 def cifar_resnet18(in_chans: int, classes: int, width: float) -> nn.Module:
@@ -72,8 +176,12 @@ def cifar_resnet18(in_chans: int, classes: int, width: float) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[int, int, float], nn.Module]] = {
     "plain": plain,
+    "plain10": partial(plain, filters=(16,) * 4 + (32,) * 4 + (64,) * 2, per_stage=4),
     "resnet": ResNet,
+    "skipinit": partial(ResNet, norm=Shift, last=SkipInit),
     "vgg": vgg,
+    "convmixer": convmixer,
+    "convnext": convnext,
     "cifar_resnet18": cifar_resnet18,
 }
 

@@ -32,7 +32,7 @@ def draw(records: list[Record], case: Case, path: Path) -> None:
         right.axvline(0, color="grey", linewidth=0.8)
         right.set_yticks(range(len(compared)), [row.arm for row in compared])
         right.set(xlabel="final accuracy over the base, points, 95 % interval")
-        figure.suptitle(f"{case.task}, {case.network}, width {case.width:g}, momentum {case.momentum:g}")
+        figure.suptitle(str(case))
         figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

@@ -7,20 +7,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from convsim_init.errors import InputError
+import convsim_init as ci
 
-COLUMNS = ["task", "network", "width", "momentum", "steps", "arm", "rate", "seed", "final", "seconds", "curve"]
+COLUMNS = ["task", "network", "width", "draw", "optimizer", "steps"]
+COLUMNS += ["arm", "rate", "seed", "final", "seconds", "curve"]
 
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """What is trained, apart from the arm."""
+    """What is trained, apart from the arm.
+
+    Attributes:
+        draw: The base draw's fan, ``fan_out`` or ``fan_in``.
+        optimizer: A name in `fit.OPTIMIZERS`.
+    """
 
     task: str
     network: str
     width: float
-    momentum: float
+    draw: str
+    optimizer: str
     steps: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.network}, width {self.width:g}, {self.draw}, {self.optimizer}, {self.steps} steps"
+
+    @property
+    def file_name(self) -> str:
+        """The case as the name of a file."""
+        return f"{self.task}-{self.network}-w{self.width:g}-{self.draw}-{self.optimizer}-{self.steps}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class Records:
         path: Of a CSV file, made if there is none. What a killed run left of a row is removed.
 
     Raises:
-        InputError: If the file has other columns.
+        ci.InputError: If the file has other columns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +81,7 @@ class Records:
         path.write_text(whole or ",".join(COLUMNS) + "\n")
         rows = csv.DictReader(whole.splitlines())
         if rows.fieldnames not in (None, COLUMNS):
-            raise InputError(f"expected {path} to have the columns {', '.join(COLUMNS)}; move it away")
+            raise ci.InputError(f"expected {path} to have the columns {', '.join(COLUMNS)}; move it away")
         for row in rows:
             self._keep(_record(row))
 
@@ -82,8 +97,8 @@ class Records:
         case = record.case
         with self._path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([
-                *(case.task, case.network, f"{case.width:g}", f"{case.momentum:g}", case.steps, record.arm),
-                *(f"{record.rate:g}", record.seed, int(record.final), f"{record.seconds:.2f}"),
+                *(case.task, case.network, f"{case.width:g}", case.draw, case.optimizer, case.steps),
+                *(record.arm, f"{record.rate:g}", record.seed, int(record.final), f"{record.seconds:.2f}"),
                 " ".join(f"{value:.5g}" for value in record.curve),
             ])  # fmt: skip
         self._keep(record)
@@ -93,7 +108,7 @@ class Records:
 
 
 def _record(row: dict[str, str]) -> Record:
-    case = Case(row["task"], row["network"], float(row["width"]), float(row["momentum"]), int(row["steps"]))
+    case = Case(row["task"], row["network"], float(row["width"]), row["draw"], row["optimizer"], int(row["steps"]))
     curve = tuple(map(float, row["curve"].split()))
     return Record(
         case, row["arm"], float(row["rate"]), int(row["seed"]), row["final"] == "1", curve, float(row["seconds"])

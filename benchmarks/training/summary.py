@@ -128,11 +128,10 @@ def table(records: Iterable[Record], case: Case, rate: float | None = None) -> l
     threshold, rows = rows_of(records, case, rate)
     if len(rows) < 2:
         return []
-    title = f"{case.task}, {case.network}, width {case.width:g}, momentum {case.momentum:g}"
     lines = [
-        f"## {title}" if rate is None else f"### {title}: every arm at rate {rate:g}",
+        f"## {case}" if rate is None else f"### {case}: every arm at rate {rate:g}",
         "",
-        f"{case.steps} steps; threshold {threshold:.1%}.",
+        f"Threshold {threshold:.1%}.",
         "",
         "| arm | rate | seeds | accuracy, % | gain over base, points "
         "| steps to threshold | fewer than base, % | missed |",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from convsim_init.files import check_source
-from convsim_init.models.lookup import resolve
+from convsim_init.models.libraries import resolve
 
 from ..options import ModelOptions, is_file, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal

@@ -1,20 +1,23 @@
-"""Loading a checkpoint into a model, and telling what became of every key."""
+"""Loading a checkpoint into a model, and reporting what became of every key."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convsim_init.checkpoint.load_report import LoadReport
 from convsim_init.checkpoint.match import match
 from convsim_init.checkpoint.read import Checkpoint, read_checkpoint
-from convsim_init.checkpoint.state_dict import bare_key, module_versions, with_versions
+from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.names import bare_name
 from convsim_init.report.table import shape_text
 from convsim_init.report.text import quoted, shown
 
@@ -22,12 +25,14 @@ EXAMPLES = 2
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False) -> LoadReport:
-    """Load what of a checkpoint fits a model into it, in place, and tell what did not and why.
+    """Load what of a checkpoint fits a model into it, in place, and report what did not and why.
 
-    Prefixes are looked after: one is taken off the file's keys, or put before them, or both, if most of them are then
-    the model's, whatever the prefix is; so is what DistributedDataParallel and torch.compile add. Where shapes differ,
-    as those of a classifier for other classes do, the model keeps its own tensor. The model's dtypes, devices and
-    ``requires_grad`` stay. If it fails, the model is as it was.
+    A file that the model's own ``load_state_dict`` takes strictly is loaded by it as it is. In others
+    prefixes are looked after: one is taken off the file's keys, or put before them, or both, if most of
+    them are then the model's, whatever the prefix is; so is what DistributedDataParallel, FSDP,
+    activation checkpointing and torch.compile add. Where shapes differ, as those of a classifier for
+    other classes do, the model keeps its own tensor. Its dtypes, devices and ``requires_grad`` stay. If
+    it fails, the model is as it was.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -38,8 +43,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
         What matched and what did not; look at its ``complete``.
 
     Raises:
-        InputError: If the file cannot be read, none of its tensors fits, or, with ``strict``, not all do; if the model
-            is lazy or its tensors are on the meta device, where nothing can be loaded.
+        InputError: If the file cannot be read, none of its tensors fits, or, with ``strict``, not all
+            do; if the model is lazy or its tensors are on the meta device, where nothing can be loaded.
         RunError: If the model does not let its tensors be written.
 
     Examples:
@@ -50,8 +55,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module to load into, got {type(model).__name__}: pass the model first")
     checkpoint = read_checkpoint(path)
-    report = match(checkpoint, model, file=str(path))
-    if not report.matched:
+    report, state = _rehearse(model, checkpoint, file=str(path))
+    if not report.matched and not report.converted:
         own = {key: list(getattr(value, "shape", [])) for key, value in unwrap(model).state_dict().items()}
         theirs = {key: list(value.shape) for key, value in checkpoint.tensors.items()}
         raise InputError(
@@ -60,57 +65,154 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
         )
     if strict and not report.complete:
         raise InputError(f"expected a file that is complete for the model, got {'; '.join(str(report).splitlines())}")
-    _write(model, {key: checkpoint.tensors[source] for key, source in report.matched.items()})
+    _write(unwrap(model), state)
     return report
 
 
 def verify_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> LoadReport:
     """What `load_checkpoint` would report; ``exact`` tells whether strict loaders take the file.
 
-    Where all seems well the model's own ``load_state_dict`` has the last word: the weights are then the file's.
-
     Args:
-        model: Any module; one on the meta device has nothing loaded into it, and no last word.
-        path: As for `load_checkpoint`.
-        name: What to call the model. Default: its class.
+        model: Any module, on the meta device too; it is not changed.
+        path: Path of the checkpoint, as for `load_checkpoint`.
+        name: Name of the model in the report. Default: its class.
 
     Raises:
         InputError: If the file cannot be read, or the model is lazy.
     """
-    checkpoint = read_checkpoint(path)
-    report = match(checkpoint, model, file=str(path), name=name)
-    return replace(report, refused=_refusal(model, checkpoint)) if report.exact else report
+    return _rehearse(model, read_checkpoint(path), file=str(path), name=name)[0]
 
 
-def _refusal(model: nn.Module, checkpoint: Checkpoint) -> str:
-    inner = unwrap(model)
-    if any(tensor.is_meta for tensor in (*inner.parameters(), *inner.buffers())):
-        return ""
+def _rehearse(
+    model: nn.Module, checkpoint: Checkpoint, *, file: str, name: str | None = None
+) -> tuple[LoadReport, Mapping[str, Tensor]]:
+    """Compare a checkpoint with a model and load it into a copy, as the model's own loading has the last word.
+
+    Returns:
+        The report, and the state dict to load.
+    """
+    report, inner = match(checkpoint, model, file=file, name=name), unwrap(model)
     try:
-        inner.load_state_dict(with_versions(checkpoint.tensors, checkpoint.versions), strict=True)
-    except Exception as error:  # whatever a module's own loading raises
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return ""
+        trial = _copy(inner)
+    except Exception:  # whatever the model holds that cannot be copied, such as a lock
+        restore = _backup(inner)
+        try:
+            return _try_out(report, checkpoint, inner, inner)
+        finally:
+            restore()
+    return _try_out(report, checkpoint, inner, trial)
 
 
-def _write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    inner = unwrap(model)
-    own = {key: value for key, value in inner.state_dict().items() if bare_key(key) in tensors}
-    for key, value in own.items():
-        if isinstance(value, torch.Tensor) and value.is_meta:
+def _try_out(
+    report: LoadReport, checkpoint: Checkpoint, inner: nn.Module, trial: nn.Module
+) -> tuple[LoadReport, Mapping[str, Tensor]]:
+    state = with_versions(checkpoint.tensors, checkpoint.versions)
+    outcome = _try_loading(trial, state, strict=True)
+    if not isinstance(outcome, Exception):
+        return replace(_settled(report, set(), set()), removed=[], added=""), state
+    if report.exact:
+        report = replace(report, refused=f"{type(outcome).__name__}: {' '.join(str(outcome).split())}")
+
+    # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
+    own = inner.state_dict()
+    real = {bare_name(key): key for key in own}
+    moved = {source: _moved(source, report) for source in report.unexpected}
+    keys = {source: real[key] for key, source in report.matched.items()} | moved
+    tensors = {key: checkpoint.tensors[source] for source, key in keys.items()}
+    # The file's own versions say which conversions it needs; some modules refuse a file without any.
+    for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
+        state = with_versions(tensors, versions)
+        outcome = _try_loading(trial, state, strict=False)
+        if not isinstance(outcome, Exception):
+            missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
+            if missing is not None and unexpected is not None:
+                left = {source for source, key in moved.items() if key in unexpected}
+                report = _settled(report, {bare_name(key) for key in missing}, left)
+            break
+    return report, state
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy to try things on."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # as hooks leave them; these cannot be copied
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:
+    """What a model's own loading returns or raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the meta device nothing is loaded, which is all right here
+        try:
+            return model.load_state_dict(state, strict=strict)
+        except Exception as error:  # whatever a module's own loading raises
+            return error
+
+
+def _settled(report: LoadReport, missing: Collection[str], unexpected: Collection[str]) -> LoadReport:
+    """The report, given what the model's own loading says is missing and which keys of the file it leaves over."""
+    absent = [*report.missing, *report.tied, *report.mismatched]
+    return replace(
+        report,
+        supplied=[key for key in absent if key not in missing],
+        converted=[key for key in report.unexpected if key not in unexpected],
+        missing=[key for key in report.missing if key in missing],
+        tied={key: twin for key, twin in report.tied.items() if key in missing},
+        mismatched={key: shapes for key, shapes in report.mismatched.items() if key in missing},
+        unexpected=[key for key in report.unexpected if key in unexpected],
+        renamed={old: new for old, new in report.renamed.items() if old in unexpected and new in missing},
+    )
+
+
+def _moved(key: str, report: LoadReport) -> str:
+    """A key of the file, or a module's name with a dot behind it, with the model's prefix in place of the file's."""
+    removed = "".join(prefix for prefix in report.removed if bare_name(prefix))
+    bare = bare_name(key)
+    return report.added + bare.removeprefix(removed) if bare.startswith(removed) else bare
+
+
+def _moved_versions(
+    versions: Mapping[str, object] | None, report: LoadReport, model: nn.Module
+) -> Mapping[str, object] | None:
+    if versions is None:
+        return None
+    real = {bare_name(name): name for name, _ in model.named_modules()}
+    names = {name: _moved(f"{name}." if name else "", report).removesuffix(".") for name in versions}
+    return {real.get(names[name], names[name]): value for name, value in versions.items()}
+
+
+def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    for key in state:
+        if isinstance(own.get(key), Tensor) and own[key].is_meta:
             raise InputError(
                 f"{shown(key)}: expected a tensor with data, got one on the meta device: call to_empty first"
             )
-    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in own.items()}
+    restore = _backup(model)
     try:
-        fitting = {key: tensors[bare_key(key)] for key in own}
-        inner.load_state_dict(with_versions(fitting, module_versions(model)), strict=False)
+        model.load_state_dict(state, strict=False)
     except BaseException as error:
-        with contextlib.suppress(RuntimeError):  # again of the tensors that cannot be written
-            inner.load_state_dict(before, strict=False)
+        restore()
         if isinstance(error, RuntimeError):
             raise RunError(f"the model's tensors cannot be written, it is as it was: {error}") from error
         raise
+
+
+def _backup(model: nn.Module) -> Callable[[], None]:
+    """What gives a model's parameters and buffers the values back that they have now."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    before = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in zip(tensors, before, strict=True):
+            if not torch.equal(tensor, value):  # others may not let themselves be written
+                tensor.copy_(value)
+
+    return restore
 
 
 def _examples(shapes: dict[str, list[int]]) -> str:

@@ -1,4 +1,4 @@
-"""What of a checkpoint meets a model, key by key, as data and as people read it."""
+"""Result of matching a checkpoint's keys with a model's, as data and as people read it."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from convsim_init.report.text import PATH, quoted, shown, some
 
 @dataclass(frozen=True, repr=False)
 class LoadReport:
-    """What of a checkpoint meets a model; ``print`` shows a line for all of it and one for each kind of difference.
+    """Result of matching a checkpoint's keys with a model's.
 
-    Keys are the model's, without what wrappers add to them, unless said otherwise.
+    ``print`` shows a line for all of it and one for each kind of difference. Keys are the model's,
+    without what wrappers add to them, unless said otherwise.
 
     Attributes:
-        file: The checkpoint.
-        model: What the model is called: its class, or its spec where it was built by name.
-        wrapper: What the file keeps its state dict under, such as ``"state_dict"``; empty if under nothing.
-        expected: Number of keys of the model.
+        file: Path of the checkpoint.
+        model: Name of the model: its class, or its spec where it was built by name.
+        expected: Number of the model's keys.
+        wrapper: Key that the file keeps its state dict under, such as ``"state_dict"``; mostly empty.
         removed: Prefixes that were taken off the file's keys.
-        added: The prefix that was put in their place; mostly empty.
-        matched: The file's key for each that is there in the model's shape.
+        added: Prefix that was put in their place; mostly empty.
+        matched: The file's key for each key whose tensor is in the file in the model's shape.
         missing: Keys that the file does not have.
-        unexpected: Keys of the file that the model does not have.
-        mismatched: Keys whose shapes differ: the file's and the model's. The model keeps its own tensor there.
-        renamed: For keys of the file that the model does not have, a missing one of the same shape: a guess.
+        unexpected: The file's keys that the model does not have.
+        mismatched: Keys whose shapes differ: the file's and the model's. The model keeps its tensor.
+        renamed: A missing key of the same shape for unexpected ones: a guess.
         tied: Missing keys that share their tensor with a matched one, which is the value.
-        conflicting: The same, but both are in the file, with different values.
+        conflicting: Tied keys that are both in the file, with different values.
         non_finite: Matched keys that hold, in the model's dtype, infinities or NaN.
-        retyped: Matched keys whose dtype is of another kind, such as integers for floats: the file's and the model's.
-        refused: What the model's own strict loading raised although all of this is well; empty if nothing.
-        narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the model's.
+        retyped: Matched keys whose kind of dtype differs, such as integers for floats: the file's and
+            the model's.
+        narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the
+            model's.
+        refused: Error of the model's own strict loading although the keys match; mostly empty.
+        supplied: Keys that are not in the file in the model's shape, which the model's own loading sets
+            or keeps of its own accord, such as batch norm's ``num_batches_tracked`` for old files.
+        converted: The file's keys that the model does not have and its own loading makes use of.
 
     Examples:
         >>> path = ci.save_checkpoint({"weight": torch.zeros(8, 3, 3, 3)}, "init.pt", overwrite=True)
@@ -59,10 +65,15 @@ class LoadReport:
     retyped: dict[str, tuple[str, str]] = field(default_factory=dict)
     narrowed: dict[str, tuple[str, str]] = field(default_factory=dict)
     refused: str = ""
+    supplied: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of the model is in the file, finite and in its shape, and nothing else is."""
+        """Whether every tensor of the model is in the file, finite and in its shape, and nothing else is.
+
+        What the model's own loading supplies or converts is all right.
+        """
         return not (self.missing or self.unexpected or self.mismatched or self.conflicting or self.non_finite)
 
     @property
@@ -102,6 +113,8 @@ class LoadReport:
                 f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
                 f"which holds it"
             )
+        yield from _line("not in the file as the model has it, set by its own loading", map(shown, self.supplied))
+        yield from _line("converted by the model's own loading", map(shown, self.converted))
         yield from _line("missing in the file", map(shown, self.missing))
         yield from _line("unexpected, not in the model", map(shown, self.unexpected))
         yield from _line("of one shape, perhaps renamed", _pairs(self.renamed, "for"))

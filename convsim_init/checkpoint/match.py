@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from convsim_init.checkpoint.load_report import LoadReport
 from convsim_init.checkpoint.prefixes import find_prefixes
 from convsim_init.checkpoint.read import Checkpoint
-from convsim_init.checkpoint.state_dict import COMPILED_PART, bare_entries, bare_key
+from convsim_init.checkpoint.state_dict import state_entries
 from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import name_of, narrows, same_kind
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.names import WRAPPER_PARTS, bare_name
 
 MOST_CANDIDATES = 64  # for one renamed key: comparing names takes time
 
@@ -28,15 +29,15 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     """Compare the tensors of a checkpoint with the state dict of a model. Neither is changed.
 
     Args:
-        checkpoint: What was read.
+        checkpoint: Checkpoint that was read.
         model: Any module, on the meta device too; DistributedDataParallel and torch.compile are looked through.
-        file: What to call the checkpoint.
-        name: What to call the model. Default: its class.
+        file: Name of the checkpoint in the report.
+        name: Name of the model in the report. Default: its class.
 
     Raises:
         InputError: If the model is lazy: its shapes are not known yet.
     """
-    entries = bare_entries(model)
+    entries = state_entries(model)
     lazy = next((key for key, value in entries.items() if isinstance(value, Tensor) and is_lazy(value)), None)
     if lazy is not None:
         raise InputError(f"expected a model whose shapes are known, got a lazy {lazy!r}: run a forward pass first")
@@ -44,7 +45,8 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     theirs = {key: list(checkpoint.tensors[raw[key]].shape) for key in raw}
     own = {key: list(getattr(value, "shape", [])) for key, value in entries.items()}  # extra state may be no tensor
 
-    compiled = any(key != source for key, source in raw.items())
+    changed = [source.split(".") for key, source in raw.items() if key != source]
+    wrappers = [f"{part}." for part in WRAPPER_PARTS if any(part in parts for parts in changed)]
     removed, added = find_prefixes(theirs, own)
     sources = _sources(theirs, own, removed, added)
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
@@ -64,7 +66,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         model=name or type(unwrap(model)).__name__,
         expected=len(own),
         wrapper=checkpoint.wrapper,
-        removed=[prefix for prefix in (f"{COMPILED_PART}." if compiled else "", removed) if prefix],
+        removed=[*wrappers, *filter(None, [removed])],
         added=added,
         matched=matched,
         missing=[key for key in absent if key not in tied],
@@ -80,8 +82,8 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
 
 
 def _raw_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The file's keys by themselves without what torch.compile adds, unless two would then be the same."""
-    raw = {bare_key(key): key for key in tensors}
+    """The file's keys by themselves without what wrappers add, unless two would then be the same."""
+    raw = {bare_name(key): key for key in tensors}
     return raw if len(raw) == len(tensors) else {key: key for key in tensors}
 
 
@@ -99,7 +101,7 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
     for name, tensor in chain(
         inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False)
     ):
-        names[id(tensor)].append(bare_key(name))
+        names[id(tensor)].append(bare_name(name))
     return {name: [other for other in group if other != name] for group in names.values() for name in group}
 
 

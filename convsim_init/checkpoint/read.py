@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from convsim_init.checkpoint.state_dict import bare_entries, module_versions
+from convsim_init.checkpoint.state_dict import module_versions
 from convsim_init.checkpoint.vetting import is_zipped, vet_torch_file
 from convsim_init.errors import InputError
 from convsim_init.files import TORCH_SUFFIXES, check_source
+from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
@@ -29,9 +30,9 @@ class Checkpoint(NamedTuple):
     """The tensors of a file under its own keys.
 
     Attributes:
-        tensors: Dense ones, on the CPU.
-        wrapper: What the file keeps them under, such as ``"state_dict"``; empty if under nothing.
-        versions: What `torch.save` kept of the modules' notes, see `module_versions`.
+        tensors: Dense tensors on the CPU.
+        wrapper: Key that the file keeps them under, such as ``"state_dict"``; empty if under nothing.
+        versions: Notes of the modules that `torch.save` kept, see `module_versions`.
     """
 
     tensors: dict[str, Tensor]
@@ -40,21 +41,16 @@ class Checkpoint(NamedTuple):
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as `read_checkpoint` does, without what wrappers add to their keys.
-
-    What DistributedDataParallel and torch.compile add is taken off.
+    """The tensors of a checkpoint, as of `read_checkpoint`, under keys without what wrappers add to them.
 
     Raises:
         InputError: If the file is missing, damaged, holds anything but tensors, or two keys are then the same.
     """
     tensors = read_checkpoint(path).tensors
-    bare = {key: value for key, value in bare_entries(tensors).items() if isinstance(value, Tensor)}
-    if len(bare) < len(tensors):
-        raise InputError(
-            f"expected the keys of {str(path)!r} to differ in more than '_orig_mod', got {len(tensors)} keys for "
-            f"{len(bare)} tensors: save the unwrapped model's state_dict()"
-        )
-    return bare
+    try:
+        return {key: value for key, value in bare_entries(tensors).items() if isinstance(value, Tensor)}
+    except InputError as error:
+        raise InputError(f"{str(path)!r}: {error}") from error
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.checkpoint.state_dict import (
-    bare_entries,
     changed_entries,
     module_versions,
     plain_tensors,
+    state_entries,
     with_versions,
 )
 from convsim_init.errors import InputError, RunError
@@ -48,12 +48,12 @@ def save_checkpoint(
     the same arguments give the same bytes. If the path is a symbolic link, the file it points to is written.
 
     Args:
-        model_or_state_dict: What to write.
+        model_or_state_dict: Model or state dict to write.
         path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`, which has no metadata.
-        report: Of the run that made the weights; its model, seed, settings and totals go into the metadata.
-        prefix: Put before every key, for instance ``"model."``.
+        report: Report of the run that made the weights; its model, seed, settings and totals go into the metadata.
+        prefix: Text to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
-        dtype: Of the floating tensors; None keeps each one's own.
+        dtype: Dtype of the floating tensors; None keeps each one's own.
         overwrite: Replace an existing file.
 
     Returns:
@@ -81,9 +81,9 @@ class Contents:
     """What a checkpoint holds, whatever its name; it can be sent from one process to another.
 
     Attributes:
-        tensors: Plain ones, each with memory of its own, under the keys of the file.
-        versions: What modules note beside them; for a file of `torch.save`.
-        metadata: For a safetensors file.
+        tensors: Plain tensors, each with memory of its own, under the keys of the file.
+        versions: Notes of the modules beside them; for a file of `torch.save`.
+        metadata: Metadata of a safetensors file.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -104,7 +104,7 @@ def checkpoint_contents(
     Raises:
         InputError: If the weights hold other than finite tensors.
     """
-    entries = bare_entries(model_or_state_dict)
+    entries = state_entries(model_or_state_dict)
     if convs_only:
         entries = changed_entries(entries, report)
     tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}

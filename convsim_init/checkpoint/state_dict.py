@@ -12,32 +12,24 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.report.report import Report
 from convsim_init.report.text import shown
 
-PARALLEL_PREFIX = "module."
 MODEL_PREFIX = "model."
-COMPILED_PART = "_orig_mod"
 
 
-def bare_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
+def state_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
     """The entries of a model's state dict, or of the one given, without what wrappers add to their keys.
 
     Raises:
-        InputError: If ``source`` is neither a module nor a mapping whose keys are strings.
+        InputError: If ``source`` is neither a module nor a mapping of bare names that are strings and differ.
     """
-    is_module = isinstance(source, nn.Module)
-    state: object = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
-    if not isinstance(state, Mapping):
-        raise InputError(f"expected a module or its state dict to write, got {type(state).__name__}")
-    strange = [key for key in state if not isinstance(key, str)]
-    if strange:
-        raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
-    entries = {bare_key(key): state[key] for key in state}
-    # A module that is no wrapper may well have a child called "module"; in a state dict nothing tells the two apart.
-    while not is_module and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
-        entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
-    return entries
+    if isinstance(source, nn.Module):
+        return bare_entries(unwrap(source).state_dict(), parallel=False)
+    if not isinstance(source, Mapping):
+        raise InputError(f"expected a module or its state dict to write, got {type(source).__name__}")
+    return bare_entries(source)
 
 
 def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") -> OrderedDict[str, object] | None:
@@ -49,7 +41,7 @@ def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") 
     noted = getattr(state, "_metadata", None)
     if not isinstance(noted, Mapping) or (prefix and not prefix.endswith(".")):
         return None
-    return OrderedDict((f"{prefix}{bare_key(name)}".removesuffix("."), value) for name, value in noted.items())
+    return OrderedDict((f"{prefix}{bare_name(name)}".removesuffix("."), value) for name, value in noted.items())
 
 
 def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] | None) -> OrderedDict[str, Tensor]:
@@ -64,11 +56,6 @@ def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     """A state dict without the ``model.`` that Lightning puts before every key, and what was taken off."""
     prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
-
-
-def bare_key(key: str) -> str:
-    """A key without the part that torch.compile adds."""
-    return ".".join(part for part in key.split(".") if part != COMPILED_PART)
 
 
 def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:
@@ -94,8 +81,8 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
     """The entries as finite contiguous tensors on the CPU, each with memory of its own.
 
     Args:
-        entries: What to convert.
-        dtype: Of the floating tensors; None keeps each one's own.
+        entries: Entries to convert.
+        dtype: Dtype of the floating tensors; None keeps each one's own.
 
     Raises:
         InputError: If there are no entries, one is anything but a dense tensor of finite numbers, or ``dtype`` is not

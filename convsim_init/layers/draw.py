@@ -41,7 +41,7 @@ def draw_base_(
         model: Any module, wrapped or not, or a state dict.
         base: ``"kaiming_normal"``, ``"kaiming_uniform"``, ``"xavier_normal"`` or ``"orthogonal"``; ``"model"`` draws
             nothing.
-        seed: Of the draws; the caller's random state is left as it was.
+        seed: Seed of the draws; the caller's random state is left as it was.
         include: Shell patterns of layer names; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
 

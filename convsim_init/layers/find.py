@@ -6,66 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.errors import InputError
-from convsim_init.functional.bank import computing_bank
-from convsim_init.layers.inferred import find_entries
+from convsim_init.layers.graphs import graph_layers
+from convsim_init.layers.inferred import infer_layers
+from convsim_init.layers.layer import Layer as Layer
+from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
-from convsim_init.layers.weights import EntryWeight, Weight, held_weight
+from convsim_init.layers.weights import Weight, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
 from convsim_init.settings import Channels
 
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
-
-
-class Layer:
-    """One convolution.
-
-    Attributes:
-        name: Its dotted name in the unwrapped model.
-        kind: Its class.
-        weight: The weight that its forward pass uses.
-        groups: Its groups.
-        transposed: Whether it is a transposed one.
-        note: What groups and transposed were told from, where no module says it.
-        obstacle: Why it cannot or must not be treated; None if it can.
-    """
-
-    def __init__(
-        self, name: str, kind: str, weight: Weight, *, groups: int, transposed: bool, note: str | None = None
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.weight = weight
-        self.groups = groups
-        self.transposed = transposed
-        self.note = note
-        self.obstacle: str | None = None
-
-    @property
-    def shape(self) -> list[int]:
-        """Shape of the weight; empty while a lazy module has none."""
-        return self.weight.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weight is, or what it is computed from."""
-        return self.weight.sources[0].device
-
-    def bank(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor:
-        """The weight that is used as a filter bank ``[G, M, C, *kernel_size]`` to compute with; not to be changed."""
-        weight = self.weight.read().to(device)
-        return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
-
-    def explained(self, reason: str | None) -> str | None:
-        """What became of it, and what it was taken for where that was told from little."""
-        if reason is None or self.note is None:
-            return reason or self.note
-        return reason if (self.groups, self.transposed) == (1, False) else f"{self.note}: {reason}"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -80,15 +35,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
-    """Every convolution of a model, once each, in the order of its modules, with its name in the unwrapped model.
+    """Every convolution module of a model, once each, in order, with its name in the unwrapped model.
 
     Raises:
-        InputError: If the model has no convolution.
+        InputError: If there is none.
     """
-    inner = unwrap(model)
-    found = [(_bare(name), module) for name, module in inner.named_modules() if isinstance(module, _ConvNd)]
+    modules = unwrap(model).named_modules()
+    found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
     if not found:
-        raise InputError(f"expected a model with convolutions, got {type(inner).__name__}, which has none")
+        _module_layers(unwrap(model))  # raises if there is none in a graph either
+        raise InputError(
+            "expected convolutions that are modules, got a model of TorchScript or an exported program: pass the model "
+            "that it was made from"
+        )
     return found
 
 
@@ -97,7 +56,7 @@ def find_layers(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     *,
-    frozen: bool = False,
+    read_only: bool = False,
 ) -> list[Layer]:
     """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
@@ -105,24 +64,18 @@ def find_layers(
         source: Any module, wrapped or not, or a state dict.
         include: Shell patterns of layer names; where any are given, layers that match none are left alone.
         exclude: Shell patterns of layer names to leave alone.
-        frozen: Whether frozen layers will do, because nothing is to be changed.
+        read_only: Whether layers that cannot or must not be set will do, because nothing is to be changed.
 
     Raises:
         InputError: If there is no convolution, a pattern matches none of them, or the source is something else.
     """
     if isinstance(source, nn.Module):
-        layers = [_layer_of(name, module) for name, module in find_convolutions(source)]
-        obstacles = dict[str, str | None]()
+        layers = _module_layers(unwrap(source))
     elif isinstance(source, Mapping):
-        entries = list(find_entries(source))
-        if not entries:
+        layers = list(infer_layers(bare_entries(source)))
+        if not layers:
             many = f"{len(source)} entries without any" if source else "an empty one"
             raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}")
-        layers = [
-            Layer(e.name, e.kind, EntryWeight(e.weight), groups=e.groups, transposed=e.transposed, note=e.note)
-            for e in entries
-        ]
-        obstacles = {entry.name: entry.obstacle for entry in entries}
     else:
         raise InputError(f"expected a module or its state dict, got {type(source).__name__}")
     names = [layer.name for layer in layers]
@@ -130,8 +83,7 @@ def find_layers(
     check_patterns("exclude", exclude, names)
     owners: dict[int, str] = {}
     for layer in layers:
-        layer.obstacle = _unselected(layer.name, include, exclude) or obstacles.get(layer.name)
-        layer.obstacle = layer.obstacle or layer.weight.obstacle(frozen=frozen)
+        layer.obstacle = _unselected(layer.name, include, exclude) or layer.weight.obstacle(read_only=read_only)
         if layer.obstacle is None:
             owner = owners.setdefault(id(layer.weight.sources[0]), layer.name)
             layer.obstacle = None if owner == layer.name else f"shares its weight with {shown(owner)}"
@@ -140,7 +92,7 @@ def find_layers(
 
 def used_weight(module: _ConvNd) -> Weight:
     """The weight that a convolution's forward pass uses."""
-    weight = held_weight(module)
+    weight = stored_weight(module)
     return ForwardWeight(module, weight) if has_forward_of_its_own(module) else weight
 
 
@@ -174,15 +126,24 @@ def shape_obstacle(shape: Sequence[int], channels: Channels) -> str | None:
     return lone_obstacle(filters, groups, channels)
 
 
-def _layer_of(name: str, module: _ConvNd) -> Layer:
-    return Layer(name, type(module).__name__, used_weight(module), groups=module.groups, transposed=module.transposed)
+def _module_layers(model: nn.Module) -> list[Layer]:
+    layers: list[Layer] = []
+    within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
+    for name, module in model.named_modules():
+        if name.startswith(within):
+            continue
+        if isinstance(module, _ConvNd):
+            weight, kind = used_weight(module), type(module).__name__
+            layers.append(Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed))
+        elif in_graph := graph_layers(bare_name(name), module):
+            layers += in_graph
+            within += (f"{name}." if name else "",)
+    if not layers:
+        raise InputError(f"expected a model with convolutions, got {type(model).__name__}, which has none")
+    return layers
 
 
 def _unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     if include and not any(fnmatchcase(name, pattern) for pattern in include):
         return "not included"
     return "excluded" if any(fnmatchcase(name, pattern) for pattern in exclude) else None
-
-
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -1,63 +1,72 @@
-"""The convolutions of a state dict, told by the names and shapes of its tensors."""
+"""The convolutions of a state dict, inferred from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.weights import ComputedWeight, Weight
+
 KERNEL_RANKS = (1, 2, 3)
-COMPUTED = (".weight_v", ".weight_orig", ".parametrizations.weight.original", ".parametrizations.weight.original1")
+COMPUTED = {  # the key's ending of what a weight is computed from, and the entry that it is multiplied by
+    ".weight_orig": "weight_mask",  # pruning; of spectral_norm there is no mask
+    ".weight_v": "weight_g",  # weight_norm, old and new
+    ".parametrizations.weight.original1": "parametrizations.weight.original0",
+    ".parametrizations.weight.original": "",
+}
 BY_SHAPE = "taken from its shape for a convolution without groups, not transposed"
 BY_BIAS = "taken from the length of its bias for a transposed convolution"
 DEPTHWISE = "looks depthwise, by its shape alone"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One convolution of a state dict.
-
-    Attributes:
-        name: Of the layer: the key without its last part.
-        kind: Class it is taken for.
-        weight: Under its key.
-        groups: Groups it is taken to have.
-        transposed: Whether it is taken for a transposed convolution.
-        note: What all this was told from.
-        obstacle: Why it cannot be used, whatever the tensor holds.
-    """
-
-    name: str
-    kind: str
-    weight: Tensor
-    groups: int = 1
-    transposed: bool = False
-    note: str = BY_SHAPE
-    obstacle: str | None = None
-
-
-def find_entries(state: Mapping[str, object]) -> Iterator[Entry]:
-    """The tensors of rank 3 to 5 whose keys end in ``weight``, or in what parametrizations call the source of one.
+def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
+    """The tensors of rank 3 to 5 whose keys end in ``weight``, or in what its source is called where it is computed.
 
     A transposed convolution gives itself away where its bias is not as long as dimension 0 of its weight; one group per
-    filter shows in a dimension 1 of length 1. Other groups cannot be seen.
+    filter shows in a dimension 1 of length 1. Other groups cannot be seen. What pruning and weight_norm compute can be
+    read from the state dict but not set there.
     """
     for key, value in state.items():
-        name, computed = _owner(str(key))
+        name, ending = _owner(key)
         if name is None or not isinstance(value, Tensor) or is_lazy(value) or value.dim() - 2 not in KERNEL_RANKS:
             continue
-        kind, bias = f"Conv{value.dim() - 2}d", state.get(f"{str(key).removesuffix('weight')}bias")
-        if computed:
-            obstacle = "parametrized: its weight is computed from what the state dict holds; use the model itself"
-            yield Entry(name, kind, value, obstacle=obstacle)
-        elif groups := _transposed_groups(value, bias):
-            yield Entry(name, kind.replace("Conv", "ConvTranspose"), value, groups, True, BY_BIAS)
+        kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
+        weight = Weight(value, trained=False)
+        if ending in COMPUTED:
+            reason = "parametrized: its weight is computed from what the state dict holds; use the model itself"
+            weight = ComputedWeight(value, _computation(state, prefix, ending), reason)
+        groups = _transposed_groups(value, state.get(f"{prefix}bias"))
+        if groups:
+            kind = kind.replace("Conv", "ConvTranspose")
+            yield Layer(name, kind, weight, groups=groups, transposed=True, note=BY_BIAS)
         elif value.shape[0] > 1 and value.shape[1] == 1:
-            yield Entry(name, kind, value, value.shape[0], note=DEPTHWISE)
+            yield Layer(name, kind, weight, groups=value.shape[0], note=DEPTHWISE)
         else:
-            yield Entry(name, kind, value)
+            yield Layer(name, kind, weight, note=BY_SHAPE)
+
+
+def _computation(state: Mapping[str, object], prefix: str, ending: str) -> Callable[[], Tensor] | None:
+    """What computes a weight from a state dict's entries; None if it is not known here."""
+    source, factor = state[f"{prefix}{ending[1:]}"], state.get(f"{prefix}{COMPUTED[ending]}")
+    if not isinstance(source, Tensor) or not isinstance(factor, Tensor):
+        return None
+    if ending == ".weight_orig":
+        return partial(torch.mul, source, factor) if factor.shape == source.shape else None
+    along = [own in (1, size) for own, size in zip(factor.shape, source.shape, strict=False)]
+    fits = factor.dim() == 0 or (factor.dim() == source.dim() and all(along))
+    return partial(_normed, source, factor) if fits else None
+
+
+def _normed(direction: Tensor, length: Tensor) -> Tensor:
+    """What weight_norm computes: a direction whose slices, along the dimensions of the length, have that norm."""
+    axes = [axis for axis in range(direction.dim()) if length.dim() == 0 or length.shape[axis] == 1]
+    weight: Tensor = direction * (length / torch.linalg.vector_norm(direction, dim=axes, keepdim=True))
+    return weight
 
 
 def _transposed_groups(weight: Tensor, bias: object) -> int:
@@ -68,10 +77,10 @@ def _transposed_groups(weight: Tensor, bias: object) -> int:
     return groups if groups and not rest and weight.shape[0] % groups == 0 else 0
 
 
-def _owner(key: str) -> tuple[str | None, bool]:
-    """The layer that a weight stands for under that key, and whether that layer computes its weight from it."""
+def _owner(key: str) -> tuple[str | None, str]:
+    """The layer whose weight, or what its weight is computed from, stands under that key; and the key's ending."""
     dotted = f".{key}"
-    for ending in COMPUTED:
+    for ending in (".weight", *COMPUTED):
         if dotted.endswith(ending):
-            return dotted.removesuffix(ending)[1:], True
-    return (dotted.removesuffix(".weight")[1:], False) if dotted.endswith(".weight") else (None, False)
+            return dotted.removesuffix(ending)[1:], ending
+    return None, ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.weights import Weight, difference, evaluating, keep_tensors, wide
+from convsim_init.layers.weights import Weight, backup_tensors, describe_mismatch, evaluating, to_float64
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = {
@@ -35,93 +35,93 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
 
 
 class ForwardWeight(Weight):
-    """The weight that a forward pass of its own uses: the held one, or that one's filters centred or scaled.
+    """The weight that a forward pass of its own uses: the stored one, or that one's filters centred or scaled.
 
     Args:
         module: The convolution.
-        held: The weight that its attribute holds.
+        stored: The weight that its attribute holds.
     """
 
-    def __init__(self, module: _ConvNd, held: Weight) -> None:
-        super().__init__(*held.sources)
-        self._module, self._held = module, held
+    def __init__(self, module: _ConvNd, stored: Weight) -> None:
+        super().__init__(*stored.sources)
+        self._module, self._stored = module, stored
         self._centred = False
 
     @property
     def shape(self) -> list[int]:
-        """Shape of the held weight."""
-        return self._held.shape
+        """Shape of the stored weight."""
+        return self._stored.shape
 
-    def obstacle(self, *, frozen: bool) -> str | None:
-        """Why the held weight cannot be had, or what its class does with it that is not known here."""
-        obstacle = self._held.obstacle(frozen=frozen)
+    def obstacle(self, *, read_only: bool) -> str | None:
+        """Why the stored weight cannot be had, or what its class does with it that is not known here."""
+        obstacle = self._stored.obstacle(read_only=read_only)
         if obstacle is not None:
             return obstacle
         kind = type(self._module).__name__
         try:
-            used, held = self.read(), self._held.read()
+            used, stored = self.read(), self._stored.read()
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
-            return f"no telling which weight {kind} uses: a trial pass ended with {type(error).__name__}: {text}"
-        if not used.any() and held.any():
+            return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
+        if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
         for self._centred in (False, True):
-            if difference("class", self._slopes(used, held) * self._variable(held), used) is None:
+            if describe_mismatch("class", self._slopes(used, stored) * self._variable(stored), used) is None:
                 return None
         return f"{kind} computes its weight from the parameter in a way that is not known here"
 
     def compute(self) -> Tensor:
         """The weight that a forward pass hands to the convolution."""
-        module, held = self._module, self._held.read()
+        module, stored = self._module, self._stored.read()
         size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
         try:
-            with evaluating(module), _Capture(held.shape):
-                module(held.new_zeros(1, module.in_channels, *size))
+            with evaluating(module), _Capture(stored.shape):
+                module(stored.new_zeros(1, module.in_channels, *size))
         except _CapturedError as captured:
             return captured.weight
         raise RuntimeError("no convolution with a weight of that shape was called")
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
-        """Choose the held weight so that its class makes this one of it, filters centred if the class centres them."""
-        used, held = self.read(), self._held.read()
-        if used.data_ptr() == held.data_ptr():
-            return self._held.write(weight)
-        slopes = self._slopes(used, held)  # [M, 1, ...]
-        wanted = self._variable(weight)
-        wanted *= _ratios(_norms(weight), _norms(wanted))
-        changed = wide(held) - self._variable(held) + wanted / torch.where(slopes == 0, 1, slopes)
-        self._held.write(torch.where(slopes == 0, held, changed).to(weight))
-        return difference("class", wanted, self.read())
+        """Choose the stored weight so that its class computes this one, centred if the class centres filters."""
+        used, stored = self.read(), self._stored.read()
+        if used.data_ptr() == stored.data_ptr():
+            return self._stored.write(weight)
+        slopes = self._slopes(used, stored)  # [M, 1, ...]
+        target = self._variable(weight)
+        target *= _ratios(_norms(weight), _norms(target))
+        changed = to_float64(stored) - self._variable(stored) + target / torch.where(slopes == 0, 1, slopes)
+        self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
+        return describe_mismatch("class", target, self.read())
 
-    def keep(self) -> Callable[[], None]:
-        """What gives back what the held weight is held in."""
-        put_back, undo = keep_tensors(self.sources), self._held.keep()
+    def backup(self) -> Callable[[], None]:
+        """What gives back the tensors that the stored weight is stored in."""
+        restore, undo = backup_tensors(self.sources), self._stored.backup()
 
         def undo_both() -> None:
-            put_back()
+            restore()
             undo()
 
         return undo_both
 
-    def held(self) -> list[Tensor]:
-        """What the held weight is held in."""
-        return self._held.held()
+    def storage(self) -> list[Tensor]:
+        """The tensors that the stored weight is stored in."""
+        return self._stored.storage()
 
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
-        weight = wide(weight)
+        weight = to_float64(weight)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight.clone()
 
-    def _slopes(self, used: Tensor, held: Tensor) -> Tensor:
-        """For each filter the factor from the held weight to the one that is used, ``[M, 1, ...]``."""
-        variable = self._variable(held)
+    def _slopes(self, used: Tensor, stored: Tensor) -> Tensor:
+        """For each filter the factor from the stored weight to the one that is used, ``[M, 1, ...]``."""
+        variable = self._variable(stored)
         axes = tuple(range(1, used.dim()))
-        return _ratios((wide(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
+        return _ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
 
 
 def _norms(weight: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(wide(weight), dim=tuple(range(1, weight.dim())), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(to_float64(weight), dim=tuple(range(1, weight.dim())), keepdim=True)
     return norms
 
 

@@ -1,49 +1,51 @@
-"""The weight that a convolution's forward pass uses, however its module holds it: read and written."""
+"""The weight that a convolution's forward pass uses, however its module stores it: read and written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class RefusedError(RuntimeError):
-    """What holds a weight refuses to be assigned to."""
+    """The storage of a weight refuses to be assigned to."""
 
 
 class Weight:
     """A weight that is used as it stands.
 
-    Attributes:
-        sources: The tensors it is held in or computed from.
-        trained: Whether it is the parameter of a model, which may be frozen.
+    Args:
+        sources: Tensors that it is stored in or computed from.
+        trained: Whether it is a model's parameter, which may be frozen, and no state dict's tensor.
     """
 
-    trained = True
-
-    def __init__(self, *sources: Tensor) -> None:
+    def __init__(self, *sources: Tensor, trained: bool = True) -> None:
         self.sources = sources
+        self._trained = trained
 
     @property
     def shape(self) -> list[int]:
-        """Its shape; empty while a lazy module has none."""
+        """Shape of the weight; empty while a lazy module has none."""
         return [] if is_lazy(self.sources[0]) else list(self.sources[0].shape)
 
-    def obstacle(self, *, frozen: bool) -> str | None:
-        """Why it cannot be read or, unless frozen ones will do, must not be written; None if it can."""
+    def obstacle(self, *, read_only: bool) -> str | None:
+        """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
         if any(is_lazy(source) for source in self.sources):
             return "lazy, without a weight yet: run a forward pass first"
         if any(source.is_meta for source in self.sources):
             return "on the meta device, without data: move it with to_empty and initialize it first"
-        if self.trained and not frozen and not any(source.requires_grad for source in self.sources):
+        if self._trained and not read_only and not any(source.requires_grad for source in self.sources):
             return "frozen: requires_grad is False"
         if any(source.dtype not in TREATED_DTYPES for source in self.sources):
             return f"its dtype {self.sources[0].dtype} is not treated"
@@ -63,7 +65,7 @@ class Weight:
         """Set the weight that is used.
 
         Returns:
-            What differs, if another one is then used.
+            How the weight that is then used differs from the one that was set; None if it does not.
 
         Raises:
             RefusedError: If it cannot be set; then nothing was changed.
@@ -71,19 +73,13 @@ class Weight:
         self.sources[0].copy_(weight)
         return None
 
-    def keep(self) -> Callable[[], None]:
-        """What undoes a `write` that came to another weight; here it never does."""
+    def backup(self) -> Callable[[], None]:
+        """What undoes a `write` that resulted in another weight; here it never does."""
         return lambda: None
 
-    def held(self) -> list[Tensor]:
-        """The tensors that a `write` may change, where they lie."""
+    def storage(self) -> list[Tensor]:
+        """The tensors that a `write` may change."""
         return list(self.sources)
-
-
-class EntryWeight(Weight):
-    """A tensor of a state dict."""
-
-    trained = False
 
 
 class ParametrizedWeight(Weight):
@@ -95,7 +91,7 @@ class ParametrizedWeight(Weight):
 
     @property
     def shape(self) -> list[int]:
-        """Its shape; empty while a lazy module has none."""
+        """Shape of the weight; empty while a lazy module has none."""
         return [] if any(is_lazy(source) for source in self.sources) else list(self.read().shape)
 
     def compute(self) -> Tensor:
@@ -111,19 +107,19 @@ class ParametrizedWeight(Weight):
             self._module.weight = weight.to(before.device, before.dtype)
         except Exception as error:  # whatever the parametrization's own code raises
             raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
-        return difference("parametrization", weight, self._module.weight)
+        return describe_mismatch("parametrization", weight, self._module.weight)
 
-    def keep(self) -> Callable[[], None]:
+    def backup(self) -> Callable[[], None]:
         """What gives the parametrization back its parameters and buffers, which it may have made anew."""
         parametrizations: nn.ModuleDict = self._module.parametrizations  # type: ignore[assignment]
         state = {key: value.clone() for key, value in parametrizations.state_dict().items()}
 
-        def put_back() -> None:
+        def restore() -> None:
             parametrizations.load_state_dict(state)
 
-        return put_back
+        return restore
 
-    def held(self) -> list[Tensor]:
+    def storage(self) -> list[Tensor]:
         """The parametrization's parameters and buffers."""
         return list(self._module.parametrizations.state_dict().values())  # type: ignore[union-attr]
 
@@ -148,59 +144,91 @@ class NormedWeight(Weight):
         length.copy_(torch.norm_except_dim(direction, 2, self._hook.dim))
         computed = self.read()
         self._module.weight.copy_(computed)
-        return difference("weight_norm", weight, computed)
+        return describe_mismatch("weight_norm", weight, computed)
 
-    def keep(self) -> Callable[[], None]:
+    def backup(self) -> Callable[[], None]:
         """What gives back direction, length and what the hook left on the module."""
-        return keep_tensors(self.held())
+        return backup_tensors(self.storage())
 
-    def held(self) -> list[Tensor]:
+    def storage(self) -> list[Tensor]:
         """Direction, length and what the hook left on the module."""
         return [*self.sources, self._module.weight]
 
 
 class ComputedWeight(Weight):
-    """A weight that something unknown computes."""
+    """A weight that can be read but not set.
 
-    def obstacle(self, *, frozen: bool) -> str | None:
+    Args:
+        source: Tensor of its shape that it is computed from.
+        compute: Function that computes it; None where it cannot be read either.
+        reason: Why it cannot be set.
+    """
+
+    def __init__(self, source: Tensor, compute: Callable[[], Tensor] | None, reason: str) -> None:
+        super().__init__(source)
+        self._compute, self._reason = compute, reason
+
+    def obstacle(self, *, read_only: bool) -> str | None:
         """Why it is left alone."""
-        return "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
+        if self._compute is None or not read_only:
+            return self._reason
+        return super().obstacle(read_only=True)
+
+    def compute(self) -> Tensor:
+        """What the function computes."""
+        assert self._compute is not None  # there is an obstacle otherwise
+        return self._compute()
 
 
-def held_weight(module: _ConvNd) -> Weight:
-    """The weight that a convolution's attribute ``weight`` holds."""
+def stored_weight(module: _ConvNd) -> Weight:
+    """The weight that a convolution's attribute ``weight`` stands for."""
     if parametrize.is_parametrized(module, "weight"):
         return ParametrizedWeight(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
     if "weight" in module._parameters:
-        return Weight(module.weight)
+        return Weight(weight)
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return NormedWeight(module, hook)
-    return ComputedWeight(module.weight)
+    compute = _hooked(module) or (lambda: module.weight)
+    reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
+    return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
 
 
-def keep_tensors(tensors: Sequence[Tensor]) -> Callable[[], None]:
+def _hooked(module: _ConvNd) -> Callable[[], Tensor] | None:
+    """What computes the weight as a hook of torch would before a forward pass, without changing the module."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return partial(hook.apply_mask, module)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return partial(hook.compute_weight, module, do_power_iteration=False)
+    return None
+
+
+def backup_tensors(tensors: Sequence[Tensor]) -> Callable[[], None]:
     """What gives tensors back the values that they have now."""
     values = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
-    def put_back() -> None:
+    def restore() -> None:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
 
-    return put_back
+    return restore
 
 
-def difference(what: str, weight: Tensor, computed: Tensor) -> str | None:
-    """Words for how far a computed weight is from the one that was wanted; None if they agree in its dtype."""
-    distance = torch.linalg.vector_norm(wide(computed - weight.to(computed)))
-    relative = float(distance / torch.linalg.vector_norm(wide(weight))) if distance > 0 else 0.0
+def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None:
+    """How far a computed weight is from the one that was to be set; None if they agree in its dtype."""
+    distance = torch.linalg.vector_norm(to_float64(computed - weight.to(computed)))
+    relative = float(distance / torch.linalg.vector_norm(to_float64(weight))) if distance > 0 else 0.0
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
     return f"its {what} keeps a weight that differs by {relative:.1%} from the one it was given"
 
 
-def wide(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """The tensor in the widest floating dtype of its device."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convsim_init.checkpoint.state_dict import bare_entries
+from convsim_init.checkpoint.state_dict import state_entries
 from convsim_init.errors import InputError
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
@@ -21,7 +21,7 @@ COMPUTED = "computed by a parametrization"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedEntry:
     """One key of the state dicts, or one convolution's weight, across all that are compared.
 
     Attributes:
@@ -41,14 +41,14 @@ class Comparison:
     """What `compare` found; shown as a table by ``print``.
 
     Attributes:
-        snapshots: What was compared, in the order given, its label what it was called by.
+        snapshots: Snapshots of what was compared, in the order given, labelled by its names.
         layers: Every convolution of any of them.
         entries: Every key of any of their state dicts.
     """
 
     snapshots: list[Snapshot]
-    layers: list[Entry]
-    entries: list[Entry]
+    layers: list[ComparedEntry]
+    entries: list[ComparedEntry]
 
     @property
     def reports(self) -> list[list[LayerReport | None]]:
@@ -126,7 +126,7 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
     if len(sources) < 2:
         raise InputError(f"expected at least two models or checkpoints to compare, got {len(sources)}")
     snapshots = [take_snapshot(label, source) for label, source in sources]
-    states = [{key: x for key, x in bare_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
+    states = [{key: x for key, x in state_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
     entries = [_entry(key, [state.get(key) for state in states]) for key in _union(states)]
     by_key = {entry.name: entry for entry in entries}
     shapes = [{layer.name: layer.shape for layer in snapshot.report.layers} for snapshot in snapshots]
@@ -134,7 +134,7 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
     for name in _union(shapes):
         entry = by_key.get(_weight_key(name))
         weights = COMPUTED if entry is None else entry.weights
-        layers.append(Entry(name, [known.get(name) for known in shapes], weights))
+        layers.append(ComparedEntry(name, [known.get(name) for known in shapes], weights))
     return Comparison(snapshots, layers, entries)
 
 
@@ -147,7 +147,7 @@ def _about(snapshot: Snapshot) -> str:
     )
 
 
-def _entry(name: str, tensors: Sequence[Tensor | None]) -> Entry:
+def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
     shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) < len(tensors):
@@ -156,7 +156,7 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> Entry:
         weights = RESHAPED
     else:
         weights = IDENTICAL if all(_equal(present[0], other) for other in present[1:]) else DIFFERENT
-    return Entry(name, shapes, weights)
+    return ComparedEntry(name, shapes, weights)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -185,13 +185,13 @@ def _side_by_side(cells: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _shapes(entry: Entry) -> str:
+def _shapes(entry: ComparedEntry) -> str:
     return " / ".join(dict.fromkeys(shape_text(shape) or "scalar" for shape in entry.shapes if shape is not None))
 
 
-def _owners(entry: Entry, letters: Sequence[str]) -> str:
+def _owners(entry: ComparedEntry, letters: Sequence[str]) -> str:
     return ", ".join(letter for letter, shape in zip(letters, entry.shapes, strict=True) if shape is not None)
 
 
-def _weights(layer: Entry, letters: Sequence[str]) -> str:
+def _weights(layer: ComparedEntry, letters: Sequence[str]) -> str:
     return f"only in {_owners(layer, letters)}" if layer.weights == INCOMPLETE else layer.weights

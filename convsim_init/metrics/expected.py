@@ -68,7 +68,7 @@ def covariance_rows(bank: Tensor, spectrum: Spectrum, *, grid: int = GRID) -> Te
 
     Args:
         bank: ``[G, M, C, *kernel_size]``.
-        spectrum: Of the input, whose variance is 1.
+        spectrum: Spectrum of the input, whose variance is 1.
         grid: Points an axis of the grid that the natural spectrum lives on; an axis where the kernel is longer has as
             many as the kernel.
     """

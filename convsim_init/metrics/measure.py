@@ -63,7 +63,7 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
         True
     """
     started = time.perf_counter()
-    layers = find_layers(model_or_state_dict, frozen=True)
+    layers = find_layers(model_or_state_dict, read_only=True)
     largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
     with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
         reports = {report.name: report for report in team.as_completed(_measure, largest_first)}

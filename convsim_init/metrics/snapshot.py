@@ -17,8 +17,8 @@ class Snapshot:
     """Convolutions at one time.
 
     Attributes:
-        label: What people call it, for instance ``"before"``.
-        report: Of `measure`.
+        label: Name for people, for instance ``"before"``.
+        report: Result of `measure`.
         banks: The filters of each layer that was measured, ``[G, M, C, *kernel_size]`` on the CPU, G
             groups of M filters of C input channels.
     """
@@ -46,7 +46,7 @@ def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor], *, copy:
     """
     report = measure(source)
     measured = {layer.name for layer in report.layers if layer.before}
-    banks = {layer.name: layer.bank().cpu() for layer in find_layers(source, frozen=True) if layer.name in measured}
+    banks = {layer.name: layer.bank().cpu() for layer in find_layers(source, read_only=True) if layer.name in measured}
     if copy:
         banks = {name: bank.clone() for name, bank in banks.items()}
     return Snapshot(label, report, banks)

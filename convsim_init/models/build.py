@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.models import factories, libraries, lookup
-from convsim_init.models.lookup import Resolved, resolve
-from convsim_init.models.spec import Source, Spec, parse
-from convsim_init.models.zoo import build as built_in
-from convsim_init.models.zoo.catalog import UnknownModelError
+from convsim_init.models.factories import check_place, find_factory
+from convsim_init.models.libraries import Resolved, check_bare_name, check_library_model, find_builder, resolve
+from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
+from convsim_init.models.user_code import import_context
+from convsim_init.models.zoo.catalog import MODELS
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Resolved", "UnknownModelError", "build_model", "check_model", "resolve"]
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -47,7 +44,7 @@ def build_model(
               file, and what it prints goes to stderr.
         num_classes: Outputs of the classifier, at least 1. Default: the model's.
         in_chans: Channels of the input, at least 1; torchvision's models do not take it. Default: the model's.
-        seed: Seeds the draws, 0 to 2**63 - 1.
+        seed: Seed of the draws, 0 to 2**63 - 1.
         **kwargs: Further arguments of the library's builder or of the factory. Built-in models take none.
 
     Returns:
@@ -72,7 +69,10 @@ def build_model(
         with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
             build = _builder(found)
         with _reproducible(checked_seed):
-            return build(arguments).train()
+            model = build(arguments)
+    for module in model.modules():
+        module.training = True  # a class may have given `train` another meaning, such as to start training
+    return model
 
 
 def find_model(spec: str, /) -> Resolved:
@@ -125,27 +125,26 @@ def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
 
 def _check(spec: Spec, arguments: Mapping[str, object]) -> None:
     if spec.source is Source.BUILT_IN:
-        built_in.check(spec.name, arguments)
+        MODELS[spec.name].check_arguments(arguments)
     elif spec.source is Source.ANY:
-        lookup.check(spec.name)
+        check_bare_name(spec.name)
     elif spec.source is Source.CHECKPOINT:
         raise InputError(f"expected a model to build, got the checkpoint {spec.text!r}: name the model it belongs to")
-    elif spec.source in (Source.TORCHVISION, Source.TIMM):
-        libraries.check(spec.source, spec.name, arguments)
+    elif spec.source in LIBRARIES:
+        check_library_model(spec.source, spec.name, arguments)
     else:
-        factories.check(spec)
+        check_place(spec)
 
 
 def _builder(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     if spec.source is Source.BUILT_IN:
-        return partial(built_in.build, spec.name)
-    if spec.source in (Source.TORCHVISION, Source.TIMM):
-        return libraries.find(spec.source, spec.name)
-    return factories.find(spec)
+        return MODELS[spec.name].build
+    return find_builder(spec.source, spec.name) if spec.source in LIBRARIES else find_factory(spec)
 
 
 def _imports(spec: Spec) -> AbstractContextManager[None]:
-    return factories.surroundings(spec) if spec.source in (Source.MODULE, Source.FILE) else nullcontext()
+    own = spec.source in (Source.MODULE, Source.FILE)
+    return import_context(spec.place if spec.source is Source.FILE else None) if own else nullcontext()
 
 
 @contextmanager

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.models.spec import Source, Spec
-from convsim_init.models.user_code import is_importable, load_file, load_module, running, running_file, user_errors
+from convsim_init.models.user_code import is_importable, load_file, load_module, user_errors
 from convsim_init.report.text import did_you_mean, shortened
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _MISSING = object()
 
 
-def check(spec: Spec) -> None:
+def check_place(spec: Spec) -> None:
     """Refuse a file or a package that is not there, without running anything.
 
     Raises:
@@ -42,12 +41,7 @@ def check(spec: Spec) -> None:
         raise InputError(f"expected a Python file to read, got {spec.place!r}, which is none{alike}")
 
 
-def surroundings(spec: Spec) -> AbstractContextManager[None]:
-    """What the user's code finds around it while `find` and `build` run it."""
-    return running() if spec.source is Source.MODULE else running_file(spec.place)
-
-
-def find(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
+def find_factory(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     """What makes the model, from its arguments, of the factory that a spec names.
 
     Raises:

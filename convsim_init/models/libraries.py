@@ -1,13 +1,15 @@
 """torchvision's and timm's models, by their own registries and without pretrained weights.
 
-Neither library is imported before one of its models is asked for; torch comes with it.
+Neither library is imported before one of its models is asked for; torch comes with it. A bare name that
+is not built in is looked up in them.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,8 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.models.spec import LIBRARIES, Source
-from convsim_init.models.zoo.catalog import UnknownModelError, closest
+from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
+from convsim_init.models.zoo.catalog import MODELS, UnknownModelError, closest
 from convsim_init.version import installed_version
 
 if TYPE_CHECKING:
@@ -28,12 +30,20 @@ TRAINED = {
 }
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A spec that names its source, and what its user should know of how it was found."""
+
+    spec: Spec
+    remark: str | None = None
+
+
 def installed() -> list[Source]:
     """The libraries that are there, in the order in which a bare name is looked up in them."""
     return [library for library in LIBRARIES if find_spec(library.value) is not None]
 
 
-def check(library: Source, name: str, arguments: Mapping[str, object]) -> None:
+def check_library_model(library: Source, name: str, arguments: Mapping[str, object]) -> None:
     """Refuse what can be refused without torch.
 
     Raises:
@@ -63,7 +73,7 @@ def names(library: Source, pattern: str = "*") -> list[str]:
     Raises:
         InputError: If the library is not installed or cannot be imported.
     """
-    check(library, pattern, {})
+    check_library_model(library, pattern, {})
     registry = _load(library)
     if library is Source.TIMM:
         return [str(name) for name in registry.list_models(pattern)]
@@ -76,7 +86,60 @@ def has(library: Source, name: str) -> bool:
     return bool(registry.is_model(name)) if library is Source.TIMM else name in registry.list_models()
 
 
-def find(library: Source, name: str) -> Callable[[Mapping[str, object]], torch.nn.Module]:
+def check_bare_name(name: str) -> None:
+    """Refuse a name that is not built in where no library can be asked for it.
+
+    Raises:
+        UnknownModelError: If none is installed, with the closest built-in names.
+    """
+    if not installed():
+        raise _unknown(name)
+
+
+def resolve(text: str) -> Resolved:
+    """What a spec means: a bare name that is not built in is torchvision's if it has that model, else timm's.
+
+    Raises:
+        UnknownModelError: If none that is installed has it, or one cannot be imported.
+        InputError: If the spec is malformed.
+    """
+    spec = parse(text)
+    if spec.source is not Source.ANY:
+        return Resolved(spec)
+    try:
+        owners = [library for library in installed() if has(library, text)]
+    except InputError as error:
+        alike = " or ".join(closest(text))
+        hint = f" (did you mean {alike}?)" if alike else ""
+        raise UnknownModelError(
+            f"{text!r} is no built-in model{hint}, and the libraries cannot be asked: {error}"
+        ) from error
+    if not owners:
+        raise _unknown(text)
+    first, *others = owners
+    remark = f"{text} was taken from {first.value}"
+    for other in others:
+        remark += f"; {other.value} has one of that name too, whose keys may differ: {other.value}:{text}"
+    return Resolved(parse(f"{first.value}:{text}"), remark)
+
+
+def _unknown(name: str) -> UnknownModelError:
+    known = {one: one for one in MODELS}
+    for library in installed():
+        for one in names(library):
+            known.setdefault(one, f"{library.value}:{one}")
+    hint = _hint(known[one] for one in closest(name, known))
+    missing = [library.value for library in LIBRARIES if library not in installed()]
+    extras = f"; pip install 'convsim-init[{','.join(missing)}]' for more" if missing else ""
+    return UnknownModelError(f"expected the name of a model, got {name!r}: {hint} run `convsim-init list`{extras}")
+
+
+def _hint(alike: Iterable[str]) -> str:
+    names = " or ".join(alike)
+    return f"did you mean {names}? For all names" if names else "for all names"
+
+
+def find_builder(library: Source, name: str) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     """What builds a library's model, with weights drawn anew, from its arguments.
 
     Raises:
@@ -84,8 +147,7 @@ def find(library: Source, name: str) -> Callable[[Mapping[str, object]], torch.n
         InputError: If the library cannot be imported.
     """
     if not has(library, name):
-        alike = " or ".join(f"{library.value}:{one}" for one in closest(name, names(library)))
-        hint = f"did you mean {alike}? For all names" if alike else "for all names"
+        hint = _hint(f"{library.value}:{one}" for one in closest(name, names(library)))
         raise UnknownModelError(
             f"expected the name of a model of {library.value}, got {name!r}: {hint} run "
             f"`convsim-init list '{library.value}:*'`"

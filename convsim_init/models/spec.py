@@ -33,8 +33,8 @@ class Spec:
     """A spec in its parts.
 
     Attributes:
-        text: As the user wrote it.
-        source: Where the model comes from.
+        text: Spec as the user wrote it.
+        source: Origin of the model.
         place: The module or the path; empty for other sources.
         name: The model's name, or the factory's, which may have dots.
     """
@@ -55,27 +55,29 @@ def parse(text: str) -> Spec:
     library = next((source for source in LIBRARIES if text.startswith(f"{source.value}:")), None)
     if library is not None:
         name = text.partition(":")[2]
-        return Spec(text, library, "", name) if name else _refuse(text, f"name a model: {text}NAME")
+        if not name:
+            raise _refused(text, f"name a model: {text}NAME")
+        return Spec(text, library, "", name)
     if Path(text).suffix in SUFFIXES:
         return Spec(text, Source.CHECKPOINT, text, "")
     if text in catalog.MODELS:
         return Spec(text, Source.BUILT_IN, "", text)
     if not colon:
         if text.endswith(".py"):
-            _refuse(text, f"name the function in it that returns the model: {text}:FUNCTION")
+            raise _refused(text, f"name the function in it that returns the model: {text}:FUNCTION")
         return Spec(text, Source.ANY, "", text)
     if not _is_dotted_name(name):
-        _refuse(text, "after the colon stands the name of a function or class")
+        raise _refused(text, "after the colon stands the name of a function or class")
     if place.endswith(".py"):
         return Spec(text, Source.FILE, place, name)
     if _is_dotted_name(place):
         return Spec(text, Source.MODULE, place, name)
-    return _refuse(text, "before the colon stands a module's name or a path that ends in .py")
+    raise _refused(text, "before the colon stands a module's name or a path that ends in .py")
 
 
 def _is_dotted_name(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
 
 
-def _refuse(text: str, advice: str) -> Spec:
-    raise InputError(f"expected {FORMS}, got {text!r}: {advice}")
+def _refused(text: str, advice: str) -> InputError:
+    return InputError(f"expected {FORMS}, got {text!r}: {advice}")

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module, invalidate_caches
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -27,16 +27,15 @@ def is_importable(module: str) -> bool:
 
 
 @contextmanager
-def running() -> Iterator[None]:
-    """Let code import what lies in the working folder, and print to stderr only."""
-    with _on_path(Path.cwd()), redirect_stdout(sys.stderr):
+def import_context(file: str | None = None) -> Iterator[None]:
+    """Let code import what lies beside a file, or else in the working folder, and print to stderr only."""
+    folder = Path(file).resolve().parent if file else Path.cwd()
+    with _modules_beside(folder) if file else nullcontext(), _on_path(folder), redirect_stdout(sys.stderr):
         yield
 
 
 @contextmanager
-def running_file(file: str) -> Iterator[None]:
-    """Let code import what lies beside a file, and print to stderr only."""
-    folder = Path(file).resolve().parent
+def _modules_beside(folder: Path) -> Iterator[None]:
     for other in _beside.keys() - {folder}:
         for name in _beside[other]:
             sys.modules.pop(name, None)
@@ -44,8 +43,7 @@ def running_file(file: str) -> Iterator[None]:
     sys.modules.update(beside)
     known = set(sys.modules)
     try:
-        with _on_path(folder), redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         new = {name: sys.modules[name] for name in sys.modules.keys() - known if name.partition(".")[0] not in known}
         beside.update({name: module for name, module in new.items() if _lies_in(folder, name, module)})
@@ -67,7 +65,7 @@ def user_errors(what: str) -> Iterator[None]:
 
 
 def load_module(name: str) -> ModuleType:
-    """The module of that name; to be called within `running`.
+    """The module of that name; to be called within `import_context`.
 
     Raises:
         InputError: If it is not there or its import fails.
@@ -85,7 +83,7 @@ def load_module(name: str) -> ModuleType:
 
 
 def load_file(file: str) -> ModuleType:
-    """The file as a module, under a name that clashes with nothing; to be called within `running_file`.
+    """The file as a module, under a name that clashes with nothing; to be called within `import_context`.
 
     The same file is not run twice, for the sake of what it may register; an edited one is another.
 

@@ -50,7 +50,7 @@ def share(
     for layer in layers:
         report, owner = reports[layer.name]
         if report.after:
-            ranks.copy(layer.weight.held(), owner, device=device)
+            ranks.copy(layer.weight.storage(), owner, device=device)
     return [reports[layer.name][0] for layer in layers]
 
 

@@ -1,9 +1,11 @@
 """The training benchmark's parts: what its numbers rest on."""
 
 import csv
+import importlib
 import math
 import statistics
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,15 +17,18 @@ import convsim_init as ci
 
 pytest.importorskip("sklearn")
 
-from benchmarks.training.arms import ARMS, Arm, convolutions, draw_base
-from benchmarks.training.cifar import read_cifar
-from benchmarks.training.fit import batches_of, fit, points, schedule
+from benchmarks.training.arms import ARMS, Arm, convolutions, draw_base, signed_permutations
+from benchmarks.training.fit import OPTIMIZERS, batches_of, decayed_apart, fit, points, schedule
 from benchmarks.training.networks import NETWORKS
 from benchmarks.training.records import Case, Record, Records
 from benchmarks.training.summary import comparisons, interval, paired, rows_of, steps_to
-from benchmarks.training.tasks import TASKS, Data, textures
+from benchmarks.training.tasks import TASKS, textures
+from benchmarks.training.tasks.cifar import read_cifar
+from benchmarks.training.tasks.data import Data
 
-CASE = Case("digits", "vgg", 1.0, 0.9, 20)
+photos, glyphs = (importlib.import_module(f"benchmarks.training.tasks.{name}") for name in ("photos", "glyphs"))
+
+CASE = Case("digits", "vgg", 1.0, "fan_out", "sgd-no-decay", 20)
 
 
 def record(arm, seed, curve, *, rate=0.1, final=True, case=CASE):
@@ -81,24 +86,210 @@ def test_what_is_no_cifar_is_refused(tmp_path):
         read_cifar(tmp_path)
 
 
+def numbered_photograph(rows, columns):
+    """A photograph no two pixels of which are alike."""
+    pixels = torch.arange(rows * columns * photos.CELL**2, dtype=torch.float32)
+    return pixels.view(rows * photos.CELL, columns * photos.CELL)
+
+
+def test_no_pixel_of_a_photograph_is_in_training_and_test():
+    photograph = numbered_photograph(3, 5)
+    white, black = photos.checkerboard(photograph)
+    assert (len(white), len(black)) == (8, 7)
+    assert torch.equal(torch.cat([white, black]).flatten().sort().values, photograph.flatten())
+    assert white[1, 0, 0, 0] == photograph[0, 2 * photos.CELL]  # the second cell of the first row is black
+
+
+def test_a_crop_is_a_patch_of_its_cell_mirrored_half_of_the_time(monkeypatch):
+    monkeypatch.setattr(photos, "contrast_normalized", lambda images: images)
+    cells = photos.checkerboard(numbered_photograph(20, 20))[0]
+    patches = photos.crop(cells, torch.Generator().manual_seed(0))
+    assert patches.shape == (200, 1, 16, 16)
+    assert all(torch.isin(patch, cell).all() for patch, cell in zip(patches, cells, strict=True))
+    steps = patches[:, 0, 0].diff(dim=1)
+    assert (steps.abs() == 1).all()
+    assert 0.3 < (steps[:, 0] < 0).float().mean() < 0.7
+    corners = (patches[:, 0, 0].amin(1) - cells[:, 0, 0, 0]).unique()
+    assert len(corners) > 50  # of 17 x 17 places
+
+
+def test_photographs_give_as_many_test_patches_of_each_and_depend_on_the_seed():
+    rng = np.random.default_rng(0)
+    sources = [rng.random((64, 96), dtype=np.float32), rng.random((96, 128), dtype=np.float32)]
+    data, again, other = (photos.patches_of(sources, seed, test=40) for seed in (0, 0, 1))
+    assert data.images.shape == (3 + 6, 1, 32, 32)
+    assert torch.bincount(data.labels).tolist() == [3, 6]
+    assert torch.bincount(data.test_labels).tolist() == [20, 20]
+    assert torch.equal(data.test_images, again.test_images)
+    assert torch.equal(data.images, again.images)
+    assert not torch.equal(data.test_images, other.test_images)
+    whole = torch.from_numpy(sources[1])
+    for image, label in zip(data.images, data.labels, strict=True):
+        assert torch.isin(image, whole).all() == bool(label)
+    torch.testing.assert_close(data.test_images.mean((1, 2, 3)), torch.zeros(40), atol=1e-5, rtol=0)
+
+
+def test_missing_photographs_are_named_with_their_packages(monkeypatch, tmp_path):
+    monkeypatch.setattr(photos, "FILES", (tmp_path / "Dune.jpg",))
+    photos._photographs.cache_clear()
+    with pytest.raises(ci.InputError, match=r"found no .*Dune\.jpg.* apt-get install .* mate-backgrounds"):
+        photos.photos(0)
+
+
+def test_no_font_package_is_in_training_and_test():
+    packages = glyphs.FAMILIES.split()
+    train, test = glyphs.division(packages)
+    assert not set(train) & set(test)
+    assert sorted(train + test) == sorted(packages) == sorted(set(packages))
+    assert len(test) > len(packages) / 4
+
+
+def test_glyphs_are_distorted_anew_and_test_fonts_are_the_test_s():
+    """Drawings of one pixel value a character, bright ones for training."""
+    fonts = torch.zeros(3, 5, 48, 48, dtype=torch.uint8)
+    fonts[:, :, 10:38, 10:38] = torch.arange(10, 60, 10, dtype=torch.uint8)[:, None, None]
+    data = glyphs.glyphs_of(fonts[:2] + 100, fonts[2:], 0, test_images=30)
+    again, other = (glyphs.glyphs_of(fonts[:2] + 100, fonts[2:], seed, test_images=30) for seed in (0, 1))
+    assert data.images.shape == (10, 1, 48, 48)
+    assert (data.images.amin((1, 2, 3)) == 100).all()
+    assert torch.equal(data.images.amax((1, 2, 3)), (110 + 10 * data.labels).to(torch.uint8))
+    assert data.test_images.shape == (30, 1, 16, 16)
+    assert torch.equal(data.test_images, again.test_images)
+    assert not torch.equal(data.test_images, other.test_images)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (data.augment(data.images, generator) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_a_distorted_glyph_is_still_where_it_was():
+    drawing = torch.zeros(200, 1, 48, 48)
+    drawing[:, :, 16:32, 16:32] = 255
+    images = glyphs.distort(drawing, torch.Generator().manual_seed(0))
+    assert (images[:, :, 7:9, 7:9].mean((1, 2, 3)) > images[:, :, :2].mean((1, 2, 3))).float().mean() > 0.97
+
+
+def test_fonts_are_drawn_and_symbols_refused():
+    matplotlib = pytest.importorskip("matplotlib")
+    folder = glyphs.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    drawn = glyphs.draw(folder / "DejaVuSans.ttf")
+    assert drawn.shape == (47, 48, 48)
+    rows = (drawn[glyphs.CHARACTERS.index("H")] > 127).any(1)
+    assert abs(int(rows.sum()) - glyphs.CAPITALS) <= 1
+    assert glyphs.draw(folder / "STIXSizFourSymReg.ttf") is None
+    assert glyphs.draw(folder / "none.ttf") is None
+
+
+def test_missing_fonts_are_named_with_the_command():
+    with pytest.raises(ci.InputError, match=r"package fonts-of-no-one to be installed; run: apt-get install"):
+        glyphs._fonts_of("fonts-of-no-one")
+
+
+# The networks
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "cifar_resnet18"])
+def test_networks_classify_and_learn_everywhere(name):
+    torch.manual_seed(0)
+    model = NETWORKS[name](1, 7, 0.5)
+    logits = model(torch.randn(4, 1, 16, 16))
+    assert logits.shape == (4, 7)
+    logits.square().sum().backward()
+    unlearned = {name for name, p in model.named_parameters() if p.grad is None}
+    assert not unlearned
+
+
+@pytest.mark.parametrize(("name", "layers", "norms"), [
+    ("plain", 4, 0),
+    ("plain10", 10, 0),
+    ("skipinit", 9, 0),
+    ("resnet", 9, 9),
+    ("vgg", 5, 5),
+    ("convmixer", 9, 9),
+    ("convnext", 13, 0),
+])  # fmt: skip
+def test_networks_have_the_layers_that_they_are_named_for(name, layers, norms):
+    model = NETWORKS[name](1, 7, 1.0)
+    assert len(convolutions(model)) == layers
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == norms
+
+
+def test_skipinit_starts_as_its_shortcuts():
+    model = NETWORKS["skipinit"](1, 7, 0.5)
+    block, x = model.blocks[1], torch.randn(2, 8, 8, 8)
+    assert torch.equal(block(x), F.relu(block.shortcut(x)))
+
+
 # The arms
 
-ABOUT_NORMS = {"paper", "PyTorch's default"}
+ABOUT_NORMS = {"paper", "PyTorch's default", "fan in", "fan out", "unit variance", "LSUV"}
+ABOUT_NORMS |= {"convsim, unit variance", "convsim, all channels, unit variance"}
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_arms_change_filters_and_keep_their_norms(name):
     torch.manual_seed(0)
     model = NETWORKS["resnet"](1, 10, 0.5)
-    draw_base(model)
+    draw_base(model, "fan_out")
     before = [conv.weight.detach().clone() for conv in convolutions(model)]
     ARMS[name].start(model, torch.randn(64, 1, 16, 16))
     after = [conv.weight.detach() for conv in convolutions(model)]
-    same = name == "base" or ARMS[name].penalty
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == bool(same)
+    same = name in {"base", "regularizer", "regularizer, raw"}
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == same
     norms, old = ([weight.flatten(1).norm(dim=1) for weight in weights] for weights in (after, before))
     kept = all(torch.allclose(n, o, rtol=1e-4) for n, o in zip(norms, old, strict=True))
     assert kept == (name not in ABOUT_NORMS)
+
+
+@pytest.mark.parametrize("name", ["convmixer", "convnext"])
+def test_every_arm_takes_depthwise_layers(name):
+    for arm in ARMS.values():
+        torch.manual_seed(0)
+        model = NETWORKS[name](1, 7, 0.25)
+        draw_base(model, "fan_in")
+        arm.start(model, torch.randn(64, 1, 16, 16))
+        assert all(conv.weight.isfinite().all() for conv in convolutions(model))
+
+
+@pytest.mark.parametrize(("fan", "number"), [("fan_in", 8), ("fan_out", 64)])
+def test_the_base_is_drawn_over_the_fan_that_is_named(fan, number):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 64, 3))
+    draw_base(model, fan)
+    assert model[0].weight.std().item() == pytest.approx((2 / (9 * number)) ** 0.5, rel=0.05)
+    assert not model[0].bias.any()
+
+
+@pytest.mark.parametrize("name", ["unit variance", "LSUV", "convsim, unit variance"])
+def test_every_layer_s_output_has_unit_variance(name):
+    torch.manual_seed(0)
+    model, images = NETWORKS["plain10"](1, 7, 0.5), torch.randn(64, 1, 16, 16)
+    draw_base(model, "fan_in")
+    ARMS[name].start(model, images)
+    for layer in model[:20]:
+        images = layer(images)
+        if isinstance(layer, nn.Conv2d):
+            assert images.std().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_fixed_kernel_norms_lower_the_similarity_and_fix_them():
+    torch.manual_seed(0)
+    model = NETWORKS["plain"](1, 7, 0.5)
+    draw_base(model, "fan_in")
+    before = [conv.weight.detach().clone() for conv in convolutions(model)]
+    ARMS["convsim, fixed kernel norms"].start(model, torch.zeros(1))
+    for old, conv in zip(before, convolutions(model), strict=True):
+        new = conv.weight.detach()
+        torch.testing.assert_close(new.flatten(2).norm(dim=2), old.flatten(2).norm(dim=2), rtol=1e-4, atol=0)
+        assert ci.convolutional_similarity(new) < 0.95 * ci.convolutional_similarity(old)
+
+
+def test_signed_permutations_use_every_channel_before_any_twice():
+    torch.manual_seed(0)
+    kept = signed_permutations(torch.randn(10, 4, 1, 1)).flatten(1) != 0
+    assert (kept.sum(1) == 1).all()
+    assert set(kept.sum(0).tolist()) == {2, 3}
+    weight = torch.randn(10, 4, 3, 3)
+    assert torch.equal(signed_permutations(weight), weight)
 
 
 def test_patch_whitened_feature_maps_do_not_correlate():
@@ -132,10 +323,10 @@ def tiny() -> Data:
     return Data(images[:64], labels[:64], images[64:], labels[64:], 2)
 
 
-def run(arm, rate=0.05, seed=0):
+def run(arm, rate=0.05, seed=0, optimizer="sgd-no-decay", data=None):
     torch.manual_seed(seed)
-    model = NETWORKS["vgg"](1, 2, 0.25)
-    return fit(tiny(), model, arm, rate=rate, momentum=0.9, steps=20, batch=16, seed=seed)
+    model, data = NETWORKS["vgg"](1, 2, 0.25), data or tiny()
+    return fit(data, model, arm, draw="fan_out", optimizer=optimizer, rate=rate, steps=20, batch=16, seed=seed)
 
 
 def test_a_run_learns_and_is_the_same_again():
@@ -147,6 +338,41 @@ def test_a_run_learns_and_is_the_same_again():
 
 def test_arms_see_the_same_base_draw_and_batches():
     assert run(Arm("draws random numbers", lambda model, images: torch.randn(7))) == run(ARMS["base"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns(name):
+    assert run(ARMS["base"], optimizer=name, rate=0.1)[-1] > 0.8
+
+
+def test_weights_decay_and_nothing_else():
+    model = NETWORKS["resnet"](1, 7, 0.5)
+    optimizer = OPTIMIZERS["adamw"](decayed_apart(model), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.05 if parameter.ndim > 1 else 1
+        torch.testing.assert_close(parameter.detach(), factor * before[name])
+
+
+def test_inputs_are_made_anew_for_every_batch_and_alike_for_every_arm():
+    seen = []
+
+    def noisy(images, generator):
+        noise = torch.randn(images.shape, generator=generator)
+        seen.append(noise)
+        return images + noise
+
+    data = replace(tiny(), augment=noisy)
+    first = run(ARMS["base"], data=data)
+    assert [len(noise) for noise in seen] == [64] + [16] * 20
+    assert len({noise.sum().item() for noise in seen}) == 21
+    made = [noise.sum().item() for noise in seen]
+    seen.clear()
+    assert run(Arm("draws random numbers", lambda model, images: torch.randn(7)), data=data) == first
+    assert [noise.sum().item() for noise in seen] == made
 
 
 def test_a_penalty_counts():
@@ -210,13 +436,17 @@ def test_the_tuned_rate_is_the_best_and_the_grid_grows(tmp_path, monkeypatch):
     finals = {name: {rate for n, rate, seed in made if n == name and seed < 1000} for name in best}
     assert finals == {"base": {0.1}, "convsim": {0.9}}
     assert {rate for name, rate, _ in made if name == "convsim"} == {0.03, 0.1, 0.3, 0.9, 3.0}
+    finals = [(name, seed) for name, _, seed in made if seed < 1000]
+    assert finals == [(name, seed) for seed in range(3) for name in best]  # pairs are whole wherever it is stopped
     count = len(made)
     training.main()
     assert len(made) == count  # nothing is trained twice
     with (tmp_path / "runs.csv").open() as file:
         assert sum(row["final"] == "1" for row in csv.DictReader(file)) == 6
-    assert "| convsim | 0.9 | 3 |" in (tmp_path / "training.md").read_text()
-    assert (tmp_path / "digits-vgg-w1-m0.9.png").stat().st_size > 10_000
+    text = (tmp_path / "training.md").read_text()
+    assert "| convsim | 0.9 | 3 |" in text
+    assert " 1 arms are compared with a base" in text
+    assert (tmp_path / "digits-vgg-w1-fan_out-sgd-no-decay-20.png").stat().st_size > 10_000
 
 
 def test_unknown_cases_are_refused(monkeypatch, capsys, tmp_path):

@@ -396,7 +396,7 @@ def test_a_terminal_shows_one_bar_for_all_runs(command, monkeypatch):
 def test_bad_input_is_refused_before_any_work(arguments, message, command, tmp_path, monkeypatch):
     (tmp_path / "old.pt").write_bytes(b"old")
     monkeypatch.setattr(SOURCE, "build_model", lambda *_, **__: pytest.fail("it builds a model"))
-    monkeypatch.setattr("convsim_init.models.lookup.libraries.installed", lambda: [])
+    monkeypatch.setattr("convsim_init.models.libraries.installed", lambda: [])
     status, out, err = command(*arguments)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert message in err
@@ -458,7 +458,7 @@ def test_a_mistyped_command_is_no_model(arguments, message, libraries, command, 
     save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "old.pt")
     monkeypatch.setattr(SOURCE, "build_model", lambda *_, **__: pytest.fail("it builds a model"))
     if not libraries:
-        monkeypatch.setattr("convsim_init.models.lookup.libraries.installed", lambda: [])
+        monkeypatch.setattr("convsim_init.models.libraries.installed", lambda: [])
     status, out, err = command(*arguments)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert message in err

@@ -1,10 +1,12 @@
-"""A bare checkpoint: its convolutions are told by name and shape, and initialized where they stand."""
+"""A bare checkpoint: its convolutions are inferred from names and shapes, and initialized where they stand."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
 from convsim_init.layers.inferred import BY_BIAS, BY_SHAPE, DEPTHWISE
@@ -69,6 +71,34 @@ def test_what_is_left_alone(entry, reason):
     assert layer.outcome is ci.Outcome.SKIPPED
     assert reason in layer.reason
     assert all(torch.equal(state[key], value) for key, value in entry.items())
+
+
+def weight_normed(new: bool, dim: int | None = 0) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return (parametrizations.weight_norm if new else nn.utils.weight_norm)(nn.Conv2d(4, 8, 3), dim=dim)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(prune.ln_structured(nn.Conv2d(4, 8, 3), "weight", 0.5, n=2, dim=0), id="pruned"),
+        pytest.param(prune.random_unstructured(nn.ConvTranspose2d(4, 8, 3), "weight", 0.5), id="pruned transposed"),
+        pytest.param(weight_normed(False), id="weight_norm"),
+        pytest.param(weight_normed(False, None), id="weight_norm of all"),
+        pytest.param(weight_normed(True, 1), id="parametrized weight_norm"),
+    ],
+)
+def test_what_is_computed_from_entries_is_measured_as_in_the_module_but_not_set(module):
+    state = copy.deepcopy(nn.Sequential(module).state_dict())
+    before = {key: value.clone() for key, value in state.items()}
+    (layer,), (twin,) = ci.measure(state).layers, ci.measure(module).layers
+    assert (layer.name, layer.kind, layer.outcome) == ("0", twin.kind.removeprefix("Parametrized"), twin.outcome)
+    assert layer.before == pytest.approx(twin.before, rel=1e-5)
+    (layer,) = ci.initialize_(state, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert "parametrized: its weight is computed" in layer.reason
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
 
 
 def test_a_tensor_under_two_names_is_treated_once():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
 
@@ -151,8 +151,8 @@ class Conditional(nn.Conv2d):
     ("module", "reason"),
     [
         (Polynomial(4, 8, 3), "Polynomial computes its weight from the parameter in a way that is not known here"),
-        (Elsewhere(4, 8, 3), "no telling which weight Elsewhere uses: a trial pass ended with RuntimeError: no conv"),
-        (Conditional(4, 8, 3), "no telling which weight Conditional uses: a trial pass ended with TypeError"),
+        (Elsewhere(4, 8, 3), "which weight Elsewhere uses is not known: a trial pass ended with RuntimeError: no conv"),
+        (Conditional(4, 8, 3), "which weight Conditional uses is not known: a trial pass ended with TypeError"),
         (Standardized(4, 8, 3, gain=0.0), "all weights are zero that Standardized makes of its parameter"),
         (Standardized(4, 8, 3).requires_grad_(False), "frozen"),
         (Standardized(4, 8, 3, device="meta"), "meta device"),
@@ -273,6 +273,65 @@ def test_what_comes_out_no_better_is_put_back(seed):
     else:
         assert layer.outcome is ci.Outcome.APPROXIMATED
         assert after < before
+
+
+# Weights that hooks compute can be read
+
+
+def hooked(name: str) -> nn.Conv2d:
+    module = nn.Conv2d(4, 8, 3)
+    if name == "twice pruned":
+        prune.l1_unstructured(module, "weight", 0.3)
+    if name == "spectral_norm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.utils.spectral_norm(module)
+    if name == "own hook":
+        module.source = nn.Parameter(module.weight.detach().clone())
+        del module.weight
+        module.weight = module.source * 2
+        module.register_forward_pre_hook(lambda module, _: setattr(module, "weight", module.source * 2))
+        return module
+    return prune.ln_structured(module, "weight", 0.5, n=2, dim=0)
+
+
+@pytest.mark.parametrize("name", ["pruned", "twice pruned", "spectral_norm", "own hook"])
+def test_what_a_hook_computes_is_measured_but_not_set(name, monkeypatch):
+    module = hooked(name)
+    used = used_weight(module.eval(), monkeypatch)
+    module.train()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    attribute = module.weight
+    (layer,) = ci.measure(module).layers
+    assert (layer.outcome, layer.reason, layer.shape) == (ci.Outcome.MEASURED, None, [8, 4, 3, 3])
+    expected = float(ci.convolutional_similarity(used.detach(), normalized=True))
+    assert layer.before["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert (layer.outcome, layer.after) == (ci.Outcome.SKIPPED, {})
+    assert "its weight is no parameter" in layer.reason
+    assert module.weight is attribute
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_a_pruned_weight_is_the_masked_one_although_its_attribute_is_stale():
+    module = hooked("pruned")
+    with torch.no_grad():
+        module.weight_orig.copy_(torch.randn_like(module.weight_orig))  # as a step of an optimizer does
+    expected = float(ci.convolutional_similarity((module.weight_orig * module.weight_mask).detach()))
+    assert ci.measure(module).layers[0].before["similarity"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["absent", "None"])
+def test_a_weight_that_is_not_there_is_skipped(how):
+    module = nn.Conv2d(4, 8, 3)
+    del module.weight
+    if how == "None":
+        module.register_parameter("weight", None)
+    model = nn.Sequential(module, nn.Conv2d(8, 8, 3))
+    for report in (ci.measure(model), ci.initialize_(model, settings=QUICK)):
+        assert report.layers[0].outcome is ci.Outcome.SKIPPED
+        assert "it has no weight" in report.layers[0].reason
+        assert report.layers[1].outcome is not ci.Outcome.SKIPPED
 
 
 # A whole network of them

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import convsim_init
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
-from convsim_init.models.lookup import resolve
+from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import Source, Spec, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 
@@ -573,3 +574,37 @@ def test_every_source_is_in_the_help(command):
     text = " ".join(command("--help")[1].split())
     for words in ("torchvision:NAME", "timm:NAME", "package.module:function", "path/to/file.py:function"):
         assert words in text
+
+
+# Of a class of the user's nothing is called but its constructor and, in a trial, its forward
+
+OVERRIDDEN = ["train", "eval", "to", "half", "float", "apply", "cuda", "cpu", "requires_grad_", "zero_grad", "_apply"]
+
+
+class Willful(nn.Module):
+    """Means something else by the names of methods, as a class that starts to train on `train` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+        self.conv.training = False
+
+
+def _refused(self, *_, **__):
+    raise AssertionError("called")
+
+
+for _method in OVERRIDDEN:
+    setattr(Willful, _method, _refused)
+
+
+def test_no_method_with_another_meaning_is_called(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "willful", sys.modules[__name__])
+    model = build_model("willful:Willful")
+    assert all(module.training for module in model.modules())
+    report = convsim_init.initialize_(model, settings=convsim_init.Settings(steps=2))
+    convsim_init.measure(model)
+    convsim_init.draw_base_(model, "orthogonal")
+    path = convsim_init.save_checkpoint(model, tmp_path / "a.pt", report=report)
+    assert convsim_init.load_checkpoint(build_model("willful:Willful"), path, strict=True).exact
+    assert not Willful().conv.training

@@ -1,4 +1,4 @@
-"""The names of the built-in models and what builds each. Imports no torch, so that listing them is quick."""
+"""The built-in models by name. torch is imported when one is built, so that listing them is quick."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+ARGUMENTS = ("num_classes", "in_chans")  # all that a built-in model takes
 
 
 class UnknownModelError(InputError):
@@ -20,17 +27,17 @@ class UnknownModelError(InputError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class BuiltIn:
     """One built-in model.
 
     Attributes:
-        name: What the user types.
+        name: Name that the user types.
         module: Module of `convsim_init.models.zoo` that defines it.
-        factory: Class in that module. Takes `arguments` and the keywords `num_classes` and `in_chans`.
+        factory: Class in that module, called with `arguments`, `num_classes` and `in_chans`.
         summary: One line for people.
         arguments: Keyword arguments that make this model out of the family.
-        num_classes: Outputs of the classifier unless the user says otherwise.
-        in_chans: Channels of the input unless the user says otherwise.
+        num_classes: Default number of outputs of the classifier.
+        in_chans: Default number of channels of the input.
     """
 
     name: str
@@ -41,17 +48,37 @@ class Entry:
     num_classes: int = 1000
     in_chans: int = 3
 
+    def check_arguments(self, arguments: Mapping[str, object]) -> None:
+        """Refuse arguments that no built-in model takes.
 
-def _resnet(name: str, title: str, depths: tuple[int, ...], **arguments: object) -> Entry:
+        Raises:
+            InputError: If there are any.
+        """
+        others = [argument for argument in arguments if argument not in ARGUMENTS]
+        if others:
+            raise InputError(
+                f"{self.name}: a built-in model takes only {' and '.join(ARGUMENTS)}, got {', '.join(others)}; leave "
+                f"that out"
+            )
+
+    def build(self, arguments: Mapping[str, object]) -> torch.nn.Module:
+        """The model, with the defaults of the catalog for the arguments that are not given."""
+        family = getattr(import_module(f"convsim_init.models.zoo.{self.module}"), self.factory)
+        defaults = {"num_classes": self.num_classes, "in_chans": self.in_chans}
+        model: torch.nn.Module = family(**self.arguments, **defaults | dict(arguments))
+        return model
+
+
+def _resnet(name: str, title: str, depths: tuple[int, ...], **arguments: object) -> BuiltIn:
     summary = f"{title} for ImageNet; keys as in torchvision and timm"
-    return Entry(name, "resnet", "ResNet", summary, {"depths": depths, **arguments})
+    return BuiltIn(name, "resnet", "ResNet", summary, {"depths": depths, **arguments})
 
 
-def _vgg(depth: int, convolutions: tuple[int, ...], *, batch_norm: bool) -> Entry:
+def _vgg(depth: int, convolutions: tuple[int, ...], *, batch_norm: bool) -> BuiltIn:
     name = f"vgg{depth}_bn" if batch_norm else f"vgg{depth}"
     title = f"VGG-{depth} with batch norm" if batch_norm else f"VGG-{depth}"
     arguments = {"convolutions": convolutions, "batch_norm": batch_norm}
-    return Entry(name, "vgg", "VGG", f"{title} for ImageNet; keys as in torchvision", arguments)
+    return BuiltIn(name, "vgg", "VGG", f"{title} for ImageNet; keys as in torchvision", arguments)
 
 
 _VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -68,7 +95,7 @@ _ENTRIES = (
     _resnet("resnext101_32x8d", "ResNeXt-101 32x8d", (3, 4, 23, 3), bottleneck=True, groups=32, group_width=8),
     _resnet("resnext101_64x4d", "ResNeXt-101 64x4d", (3, 4, 23, 3), bottleneck=True, groups=64, group_width=4),
     *(_vgg(d, counts, batch_norm=bn) for d, counts in _VGG_CONVOLUTIONS.items() for bn in (False, True)),
-    Entry(
+    BuiltIn(
         name="cifar_resnet18",
         module="resnet",
         factory="ResNet",
@@ -76,7 +103,7 @@ _ENTRIES = (
         arguments={"depths": (2, 2, 2, 2), "cifar": True},
         num_classes=10,
     ),
-    Entry(
+    BuiltIn(
         name="cifar_vgg19",
         module="vgg",
         factory="CifarVGG",
@@ -84,7 +111,7 @@ _ENTRIES = (
         arguments={"convolutions": _VGG_CONVOLUTIONS[19]},
         num_classes=10,
     ),
-    Entry(
+    BuiltIn(
         name="cifar_wide_resnet28_10",
         module="wide_resnet",
         factory="WideResNet",
@@ -94,7 +121,7 @@ _ENTRIES = (
     ),
 )
 
-MODELS: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+MODELS: dict[str, BuiltIn] = {entry.name: entry for entry in _ENTRIES}
 
 
 def names(pattern: str | None = None) -> list[str]:

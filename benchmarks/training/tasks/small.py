@@ -1,51 +1,17 @@
-"""Image classification tasks that need no download: the images come with scikit-learn and scikit-image, or are drawn.
+"""Tasks that are learned in seconds: the images come with scikit-learn and scikit-image, or are drawn.
 
-    pip install scikit-learn scikit-image
-
-A task draws its own training and test images for every seed, so that results vary with the data as well.
+pip install scikit-learn scikit-image
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.training.cifar import read_cifar
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images ``[N, C, H, W]`` of zero mean and unit variance over the training set, and their labels ``[N]``."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where images come from, and how long to train on them.
-
-    Attributes:
-        draw: Makes the data of a seed.
-        steps: Of training, by default.
-        batch: Images a step.
-        about: In a sentence.
-    """
-
-    draw: Callable[[int], Data]
-    steps: int
-    batch: int
-    about: str
+from benchmarks.training.tasks.data import Data, contrast_normalized, standardized
 
 
 def digits(seed: int, train: int = 400, test: int = 800) -> Data:
@@ -57,7 +23,7 @@ def digits(seed: int, train: int = 400, test: int = 800) -> Data:
     images = torch.tensor(found.images, dtype=torch.float32)[order, None]
     labels = torch.tensor(found.target)[order]
     until = train + test
-    return _standardized(images[:train], labels[:train], images[train:until], labels[train:until], classes=10)
+    return standardized(images[:train], labels[:train], images[train:until], labels[train:until], classes=10)
 
 
 def patches(seed: int, train: int = 2400, test: int = 800, size: int = 16) -> Data:
@@ -77,11 +43,8 @@ def patches(seed: int, train: int = 2400, test: int = 800, size: int = 16) -> Da
             half = image[:, middle:] if right else image[:, :middle]
             top, left = (rng.integers(side - size + 1) for side in half.shape)
             cut.append(half[top : top + size, left : left + size])
-        images = torch.from_numpy(np.stack(cut)).float()[:, None]
-        images -= images.mean((2, 3), keepdim=True)
-        images /= images.std((2, 3), keepdim=True) + 1e-2  # of a range of 1: flat sky stays nearly flat
-        parts += [images, torch.from_numpy(labels)]
-    return _standardized(*parts, classes=len(sources))
+        parts += [contrast_normalized(torch.from_numpy(np.stack(cut)).float()[:, None]), torch.from_numpy(labels)]
+    return standardized(*parts, classes=len(sources))
 
 
 def textures(seed: int, train: int = 1500, test: int = 800, size: int = 16, noise: float = 1.0) -> Data:
@@ -102,40 +65,7 @@ def textures(seed: int, train: int = 1500, test: int = 800, size: int = 16, nois
     texture, other = (torch.fft.ifft2(spectrum).real for spectrum in filtered)
     images = texture / texture.std((1, 2), keepdim=True) + noise * other / other.std((1, 2), keepdim=True)
     images = images[:, None]
-    return _standardized(images[:train], labels[:train], images[train:], labels[train:], classes=classes)
-
-
-def cifar(seed: int, folder: Path, train: int | None = None) -> Data:
-    """CIFAR-10 or CIFAR-100 from a folder; all of it, or a part of its training images, another one for each seed."""
-    images, labels, test_images, test_labels = map(torch.from_numpy, read_cifar(folder))
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))[:train]
-    return _standardized(
-        images[chosen].float(),
-        labels[chosen].long(),
-        test_images.float(),
-        test_labels.long(),
-        classes=int(labels.max()) + 1,
-    )
-
-
-TASKS = {
-    "digits": Task(digits, steps=78, batch=32, about="scikit-learn's digits, 8×8, 10 classes, 400 training images"),
-    "patches": Task(
-        patches,
-        steps=190,
-        batch=64,
-        about="16×16 grey patches of 16 photographs, classified by source, 2400 training patches from the left halves, "
-        "test patches from the right halves",
-    ),
-    "textures": Task(
-        textures, steps=140, batch=64, about="16×16 noise of 12 orientations within noise, 1500 training images"
-    ),
-}
-
-
-def cifar_task(folder: Path) -> Task:
-    """CIFAR from a folder, for 10 epochs."""
-    return Task(partial(cifar, folder=folder), steps=3900, batch=128, about=f"CIFAR from {folder.name}")
+    return standardized(images[:train], labels[:train], images[train:], labels[train:], classes=classes)
 
 
 @lru_cache(maxsize=1)
@@ -149,9 +79,3 @@ def _grey_images() -> list[np.ndarray]:
     images = [getattr(wheel, name)() for name in names] + load_sample_images().images
     grey = [image @ np.array([0.299, 0.587, 0.114]) if image.ndim == 3 else image for image in images]
     return [np.asarray(image, dtype=np.float32) / 255 for image in grey]
-
-
-def _standardized(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, classes: int) -> Data:
-    dimensions = (0, 2, 3)
-    mean, deviation = images.mean(dimensions, keepdim=True), images.std(dimensions, keepdim=True)
-    return Data((images - mean) / deviation, labels, (test_images - mean) / deviation, test_labels, classes)

@@ -1,0 +1,114 @@
+"""Convolutions that are calls in a graph: in a module of TorchScript or in an exported program.
+
+No module of `torch.nn` is left there to be found. What a call is given as its weight is looked up in
+the graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.names import bare_name
+from convsim_init.layers.weights import ComputedWeight, Weight
+
+CALLS = re.compile(r"aten::conv(_transpose)?[123]d|aten::_?convolution|prim::mkldnn_convolution")
+WEIGHT = 1  # position among the arguments of all of them
+FROZEN_NAME = re.compile(r"(?:self\.)?(.*?weight)(?:_fused_bn)?(?:_mkldnn)?")  # of what was a parameter
+
+Call = tuple[str, str, Weight, Sequence[Any]]  # operator, path of the weight, the weight, arguments
+
+
+def graph_layers(name: str, module: nn.Module) -> list[Layer]:
+    """The convolutions that a module's own graph calls, once each; none where it has no graph.
+
+    A call is a layer if its weight is a parameter called ``weight``, is computed from one, or is a
+    constant, as freezing makes of parameters. Others, such as fixed filters, are no layers.
+    """
+    found: dict[str, Layer] = {}
+    for operator, path, weight, arguments in _calls(module):
+        owner, _, attribute = f".{path}".rpartition(".")
+        layer_name = f"{name}{bare_name(owner)}".removeprefix(".")
+        if attribute == "weight" and layer_name not in found:
+            found[layer_name] = _layer(layer_name, operator, weight, arguments)
+    return list(found.values())
+
+
+def _layer(name: str, operator: str, weight: Weight, arguments: Sequence[Any]) -> Layer:
+    either = operator in ("aten::convolution", "aten::_convolution")  # transposed or not, as an argument says
+    transposed = bool(arguments[6]) if either else "transpose" in operator
+    groups = arguments[8 if either else 6] if len(arguments) > 6 else 1
+    if not isinstance(groups, int):
+        groups, weight = 1, ComputedWeight(weight.sources[0], None, "its graph computes the number of groups")
+    kind = f"Conv{'Transpose' if transposed else ''}{max(len(weight.shape) - 2, 1)}d"
+    return Layer(name, kind, weight, groups=groups, transposed=transposed)
+
+
+def _calls(module: nn.Module) -> Iterator[Call]:
+    if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
+        graph = module.inlined_graph  # owns its nodes
+        for node in _script_nodes(graph):
+            if CALLS.fullmatch(node.kind()):
+                source = node.inputsAt(WEIGHT).node()
+                found = _constant(source) or _parameter(module, source, _script_path, _script_inputs)
+                yield node.kind(), *found, [value.toIValue() for value in node.inputs()]
+    elif isinstance(module, fx.GraphModule):
+        for node in module.graph.nodes:
+            operator = getattr(getattr(node.target, "_schema", None), "name", "")
+            if CALLS.fullmatch(operator):
+                found = _parameter(module, node.args[WEIGHT], _exported_path, lambda node: node.all_input_nodes)
+                yield operator, *found, node.args
+
+
+def _parameter(
+    module: nn.Module, source: Any, path_of: Callable[[Any], str], inputs_of: Callable[[Any], Sequence[Any]]
+) -> tuple[str, Weight]:
+    """The parameter called ``weight`` that a node is or is computed from, by the shortest way."""
+    pending = [source]
+    for node in pending:
+        path = path_of(node)
+        if path.rpartition(".")[2] == "weight":
+            tensor: Any = reduce(getattr, path.split("."), module)
+            reason = "its graph computes the weight: initialize the model that the graph was made from"
+            return path, Weight(tensor) if node is source else ComputedWeight(tensor, None, reason)
+        pending += [one for one in inputs_of(node) if one not in pending]
+    return "", Weight()
+
+
+def _constant(node: Any) -> tuple[str, Weight] | None:
+    if "Constant" not in node.kind():
+        return None
+    tensor, name = node.t("value"), node.output().debugName()
+    dense = tensor.to_dense() if tensor.is_mkldnn else tensor
+    known = FROZEN_NAME.fullmatch(name)
+    reason = "a constant of its graph: initialize the model before it is frozen"
+    return known[1] if known else f"constant_{name}.weight", ComputedWeight(dense, lambda: dense, reason)
+
+
+def _script_nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _script_nodes(inner)
+
+
+def _script_path(node: Any) -> str:
+    names: list[str] = []
+    while node.kind() == "prim::GetAttr":
+        names.insert(0, node.s("name"))
+        node = node.inputsAt(0).node()
+    return ".".join(names)
+
+
+def _script_inputs(node: Any) -> list[Any]:
+    return [] if CALLS.fullmatch(node.kind()) else [value.node() for value in node.inputs()]
+
+
+def _exported_path(node: Any) -> str:
+    return str(node.target) if node.op == "get_attr" else ""

@@ -1,0 +1,63 @@
+"""One convolution of a model or of a state dict, wherever it was found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convsim_init.functional.bank import computing_bank
+from convsim_init.layers.weights import Weight
+from convsim_init.settings import Channels
+
+
+class Layer:
+    """One convolution.
+
+    Attributes:
+        name: Dotted name in the unwrapped model.
+        kind: Class of the convolution, or what it is taken for.
+        weight: Weight that the forward pass uses.
+        groups: Number of groups.
+        transposed: Whether it is a transposed convolution.
+        note: What groups and transposed were inferred from, where no module says it.
+        obstacle: Why it cannot or must not be treated; None if it can.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        weight: Weight,
+        *,
+        groups: int = 1,
+        transposed: bool = False,
+        note: str | None = None,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.weight = weight
+        self.groups = groups
+        self.transposed = transposed
+        self.note = note
+        self.obstacle: str | None = None
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the weight; empty while a lazy module has none."""
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weight, or of what it is computed from."""
+        return self.weight.sources[0].device
+
+    def bank(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor:
+        """The weight that is used as a filter bank ``[G, M, C, *kernel_size]`` to compute with; not to be changed."""
+        weight = self.weight.read().to(device)
+        return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
+
+    def explained(self, reason: str | None) -> str | None:
+        """The reason of an outcome, with what the layer was taken for where that was inferred from little."""
+        if reason is None or self.note is None:
+            return reason or self.note
+        return reason if (self.groups, self.transposed) == (1, False) else f"{self.note}: {reason}"

@@ -1,0 +1,41 @@
+"""Names of layers and keys of state dicts without what wrappers of a module add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from convsim_init.errors import InputError
+
+PARALLEL_PREFIX = "module."
+WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # compiled, recomputed, sharded
+
+
+def bare_name(name: str) -> str:
+    """A dotted name without the parts that torch.compile, activation checkpointing and FSDP add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
+
+
+def bare_entries(state: Mapping[str, object], *, parallel: bool = True) -> dict[str, object]:
+    """The entries of a state dict under bare names.
+
+    Args:
+        state: A state dict.
+        parallel: Whether a ``module.`` before every key is taken for DistributedDataParallel's. A
+            module that is no wrapper may have a child of that name; a state dict does not tell.
+
+    Raises:
+        InputError: If a key is no string, or two of them have the same bare name.
+    """
+    strange = [key for key in state if not isinstance(key, str)]
+    if strange:
+        raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
+    entries = {bare_name(key): value for key, value in state.items()}
+    while parallel and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
+        entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
+    if len(entries) < len(state):
+        parts = " or ".join(f"'{part}'" for part in WRAPPER_PARTS if any(part in key.split(".") for key in state))
+        raise InputError(
+            f"expected keys that differ in more than {parts}, got {len(state)} keys for {len(entries)} tensors: "
+            f"save the unwrapped model's state_dict()"
+        )
+    return entries

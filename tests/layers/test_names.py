@@ -1,0 +1,85 @@
+"""Names are bare: without what torch.compile, activation checkpointing and FSDP put into them."""
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import convsim_init as ci
+from convsim_init.checkpoint.load import verify_checkpoint
+from convsim_init.layers.names import WRAPPER_PARTS
+
+QUICK = ci.Settings(steps=2)
+
+
+class Wrapped(nn.Module):
+    """Holds a module as wrappers do, under a name of theirs that its state dict shows."""
+
+    def __init__(self, part: str, module: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+        self.add_module(part, module)
+
+    def forward(self, x):
+        return self._modules[self.part](x)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.Conv2d(8, 8, 3))
+
+
+def wrapped(wrap) -> nn.Sequential:
+    model = plain()
+    model[0], model[1] = wrap(model[0]), wrap(model[1])
+    return model
+
+
+WRAPS = {
+    **{part: lambda module, part=part: Wrapped(part, module) for part in WRAPPER_PARTS},
+    "two": lambda module: Wrapped("_fsdp_wrapped_module", Wrapped("_checkpoint_wrapped_module", module)),
+    "checkpoint_wrapper": checkpoint_wrapper,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_reports_files_and_loading_have_bare_names(wrap, tmp_path):
+    model, expected = wrapped(WRAPS[wrap]), plain()
+    report = ci.initialize_(model, include=["0.0", "1"], settings=QUICK)
+    ci.initialize_(expected, settings=QUICK)
+    assert [layer.name for layer in report.layers] == ["0.0", "1"]
+    assert [layer.name for layer in ci.measure(model.state_dict()).layers] == ["0.0", "1"]
+    assert list(ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))) == ["0.0", "1"]
+
+    convolutions = ci.save_checkpoint(model, tmp_path / "c.safetensors", report=report, convs_only=True)
+    assert set(safetensors.torch.load_file(convolutions)) == {"0.0.weight", "1.weight"}
+    whole = ci.save_checkpoint(model, tmp_path / "a.safetensors", report=report)
+    state = safetensors.torch.load_file(whole)
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in state.items())
+    assert verify_checkpoint(plain(), whole).exact
+
+    again = wrapped(WRAPS[wrap])
+    assert ci.load_checkpoint(again, whole).complete
+    assert torch.equal(next(again.parameters()), expected[0][0].weight)
+
+
+@pytest.mark.parametrize("part", WRAPPER_PARTS)
+def test_what_wrappers_put_into_a_file_is_taken_off_and_told(part, tmp_path):
+    state = {key.replace("0.0.", f"0.{part}.0."): value for key, value in plain().state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    report = ci.load_checkpoint(plain(), tmp_path / "a.pt")
+    assert (report.complete, report.exact, report.removed) == (True, False, [f"{part}."])
+
+
+def test_a_state_dict_with_two_keys_of_one_bare_name_is_refused():
+    weight = torch.randn(4, 3, 3, 3)
+    with pytest.raises(ci.InputError, match="differ in more than '_orig_mod', got 2 keys for 1 tensors"):
+        ci.measure({"a.weight": weight, "_orig_mod.a.weight": weight})
+
+
+def test_a_part_of_a_name_that_looks_alike_stays():
+    assert [layer.name for layer in ci.measure({"_orig_model.weight": torch.randn(4, 3, 3, 3)}).layers] == [
+        "_orig_model"
+    ]
