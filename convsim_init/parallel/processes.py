@@ -153,19 +153,18 @@ class Ranks:
 
 
 @contextmanager
-def meet(launch: Launch, device: torch.device) -> Iterator[Ranks]:
+def meet(launch: Launch) -> Iterator[Ranks]:
     """All ranks that torchrun started, for as long as the context lasts; they leave it together.
 
     An error that leaves the context in one rank leaves it in all of them.
 
     Args:
         launch: What torchrun said.
-        device: Where this rank computes. Weights travel by NCCL between CUDA devices of their own, else by gloo.
 
     Raises:
         RunError: If not all of them come.
     """
-    ranks = _join(launch, device)
+    ranks = _join(launch)
     try:
         yield ranks
         ranks.exchange(None)  # the others wait until the first has written its files, and hear if it could not
@@ -177,7 +176,7 @@ def meet(launch: Launch, device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _join(launch: Launch, device: torch.device) -> Ranks:
+def _join(launch: Launch) -> Ranks:
     if not dist.is_available():
         raise RunError(
             "expected PyTorch with torch.distributed under torchrun, got one without it: use a single process"
@@ -194,13 +193,9 @@ def _join(launch: Launch, device: torch.device) -> Ranks:
             f"expected all {launch.size} processes that torchrun started to run this command, and some did not come "
             f"within {MEETING.seconds} s; to run it in one of them alone: env -u TORCHELASTIC_RUN_ID convsim-init ..."
         ) from error
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if device.index == launch.local_rank:  # NCCL refuses two ranks on one device
-            backend = "cpu:gloo,cuda:nccl"
     with _reaching(launch.size):
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
+        # Weights travel by the CPU, whatever computes: NCCL refuses ranks that share a GPU.
+        dist.init_process_group("cpu:gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
     return Ranks(dist.group.WORLD)
 
 
