@@ -221,22 +221,21 @@ class FusedBlock:
 
     def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
         """As `Block.evaluate`."""
-        self._launch(_evaluate, keep, add, shift, self._basis, self._sums)
+        self._launch(_evaluate, (keep, add, shift), self._basis, self._sums)
         sums = self._sums.sum(1, dtype=torch.float64).cpu()  # [g, 5, M]
         return sums[:, :4].transpose(0, 1), float(sums[:, 4].sum())
 
     def turn(self, beta: float, weight_coefficient: Tensor, curvature: Tensor) -> Tensor:
         """As `Block.turn`."""
-        self._launch(_turn, beta, weight_coefficient, curvature, self._coarse_basis, self._coefficients)
+        self._launch(_turn, (beta, weight_coefficient, curvature), self._coarse_basis, self._coefficients)
         coefficients = torch.zeros(3, 3, dtype=torch.float64, device="cpu")
         coefficients[[0, 0, 1, 1, 2], [1, 2, 1, 2, 2]] = self._coefficients.sum(0, dtype=torch.float64).cpu()
         return coefficients
 
-    def _launch(self, kernel: Any, *arguments: Tensor | float) -> None:
-        basis = arguments[-2]
-        state, sizes = (self.weights, self._direction, self._gradient), self._sizes
-        with torch.cuda.device_of(self.weights):
-            kernel[self._grid](*state, *arguments, *sizes, len(self.weights), basis.shape[1], **OPTIONS)
+    def _launch(self, kernel: Any, factors: tuple[Tensor | float, ...], basis: Tensor, sums: Tensor) -> None:
+        state, taps = (self.weights, self._direction, self._gradient), len(self.weights)
+        with torch.cuda.device_of(basis):
+            kernel[self._grid](*state, *factors, basis, sums, *self._sizes, taps, basis.shape[1], **OPTIONS)
 
 
 def _rows(basis: Basis, taps: int) -> Tensor:

@@ -264,7 +264,8 @@ def test_imports_do_not_go_in_circles():
             id="modules-of-torch",
         ),
         pytest.param("matplotlib", {"plotting"}, id="matplotlib"),
-        *(pytest.param(name, set(), id=name) for name in ("torchvision", "timm", "triton")),
+        pytest.param("triton", {"backends"}, id="triton"),
+        *(pytest.param(name, set(), id=name) for name in ("torchvision", "timm")),
     ],
 )
 def test_packages_are_imported_only_where_they_belong(package, folders):
