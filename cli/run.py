@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
-from convsim_init.devices import MPS, find_device
+from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
 from convsim_init.settings import Base, Settings
@@ -72,7 +72,8 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             before = take_snapshot("before", network, copy=True)
             if choices.plot_layer is not None:
                 choose_layer([before], choices.plot_layer)
-        report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
+        with cuda_errors():
+            report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)

@@ -23,6 +23,7 @@ from convsim_init.functional.bank import (
 )
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
+from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.optim.descent import Stop, descend
@@ -201,18 +202,30 @@ def _lower(
     report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
         return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
-    put_back = layer.weight.backup()
-    try:
-        difference = layer.weight.write(bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed))
-    except RefusedError as error:
-        return replace(report, reason=str(error))
-    written = layer.bank(settings.channels, device)  # read back: what the forward pass uses now
+    weight = bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed)
+    with LIVE:
+        put_back = layer.weight.backup()
+        try:
+            difference = layer.weight.write(weight)
+            written = layer.bank(settings.channels, device)  # read back: what the forward pass uses now
+        except RefusedError as error:
+            put_back()
+            return replace(report, reason=str(error))
+        except Exception as error:  # whatever the layer's own code raises
+            put_back()
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: its own code ended with {text}")
+        if not all_finite(written):
+            put_back()
+            reason = "left as it was: its own code makes infinities or NaN of the new weight"
+            return replace(report, outcome=Outcome.FAILED, reason=reason)
     after = measure_bank(written, settings.channels)
     if difference and all(after[name] >= before[name] for name in before):
-        put_back()
+        with LIVE:
+            put_back()
         return replace(report, reason=f"left as it was: {difference} and is no better")
     after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
-    reason = ": ".join(filter(None, [within, difference])) or None
-    return replace(report, outcome=outcome, reason=reason, before=before, after=after)
+    remark = ": ".join(filter(None, [within, difference])) or None
+    return replace(report, outcome=outcome, reason=remark, before=before, after=after)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from shim import torchvision_operators
 
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # At import, not in a fixture: test modules and timm import torchvision while they are collected.
 torchvision_operators.declare()
 

@@ -219,7 +219,8 @@ def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | N
     with exit_on_signal():
         from convsim_init.parallel.processes import process_group
 
-    with process_group(launch, find_device(device)) as ranks:
+    find_device(device)  # a rank that has none is refused before it meets the others
+    with process_group(launch) as ranks:
         yield ranks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import MaskedBlock, TorchBlock
 from convsim_init.functional.fourier import Fourier
 from convsim_init.settings import Settings
+
+if TYPE_CHECKING:
+    from convsim_init.backends.fused import FusedBlock
 
 
 class Block(Protocol):
@@ -57,8 +60,8 @@ class Block(Protocol):
             curvature: What the retraction adds to P2, in units of P0, per filter.
 
         Returns:
-            The coefficients ``<P_i, partner_power(P_j)>`` of the loss, ``[3, 3]``; above the diagonal
-            at least.
+            The coefficients ``<P_i, partner_power(P_j)>`` of the loss, ``[3, 3]``, up to a common
+            factor; that of the loss itself may be missing, and those below the diagonal.
         """
 
 
@@ -67,14 +70,12 @@ def cut_into_blocks(
 ) -> Iterator[Block]:
     """The blocks of a filter bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]``.
 
-    Compiled ones where they can be. On the CPU they are small enough for a core's cache, and
-    several threads may work on them; on an accelerator one block is the whole bank. How a bank is
-    cut depends on its shape alone, never on the number of threads. With a mask, of the bank's shape,
-    taps where it is zero stay zero.
+    Compiled or fused ones where they can be. On the CPU they are small enough for a core's cache,
+    and several threads may work on them; on an accelerator one block is the whole bank. How a bank
+    is cut depends on its shape alone, never on the number of threads. With a mask, of the bank's
+    shape, taps where it is zero stay zero.
     """
-    kind: type[CompiledBlock | TorchBlock] = TorchBlock if mask is None else MaskedBlock
-    if mask is None and CompiledBlock.fits(bank, settings):
-        kind = CompiledBlock
+    kind = _kind(bank, settings) if mask is None else MaskedBlock
     whole = settings.channels == "all" or bank.device.type != "cpu"
     memory = threading.local()
     for groups, channels, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
@@ -82,3 +83,16 @@ def cut_into_blocks(
         if isinstance(block, MaskedBlock) and mask is not None:
             block.mask = mask.flatten(3)[groups, :, channels].permute(3, 0, 2, 1).to(weights)
         yield block
+
+
+def _kind(bank: Tensor, settings: Settings) -> type[CompiledBlock | FusedBlock | TorchBlock]:
+    if CompiledBlock.fits(bank, settings):
+        return CompiledBlock
+    if bank.is_cuda:
+        try:  # Triton comes with torch's builds for CUDA, on Linux
+            from convsim_init.backends.fused import FusedBlock
+        except ImportError:
+            return TorchBlock
+        if FusedBlock.fits(bank, settings):
+            return FusedBlock
+    return TorchBlock

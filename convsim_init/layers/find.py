@@ -13,7 +13,7 @@ from convsim_init.errors import InputError
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
-from convsim_init.layers.memory import Memory, memory, overlap
+from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
@@ -82,14 +82,21 @@ def find_layers(
     names = [layer.name for layer in layers]
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)
-    taken: list[tuple[Memory, str]] = []
     for layer in layers:
         layer.obstacle = _unselected(layer.name, include, exclude) or layer.weight.obstacle(read_only=read_only)
+    # What is left alone comes first: a layer that shares its memory would change it.
+    taken = [
+        (one, f"{shown(layer.name)}, which is {layer.obstacle.partition(':')[0]}")
+        for layer in layers
+        if layer.obstacle is not None and not read_only
+        for one in memories(layer.weight.sources)
+    ]
+    for layer in layers:
         if layer.obstacle is None:
-            own = [memory(source) for source in layer.weight.sources]
+            own = memories(layer.weight.sources)
             owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
-            layer.obstacle = owner and f"shares its weight with {shown(owner)}"
-            taken += [(one, layer.name) for one in own]
+            layer.obstacle = owner and f"shares its weight with {owner}"
+            taken += [(one, shown(layer.name)) for one in own]
     return layers
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.functional.bank import computing_bank
+from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import Weight
 from convsim_init.settings import Channels
 
@@ -53,7 +54,8 @@ class Layer:
 
     def bank(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor:
         """The weight that is used as a filter bank ``[G, M, C, *kernel_size]`` to compute with; not to be changed."""
-        weight = self.weight.read().to(device)
+        with LIVE:
+            weight = self.weight.read().to(device)
         return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
 
     def mask(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 class Memory(NamedTuple):
@@ -25,14 +27,24 @@ def memory(tensor: Tensor) -> Memory:
     return Memory(tensor.device, tensor.untyped_storage().data_ptr(), start, end)
 
 
+def memories(tensors: Iterable[Tensor]) -> list[Memory]:
+    """Where the entries of those tensors lie that have any: not lazy, on the meta device, or sharded ones."""
+    return [memory(one) for one in tensors if not (is_lazy(one) or one.is_meta or is_sharded(one))]
+
+
 def overlap(a: Memory, b: Memory) -> bool:
     """Whether two tensors lie in a stretch of memory that both use."""
     return a[:2] == b[:2] and a.start < b.end and b.start < a.end
 
 
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether several entries of a tensor are one in memory, as after ``expand``."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether entries of a tensor may be one in memory, as after ``expand`` or ``as_strided``."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -64,9 +64,12 @@ class ForwardWeight(Weight):
         try:
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
+            depends = not torch.equal(used, weight_given_to_convolution(self._module, self.shape, stored, noise=True))
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
             return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
+        if depends and not used.isnan().any():
+            return f"the weight that {kind} uses depends on its input"
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
         if mask is not None and torch.equal(used, stored * mask):

@@ -6,9 +6,11 @@ modes and random states are those of before, to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +25,7 @@ CONVOLUTIONS = {
     *(F.conv1d, F.conv2d, F.conv3d, torch.convolution),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
+LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 
 
@@ -31,12 +34,12 @@ class NoConvolutionError(RuntimeError):
 
 
 def weight_given_to_convolution(
-    module: _ConvNd, shape: Sequence[int], like: Tensor, *, probe: Tensor | None = None
+    module: _ConvNd, shape: Sequence[int], like: Tensor, *, probe: Tensor | None = None, noise: bool = False
 ) -> Tensor:
     """The first weight of that shape that the module's forward pass gives to a convolution.
 
-    The module runs in evaluation mode on zeros of the dtype and device of ``like``; with ``probe`` in
-    place of its parameter's values.
+    The module runs in evaluation mode on zeros, or on noise, of the dtype and device of ``like``; with
+    ``probe`` in place of its parameter's values. Convolutions inside it are no candidates.
 
     Returns:
         The weight at that moment, differentiable by the module's parameters; it shares no memory with
@@ -47,44 +50,74 @@ def weight_given_to_convolution(
         Exception: Whatever the module's own code raises.
     """
     size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
-    try:
-        with isolated(module), _Capture(shape):
-            if probe is not None:
-                module.weight.data.copy_(probe)
-            module(torch.zeros(1, module.in_channels, *size, dtype=like.dtype, device=like.device))
-    except _CapturedError as captured:
-        return captured.weight
-    raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
+    inner = {
+        p.data_ptr()
+        for child in module.modules()
+        if child is not module
+        for p in child._parameters.values()
+        if p is not None
+    }
+    capture = _Capture(shape, inner)
+    with isolated(module), capture, contextlib.suppress(_CapturedError):
+        if probe is not None:
+            module.weight.data.copy_(probe)
+        x = torch.zeros(1, module.in_channels, *size, dtype=like.dtype, device=like.device)
+        module(x + torch.linspace(-1, 1, x.numel()).view_as(x).to(x) if noise else x)
+    if capture.weight is None:  # also where the module's code swallowed what ends the pass
+        raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
+    return capture.weight
 
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
     """Context in which a module can run in evaluation mode and nothing of what that changes remains.
 
-    Its tensors stay the same objects, which hooks and closures may know, but point to copies of
-    their data; its attributes are copies. Both are put back at the end.
+    It runs where it is, because hooks and closures may know its tensors and their memory: values,
+    attributes, gradients and hooks are noted before, and put back in place at the end. Containers
+    that are attributes are copies meanwhile. One thread at a time.
     """
     parts = list(module.modules())
-    attributes = [dict(vars(part)) for part in parts]
-    tensors = {id(tensor): tensor for part in parts for tensor in _tensors(part)}
-    data = [(tensor, tensor.data) for tensor in tensors.values() if not tensor.is_inference()]
-    with _random_states(tensors.values()):
+    tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
+    with LIVE, random_states(tensors):
+        attributes = [dict(vars(part)) for part in parts]
+        hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
+        noted = [_noted(tensor) for tensor in tensors]
         try:
-            for tensor, values in data:
-                tensor.data = values.clone()
-            memo: dict[int, Any] = {id(part): part for part in parts}
-            memo |= {key: tensor.clone() if tensor.is_inference() else tensor for key, tensor in tensors.items()}
+            memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
             for part in parts:
                 vars(part).update({name: _copied(value, memo) for name, value in vars(part).items()})
                 vars(part)["training"] = False
-                vars(part).update({name: type(vars(part)[name])() for name in LATER_HOOKS if name in vars(part)})
+            vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
             yield
         finally:
             for part, before in zip(parts, attributes, strict=True):
                 vars(part).clear()
                 vars(part).update(before)
-            for tensor, values in data:
-                tensor.data = values
+            for registry, before in hooks:  # a hook may remove itself from the live one
+                if list(registry.items()) != list(before.items()):
+                    registry.clear()
+                    registry.update(before)
+            for put_back in noted:
+                put_back()
+
+
+def _noted(tensor: Tensor) -> Callable[[], None]:
+    """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed."""
+    data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
+    values = None if data.is_meta else data.clone()
+
+    def put_back() -> None:
+        moved = tensor.data.data_ptr() != data.data_ptr()
+        if moved or tensor.shape != data.shape or tensor.stride() != data.stride():
+            tensor.data = data
+        if values is not None and not torch.equal(data, values):
+            data.copy_(values)
+        if tensor.is_leaf:
+            tensor.requires_grad_(required)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+    return put_back
 
 
 def _tensors(part: nn.Module) -> Iterator[Tensor]:
@@ -99,13 +132,17 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, torch.Generator):
         return value.clone_state()
     try:
-        return copy.deepcopy(value, memo)
+        return copy.deepcopy(value, dict(memo))
     except Exception:  # of any kind: a lock, an open file, a tensor that was computed
-        return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        if isinstance(value, dict):
+            copied = copy.copy(value)
+            copied.update({key: _copied(one, memo) for key, one in value.items()})
+            return copied
+        return [_copied(one, memo) for one in value] if type(value) is list else value
 
 
 @contextmanager
-def _random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
+def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Context that leaves the random states of torch, Python and NumPy as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cards = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
@@ -120,16 +157,19 @@ def _random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
 class _CapturedError(BaseException):
     """Ends a forward pass where it gives a weight to a convolution; no handler of exceptions stops it."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
 
 class _Capture(TorchFunctionMode):
-    """Context in which the first convolution with a weight of that shape raises it."""
+    """Context that ends at the first convolution with a weight of that shape, and keeps the weight.
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    Args:
+        shape: Shape of the weight.
+        others: Addresses of weights that do not count.
+    """
+
+    def __init__(self, shape: Sequence[int], others: Collection[int]) -> None:
         super().__init__()
-        self._shape = list(shape)
+        self._shape, self._others = list(shape), others
+        self.weight: Tensor | None = None
 
     def __torch_function__(
         self,
@@ -141,6 +181,7 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if list(weight.shape) == self._shape:
-                raise _CapturedError(weight.clone())  # before its memory is put back
+            if self.weight is None and list(weight.shape) == self._shape and weight.data_ptr() not in self._others:
+                self.weight = weight.clone()  # before its memory is put back
+                raise _CapturedError
         return func(*args, **kwargs)

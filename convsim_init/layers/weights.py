@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from convsim_init.layers.memory import is_expanded, is_sharded
+from convsim_init.layers.memory import is_sharded, overlaps_itself
+from convsim_init.layers.trial import isolated, random_states
 
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,8 +55,10 @@ class Weight:
             return "on the meta device, without data: move it with to_empty and initialize it first"
         if any(map(is_sharded, self.sources)):
             return "sharded over processes: initialize the model before it is sharded"
-        if not read_only and any(map(is_expanded, self.sources)):
+        if not read_only and any(map(overlaps_itself, self.sources)):
             return "its entries share memory, as after expand(): clone it first"
+        if not read_only and any(s.is_inference() for s in self.sources) and not torch.is_inference_mode_enabled():
+            return "made under torch.inference_mode, and cannot be changed outside of it: make it outside"
         if self._trained and not read_only and not any(source.requires_grad for source in self.sources):
             return "frozen: requires_grad is False"
         if any(source.dtype not in TREATED_DTYPES for source in self.sources):
@@ -98,28 +100,49 @@ class ParametrizedWeight(Weight):
     """A weight that `torch.nn.utils.parametrize` computes; it is assigned through the parametrization."""
 
     def __init__(self, module: _ConvNd) -> None:
-        super().__init__(*module.parametrizations["weight"].parameters(recurse=False))  # type: ignore[index, union-attr]
+        originals = cast(nn.ModuleDict, module.parametrizations)["weight"]
+        super().__init__(*originals.parameters(recurse=False))
         self._module = module
+        self._shape: list[int] = []
+        self._error = ""
+        if self.sources and not any(is_lazy(source) or source.is_meta for source in self.sources):
+            try:
+                self._shape = list(self.read().shape)
+            except Exception as error:  # whatever the parametrization's own code raises
+                self._error = " ".join(f"{type(error).__name__}: {error}".split())
 
     @property
     def shape(self) -> list[int]:
-        """Shape of the weight; empty while a lazy module has none."""
-        return [] if any(is_lazy(source) for source in self.sources) else list(self.read().shape)
+        """Shape of the weight; empty where it cannot be computed, as while a lazy module has none."""
+        return self._shape
+
+    def obstacle(self, *, read_only: bool) -> str | None:
+        """As of a plain weight; also what its own code raised."""
+        if not self.sources:
+            return "parametrized without a parameter of its own"
+        if self._error:
+            return f"its parametrization ended with {self._error}"
+        return super().obstacle(read_only=read_only)
 
     def compute(self) -> Tensor:
         """The weight that is computed, in evaluation mode: spectral_norm's would change its buffers in training."""
-        with evaluating(self._module.parametrizations):  # type: ignore[arg-type]
-            return self._module.weight
+        with isolated(self._module):
+            return self._module.weight.clone()
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
         """Assign the weight and look at what is computed then."""
-        before = self.read()
+        before, memories = self.read(), [source.data for source in self.sources]
         try:
-            self._module.weight = weight.to(before.device, before.dtype)
+            with random_states(self.sources):
+                self._module.weight = weight.to(before.device, before.dtype)
         except Exception as error:  # whatever the parametrization's own code raises
             raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
-        return describe_mismatch("parametrization", weight, self._module.weight)
+        for source, memory in zip(self.sources, memories, strict=True):  # torch lets them point to new memory
+            if source.data.data_ptr() != memory.data_ptr() and source.shape == memory.shape:
+                memory.copy_(source.data)
+                source.data = memory
+        return describe_mismatch("parametrization", weight, self.read())
 
     def backup(self) -> Callable[[], None]:
         """What gives the parametrization back its parameters and buffers, which it may have made anew."""
@@ -235,7 +258,7 @@ def stored_weight(module: _ConvNd) -> Weight:
     if "weight" in module._parameters:
         return Weight(weight)
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
+        if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
             return NormedWeight(module, hook)
         if _prunes(hook):
             parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
@@ -281,7 +304,7 @@ def backup_tensors(tensors: Sequence[Tensor]) -> Callable[[], None]:
 def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None:
     """How far a computed weight is from the one that was to be set; None if they agree in its dtype."""
     distance = torch.linalg.vector_norm(to_float64(computed - weight.to(computed)))
-    relative = float(distance / torch.linalg.vector_norm(to_float64(weight))) if distance > 0 else 0.0
+    relative = 0.0 if distance == 0 else float(distance / torch.linalg.vector_norm(to_float64(weight)))
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
     return f"its {what} keeps a weight that differs by {relative:.1%} from the one it was given"
@@ -290,16 +313,3 @@ def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None
 def to_float64(tensor: Tensor) -> Tensor:
     """The tensor in the widest floating dtype of its device."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Context in which a module and its parts are in evaluation mode."""
-    training: Sequence[nn.Module] = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -170,8 +170,7 @@ class ConjugateGradient:
         """
         old, new = self._length(self._step), self._length(step)
         # From (w - t_old d) / old to (w - t_new d) / new, in terms of where the weights are now.
-        keep, add = self._tensor(old / (new * self._norms)), self._tensor((self._step - step) / new)
-        shift = self._tensor(self._shift)
+        keep, add, shift = self._tensors(old / (new * self._norms), (self._step - step) / new, self._shift)
 
         def evaluate(block: Block) -> tuple[Tensor, float]:
             return block.evaluate(keep[block.groups], add[block.groups], shift[block.groups])
@@ -217,8 +216,7 @@ class ConjugateGradient:
             beta = 0.0
         transported_sq_norm = dir_sq_norm - dir_radial**2
         dir_sq_norm = direction_sq_norm(grad_sq_norm, grad_dot_dir, transported_sq_norm, beta)
-        weight_coefficient = self._tensor(beta * dir_radial - radial)
-        curvature = self._tensor(-dir_sq_norm * self._preserve)
+        weight_coefficient, curvature = self._tensors(beta * dir_radial - radial, -dir_sq_norm * self._preserve)
 
         def turn(block: Block) -> Tensor:
             return block.turn(beta, weight_coefficient[block.groups], curvature[block.groups])
@@ -247,5 +245,6 @@ class ConjugateGradient:
             total[:, block.groups, 0] += part.cpu().numpy()
         return total
 
-    def _tensor(self, values: PerFilter) -> Tensor:
-        return torch.from_numpy(values).to(self._like)
+    def _tensors(self, *values: PerFilter) -> Tensor:
+        """Several values per filter where the weights are, ``[n, G, 1, M]``: one copy, and no wait for it."""
+        return torch.from_numpy(np.stack(values)).to(self._like, non_blocking=True)

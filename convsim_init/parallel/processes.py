@@ -129,20 +129,18 @@ class Ranks:
 
 
 @contextmanager
-def process_group(launch: Launch, device: torch.device) -> Iterator[Ranks]:
+def process_group(launch: Launch) -> Iterator[Ranks]:
     """All ranks that torchrun started, for as long as the context lasts; they leave it together.
 
     An error that leaves the context in one rank leaves it in all of them.
 
     Args:
         launch: This rank's place among them.
-        device: Device that this rank computes on. Weights travel by NCCL between CUDA devices of
-            their own, else by gloo.
 
     Raises:
         RunError: If not all of them come.
     """
-    ranks = _join(launch, device)
+    ranks = _join(launch)
     try:
         yield ranks
         ranks.exchange(None)  # the others wait for the files that the first writes, or its error
@@ -153,15 +151,11 @@ def process_group(launch: Launch, device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _join(launch: Launch, device: torch.device) -> Ranks:
+def _join(launch: Launch) -> Ranks:
     if not dist.is_available():
         raise RunError(
             "expected PyTorch with torch.distributed under torchrun, got one without it: use a single process"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    own_device = device.type == "cuda" and device.index == launch.local_rank
-    backend = "cpu:gloo,cuda:nccl" if own_device else "gloo"  # NCCL refuses two ranks on one device
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=MEETING))  # type: ignore[attr-defined]
         # A script that torchrun runs may call the command several times; each call has keys of its own.
@@ -169,7 +163,8 @@ def _join(launch: Launch, device: torch.device) -> Ranks:
         store = dist.PrefixStore(f"{STORE}/{call}", store)  # type: ignore[attr-defined]
         store.set(str(launch.rank), "here")
         store.wait([str(rank) for rank in range(launch.size)], MEETING)
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
+        # Weights travel by the CPU, whatever computes: NCCL refuses ranks that share a GPU.
+        dist.init_process_group("cpu:gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
     except RuntimeError as error:
         raise RunError(
             f"expected all {launch.size} processes that torchrun started to run this command, and some did not come "

@@ -555,6 +555,48 @@ def test_a_device_is_found_by_its_name_or_refused(name, cards, expected, monkeyp
         assert find_device(name) == torch.device(expected)
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4 GiB"
+            ),
+            "CUDA out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ..."),
+            "CUDA error: no kernel image is available for execution on the device",
+        ),
+        (
+            RuntimeError("CUDA error: device is lost\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1"),
+            "CUDA error: device is lost",
+        ),
+        (RuntimeError("Triton Error [CUDA]: unknown error"), "Triton Error [CUDA]: unknown error"),
+    ],
+    ids=["full", "old", "gone", "in Triton"],
+)
+@pytest.mark.parametrize("sweeping", [False, True], ids=["one run", "a sweep"])
+def test_a_gpu_that_fails_is_told_in_one_line(error, sentence, sweeping, command, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("convsim_init.initialize.initialize_", fail)
+    status, out, err = command(*QUICK, *(["--seeds", "0:2"] if sweeping else []))
+    wanted = f"the GPU cannot compute this: {sentence}; --device cpu computes it without one"
+    assert status == 1
+    assert (out if sweeping else err).count(wanted) == (2 if sweeping else 1)
+    assert sweeping or err == f"Error: {wanted}\n"
+
+
+def test_other_errors_are_not_the_gpus(command, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a tensor is too small")
+
+    monkeypatch.setattr("convsim_init.initialize.initialize_", fail)
+    assert "a tensor is too small (--debug shows where)" in command(*QUICK)[2]
+
+
 def test_mps_is_the_cpu_and_the_run_says_so(command, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     report = json.loads(command(*QUICK, "--device", "mps", "--json")[1])

@@ -173,3 +173,78 @@ def test_copies_are_still_equal():
     with isolated(module):
         pass
     assert same(module.state_dict(), clone.state_dict())
+
+
+def test_closures_over_live_memory_and_hooks_that_remove_themselves_leave_no_trace():
+    module = nn.Conv2d(3, 4, 3)
+    memory, mask = module.weight.data, torch.rand(4, 3, 3, 3) < 0.5
+    before = memory.clone()
+    module.register_forward_pre_hook(lambda *_: (memory.mul_(mask), None)[1])
+    handle = module.register_forward_pre_hook(lambda *_: handle.remove())
+    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    assert torch.equal(found, before * mask)
+    assert torch.equal(module.weight, before)
+    assert len(module._forward_pre_hooks) == 2
+
+
+def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back():
+    class Module(nn.Conv2d):
+        def forward(self, x):
+            self.weight.grad = None
+            self.weight.requires_grad_(False)
+            self.notes["calls"] += 1
+            return super().forward(x)
+
+    module = Module(3, 4, 3)
+    module.weight.grad = gradient = torch.ones_like(module.weight)
+    module.notes = {"calls": torch.zeros(1), "computed": module.weight * 2}
+    weight_given_to_convolution(module, module.weight.shape, module.weight)
+    assert module.weight.grad is gradient
+    assert module.weight.requires_grad
+    assert module.notes["calls"] == 0
+
+
+def test_a_hook_of_a_part_of_the_module_counts():
+    class Gate(nn.Module):
+        def forward(self, weight):
+            return weight
+
+    class Module(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 4, 3)
+            self.gate = Gate()
+
+        def forward(self, x):
+            return F.conv2d(x, self.gate(self.weight))
+
+    module = Module()
+    module.gate.register_forward_hook(lambda _, __, output: output * 3)
+    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    torch.testing.assert_close(found, 3 * module.weight)
+
+
+def test_code_that_catches_everything_does_not_hide_the_weight():
+    class Module(nn.Conv2d):
+        def forward(self, x):
+            try:
+                return F.conv2d(x, 2 * self.weight)
+            except:  # noqa: E722
+                return F.conv2d(x, self.weight.sign())
+
+    module = Module(3, 4, 3)
+    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    torch.testing.assert_close(found, 2 * module.weight)
+
+
+def test_a_convolution_inside_of_the_same_shape_is_not_taken_for_it():
+    class Module(nn.Conv2d):
+        def __init__(self):
+            super().__init__(4, 4, 3, padding=1)
+            self.first = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return super().forward(self.first(x))
+
+    module = Module()
+    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    torch.testing.assert_close(found, module.weight)

@@ -287,3 +287,144 @@ def test_numbers_that_would_all_be_zero_in_a_files_dtype_are_refused(tmp_path):
         ci.save_checkpoint(model, tmp_path / "a.safetensors", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
     ci.save_checkpoint(model, tmp_path / "a.safetensors", dtype=torch.bfloat16)
+
+
+def test_a_weight_that_becomes_nan_is_put_back():
+    class Divided(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight / self.weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            return F.conv2d(x, weight.flip(-1) * self.on)
+
+    module = Divided(3, 8, 3)
+    module.register_buffer("on", torch.ones(8, 1, 1, 1))
+    module.on[0] = 0
+    before = module.weight.detach().clone()
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    finite = given(module).isfinite().all()
+    assert finite or layer.outcome is ci.Outcome.FAILED
+    assert layer.outcome is not ci.Outcome.FAILED or torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("how", ["excluded", "frozen", "not included"])
+def test_what_is_left_alone_does_not_change_through_a_tie(how):
+    a, b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+    b.weight = a.weight
+    if how == "frozen":
+        b.weight = nn.Parameter(torch.empty(0))
+        b.weight.data = a.weight.data
+        a.weight.requires_grad_(False)
+    before = a.weight.detach().clone()
+    options = {"excluded": {"exclude": ["0"]}, "not included": {"include": ["1"]}, "frozen": {}}[how]
+    report = ci.initialize_(nn.Sequential(a, b), settings=SETTINGS, **options)
+    assert torch.equal(a.weight, before)
+    assert report.layers[1].reason == f"shares its weight with 0, which is {how}"
+
+
+def test_a_forward_pass_that_rejects_the_new_weight_fails_alone():
+    class Picky(nn.Conv2d):
+        def forward(self, x):
+            if not torch.equal(self.weight, self.first) and self.weight.min() < 1:
+                raise ValueError("not mine")
+            return F.conv2d(x, self.weight * 2)
+
+    picky = Picky(8, 8, 3)
+    picky.first = picky.weight.detach().clone()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), picky, nn.Conv2d(8, 8, 3))
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped", "initialized"] or (
+        report.layers[1].outcome is ci.Outcome.FAILED and "ValueError: not mine" in report.layers[1].reason
+    )
+    assert torch.equal(picky.weight, picky.first)
+
+
+def test_weights_of_inference_mode_are_left_alone_outside_of_it():
+    with torch.inference_mode():
+        inside = nn.Conv2d(8, 8, 3)
+    report = ci.initialize_(nn.Sequential(nn.Conv2d(3, 8, 3), inside), settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped"]
+    assert "inference_mode" in report.layers[1].reason
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+def test_a_parametrization_keeps_its_parameters_memory_and_strides():
+    module = nn.ConvTranspose1d(4, 6, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Halved())
+    original = module.parametrizations.weight.original
+    memory_before, strides = original.data_ptr(), original.stride()
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert (original.data_ptr(), original.stride()) == (memory_before, strides)
+
+
+def test_a_random_parametrization_leaves_the_random_state():
+    class Noisy(nn.Module):
+        def forward(self, weight):
+            return weight + 1e-3 * torch.randn_like(weight)
+
+    module = nn.Conv2d(3, 8, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Noisy())
+    before = torch.get_rng_state()
+    ci.measure(module)
+    ci.initialize_(module, exclude=["*"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_parametrization_that_raises_is_that_layers_trouble():
+    class Broken(nn.Module):
+        def forward(self, weight):
+            if self.training and weight.sum() == 12345:
+                return weight
+            raise LookupError("its own")
+
+    module = nn.Conv2d(3, 8, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Broken(), unsafe=True)
+    report = ci.measure(nn.Sequential(module, nn.Conv2d(8, 8, 3)))
+    assert [layer.outcome.value for layer in report.layers] == ["skipped", "measured"]
+    assert "LookupError: its own" in report.layers[0].reason
+
+
+def test_strides_that_overlap_are_left_alone():
+    module = nn.Conv1d(1, 8, 5)
+    module.weight = nn.Parameter(torch.randn(40).as_strided((8, 1, 5), (2, 5, 1)))
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert layer.reason == "its entries share memory, as after expand(): clone it first"
+
+
+def test_a_weight_that_depends_on_the_input_is_left_alone():
+    class Dynamic(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight * (1 + x.abs().mean()))
+
+    (layer,) = ci.initialize_(Dynamic(3, 8, 3), settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (
+        ci.Outcome.SKIPPED,
+        "the weight that Dynamic uses depends on its input",
+    )
+
+
+def test_trials_of_several_threads_do_not_disturb_each_other():
+    import time
+
+    class Slow(nn.Conv2d):
+        def __init__(self):
+            super().__init__(8, 8, 3, padding=1)
+            self.small = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            time.sleep(0.02)
+            return super().forward(x) + self.small(x)
+
+    model = nn.Sequential(*(Slow() for _ in range(3)))
+    before = [module.small.weight.detach().clone() for module in model]
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert {layer.outcome for layer in report.layers} == {ci.Outcome.INITIALIZED}
+    for module, old in zip(model, before, strict=True):
+        assert not torch.equal(module.small.weight, old)
+        assert module.small.training

@@ -452,6 +452,9 @@ def test_each_process_gets_a_card_of_its_own(name, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert find_device(name) == torch.device(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if name == "cuda":  # CUDA_VISIBLE_DEVICES gives each process one of its own, or they share the only one
+        assert find_device("cuda") == find_device("cuda:0") == torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if name == "cuda":
         with pytest.raises(InputError, match=r"than its 2 CUDA devices, got 4: torchrun --nproc-per-node 2"):

@@ -12,7 +12,6 @@ import sysconfig
 import zipfile
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -183,7 +182,7 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is_for(name):
-    assert import_module(name).__doc__.strip()
+    assert ast.get_docstring(ast.parse(MODULES[name].read_text()))
 
 
 # Which folder may import which
@@ -264,7 +263,8 @@ def test_imports_do_not_go_in_circles():
             id="modules-of-torch",
         ),
         pytest.param("matplotlib", {"plotting"}, id="matplotlib"),
-        *(pytest.param(name, set(), id=name) for name in ("torchvision", "timm", "triton")),
+        pytest.param("triton", {"backends"}, id="triton"),
+        *(pytest.param(name, set(), id=name) for name in ("torchvision", "timm")),
     ],
 )
 def test_packages_are_imported_only_where_they_belong(package, folders):

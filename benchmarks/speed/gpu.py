@@ -1,0 +1,200 @@
+"""What a GPU makes of the descent and of the regularizer: first that it is right, then how fast.
+
+    PYTHONPATH=. python -m benchmarks.speed.gpu [--write]    # a few minutes
+
+Each time is one of the host, to the end of the GPU's work; the CPU's are of the same machine. With
+``--write`` the table goes to ``benchmarks/results/``, to a file named for the card. If a result is
+wrong nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+import convsim_init as ci
+from benchmarks.machine import cpu_name, file_name
+from benchmarks.speed import peers, scale_model
+from benchmarks.speed.descents import time_step
+from benchmarks.speed.roofline import step_bytes
+from benchmarks.speed.shapes import Shape, draw, text
+from convsim_init.backends.block import cut_into_blocks
+from convsim_init.backends.torch_ops import TorchBlock
+from convsim_init.devices import describe_environment
+from convsim_init.functional.bank import filter_bank
+from convsim_init.functional.fourier import Fourier
+from convsim_init.optim.descent import descend
+from convsim_init.settings import Settings
+
+Row = tuple[str, str, str, str]  # what, value, compared with, goal
+DEVICE = "cuda"
+RESULTS = Path(__file__).parents[1] / "results"
+SMALL = [(130, 20, 3, 3), (256, 600, 1, 1), (64, 33, 2, 2), (20, 9, 5), (12, 8, 2, 2, 2), (64, 3, 7, 7)]
+LARGE, HUGE = (512, 512, 3, 3), (2048, 2048, 3, 3)
+BATCH, SIDE = 128, 224
+COPIED = 2**32  # bytes
+REPEATS = 5
+TOLERANCE = 5e-6  # of a sum or a vector, against float64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            f"expected a CUDA device and a PyTorch built for it, got PyTorch {torch.__version__} without: no result"
+        )
+    card = torch.cuda.get_device_name()
+    lines = [f"# Speed on {card}, {datetime.date.today()}", "", "Made by `python -m benchmarks.speed.gpu --write`.", ""]
+    lines += [f"- {name}: {value}" for name, value in describe_environment().items()]
+    lines += [f"- cpu: {cpu_name()}", "", "| what | result | compared with | goal |", "|---|---|---|---|"]
+    print("\n".join(lines))
+    for part in (correctness_rows, step_rows, network_rows, regularizer_rows):
+        for row in part():
+            lines.append("| " + " | ".join(row) + " |")
+            print(lines[-1], flush=True)
+    if options.write:
+        target = RESULTS / f"gpu-{file_name(card)}.md"
+        target.write_text("\n".join(lines) + "\n")
+        print(f"written to {target}")
+
+
+def correctness_rows() -> Iterator[Row]:
+    """Both passes of a step, then the whole descent, against the CPU in float64.
+
+    Raises:
+        SystemExit: If a result is wrong.
+    """
+    for shape in SMALL:
+        kind, error = worst_error(shape)
+        exact, found = (
+            descend(filter_bank(weight), Settings()) for weight in (draw(shape).double(), draw(shape).to(DEVICE))
+        )
+        apart = abs(found.losses[-1] - exact.losses[-1]) / exact.losses[0]
+        what = f"{text(shape)} by {kind}: largest error of a step"
+        yield what, f"{error:.1e}", "the CPU in float64", f"≤ {TOLERANCE:.0e}"
+        steps = f"{found.steps} steps, the loss ends {apart:.1e} of the start apart"
+        yield f"{text(shape)}: whole descent", steps, f"{exact.steps} steps", "≤ 1e-3"
+        if not (error <= TOLERANCE and apart <= 1e-3):
+            sys.exit(f"{text(shape)}: a wrong result, so nothing is timed")
+
+
+def worst_error(shape: Shape) -> tuple[str, float]:
+    """The backend that is chosen for the shape, and its largest relative error in two steps."""
+    bank, cpu = filter_bank(draw(shape)).double(), torch.device("cpu")
+    scale = bank.flatten(2).norm(dim=-1)
+    fourier = Fourier(bank.shape[3:], torch.float64, cpu)
+    (cut,) = fourier.blocks(bank, scale, bank.numel())
+    exact = TorchBlock(*cut, fourier, Settings(), threading.local())
+    card = bank.to(DEVICE, torch.float32)
+    (block,) = cut_into_blocks(card, scale.to(DEVICE), Fourier(bank.shape[3:], card.dtype, card.device), Settings())
+    errors, length = list[float](), 1.0
+    for _ in range(2):
+        keep, add, shift, factor, bend = torch.rand(5, bank.shape[0], 1, bank.shape[1], dtype=torch.float64) + 0.5
+        wanted, found = (
+            each.evaluate(*(value.to(like) for value in (keep, add / length, shift)))[0]
+            for each, like in ((exact, bank), (block, card))
+        )
+        errors += [relative(part, sums) for part, sums in zip(found, wanted, strict=True) if sums.any()]
+        length = float(wanted[1].sum()) ** 0.5
+        wanted, found = (
+            each.turn(0.3, factor.to(like) / 8, -bend.to(like)).flatten()[[1, 2, 4, 5, 8]]
+            for each, like in ((exact, bank), (block, card))
+        )
+        errors += [relative(found / found.norm(), wanted / wanted.norm()), relative(block.weights, exact.weights)]
+    return type(block).__name__, max(errors)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.cpu().double() - wanted).norm() / wanted.norm())
+
+
+def step_rows() -> Iterator[Row]:
+    """A step of large layers against a copy, the CPU and the plain port of the published recipe."""
+    source = torch.zeros(COPIED // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    copied = 2 * COPIED / min(seconds(partial(target.copy_, source)) for _ in range(REPEATS))
+    del source, target
+    for shape in (LARGE, HUGE):
+        ours = median(time_step(draw(shape).to(DEVICE)) for _ in range(REPEATS))
+        rate = step_bytes(shape) / ours
+        goal = "≥ 30 %" if shape == HUGE else ""
+        what = f"one step on {text(shape)}, {1e3 * ours:.2f} ms"
+        yield f"{what}: bytes a second", f"{rate / 1e9:.0f} GB/s", f"{rate / copied:.0%} of a copy", goal
+        every = torch.get_num_threads()
+        for threads in (every, 2):
+            torch.set_num_threads(threads)
+            theirs = time_step(draw(shape))
+            goal = "≥ 30" if (shape, threads) == (HUGE, 2) else ""
+            yield what, f"{theirs / ours:.0f} times as fast", f"{threads} threads of the CPU", goal
+        torch.set_num_threads(every)
+    ours = time_step(draw(LARGE).to(DEVICE))
+    port = peers.time_step(draw(LARGE).to(DEVICE), peers.adjacent_similarity)
+    name = f"grouped conv2d, adjacent pairs, autograd, Adam, there: {1e3 * port:.1f} ms"
+    yield f"one step on {text(LARGE)}, {1e3 * ours:.2f} ms", f"{port / ours:.0f} times as fast", name, ""
+
+
+def network_rows() -> Iterator[Row]:
+    """Whole networks, from weights on the CPU and on the GPU; measuring before and after counts."""
+    for device in (DEVICE, None):
+        networks = (ci.build_model("resnet50", seed=seed) for seed in range(4))
+        times = [seconds(partial(ci.initialize_, network, device=device)) for network in networks]
+        what = f"ResNet-50, weights on the CPU, computed on the {'GPU' if device else 'CPU'}"
+        yield what, f"{min(times[1:]):.2f} s", f"{times[0]:.2f} s the first time", "≤ 0.5 s" if device else ""
+    weights = {
+        f"{index}.weight": torch.nn.init.kaiming_normal_(torch.empty(shape, device=DEVICE))
+        for index, shape in enumerate(scale_model.network())
+    }
+    took = seconds(partial(ci.initialize_, weights))
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    yield "a billion weights on the GPU", f"{took:.1f} s", f"{peak:.1f} GiB at most", ""
+
+
+def regularizer_rows() -> Iterator[Row]:
+    """What the regularizer adds to a training step of ResNet-50, and whether a CUDA graph can hold it."""
+    model = ci.build_model("resnet50").to(DEVICE).to(memory_format=torch.channels_last)
+    images, labels = torch.randn(BATCH, 3, SIDE, SIDE, device=DEVICE), torch.randint(1000, (BATCH,), device=DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step(term: Callable[[], torch.Tensor] | None) -> None:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        (loss if term is None else loss + 1e-3 * term()).backward()
+        optimizer.step()
+
+    for normalized in (False, True):
+        term = ci.ConvolutionalSimilarity(model, normalized=normalized)
+        rounds = [[seconds(partial(step, each)) for each in (None, term)] for _ in range(4 * REPEATS)]
+        without = median(first for first, _ in rounds[REPEATS:])
+        more = median(second - first for first, second in rounds[REPEATS:])
+        what = f"regularizer, {'normalized' if normalized else 'raw'}, batch {BATCH}, bfloat16: {1e3 * more:.2f} ms"
+        yield what, f"{more / without:+.1%}", f"a step without, {1e3 * without:.1f} ms", "≤ 3 %"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.autograd.grad(term(), list(model.parameters()), allow_unused=True)
+        replayed = min(seconds(graph.replay) for _ in range(REPEATS))
+        yield f"{what}, alone", f"{1e3 * replayed:.2f} ms in a CUDA graph", "", ""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

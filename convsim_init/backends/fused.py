@@ -1,0 +1,247 @@
+"""The two passes of a conjugate-gradient step on a GPU, one Triton kernel each: float32, the defaults.
+
+A program takes some channels of a group with all of their filters, because the sum over pairs is one
+over the filters of a channel. A thread holds whole columns: all frequencies of a kernel's spectrum.
+Taps are the rows of ``[T, g, c, M]``, so threads side by side read filters side by side.
+
+A step must move 9 values a weight: here it moves them, and 5 sums for each filter and program. No
+atomics: each program writes its own sums in float32, and these are added in float64 in a fixed order.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language import constexpr
+
+from convsim_init.functional.fourier import Basis, Fourier
+from convsim_init.settings import Settings
+
+MAX_TAPS = 9  # a thread's registers hold the spectra of no larger kernel
+MIN_PROGRAMS, MAX_CHANNELS = 512, 16  # some programs for each of a GPU's processors; channels of one
+OLDEST = 80  # compute capability 8.0
+TILE: constexpr = constexpr(128)  # filters at a time, one a thread
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fused multiply and add
+SIZES = ["channels", "filters", "span"]  # with Triton's special cases each would compile anew
+
+
+@triton.jit
+def _add_tap(cosines, sines, basis, values, t: constexpr, taps: constexpr, freqs: constexpr):
+    """Add what coordinate t contributes to the spectra ``[F, TILE]`` of kernels."""
+    row = tl.load(basis + t * freqs + tl.arange(0, freqs))
+    if t < (taps + 1) // 2:
+        cosines += row[:, None] * values[None, :]
+    else:
+        sines += row[:, None] * values[None, :]
+    return cosines, sines
+
+
+@triton.jit
+def _add_to(sums, values, known, here):
+    """Add values to those of the sums that are known, and set the others to them."""
+    tl.store(sums, values + tl.load(sums, mask=known, other=0.0), mask=here)
+
+
+@triton.jit(do_not_specialize=["keep", "add", "shift", *SIZES])
+def _evaluate(
+    weights, direction, grad, keep, add, shift, basis, sums, channels, filters, span, taps: constexpr, freqs: constexpr
+):
+    """`Block.evaluate`; the gradient before is read where the new one is written."""
+    program, parts = tl.program_id(0), tl.cdiv(channels, span)
+    group, first = program // parts, program % parts * span
+    taps_stride = tl.num_programs(0) // parts * channels * filters
+    frequency, lane = tl.arange(0, freqs), tl.arange(0, TILE)
+    nothing = tl.zeros([freqs, TILE], tl.float32)
+    for channel in range(first, tl.minimum(first + span, channels)):
+        row = (group * channels + channel) * filters
+        power = nothing
+        for start in range(0, filters, TILE):
+            here = start + lane < filters
+            own = group * filters + start + lane
+            factor = tl.load(keep + own, mask=here, other=0.0)
+            step = tl.load(add + own, mask=here, other=0.0)
+            cosines, sines = nothing, nothing
+            for t in tl.static_range(taps):
+                at = t * taps_stride + row + start + lane
+                w = factor * tl.load(weights + at, mask=here, other=0.0)
+                w += step * tl.load(direction + at, mask=here, other=0.0)
+                tl.store(weights + at, w, mask=here)
+                cosines, sines = _add_tap(cosines, sines, basis, w, t, taps, freqs)
+            power += cosines * cosines + sines * sines
+        total = tl.sum(power, 1)
+        tl.debug_barrier()  # what is read below may have been written by another thread
+        for start in range(0, filters, TILE):
+            here = start + lane < filters
+            lift = tl.load(shift + group * filters + start + lane, mask=here, other=0.0) / 2
+            cosines, sines = nothing, nothing
+            for t in tl.static_range(taps):
+                w = tl.load(weights + t * taps_stride + row + start + lane, mask=here, other=0.0)
+                cosines, sines = _add_tap(cosines, sines, basis, w, t, taps, freqs)
+            # The shift is subtracted from the partners' power, before anything cancels.
+            unit = tl.load(basis + taps * freqs + frequency)
+            partners = total[:, None] - (cosines * cosines + sines * sines) - unit[:, None] * lift[None, :]
+            cosines *= 2 * partners
+            sines *= 2 * partners
+            zeros = tl.zeros([TILE], tl.float32)
+            dot_w, sq_norm, dot_dir, w_sq_norm, dot_prev = zeros, zeros, zeros, zeros, zeros
+            for t in tl.static_range(taps):
+                at = t * taps_stride + row + start + lane
+                spectrum = cosines if t < (taps + 1) // 2 else sines
+                new = tl.sum(tl.load(basis + t * freqs + frequency)[:, None] * spectrum, 0)
+                w = tl.load(weights + at, mask=here, other=0.0)
+                dot_w += new * w
+                sq_norm += new * new
+                dot_dir += new * tl.load(direction + at, mask=here, other=0.0)
+                w_sq_norm += w * w
+                dot_prev += new * tl.load(grad + at, mask=here, other=0.0)
+                tl.store(grad + at, new, mask=here)
+            to = sums + program * 5 * filters + start + lane
+            known = start + lane < tl.where(channel > first, filters, 0)  # from the channels before
+            _add_to(to, dot_w, known, here)
+            _add_to(to + filters, sq_norm, known, here)
+            _add_to(to + 2 * filters, dot_dir, known, here)
+            _add_to(to + 3 * filters, w_sq_norm, known, here)
+            _add_to(to + 4 * filters, dot_prev, known, here)
+
+
+@triton.jit(do_not_specialize=["beta", "weight_coefficient", "curvature", *SIZES])
+def _turn(
+    weights,
+    direction,
+    grad,
+    beta,
+    weight_coefficient,
+    curvature,
+    basis,
+    sums,
+    channels,
+    filters,
+    span,
+    taps: constexpr,
+    freqs: constexpr,
+):
+    """`Block.turn`: each program's part of c01, c02, c11, c12 and c22."""
+    program, parts = tl.program_id(0), tl.cdiv(channels, span)
+    group, first = program // parts, program % parts * span
+    taps_stride = tl.num_programs(0) // parts * channels * filters
+    lane = tl.arange(0, TILE)
+    nothing = tl.zeros([freqs, TILE], tl.float32)
+    zeros = tl.zeros([TILE], tl.float32)
+    own01, own02, own11, own12, own22 = zeros, zeros, zeros, zeros, zeros  # of filters with themselves
+    zeros = tl.zeros([freqs], tl.float32)
+    all01, all02, all11, all12, all22 = zeros, zeros, zeros, zeros, zeros  # of all filters with all
+    for channel in range(first, tl.minimum(first + span, channels)):
+        row = (group * channels + channel) * filters
+        power0, power1, power2 = nothing, nothing, nothing
+        for start in range(0, filters, TILE):
+            here = start + lane < filters
+            own = group * filters + start + lane
+            factor = tl.load(weight_coefficient + own, mask=here, other=0.0)
+            bend = tl.load(curvature + own, mask=here, other=0.0)
+            w_cosines, w_sines, d_cosines, d_sines = nothing, nothing, nothing, nothing
+            for t in tl.static_range(taps):
+                at = t * taps_stride + row + start + lane
+                w = tl.load(weights + at, mask=here, other=0.0)
+                d = tl.load(grad + at, mask=here, other=0.0) + factor * w
+                d += beta * tl.load(direction + at, mask=here, other=0.0)
+                tl.store(direction + at, d, mask=here)
+                w_cosines, w_sines = _add_tap(w_cosines, w_sines, basis, w, t, taps, freqs)
+                d_cosines, d_sines = _add_tap(d_cosines, d_sines, basis, d, t, taps, freqs)
+            p0 = w_cosines * w_cosines + w_sines * w_sines
+            p1 = w_cosines * d_cosines + w_sines * d_sines
+            p2 = d_cosines * d_cosines + d_sines * d_sines + bend[None, :] * p0
+            power0 += p0
+            power1 += p1
+            power2 += p2
+            own01 += tl.sum(p0 * p1, 0)
+            own02 += tl.sum(p0 * p2, 0)
+            own11 += tl.sum(p1 * p1, 0)
+            own12 += tl.sum(p1 * p2, 0)
+            own22 += tl.sum(p2 * p2, 0)
+        total0, total1, total2 = tl.sum(power0, 1), tl.sum(power1, 1), tl.sum(power2, 1)
+        all01 += total0 * total1
+        all02 += total0 * total2
+        all11 += total1 * total1
+        all12 += total1 * total2
+        all22 += total2 * total2
+    to = sums + program * 5
+    tl.store(to, tl.sum(all01) - tl.sum(own01))
+    tl.store(to + 1, tl.sum(all02) - tl.sum(own02))
+    tl.store(to + 2, tl.sum(all11) - tl.sum(own11))
+    tl.store(to + 3, tl.sum(all12) - tl.sum(own12))
+    tl.store(to + 4, tl.sum(all22) - tl.sum(own22))
+
+
+class FusedBlock:
+    """A `Block` for what the defaults need: float32 on CUDA, all pairs, matched channels, small kernels.
+
+    A step waits for the GPU twice, for the sums of either pass.
+    """
+
+    max_weights = 2**31  # offsets are int32
+
+    def __init__(
+        self,
+        groups: slice,
+        channels: slice,
+        weights: Tensor,
+        fourier: Fourier,
+        settings: Settings,
+        memory: threading.local,
+    ) -> None:
+        self.groups, self.channels = groups, channels
+        self.weights = weights  # [T, g, c, M]
+        self._direction, self._gradient = torch.zeros_like(weights), torch.zeros_like(weights)
+        taps, group_count, channel_count, filters = weights.shape
+        span = min(MAX_CHANNELS, max(1, group_count * channel_count // MIN_PROGRAMS))
+        parts = triton.cdiv(channel_count, span)
+        self._grid, self._sizes = (group_count * parts,), (channel_count, filters, span)
+        self._basis, self._coarse_basis = _rows(fourier.full, taps), _rows(fourier.coarse, taps)
+        self._basis[taps, : len(fourier.identity)] = fourier.identity.flatten()
+        self._sums = weights.new_empty(group_count, parts, 5, filters)
+        self._coefficients = weights.new_empty(group_count * parts, 5)
+
+    @classmethod
+    def fits(cls, bank: Tensor, settings: Settings) -> bool:
+        """Whether a bank on a GPU can be a fused block, and Triton can compile for that GPU."""
+        usual = settings.pairs == "all" and settings.channels == "matched" and bank.dtype == torch.float32
+        if not usual or bank.shape[3:].numel() > MAX_TAPS or bank.numel() >= cls.max_weights:
+            return False
+        try:
+            with torch.cuda.device_of(bank):
+                target = triton.runtime.driver.active.get_current_target()
+        except Exception:  # whatever Triton raises where it finds no C compiler or no driver
+            return False
+        return bool(target.backend == "cuda" and target.arch >= OLDEST)
+
+    def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
+        """As `Block.evaluate`."""
+        self._launch(_evaluate, (keep, add, shift), self._basis, self._sums)
+        sums = self._sums.sum(1, dtype=torch.float64).cpu()  # [g, 5, M]
+        return sums[:, :4].transpose(0, 1), float(sums[:, 4].sum())
+
+    def turn(self, beta: float, weight_coefficient: Tensor, curvature: Tensor) -> Tensor:
+        """As `Block.turn`."""
+        self._launch(_turn, (beta, weight_coefficient, curvature), self._coarse_basis, self._coefficients)
+        coefficients = torch.zeros(3, 3, dtype=torch.float64, device="cpu")
+        coefficients[[0, 0, 1, 1, 2], [1, 2, 1, 2, 2]] = self._coefficients.sum(0, dtype=torch.float64).cpu()
+        return coefficients
+
+    def _launch(self, kernel: Any, factors: tuple[Tensor | float, ...], basis: Tensor, sums: Tensor) -> None:
+        state, taps = (self.weights, self._direction, self._gradient), len(self.weights)
+        with torch.cuda.device_of(basis):
+            kernel[self._grid](*state, *factors, basis, sums, *self._sizes, taps, basis.shape[1], **OPTIONS)
+
+
+def _rows(basis: Basis, taps: int) -> Tensor:
+    """A row for each coordinate, and one of zeros, ``[T + 1, F]``; F is padded to a power of 2."""
+    frequencies, even = basis.first.shape
+    rows = basis.first.new_zeros(taps + 1, max(2, triton.next_power_of_2(frequencies)))
+    rows[:even, :frequencies] = basis.first.T
+    rows[even:taps, 1:frequencies] = basis.second.T
+    return rows

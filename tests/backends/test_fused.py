@@ -1,0 +1,175 @@
+"""The fused step, without a GPU: by Triton's interpreter against torch's operations, and compiled ahead of time."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from card import OnCard
+
+from convsim_init.backends import block
+from convsim_init.backends.torch_ops import TorchBlock
+from convsim_init.functional.fourier import Fourier
+from convsim_init.optim.descent import descend
+from convsim_init.settings import Settings
+
+pytest.importorskip("triton", reason="without Triton: pip install --no-deps triton")
+
+from convsim_init.backends import fused
+from convsim_init.backends.fused import FusedBlock
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU Triton interprets
+BANKS = {  # [G, M, C, *kernel_size], and channels of a program
+    "3x3": ((1, 20, 6, 3, 3), 1),
+    "more filters than a tile": ((1, 150, 2, 3, 3), 1),
+    "some channels a program": ((2, 5, 7, 3, 3), 3),
+    "groups": ((3, 8, 2, 3, 3), 1),
+    "1x1": ((1, 130, 9, 1, 1), 4),
+    "1d": ((1, 9, 4, 5), 1),
+    "9 taps": ((1, 9, 2, 9), 1),
+    "even": ((1, 7, 3, 2, 2), 1),
+    "even, non-square": ((1, 7, 2, 2, 4), 1),
+    "3d": ((1, 6, 2, 2, 2, 2), 1),
+    "two filters": ((1, 2, 2, 3, 3), 1),
+}
+UPPER = torch.ones(3, 3).triu().bool()
+UPPER[0, 0] = False
+
+
+def relative(found, expected) -> float:
+    return float((found.cpu().double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("shape", "span"), BANKS.values(), ids=BANKS.keys())
+def test_a_block_does_what_torchs_operations_do_in_float64(shape, span, monkeypatch):
+    monkeypatch.setattr(fused, "MIN_PROGRAMS", shape[0] * shape[2] // span)
+    bank, cpu = torch.randn(shape, dtype=torch.float64), torch.device("cpu")
+    blocks = []
+    for kind, dtype, device in ((TorchBlock, torch.float64, cpu), (FusedBlock, torch.float32, DEVICE)):
+        here, fourier = bank.to(device, dtype), Fourier(shape[3:], dtype, device)
+        (cut,) = fourier.blocks(here, here.flatten(2).norm(dim=-1), bank.numel())
+        blocks.append(kind(*cut, fourier, Settings(), threading.local()))
+    exact, block_ = blocks
+    assert block_._sizes[-1] == span
+    per_filter = (shape[0], 1, shape[1])
+    length = 1.0
+    for _ in range(3):
+        block_._sums.fill_(torch.nan)
+        block_._coefficients.fill_(torch.nan)
+        keep, add, shift, weight_coefficient, curvature = torch.rand(5, *per_filter, dtype=torch.float64) + 0.5
+        arguments = keep, add / length, shift
+        sums, overlap = exact.evaluate(*arguments)
+        found_sums, found_overlap = block_.evaluate(*(each.to(DEVICE, torch.float32) for each in arguments))
+        assert relative(block_.weights, exact.weights) < 1e-6
+        assert relative(block_._gradient, exact._gradient.whole) < 1e-6
+        for found, wanted in zip(found_sums, sums, strict=True):
+            assert relative(found, wanted) < 1e-6 or not wanted.any()
+        length = float(sums[1].sum()) ** 0.5  # of the gradient
+        assert found_overlap == pytest.approx(overlap, rel=1e-6, abs=1e-6 * length**2)
+        arguments = weight_coefficient / 8, -curvature
+        wanted = exact.turn(0.3, *arguments)[UPPER]
+        found = block_.turn(0.3, *(each.to(DEVICE, torch.float32) for each in arguments))[UPPER]
+        assert relative(block_._direction, exact._direction.whole) < 1e-6
+        assert relative(found / found.norm(), wanted / wanted.norm()) < 1e-6
+
+
+@pytest.fixture
+def fused_card(card, monkeypatch):
+    """The pretended GPU, on which the kernels are interpreted."""
+    for name in ("_evaluate", "_turn"):
+        monkeypatch.setattr(fused, name, card.launcher(getattr(fused, name)))
+    answer_with(monkeypatch, lambda: SimpleNamespace(backend="cuda", arch=90))
+    return card
+
+
+def answer_with(monkeypatch, current_target) -> None:
+    active = SimpleNamespace(get_current_target=current_target)
+    monkeypatch.setattr(fused.triton.runtime, "driver", SimpleNamespace(active=active))
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        ((1, 12, 4, 3, 3), "preserve"),
+        ((1, 12, 4, 3, 3), "free"),
+        ((2, 9, 4, 1, 1), "preserve"),
+        ((1, 8, 3, 2, 2), "preserve"),
+    ],
+    ids=str,
+)
+def test_a_descent_takes_the_same_steps_and_seldom_waits(shape, norm, fused_card):
+    bank = torch.randn(shape)
+    counts, banks, losses, steps = [], [], [], (2, 6, 2)
+    for most in steps:
+        fused_card.launches = fused_card.waits = 0
+        found = descend(OnCard(bank), Settings(steps=most, tolerance=0, norm=norm))
+        assert found.steps == most
+        counts.append((fused_card.launches, fused_card.waits))
+        banks.append(found.bank.held)
+        losses.append(found.losses)
+    assert torch.equal(banks[0], banks[2])
+    launches, waits = ((many - few) / (steps[1] - steps[0]) for few, many in zip(*counts[:2], strict=True))
+    assert launches <= 10
+    assert waits <= 2
+    expected = descend(bank.double(), Settings(steps=steps[1], tolerance=0, norm=norm))
+    assert losses[1] == pytest.approx(expected.losses, rel=1e-4, abs=1e-6 * expected.losses[0])
+    assert relative(banks[1], expected.bank) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "changed"),
+    [
+        ((1, 4, 3, 3, 3), torch.float64, {}),
+        ((1, 4, 3, 3, 3), torch.float32, {"pairs": "adjacent"}),
+        ((1, 4, 3, 3, 3), torch.float32, {"channels": "all"}),
+        ((1, 4, 3, 5, 5), torch.float32, {}),
+    ],
+    ids=["float64", "adjacent", "all channels", "5x5"],
+)
+def test_what_it_cannot_do_is_left_to_torch(shape, dtype, changed, fused_card):
+    settings = Settings(steps=3, **changed)
+    bank = torch.randn(shape, dtype=dtype)
+    assert block._kind(OnCard(bank), settings) is TorchBlock
+    found = descend(OnCard(bank), settings)
+    assert found.losses == pytest.approx(descend(bank, settings).losses, rel=1e-4)
+
+
+def no_compiler():
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+@pytest.mark.parametrize(
+    ("current_target", "kind"),
+    [
+        (lambda: SimpleNamespace(backend="cuda", arch=80), FusedBlock),
+        (lambda: SimpleNamespace(backend="cuda", arch=75), TorchBlock),
+        (lambda: SimpleNamespace(backend="hip", arch="gfx942"), TorchBlock),
+        (no_compiler, TorchBlock),
+    ],
+    ids=["new", "old", "of AMD", "no compiler"],
+)
+def test_which_gpus_it_is_for(current_target, kind, card, monkeypatch):
+    answer_with(monkeypatch, current_target)
+    assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is kind
+
+
+def test_without_triton_torch_does_it(card, monkeypatch):
+    monkeypatch.setitem(sys.modules, "convsim_init.backends.fused", None)  # importing it fails
+    assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_thread_has_registers_enough(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "aot.py"), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    used = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(each["kernel"], each["taps"]) for each in used] == list(itertools.product(["evaluate", "turn"], [1, 9]))
+    assert max(each["registers"] for each in used) <= 168  # three programs share a processor
+    assert max(each["spilled"] for each in used) <= 16

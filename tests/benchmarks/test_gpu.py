@@ -1,0 +1,35 @@
+"""The benchmark of a GPU, where there is none: it says so, and what it checks results with runs on the CPU."""
+
+import pytest
+import torch
+
+from benchmarks.speed import descents, gpu
+from benchmarks.speed.shapes import draw
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match=r"^expected a CUDA device and a PyTorch built for it, got PyTorch"):
+        gpu.main()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "SMALL", [(20, 9, 5), (9, 4, 3, 3)])
+
+
+def test_what_is_right_passes(on_cpu):
+    rows = list(gpu.correctness_rows())
+    assert [what for what, *_ in rows][1::2] == ["20×9×5: whole descent", "9×4×3×3: whole descent"]
+
+
+def test_what_is_wrong_ends_it_before_anything_is_timed(on_cpu, monkeypatch):
+    monkeypatch.setattr(gpu, "TOLERANCE", 0)
+    with pytest.raises(SystemExit, match="20×9×5: a wrong result, so nothing is timed"):
+        list(gpu.correctness_rows())
+
+
+def test_a_step_can_be_timed():
+    assert descents.time_step(draw((64, 32, 3, 3))) > 0
