@@ -59,6 +59,9 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         from convsim_init.layers.draw import draw_base_
         from convsim_init.metrics.snapshot import take_snapshot
 
+        if choices.settings.optimizer == "adam":
+            import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
+
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like)
     network = start.content
