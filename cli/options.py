@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -12,10 +13,10 @@ import click
 
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.files import SUFFIXES, check_source
+from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
-from convsim_init.report.text import PATH, shown
+from convsim_init.report.text import PATH, shown, some
 
 from .signals import exit_on_signal
 
@@ -118,9 +119,14 @@ like_option = click.option(
 )
 
 
+key_option = click.option(
+    "--key", metavar="NAME", help="Entry of a FILE that holds the weights. Default: a usual one, or the only one."
+)
+
+
 def is_file(spec: str) -> bool:
-    """Whether it names a checkpoint, by its suffix, and not a model."""
-    return Path(spec).suffix in SUFFIXES
+    """Whether it names a checkpoint, a file or a folder, and not a model."""
+    return is_source(spec)
 
 
 def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
@@ -158,43 +164,56 @@ def check_found(specs: Sequence[str], like: str | None) -> None:
             find_model(model)
 
 
-def load(spec: str, how: ModelOptions, like: str | None = None) -> Loaded:
+def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None = None) -> Loaded:
     """The model of that spec, or what is in that file: a state dict or, with `like`, that model."""
     if is_file(spec):
-        return _load_file(spec) if like is None else _load_like(spec, like, how)
+        return _load_file(spec, key) if like is None else _load_like(spec, like, how, key)
     found = resolve(spec)
     name, remarks = found.spec.text, [found.remark] if found.remark else []
     return Loaded(how.build(name), name, how.seed or 0, remarks)
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:
-    if is_file(spec):
+    if is_file(spec) or Path(spec).suffix in FOREIGN:
         check_source(spec)
     elif ":" not in spec and Path(spec).suffix != ".py" and Path(spec).is_file():
         raise InputError(
-            f"expected a file name ending in {', '.join(SUFFIXES)} or a model's name, got {spec!r}: rename it"
+            f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
+        )
+    elif ":" not in spec and Path(spec).is_dir() and os.sep in spec:
+        raise InputError(
+            f"expected a folder with a file of weights such as model.safetensors, got {spec!r}, which has none: name "
+            f"the file"
         )
     else:
         how.check(spec)
 
 
-def _load_file(path: str) -> Loaded:
-    from convsim_init.checkpoint.read import read_state_dict
+def _load_file(path: str, key: str | None) -> Loaded:
+    from convsim_init.checkpoint.read import bare_tensors, read_checkpoint
     from convsim_init.checkpoint.state_dict import without_model_prefix
 
-    state, prefix = without_model_prefix(read_state_dict(path))
-    remarks = [INFERRED]
+    checkpoint = read_checkpoint(path, key)
+    state, prefix = without_model_prefix(bare_tensors(checkpoint, path))
+    remarks = [INFERRED, *_entry_remarks(checkpoint.wrapper, checkpoint.others)]
     if prefix:
         name = shown(prefix)
         remarks.append(f"'{name}' was taken off every key of {shown(path, PATH)}; --prefix {name} puts it back")
     return Loaded(state, path, None, remarks)
 
 
-def _load_like(path: str, like: str, how: ModelOptions) -> Loaded:
+def _entry_remarks(entry: str, others: Sequence[str]) -> list[str]:
+    if not entry:
+        return []
+    more = f"; --key takes another: {some(map(shown, others))}" if others else ""
+    return [f"the weights are those under {shown(entry)!r}{more}"]
+
+
+def _load_like(path: str, like: str, how: ModelOptions, key: str | None) -> Loaded:
     from convsim_init.checkpoint.load import load_checkpoint
 
     found = resolve(like)
     model = how.build(found.spec.text)
-    report = load_checkpoint(model, path, strict=True)
+    report = load_checkpoint(model, path, strict=True, key=key)
     remarks = [found.remark] if found.remark else []
     return Loaded(model, path, None, [*remarks, *str(report).splitlines()])

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Formatter
 
 from convsim_init.errors import InputError
-from convsim_init.files import SUFFIXES
+from convsim_init.files import is_source
 from convsim_init.report.text import PATH, shown
 
 MAX_SEED = 2**63 - 1  # that torch takes
@@ -126,8 +126,8 @@ def file_safe(model: str) -> str:
 
     The last part of a path counts, without its suffix; letters, digits, ``._-`` stay.
     """
-    if Path(model).suffix in SUFFIXES:
-        text = Path(model).stem
+    if is_source(model):
+        text = Path(model).name.partition(".")[0] if model.endswith(".tar") else Path(model).stem
     else:
         place, colon, name = model.rpartition(":")
         text = f"{Path(place).name.removesuffix('.py')}-{name}" if colon else name
@@ -138,7 +138,7 @@ def _check_apart(runs: Sequence[Run]) -> None:
     (model, _), times = Counter((run.model, run.seed) for run in runs).most_common(1)[0]
     if times > 1:
         raise InputError(f"expected each MODEL once, got {model!r} {times} times: name it once")
-    sources = {os.path.realpath(run.model) for run in runs if Path(run.model).suffix in SUFFIXES}
+    sources = {os.path.realpath(run.model) for run in runs if is_source(run.model)}
     writers: dict[str, Run] = {}
     for run in runs:
         for path in run.files.values():

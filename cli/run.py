@@ -26,6 +26,7 @@ class Choices:
     settings: Settings
     how: ModelOptions
     like: str | None
+    key: str | None
     base: Base
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -63,7 +64,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
 
     device = find_device(choices.device)
-    start = load(run.model, replace(choices.how, seed=run.seed), choices.like)
+    start = load(run.model, replace(choices.how, seed=run.seed), choices.like, choices.key)
     network = start.content
     settings, layers = choices.settings, {"include": choices.include, "exclude": choices.exclude}
     before = after = checkpoint = None

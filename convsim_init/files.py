@@ -32,6 +32,12 @@ except ImportError:  # Windows
 
 TORCH_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+READ_SUFFIXES = (*SUFFIXES, ".ckpt", ".bin", ".th", ".tar")  # others write these; .tar as in .pth.tar
+FOLDER_FILES = (  # of Hugging Face; an index names several files
+    *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 SCRATCH_NAME = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.convsim-init\.tmp")
@@ -45,13 +51,34 @@ class ExistsError(InputError):
     """The file to write is there already and may not be replaced."""
 
 
+def is_source(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one of Hugging Face."""
+    source = Path(path)
+    return source.suffix in READ_SUFFIXES or folder_file(source) is not None
+
+
+def folder_file(folder: Path) -> Path | None:
+    """The file of weights in a folder of Hugging Face, or the index of several; None if there is none."""
+    try:
+        return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    except (OSError, ValueError):
+        return None
+
+
 def check_source(path: str | os.PathLike[str]) -> Path:
-    """The path, if there is a file with a checkpoint's suffix that can be read.
+    """The path of a checkpoint's file that can be read; of a folder the file in it.
 
     Raises:
         InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
     """
-    source = _with_suffix(path, SUFFIXES)
+    source = folder_file(Path(path)) or Path(path)
+    if source.suffix in FOREIGN:
+        raise InputError(
+            f"expected weights of PyTorch, got {str(source)!r}, which is another program's: save the PyTorch model's "
+            f"state_dict() as .safetensors"
+        )
+    if source.suffix != ".json":
+        source = _with_suffix(source, READ_SUFFIXES)
     try:
         mode = source.stat().st_mode
     except (OSError, ValueError) as error:

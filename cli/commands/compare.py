@@ -9,7 +9,7 @@ import click
 
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 
-from ..options import ModelOptions, check_sources, like_option, load, model_options
+from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
 
 EPILOG = """\b
@@ -23,6 +23,7 @@ Examples:
 @click.argument("specs", metavar="A B [C]...", nargs=-1)
 @model_options
 @like_option
+@key_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
@@ -34,6 +35,7 @@ def compare(
     specs: tuple[str, ...],
     how: ModelOptions,
     like: str | None,
+    key: str | None,
     as_json: bool,
     plot: Path | None,
     plot_layer: str | None,
@@ -54,7 +56,7 @@ def compare(
     with exit_on_signal():
         from convsim_init.metrics import compare as comparison
 
-    loaded = [load(spec, how, like) for spec in specs]
+    loaded = [load(spec, how, like, key) for spec in specs]
     compared = comparison.compare([(one.name, one.content) for one in loaded])
     if picture is not None:
         figure = figure_of(

@@ -25,7 +25,7 @@ from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
-from ..options import ModelOptions, Whole, check_found, check_sources, is_file, like_option, model_options
+from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
@@ -81,6 +81,7 @@ class MainCommand(click.Command):
 @model_options
 @click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
 @like_option
+@key_option
 @click.option(
     "--base",
     type=click.Choice(BASES),
@@ -138,6 +139,7 @@ def init(
     how: ModelOptions,
     seeds: str | None,
     like: str | None,
+    key: str | None,
     base: Base,
     preset: Preset,
     include: tuple[str, ...],
@@ -181,6 +183,7 @@ def init(
         settings=settings,
         how=how,
         like=like,
+        key=key,
         base=base,
         include=include,
         exclude=exclude,

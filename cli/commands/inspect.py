@@ -10,14 +10,15 @@ import click
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 from convsim_init.report.table import COLUMNS, as_csv
 
-from ..options import ModelOptions, check_sources, like_option, load, model_options
+from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
-FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what `convsim-init --help` says. A file does not tell which of
-its convolutions are grouped or transposed: that is inferred from their shapes, unless --like names the model.
+FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin, .th, .pth.tar, or a folder of Hugging Face); MODEL is what
+`convsim-init --help` says. A file does not tell which of its convolutions are grouped or transposed: that is inferred
+from their shapes, unless --like names the model.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional
@@ -39,6 +40,7 @@ Examples:
 @click.argument("spec", metavar="FILE|MODEL")
 @model_options
 @like_option
+@key_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Show only layers whose name matches. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
@@ -53,6 +55,7 @@ def inspect(
     spec: str,
     how: ModelOptions,
     like: str | None,
+    key: str | None,
     sort: str | None,
     include: tuple[str, ...],
     as_json: bool,
@@ -73,7 +76,7 @@ def inspect(
         from convsim_init.metrics.measure import measure
         from convsim_init.metrics.snapshot import take_snapshot
 
-    loaded = load(spec, how, like)
+    loaded = load(spec, how, like, key)
     if picture is None:
         report = measure(loaded.content).select(include)
     else:

@@ -10,7 +10,7 @@ import click
 from convsim_init.files import check_source
 from convsim_init.models.libraries import resolve
 
-from ..options import ModelOptions, is_file, model_options
+from ..options import ModelOptions, is_file, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
 
 HELP = """
@@ -32,10 +32,11 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("model")
 @model_options
+@key_option
 @click.option("--json", "as_json", is_flag=True, help="Print every key's match as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
+def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if is_file(model) and not is_file(str(file)):
         raise click.UsageError(f"expected FILE MODEL, got MODEL FILE: write verify {model} {file}")
@@ -46,7 +47,7 @@ def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool
         from convsim_init.checkpoint.load import verify_checkpoint
 
     name = resolve(model).spec.text
-    report = verify_checkpoint(how.build(name), file, name=name)
+    report = verify_checkpoint(how.build(name), file, name=name, key=key)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

@@ -24,7 +24,9 @@ from convsim_init.report.text import quoted, shown
 EXAMPLES = 2
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False, key: str | None = None
+) -> LoadReport:
     """Load what of a checkpoint fits a model into it, in place, and report what did not and why.
 
     A file that the model's own ``load_state_dict`` takes strictly is loaded by it as it is. In others
@@ -36,8 +38,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
-        path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`.
+        path: A file of safetensors or of `torch.save`, whatever its name, or a folder of Hugging Face.
         strict: Refuse a file that is not complete, instead of reporting what it lacks.
+        key: Key of the state dict in the file. Default: a usual one such as ``"state_dict"``, or the only one.
 
     Returns:
         What matched and what did not; look at its ``complete``.
@@ -54,7 +57,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module to load into, got {type(model).__name__}: pass the model first")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, key)
     report, state = _rehearse(model, checkpoint, file=str(path))
     if not report.matched and not report.converted:
         own = {key: list(getattr(value, "shape", [])) for key, value in unwrap(model).state_dict().items()}
@@ -69,18 +72,21 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
     return report
 
 
-def verify_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> LoadReport:
+def verify_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None, key: str | None = None
+) -> LoadReport:
     """What `load_checkpoint` would report; ``exact`` tells whether strict loaders take the file.
 
     Args:
         model: Any module, on the meta device too; it is not changed.
         path: Path of the checkpoint, as for `load_checkpoint`.
         name: Name of the model in the report. Default: its class.
+        key: Key of the state dict in the file, as for `load_checkpoint`.
 
     Raises:
         InputError: If the file cannot be read, or the model is lazy.
     """
-    return _rehearse(model, read_checkpoint(path), file=str(path), name=name)[0]
+    return _rehearse(model, read_checkpoint(path, key), file=str(path), name=name)[0]
 
 
 def _rehearse(

@@ -19,11 +19,11 @@ from torch import Tensor
 from convsim_init.checkpoint.state_dict import module_versions
 from convsim_init.checkpoint.vetting import is_zipped, vet_torch_file
 from convsim_init.errors import InputError
-from convsim_init.files import TORCH_SUFFIXES, check_source
+from convsim_init.files import check_source
 from convsim_init.layers.names import bare_entries
-from convsim_init.report.text import quoted
+from convsim_init.report.text import quoted, shown, some
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
 
 
 class Checkpoint(NamedTuple):
@@ -32,36 +32,48 @@ class Checkpoint(NamedTuple):
     Attributes:
         tensors: Dense tensors on the CPU.
         wrapper: Key that the file keeps them under, such as ``"state_dict"``; empty if under nothing.
+        others: Keys of other state dicts in the file, which were not read.
         versions: Notes of the modules that `torch.save` kept, see `module_versions`.
     """
 
     tensors: dict[str, Tensor]
     wrapper: str
     versions: OrderedDict[str, object] | None = None
+    others: tuple[str, ...] = ()
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint, as of `read_checkpoint`, under keys without what wrappers add to them.
 
     Raises:
         InputError: If the file is missing, damaged, holds anything but tensors, or two keys are then the same.
     """
-    tensors = read_checkpoint(path).tensors
+    return bare_tensors(read_checkpoint(path, key), path)
+
+
+def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under keys without what wrappers add to them.
+
+    Raises:
+        InputError: If two keys are then the same.
+    """
     try:
-        return {key: value for key, value in bare_entries(tensors).items() if isinstance(value, Tensor)}
+        return {key: value for key, value in bare_entries(checkpoint.tensors).items() if isinstance(value, Tensor)}
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """The tensors of a checkpoint, on the CPU, under the keys that they have there.
 
-    A dict that holds the state dict under ``state_dict``, ``model``, ``model_state_dict`` or ``state_dict_ema`` is
-    opened: the first of these that is there. Files of `torch.save` are read with ``weights_only=True``, always: no
-    code in them is run. Their tensors stay on the disk until they are used.
+    What a file holds decides how it is read, not its name. A dict that holds the state dict under one of
+    `WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state dict
+    under any other key. Files of `torch.save` are read with ``weights_only=True``, always: no code in
+    them is run. Their tensors stay on the disk until they are used.
 
     Args:
-        path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`.
+        path: A file of safetensors or of `torch.save`, or a folder of Hugging Face.
+        key: Key of the state dict in the file, with dots where it is in several dicts. Default: as above.
 
     Returns:
         Dense tensors, at least one, in the order of the file.
@@ -72,12 +84,46 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     source = check_source(path)
     name = repr(str(source))
     try:
-        content = _read_torch(source) if source.suffix in TORCH_SUFFIXES else _read_safetensors(source)
+        content: object
+        size = source.stat().st_size
+        if source.suffix == ".json":
+            content, size = _read_shards(source)
+        else:
+            content = _read(source)
     except InputError:
         raise
     except Exception as error:  # whatever these libraries and the system raise at what they cannot read
         raise InputError(_explain(name, source, error)) from error
-    return _checked(name, content, source.stat().st_size)
+    return _checked(name, content, size, key)
+
+
+def _read(path: Path) -> object:
+    """What a file holds: of safetensors if it begins as one does, by the length of a header in JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    header_fits = int.from_bytes(head[:8], "little") < path.stat().st_size
+    others = head.startswith((b"PK", b"\x80")) and not (header_fits and head[8:] == b"{")  # zipped or pickled
+    is_safetensors = (header_fits and head[8:] == b"{") or (path.suffix == ".safetensors" and not others)
+    return _read_safetensors(path) if is_safetensors else _read_torch(path)
+
+
+def _read_shards(index: Path) -> tuple[dict[str, object], int]:
+    """The tensors of all files that an index of Hugging Face names, beside it, and their size in bytes."""
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    tensors: dict[str, object] = {}
+    size = 0
+    for name in dict.fromkeys(names):
+        if Path(name).name != name:
+            raise InputError(
+                f"expected names of files beside {str(index)!r}, got {quoted(name)}: copy the folder again"
+            )
+        shard = check_source(index.parent / name)
+        content = _read(shard)
+        if not isinstance(content, Mapping):
+            raise InputError(f"expected a state dict in {str(shard)!r}, got {type(content).__name__}")
+        tensors |= content
+        size += shard.stat().st_size
+    return tensors, size
 
 
 def _read_torch(path: Path) -> object:
@@ -106,12 +152,12 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _explain(name: str, path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
         return f"cannot read {name}: {error.strerror}; check the file"
-    writer = "torch.save" if path.suffix in TORCH_SUFFIXES else "safetensors"
+    writer = "safetensors" if path.suffix == ".safetensors" else "torch.save"
     return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
 
 
-def _checked(name: str, content: object, size: int) -> Checkpoint:
-    inner, opened = _unwrapped(content)
+def _checked(name: str, content: object, size: int, wanted: str | None) -> Checkpoint:
+    inner, opened, others = _unwrapped(name, content, wanted)
     place = f" under {opened!r}" if opened else ""
     if not isinstance(inner, Mapping):
         raise InputError(
@@ -130,16 +176,37 @@ def _checked(name: str, content: object, size: int) -> Checkpoint:
         if max(value.nbytes, value.untyped_storage().nbytes()) > size:
             what = f"shape {list(value.shape)} under {quoted(key)}{place}"
             raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
-    return Checkpoint(dict(inner), opened, module_versions(inner))
+    return Checkpoint(dict(inner), opened, module_versions(inner), others)
 
 
-def _unwrapped(content: object) -> tuple[object, str]:
-    """The innermost state dict, and the names of what it was in, joined by dots."""
+def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, str, tuple[str, ...]]:
+    """The innermost state dict, the names of what it was in, joined by dots, and others that it could have been."""
     opened: list[str] = []
-    while isinstance(content, Mapping) and len(opened) < len(WRAPPERS):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
+    others: tuple[str, ...] = ()
+    while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
+        found = [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]
+        if wanted is not None:
+            wrapper = next((key for key in content if wanted == key or wanted.startswith(f"{key}.")), None)
+            if wrapper is None:
+                there = f"there is {some(map(shown, found))}" if found else "there is none"
+                raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")
+            wanted = wanted[len(wrapper) + 1 :] or None
+        else:
+            wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+            if wrapper is None and found and not any(isinstance(value, Tensor) for value in content.values()):
+                if len(found) > 1:
+                    raise InputError(
+                        f"expected one state dict in {name}, got {some(map(shown, found))}: choose one with key (--key "
+                        f"NAME in the shell)"
+                    )
+                (wrapper,) = found
+            if wrapper is None:
+                break
+        others = tuple(key for key in found if key != wrapper)
         content = content[wrapper]
         opened.append(wrapper)
-    return content, ".".join(opened)
+    return content, ".".join(opened), others
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())

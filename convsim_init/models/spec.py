@@ -63,6 +63,9 @@ def parse(text: str) -> Spec:
     if text in catalog.MODELS:
         return Spec(text, Source.BUILT_IN, "", text)
     if not colon:
+        owner, slash, name = text.partition("/")
+        if slash and owner in [source.value for source in LIBRARIES]:
+            raise _refused(text, f"write {owner}:{name.partition('.')[0]}; weights are drawn anew, never downloaded")
         if text.endswith(".py"):
             raise _refused(text, f"name the function in it that returns the model: {text}:FUNCTION")
         return Spec(text, Source.ANY, "", text)

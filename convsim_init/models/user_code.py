@@ -28,10 +28,18 @@ def is_importable(module: str) -> bool:
 
 @contextmanager
 def import_context(file: str | None = None) -> Iterator[None]:
-    """Let code import what lies beside a file, or else in the working folder, and print to stderr only."""
+    """Let code import what lies beside a file, or else in the working folder, and print to stderr only.
+
+    It sees no arguments of ours: a file that parses the command line would take them for its own.
+    """
     folder = Path(file).resolve().parent if file else Path.cwd()
+    arguments = sys.argv
     with _modules_beside(folder) if file else nullcontext(), _on_path(folder), redirect_stdout(sys.stderr):
-        yield
+        sys.argv = [file or arguments[0]]
+        try:
+            yield
+        finally:
+            sys.argv = arguments
 
 
 @contextmanager
@@ -61,7 +69,9 @@ def user_errors(what: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit, and whatever else a user's code derives from it
-        raise InputError(f"{what} raised {type(error).__name__}: {error}; --debug shows where") from error
+        relative = isinstance(error, ImportError) and "relative import" in str(error)
+        hint = "name it with its package, as package.module:function" if relative else "--debug shows where"
+        raise InputError(f"{what} raised {type(error).__name__}: {error}; {hint}") from error
 
 
 def load_module(name: str) -> ModuleType:

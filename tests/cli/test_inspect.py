@@ -338,7 +338,11 @@ NOT_DRAWN = "nothing is drawn without --plot"
             for rest, message in [
                 ([], f"Missing argument 'FILE|MODEL' {see('inspect')}"),
                 (["gone.pt"], "cannot read 'gone.pt': No such file or directory; check the path"),
-                (["old.json"], f"{ENDING} .safetensors, .pt, .pth or a model's name, got 'old.json': rename it"),
+                (
+                    ["old.json"],
+                    f"{ENDING} .safetensors, .pt, .pth, .ckpt, .bin, .th, .tar or a model's name, got 'old.json': "
+                    "rename it",
+                ),
                 (["resnet18", "--json", "--csv"], f"--json and --csv: choose one {see('inspect')}"),
                 (["old.pt", "--seed", "1"], f"--seed: a file has its weights already {see('inspect')}"),
                 (["resnet18", "--force"], f"--plot-layer, --force: {NOT_DRAWN} {see('inspect')}"),

@@ -306,7 +306,7 @@ def test_what_cannot_be_read_is_told_from_a_mismatch(name, damage, words, comman
     ("arguments", "words"),
     [
         pytest.param(["none.pt", "resnet18"], "No such file", id="file"),
-        pytest.param(["a.bin", "resnet18"], "rename it", id="suffix"),
+        pytest.param(["a.txt", "resnet18"], "rename it", id="suffix"),
         pytest.param(["resnet18", "a.pt"], "got MODEL FILE: write verify a.pt resnet18", id="swapped"),
         pytest.param(["resnet18", "gone.pt"], "got MODEL FILE: write verify gone.pt resnet18", id="swapped-missing"),
         pytest.param(["a.pt", "b.pt"], "expected a model to build, got the checkpoint", id="two-files"),

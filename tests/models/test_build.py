@@ -608,3 +608,26 @@ def test_no_method_with_another_meaning_is_called(tmp_path, monkeypatch):
     path = convsim_init.save_checkpoint(model, tmp_path / "a.pt", report=report)
     assert convsim_init.load_checkpoint(build_model("willful:Willful"), path, strict=True).exact
     assert not Willful().conv.training
+
+
+def test_a_file_that_parses_the_command_line_sees_none_of_our_arguments(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(
+        "import argparse\nfrom torch import nn\n"
+        "args = argparse.ArgumentParser().parse_args()\n"
+        "def build(): return nn.Sequential(nn.Conv2d(3, 8, 3))\n"
+    )
+    monkeypatch.setattr(sys, "argv", arguments := ["convsim-init", "train.py:build", "--dry-run"])
+    assert build_model(f"{tmp_path / 'train.py'}:build")[0].out_channels == 8
+    assert sys.argv is arguments
+
+
+def test_a_relative_import_says_how_to_name_the_module(tmp_path):
+    (tmp_path / "net.py").write_text("from .layers import nn\ndef build(): return nn.Conv2d(3, 8, 3)\n")
+    with pytest.raises(InputError, match=r"name it with its package, as package\.module:function"):
+        build_model(f"{tmp_path / 'net.py'}:build")
+
+
+@pytest.mark.parametrize("text", ["timm/resnet18.a1_in1k", "timm/resnet18"])
+def test_a_hubs_name_of_a_timm_model_says_what_to_write(text):
+    with pytest.raises(InputError, match=r"write timm:resnet18; weights are drawn anew"):
+        build_model(text)

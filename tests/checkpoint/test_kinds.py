@@ -1,0 +1,100 @@
+"""The files that people have: told by what they hold, not by what they are called."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from convsim_init import InputError, build_model, load_checkpoint
+from convsim_init.checkpoint.read import read_checkpoint
+
+TENSORS = {"a.weight": torch.ones(3, 2, 2, 2), "b": torch.zeros(5)}
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "last.ckpt", "pytorch_model.bin", "model_best.pth.tar", "net.th"])
+@pytest.mark.parametrize("written", ["zip", "legacy", "safetensors"])
+def test_the_content_decides_how_a_file_is_read(name, written, tmp_path):
+    if written == "safetensors":
+        safetensors.torch.save_file(TENSORS, tmp_path / name)
+    else:
+        torch.save({"state_dict": TENSORS}, tmp_path / name, _use_new_zipfile_serialization=written == "zip")
+    found = read_checkpoint(tmp_path / name)
+    torch.testing.assert_close(found.tensors, TENSORS)
+    assert found.wrapper == ("" if written == "safetensors" else "state_dict")
+
+
+@pytest.mark.parametrize("entry", ["net", "module", "params", "params_ema", "my own name"])
+def test_the_only_state_dict_is_opened_whatever_it_is_called(entry, tmp_path):
+    torch.save({entry: TENSORS, "acc": 91.2, "epoch": 3, "optimizer": {"state": {}, "groups": [1]}}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth").wrapper == entry
+
+
+def test_of_several_state_dicts_one_is_chosen_by_key(tmp_path):
+    other = {"a.weight": torch.zeros(1)}
+    torch.save({"generator": TENSORS, "discriminator": other}, tmp_path / "gan.pth")
+    with pytest.raises(InputError, match=r"expected one state dict in .*, got generator, discriminator: choose one"):
+        read_checkpoint(tmp_path / "gan.pth")
+    torch.testing.assert_close(read_checkpoint(tmp_path / "gan.pth", "discriminator").tensors, other)
+    with pytest.raises(InputError, match=r"'encoder' in .*: there is generator, discriminator"):
+        read_checkpoint(tmp_path / "gan.pth", "encoder")
+
+
+def test_which_one_was_read_and_which_others_there_are_is_said(tmp_path):
+    torch.save({"state_dict_ema": TENSORS, "state_dict": TENSORS}, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert (found.wrapper, found.others) == ("state_dict", ("state_dict_ema",))
+    assert read_checkpoint(tmp_path / "a.pth", "state_dict_ema").wrapper == "state_dict_ema"
+
+
+def test_a_key_may_go_through_several_dicts(tmp_path):
+    torch.save({"states": {"model": TENSORS, "ema": {"b": torch.ones(5)}}}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth", "states.ema").tensors["b"].sum() == 5
+    assert read_checkpoint(tmp_path / "a.pth", "states.ema").wrapper == "states.ema"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_hugging_face(name, tmp_path):
+    model = build_model("cifar_resnet18", seed=3)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if name.endswith(".bin"):
+        torch.save(state, tmp_path / name)
+    else:
+        safetensors.torch.save_file(state, tmp_path / name)
+    (tmp_path / "config.json").write_text("{}")
+    other = build_model("cifar_resnet18", seed=4)
+    assert load_checkpoint(other, tmp_path).exact
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+
+
+def test_a_folder_of_several_files_with_an_index(tmp_path):
+    for name, key in (("model-1.safetensors", "a.weight"), ("model-2.safetensors", "b")):
+        safetensors.torch.save_file({key: TENSORS[key]}, tmp_path / name)
+    index = {"weight_map": {"a.weight": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.testing.assert_close(read_checkpoint(tmp_path).tensors, TENSORS)
+    index["weight_map"]["b"] = "../outside.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="expected names of files beside"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.gguf", "net.h5"])
+def test_other_programs_files_say_what_to_do(name, tmp_path, command):
+    (tmp_path / name).write_bytes(b"\x08\x07")
+    status, _, err = command("inspect", name)
+    assert status == 2
+    assert f"expected weights of PyTorch, got '{name}', which is another program's" in err
+
+
+@pytest.mark.parametrize("subcommand", [["inspect"], ["compare", "a.pth"], []], ids=["inspect", "compare", "init"])
+def test_the_command_takes_a_key(subcommand, tmp_path, command):
+    state = build_model("cifar_resnet18").state_dict()
+    torch.save({"generator": state, "critic": state}, tmp_path / "a.pth")
+    status, _, err = command(*subcommand, "a.pth")
+    assert (status, "choose one with key (--key NAME" in err) == (2, True)
+    quick = ["--steps", "1", "--include", "conv1"] if not subcommand else []
+    status, out, err = command(*subcommand, "a.pth", "--key", "critic", *quick)
+    assert (status, err) == (0, "")
+    if subcommand != ["compare", "a.pth"]:
+        assert "the weights are those under 'critic'; --key takes another: generator" in out
