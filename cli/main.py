@@ -110,7 +110,7 @@ def showing_once() -> Iterator[None]:
 def _run(arguments: Sequence[str]) -> int:
     try:
         if not arguments:  # what click does then depends on its version
-            if launched().speaks:
+            if launched().reports_errors:
                 click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
             return WRONG_USAGE
         status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
@@ -121,7 +121,7 @@ def _run(arguments: Sequence[str]) -> int:
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
-        if "--debug" in arguments and launched().speaks:
+        if "--debug" in arguments and launched().reports_errors:
             import traceback
 
             traceback.print_exc()

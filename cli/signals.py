@@ -125,5 +125,5 @@ def _ignore_others() -> None:
 
 
 def _tell(line: str) -> None:
-    if sys.stderr is not None and launched().speaks:
+    if sys.stderr is not None and launched().reports_errors:
         print(line, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
-from convsim_init.layers.find import find_convolutions, find_layers, lone_obstacle, used_weight
+from convsim_init.layers.find import count_obstacle, find_convolutions, find_layers, used_weight
 from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
@@ -66,7 +66,7 @@ class ConvolutionalSimilarity:
                 self.skipped[layer.name] = "a call in a graph: make the term of the model that the graph was made from"
                 continue
             filters = module.out_channels // (module.groups if channels == "matched" else 1)
-            reason = layer.obstacle or lone_obstacle(filters, module.groups, channels)
+            reason = layer.obstacle or count_obstacle(filters, module.groups, channels)
             if reason is not None:
                 self.skipped[layer.name] = reason
                 del self._modules[layer.name]

@@ -213,7 +213,7 @@ def write(path: Path, rows) -> None:
 
 
 def summarize(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
-    """Print what the table comes to, and write it to results/census.md."""
+    """Print a summary of the table, and write it to results/census.md."""
     import timm
     import torchvision
 

@@ -1,4 +1,4 @@
-"""What the runs of the training benchmark come to: means, and differences to the base in pairs of equal seeds."""
+"""Results of the training benchmark: means, and differences to the base in pairs of equal seeds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """What an arm came to at its best learning rate.
+    """Result of an arm at its best learning rate.
 
     Attributes:
         gain: Of final accuracy over the base, in points of a percent.

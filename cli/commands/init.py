@@ -175,7 +175,7 @@ def init(
     runs = plan_runs(starts, {"out": out, "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
     launch = launched()
-    for run in runs if launch.beside_first else ():
+    for run in runs if launch.on_first_machine else ():
         for kind, path in run.files.items():
             TARGETS[kind](path, overwrite=force or not alone)
 

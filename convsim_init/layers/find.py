@@ -107,7 +107,7 @@ def used_weight(module: _ConvNd) -> Weight:
     return ForwardWeight(module, weight) if needs_trial else weight
 
 
-def lone_obstacle(filters: int, groups: int, channels: Channels) -> str | None:
+def count_obstacle(filters: int, groups: int, channels: Channels) -> str | None:
     """Why filters form no pair whatever their values are, given how many of them there are in a group."""
     if filters > 1:
         return None
@@ -134,7 +134,7 @@ def shape_obstacle(shape: Sequence[int], channels: Channels) -> str | None:
     taps = math.prod(kernel_size)
     if taps * math.prod(2 * size - 1 for size in kernel_size) > LARGEST_BASIS:
         return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
-    return lone_obstacle(filters, groups, channels)
+    return count_obstacle(filters, groups, channels)
 
 
 def _module_layers(model: nn.Module) -> list[Layer]:

@@ -28,12 +28,12 @@ class Launch:
         return self.rank == 0
 
     @property
-    def beside_first(self) -> bool:
+    def on_first_machine(self) -> bool:
         """Whether this process is on the machine of the leading one, and finds the same files there."""
         return self.rank == self.local_rank
 
     @property
-    def speaks(self) -> bool:
+    def reports_errors(self) -> bool:
         """Whether this process shows errors for all of its machine."""
         return self.local_rank == 0
 

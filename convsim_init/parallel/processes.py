@@ -17,8 +17,8 @@ from convsim_init.parallel.launch import Launch
 
 Value = TypeVar("Value")
 
-MEETING = timedelta(minutes=5)
-ANSWER = timedelta(hours=1)  # of a rank that works; one that has died is noticed at once
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # of a rank that works; one that has died is noticed at once
 STORE = "convsim-init"
 
 
@@ -157,17 +157,20 @@ def _join(launch: Launch) -> Ranks:
             "expected PyTorch with torch.distributed under torchrun, got one without it: use a single process"
         )
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))  # type: ignore[attr-defined]
+        store, *_ = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))  # type: ignore[attr-defined]
         # A script that torchrun runs may call the command several times; each call has keys of its own.
         call = store.add(f"{STORE}/calls/{launch.rank}", 1)
         store = dist.PrefixStore(f"{STORE}/{call}", store)  # type: ignore[attr-defined]
         store.set(str(launch.rank), "here")
-        store.wait([str(rank) for rank in range(launch.size)], MEETING)
+        store.wait([str(rank) for rank in range(launch.size)], RENDEZVOUS_TIMEOUT)
         # Weights travel by the CPU, whatever computes: NCCL refuses ranks that share a GPU.
-        dist.init_process_group("cpu:gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=ANSWER)
+        dist.init_process_group(
+            "cpu:gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT
+        )
     except RuntimeError as error:
         raise RunError(
             f"expected all {launch.size} processes that torchrun started to run this command, and some did not come "
-            f"within {MEETING.seconds} s; to run it in one of them alone: env -u TORCHELASTIC_RUN_ID convsim-init ..."
+            f"within {RENDEZVOUS_TIMEOUT.seconds} s; to run it in one of them alone: "
+            "env -u TORCHELASTIC_RUN_ID convsim-init ..."
         ) from error
     return Ranks(dist.group.WORLD)

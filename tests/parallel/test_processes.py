@@ -272,7 +272,7 @@ import os, sys
 from datetime import timedelta
 from convsim_init.parallel import processes as ranks
 from convsim_init.cli.main import main
-ranks.MEETING = timedelta(seconds=1)
+ranks.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
 main(sys.argv[1:])
 """
 
@@ -440,7 +440,7 @@ def test_only_torchrun_makes_a_rank_of_a_process(missing, monkeypatch):
             monkeypatch.setenv(name, value)
     launch = launched()
     assert launch == (Launch(5, 8, 1, 4) if missing is None else Launch())
-    assert launch.leads == launch.speaks == launch.beside_first == (missing is not None)
+    assert launch.leads == launch.reports_errors == launch.on_first_machine == (missing is not None)
 
 
 @pytest.mark.parametrize(
