@@ -29,6 +29,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .commands.init import init
     from .commands.inspect import inspect
     from .commands.list import list_models
+    from .commands.run import run
     from .commands.verify import verify
 
 PROGRAM = "convsim-init"
@@ -83,6 +84,7 @@ def by_one_rank(command: click.Command) -> click.Command:
 
 
 cli.add_command(init)
+cli.add_command(run)
 for other in (inspect, compare, verify, list_models, env):
     cli.add_command(by_one_rank(other))
 
