@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import glob
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
+from convsim_init.errors import InputError
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
+from convsim_init.report.text import shown, some
 from convsim_init.settings import Base, Settings
 
-from .options import ModelOptions, load
+from .options import Loaded, ModelOptions, load
 from .signals import exit_on_signal
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ class Choices:
     exclude: tuple[str, ...]
     device: str
     convs_only: bool
+    head: str
+    without: tuple[str, ...]
     prefix: str
     dtype: str
     plot_layer: str | None
@@ -66,7 +71,9 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like, choices.key)
     network = start.content
-    settings, layers = choices.settings, {"include": choices.include, "exclude": choices.exclude}
+    head = _classifier(start, choices)
+    exclude = (*choices.exclude, *map(glob.escape, head.layers))
+    settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
     before = after = checkpoint = None
     if choices.dry_run:
         report = plan(network, settings=settings, **layers)
@@ -82,7 +89,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
-    report.remarks += start.remarks + ([MPS] if choices.device == "mps" else [])
+    report.remarks += start.remarks + head.remarks + ([MPS] if choices.device == "mps" else [])
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
@@ -94,9 +101,51 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report=report,
             prefix=choices.prefix,
             convs_only=choices.convs_only,
+            exclude=[*choices.without, *map(glob.escape, head.keys)],
             dtype=getattr(torch, choices.dtype),
         )
     return Result(run, Status.DONE, report, checkpoint=checkpoint, before=before, after=after)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What there is to say and to do about a model's classifier.
+
+    Attributes:
+        layers: Convolutions of it, which are left alone.
+        keys: Entries of it, which are left out of the file.
+        remarks: Sentences on both.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def _classifier(start: Loaded, choices: Choices) -> Classifier:
+    from torch import nn
+
+    drop = choices.head == "drop"
+    convolutions = {
+        name
+        for name, module in (start.content.named_modules() if isinstance(start.content, nn.Module) else ())
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
+    }
+    if not drop and not (start.in_library and convolutions):
+        return Classifier()
+    try:
+        if start.built is None or not isinstance(start.content, nn.Module):
+            raise InputError("a file alone does not say which entries are its classifier")
+        keys = choices.how.classifier_keys(start.content, start.built)
+    except InputError as error:
+        if drop:
+            raise InputError(f"--head drop: {error}: name the entries, as --without 'fc.*' does") from error
+        return Classifier()
+    layers = sorted({key.rpartition(".")[0] for key in keys} & convolutions)
+    remarks = [f"left alone, as linear classifiers are: {some(map(shown, layers))}"] if layers else []
+    if drop:
+        remarks.append(f"left out of the file, for they depend on the number of classes: {some(map(shown, keys))}")
+    return Classifier(layers, keys if drop else [], remarks)
 
 
 def write(result: Result, choices: Choices) -> Result:

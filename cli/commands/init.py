@@ -33,6 +33,7 @@ from ..sweep import sweep
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
+HEADS = ("keep", "drop")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TARGETS: dict[str, Callable[..., Path]] = {
     "out": check_target,
@@ -116,6 +117,14 @@ class MainCommand(click.Command):
     help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.",
 )
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
+@click.option(
+    "--head",
+    type=click.Choice(HEADS),
+    default="keep",
+    help="""drop leaves the classifier out of the file, for another
+    number of classes. Default: keep.""",
+)
+@click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written floats. Default: float32.")
 @click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
@@ -146,6 +155,8 @@ def init(
     exclude: tuple[str, ...],
     device: str,
     convs_only: bool,
+    head: str,
+    without: tuple[str, ...],
     prefix: str | None,
     dtype: str | None,
     record: Path | None,
@@ -167,7 +178,8 @@ def init(
     if plot_layer is not None and plot is None:
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
     forced = force and record is None and plot is None
-    file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": forced}
+    of_entries = {"--convs-only": convs_only, "--head drop": head == "drop", "--without": without}
+    file_options = of_entries | {"--prefix": prefix, "--dtype": dtype, "--force": forced}
     useless = [option for option, value in file_options.items() if value]
     if out is None and useless:
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
@@ -189,6 +201,8 @@ def init(
         exclude=exclude,
         device=device,
         convs_only=convs_only,
+        head=head,
+        without=without,
         prefix=prefix or "",
         dtype=dtype or "float32",
         plot_layer=plot_layer,
