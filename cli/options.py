@@ -17,7 +17,7 @@ from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
-from convsim_init.models.spec import Source, parse
+from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.text import PATH, shown, some
 
 from .signals import exit_on_signal
@@ -193,7 +193,7 @@ def _check_source(spec: str, how: ModelOptions) -> None:
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
         )
-    elif ":" not in spec and Path(spec).is_dir() and os.sep in spec:
+    elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():
         raise InputError(
             f"expected a folder with a file of weights such as model.safetensors, got {spec!r}, which has none: name "
             f"the file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
@@ -35,6 +36,7 @@ class Choices:
     exclude: tuple[str, ...]
     device: str
     convs_only: bool
+    folder: bool
     head: str
     without: tuple[str, ...]
     prefix: str
@@ -64,6 +66,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         from convsim_init.initialize import initialize_, plan
         from convsim_init.layers.draw import draw_base_
         from convsim_init.metrics.snapshot import take_snapshot
+        from convsim_init.models.hub import describe
 
         if choices.settings.optimizer == "adam":
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
@@ -74,7 +77,11 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     head = _classifier(start, choices)
     exclude = (*choices.exclude, *map(glob.escape, head.layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
-    before = after = checkpoint = None
+    before = after = checkpoint = config = None
+    if choices.folder:
+        if not isinstance(network, torch.nn.Module):
+            raise InputError(f"expected a model for a folder, got the weights {run.model!r}: --like names their model")
+        config = describe(network)
     if choices.dry_run:
         report = plan(network, settings=settings, **layers)
     else:
@@ -104,7 +111,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             exclude=[*choices.without, *map(glob.escape, head.keys)],
             dtype=getattr(torch, choices.dtype),
         )
-    return Result(run, Status.DONE, report, checkpoint=checkpoint, before=before, after=after)
+    return Result(run, Status.DONE, report, checkpoint=checkpoint, config=config, before=before, after=after)
 
 
 @dataclass(frozen=True)
@@ -155,17 +162,25 @@ def write(result: Result, choices: Choices) -> Result:
         InputError: If a file cannot be written.
         RunError: If writing fails.
     """
-    run, report = result.run, result.report
+    run, report, figure = result.run, result.report, None
+    if report is not None and run.plot is not None and result.before is not None and result.after is not None:
+        dark = is_dark(run.plot)
+        figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
     if report is not None and run.out is not None and result.checkpoint is not None:
-        from convsim_init.checkpoint.save import write_checkpoint
+        if result.config is not None:
+            from convsim_init.checkpoint.folder import write_folder
 
-        write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
-        report.file, report.file_bytes = str(run.out), run.out.stat().st_size
-    if report is not None and result.before is not None and result.after is not None:
-        if run.record is not None:
-            save_record(report, run.record, overwrite=choices.force)
-        if run.plot is not None:
-            dark = is_dark(run.plot)
-            figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
-            save_figure(figure, run.plot, overwrite=choices.force)
-    return replace(result, checkpoint=None, before=None, after=None)
+            picture = (f"plot{run.plot.suffix}", partial(save_figure, figure)) if run.plot and figure else None
+            write_folder(result.checkpoint, run.out, config=result.config, report=report, picture=picture)
+            report.file_bytes = sum(path.stat().st_size for path in run.out.iterdir())
+        else:
+            from convsim_init.checkpoint.save import write_checkpoint
+
+            write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+            report.file_bytes = run.out.stat().st_size
+        report.file = str(run.out)
+    if report is not None and result.before is not None and run.record is not None:
+        save_record(report, run.record, overwrite=choices.force)
+    if figure is not None and run.plot is not None:
+        save_figure(figure, run.plot, overwrite=choices.force)
+    return replace(result, checkpoint=None, config=None, before=None, after=None)

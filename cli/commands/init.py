@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import click
 from convsim_init.cli.plan import Run, parse_seeds, plan_runs
 from convsim_init.devices import check_device_name, find_device
 from convsim_init.errors import RunError
-from convsim_init.files import SUFFIXES, check_target
+from convsim_init.files import SUFFIXES, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
@@ -45,8 +46,9 @@ DEFAULTS, PAPER = Settings(), Settings.paper()
 HELP = """
 Write a checkpoint of decorrelated weights, ready to train from.
 
-MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, or a function of your own that returns a model:
-package.module:function or path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
+MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, transformers:CLASS, a folder with a config.json,
+hf-hub:NAME of the local cache or a function of your own that returns a model: package.module:function or
+path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
 moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
 weights in a FILE (.safetensors, .pt, .pth). What is written is an ordinary full state dict. Without --out nothing is
 written: the table alone shows what would be gained.
@@ -78,7 +80,13 @@ class MainCommand(click.Command):
 
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    help=f"""File to write: {", ".join(SUFFIXES)}; or, if it ends in /, a new folder
+    that transformers or timm loads, with a config and a card.""",
+)
 @model_options
 @click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
 @like_option
@@ -144,7 +152,7 @@ def init(
     ctx: click.Context,
     /,
     models: tuple[str, ...],
-    out: Path | None,
+    out: str | None,
     how: ModelOptions,
     seeds: str | None,
     like: str | None,
@@ -184,12 +192,16 @@ def init(
     if out is None and useless:
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
     starts = _starts(models, how, seeds, drawn=base != "model")
-    runs = plan_runs(starts, {"out": out, "record": record, "plot": plot})
+    folder = out is not None and out.endswith(("/", os.sep))
+    runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
     launch = launched()
     for run in runs if launch.on_first_machine else ():
         for kind, path in run.files.items():
-            TARGETS[kind](path, overwrite=force or not alone)
+            if not folder or kind != "out":
+                TARGETS[kind](path, overwrite=force or not alone)
+            elif alone or force or not path.exists():  # what is there of several is kept
+                check_new_folder(path, overwrite=force)
 
     options = Choices(
         settings=settings,
@@ -201,6 +213,7 @@ def init(
         exclude=exclude,
         device=device,
         convs_only=convs_only,
+        folder=folder,
         head=head,
         without=without,
         prefix=prefix or "",
