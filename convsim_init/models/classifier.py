@@ -36,7 +36,7 @@ def classifier_keys(
     own = {key: value.shape for key, value in model.state_dict().items() if hasattr(value, "shape")}
     for other in OTHERS if num_classes is None else (num_classes + 1,):
         state = build_model(spec, num_classes=other, in_chans=in_chans, seed=0, **kwargs).state_dict()
-        keys = [key for key, shape in own.items() if key not in state or state[key].shape != shape]
-        if keys:
+        keys = [key for key, shape in own.items() if key in state and state[key].shape != shape]
+        if keys and own.keys() <= state.keys():
             return keys
     raise InputError(f"expected a model with outputs for a number of classes, got {spec!r}, whose shapes do not change")
