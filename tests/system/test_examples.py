@@ -145,6 +145,25 @@ def test_mmengine_overwrites_what_is_loaded_before(files, start):
     assert matches(text) == [(ALL - 20, ALL)]  # its 20 convolutions are drawn anew: the example is needed
 
 
+def train_without_and_with(name: str) -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    main = runpy.run_path(str(EXAMPLES / name))["main"]
+    main(weight=0)
+    main(weight=10_000)  # far too much, so that few steps show it
+
+
+@pytest.mark.parametrize("trainer", ["plain", "lightning", "transformers", "fastai", "mmengine"])
+def test_the_regularizer_lowers_the_similarity(trainer, start, folder):
+    pytest.importorskip("torchvision" if trainer == "plain" else trainer)
+    text = start(train_without_and_with, f"{trainer}_regularize.py")()
+    shown = [float(value) for value in re.findall(r"epoch \d: similarity (\S+)", text)]
+    without, under = shown[:6], shown[6:]
+    assert len(under) == 6
+    assert under[0] == without[0]
+    assert all(a < b for a, b in zip(under[2:], without[2:], strict=True))  # after the first third
+    assert list(folder.iterdir()) == []
+
+
 # Scripts that know nothing of this package. What they build is a ResNet-18 drawn from seed 0.
 LOOK = """
 import sys
