@@ -65,8 +65,14 @@ class ModelOptions:
             spec, num_classes=self.num_classes, in_chans=self.in_chans, seed=self.seed or 0, **self.arguments
         )
 
-    def classifier_keys(self, model: torch.nn.Module, spec: str) -> list[str]:
-        """Keys of the classifier of a model that was built from that spec."""
+    def classifier_keys(self, model: object, spec: str | None) -> list[str]:
+        """Keys of the classifier of a model that was built from that spec.
+
+        Raises:
+            InputError: If they cannot be found.
+        """
+        if spec is None:
+            raise InputError("a file alone does not say which entries are its classifier")
         return classifier_keys(model, spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
 
 

@@ -11,6 +11,7 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
+from convsim_init.models.classifier import pointwise_convolutions
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
 from convsim_init.report.text import shown, some
@@ -130,25 +131,16 @@ class Classifier:
 
 
 def _classifier(start: Loaded, choices: Choices) -> Classifier:
-    from torch import nn
-
-    drop = choices.head == "drop"
-    convolutions = {
-        name
-        for name, module in (start.content.named_modules() if isinstance(start.content, nn.Module) else ())
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
-    }
-    if not drop and not (start.in_library and convolutions):
+    drop, pointwise = choices.head == "drop", pointwise_convolutions(start.content)
+    if not drop and not (start.in_library and pointwise):
         return Classifier()
     try:
-        if start.built is None or not isinstance(start.content, nn.Module):
-            raise InputError("a file alone does not say which entries are its classifier")
         keys = choices.how.classifier_keys(start.content, start.built)
     except InputError as error:
         if drop:
             raise InputError(f"--head drop: {error}: name the entries, as --without 'fc.*' does") from error
         return Classifier()
-    layers = sorted({key.rpartition(".")[0] for key in keys} & convolutions)
+    layers = sorted({key.rpartition(".")[0] for key in keys} & pointwise)
     remarks = [f"left alone, as linear classifiers are: {some(map(shown, layers))}"] if layers else []
     if drop:
         remarks.append(f"left out of the file, for they depend on the number of classes: {some(map(shown, keys))}")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
 
-if TYPE_CHECKING:
-    import torch
-
 OTHERS = (11, 12)  # numbers of classes, of which a model has one at most by default
 
 
+def pointwise_convolutions(model: object) -> set[str]:
+    """Names of the 1×1 convolutions of a model; none of what is no module."""
+    from torch.nn.modules import conv, module
+
+    modules = model.named_modules() if isinstance(model, module.Module) else ()
+    return {name for name, one in modules if isinstance(one, conv._ConvNd) and max(one.kernel_size) == 1}
+
+
 def classifier_keys(
-    model: torch.nn.Module,
+    model: Any,
     spec: str,
     *,
     num_classes: int | None = None,
