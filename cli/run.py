@@ -57,8 +57,8 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
 
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.initialize import initialize_, plan
-        from convsim_init.layers.draw import draw_base_
         from convsim_init.metrics.snapshot import take_snapshot
+        from convsim_init.schemes.draw import draw_base_
 
         if choices.settings.optimizer == "adam":
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt

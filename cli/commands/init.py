@@ -23,7 +23,7 @@ from convsim_init.parallel.launch import Launch, launched
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
-from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
+from convsim_init.settings import BASES, CHANNELS_CHOICES, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
@@ -101,9 +101,9 @@ class MainCommand(click.Command):
 @click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}.")
 @click.option(
     "--channels",
-    type=click.Choice(CHANNELS),
-    help=f"""Kernels compared: those of the same input channel, or
-    all with all. Default: {DEFAULTS.channels}.""",
+    type=click.Choice(CHANNELS_CHOICES),
+    help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
+    no normalization follows a layer. Default: {DEFAULTS.channels}.""",
 )
 @click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
 @click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")

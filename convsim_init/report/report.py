@@ -13,7 +13,7 @@ from typing import Any
 from convsim_init.errors import InputError
 from convsim_init.report.table import Table, report_table, shape_text
 from convsim_init.report.text import alternatives, quoted
-from convsim_init.settings import Base, Settings
+from convsim_init.settings import Base, Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
 
@@ -43,7 +43,9 @@ class LayerReport:
         kind: Class of the module, for instance ``"Conv2d"``.
         shape: Shape of its weight.
         outcome: What became of it.
-        reason: Why, where it was not simply initialized.
+        reason: Why, where it was not simply initialized, and where all its channels were compared or nothing was known
+            of a normalization behind it.
+        channels: Kernels that were compared: of ``"matched"`` channels or ``"all"``; None if it was not to be treated.
         steps: Steps of the descent.
         seconds: Time it took.
         before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
@@ -62,6 +64,7 @@ class LayerReport:
     shape: list[int]
     outcome: Outcome
     reason: str | None = None
+    channels: Channels | None = None
     steps: int = 0
     seconds: float = 0.0
     before: Measures = field(default_factory=dict)
@@ -112,6 +115,13 @@ class Report:
     device: str | None = None
 
     @property
+    def channels(self) -> ChannelsChoice:
+        """Kernels compared, if the same in all layers; else, or where nothing was to be treated, the setting."""
+        used = {layer.channels for layer in self.layers if layer.channels is not None}
+        (channels,) = used if len(used) == 1 else (self.settings.channels,)
+        return channels
+
+    @property
     def totals(self) -> dict[str, Any]:
         """Number of layers by outcome, and the measures of the treated or measured ones.
 
@@ -159,6 +169,7 @@ class Report:
                 "shape": shape_text(layer.shape),
                 "outcome": layer.outcome.value,
                 "reason": layer.reason,
+                "channels": layer.channels,
                 "steps": layer.steps,
                 "seconds": layer.seconds,
                 **blank,

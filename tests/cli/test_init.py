@@ -113,7 +113,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (data["file"], data["file_bytes"]) == ("init.safetensors", (tmp_path / "init.safetensors").stat().st_size)
     for layer in data["layers"]:
         assert set(layer) == {
-            "name", "kind", "shape", "outcome", "reason", "steps", "seconds", "before", "after",
+            "name", "kind", "shape", "outcome", "reason", "channels", "steps", "seconds", "before", "after",
         }  # fmt: skip
         assert layer["kind"] == "Conv2d"
     treated, *others = data["layers"]
@@ -135,8 +135,9 @@ def test_the_metadata_tells_what_the_json_tells(command, tmp_path):
     data = json.loads(command(*QUICK, "--seed", "2", "--json", "--out", "init.safetensors")[1])
     with safetensors.safe_open(tmp_path / "init.safetensors", "pt") as file:
         about = json.loads(file.metadata()["convsim_init"])
-    for name in ("model", "seed", "settings", "totals"):
+    for name in ("model", "seed", "totals"):
         assert about[name] == data[name]
+    assert about["settings"] == data["settings"] | {"channels": "matched"}  # as was found for all of its layers
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_globs_choose_the_layers(options, planned, command):
         pytest.param(["--preset", "paper", "--steps", "7"], Settings.paper(steps=7), id="paper-steps"),
         pytest.param(
             ["--norm", "preserve", "--preset", "paper", "--pairs", "all"],
-            Settings(optimizer="adam", steps=100, tolerance=0.0),
+            Settings(channels="matched", optimizer="adam", steps=100, tolerance=0.0),
             id="paper-but-pairs-and-norm",
         ),
         pytest.param(
@@ -434,7 +435,7 @@ GONE = "gone/init.pt"
             for option, choices in [
                 ("--preset", ("convsim", "paper")),
                 ("--pairs", ("all", "adjacent")),
-                ("--channels", ("matched", "all")),
+                ("--channels", ("auto", "matched", "all")),
                 ("--norm", ("preserve", "free")),
                 ("--dtype", ("float32", "float16", "bfloat16", "float64")),
             ]
@@ -651,7 +652,7 @@ def test_a_layer_that_fails_is_in_the_json(build, command):
     status, out, err = command("resnet18", "--json")
     assert status == 1
     assert len(err.splitlines()) == 1
-    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "initialized"]
+    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "skipped"]
 
 
 @pytest.mark.parametrize("where", ["head.bias", "1.bias"], ids=["no-convolution", "bias-of-a-convolution"])

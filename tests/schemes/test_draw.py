@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init.layers.draw import SCHEMES
+from convsim_init.schemes.draw import SCHEMES
 from convsim_init.settings import BASES
 
 LAYERS = {
