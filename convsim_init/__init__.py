@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from convsim_init.models.zoo.catalog import UnknownModelError
     from convsim_init.regularizer import ConvolutionalSimilarity
     from convsim_init.report.report import LayerReport, Outcome, Report
+    from convsim_init.schemes.calibrate import calibrate_
     from convsim_init.schemes.draw import draw_base_
     from convsim_init.settings import Settings
 
@@ -37,6 +38,7 @@ _HOMES = {
     "Settings": "settings",
     "UnknownModelError": "models.zoo.catalog",
     "build_model": "models.build",
+    "calibrate_": "schemes.calibrate",
     "convolutional_similarity": "functional.similarity",
     "convsim_": "initialize",
     "draw_base_": "schemes.draw",
@@ -59,6 +61,7 @@ __all__ = [
     "UnknownModelError",
     "__version__",
     "build_model",
+    "calibrate_",
     "convolutional_similarity",
     "convsim_",
     "draw_base_",

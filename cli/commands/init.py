@@ -67,6 +67,16 @@ Examples:
 """
 
 
+def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Channels and sizes of an input as a user types them: ``3x224x224``."""
+    if value is None:
+        return None
+    sizes = value.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}", ctx, param)
+    return tuple(map(int, sizes))
+
+
 class MainCommand(click.Command):
     """A command that is run by its group's name alone, and so shares the group's help."""
 
@@ -89,6 +99,13 @@ class MainCommand(click.Command):
     default="model",
     help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
     {", ".join(BASES[1:])}. Default: {BASES[0]}, as they are.""",
+)
+@click.option(
+    "--calibrate",
+    callback=_input_shape,
+    metavar="CxHxW",
+    help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
+    networks without normalization.""",
 )
 @click.option(
     "--preset",
@@ -141,6 +158,7 @@ def init(
     like: str | None,
     key: str | None,
     base: Base,
+    calibrate: tuple[int, ...] | None,
     preset: Preset,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -185,6 +203,7 @@ def init(
         like=like,
         key=key,
         base=base,
+        calibrate=calibrate,
         include=include,
         exclude=exclude,
         device=device,

@@ -137,6 +137,8 @@ def _metadata(report: Report | None) -> dict[str, str]:
             "settings": asdict(replace(report.settings, channels=report.channels)),
             "totals": report.totals,
         }
+        if report.calibrated is not None:
+            about["calibrated"] = report.calibrated
         if report.channels == "auto":  # not the same in all layers
             about["all_channels"] = [layer.name for layer in report.layers if layer.channels == "all"]
     return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}

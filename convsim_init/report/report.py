@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -52,6 +52,7 @@ class LayerReport:
             where nothing was to be changed, as it is; empty if not treated.
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
         losses: The minimized loss at the start and after each step.
+        factor: Factor that its weight was scaled by afterwards, as `calibrate_` does; None if it was not.
 
     Examples:
         >>> layer = ci.measure(nn.Sequential(nn.Conv2d(3, 16, 3))).layers[0]
@@ -70,6 +71,7 @@ class LayerReport:
     before: Measures = field(default_factory=dict)
     after: Measures = field(default_factory=dict)
     losses: list[float] = field(default_factory=list, repr=False)
+    factor: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data, without the losses."""
@@ -93,6 +95,7 @@ class Report:
         file_bytes: Its size.
         remarks: What else the reader should know, such as the library of a model, a sentence each.
         processes: How many the layers were divided over.
+        calibrated: Shape of the noise that layers were calibrated on afterwards; None if they were not.
         device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None if none was.
 
     Examples:
@@ -112,6 +115,7 @@ class Report:
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
     processes: int = 1
+    calibrated: list[int] | None = None
     device: str | None = None
 
     @property
@@ -141,6 +145,7 @@ class Report:
             "model": self.model,
             "seed": self.seed,
             "base": self.base,
+            "calibrated": self.calibrated,
             "settings": asdict(self.settings),
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": self.totals,
@@ -170,6 +175,7 @@ class Report:
                 "outcome": layer.outcome.value,
                 "reason": layer.reason,
                 "channels": layer.channels,
+                "factor": layer.factor,
                 "steps": layer.steps,
                 "seconds": layer.seconds,
                 **blank,
@@ -207,6 +213,18 @@ class Report:
             else layer
             for layer in self.layers
         ]
+        return replace(self, layers=layers)
+
+    def with_factors(self, factors: Mapping[str, float]) -> Report:
+        """The report after weights were scaled by these factors, by the names of their layers."""
+        layers = []
+        for layer in self.layers:
+            factor = factors.get(layer.name)
+            after = dict(layer.after)
+            if factor is not None and after:
+                after["similarity"] *= factor**4
+                after["norm_ratio"] *= factor
+            layers.append(replace(layer, after=after, factor=factor))
         return replace(self, layers=layers)
 
     @property

@@ -257,6 +257,7 @@ def test_records_are_flat_and_have_the_same_keys():
         "outcome": "initialized",
         "reason": None,
         "channels": None,
+        "factor": None,
         "steps": 2,
         "seconds": 0.5,
         "similarity_before": 8.0,
