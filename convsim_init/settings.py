@@ -16,7 +16,18 @@ ChannelsChoice = Literal["auto", "matched", "all"]
 Norm = Literal["preserve", "free"]
 Optimizer = Literal["conjugate_gradient", "adam"]
 Preset = Literal["convsim", "paper"]
-Base = Literal["model", "kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal"]
+Base = Literal[
+    "model",
+    "kaiming_normal",
+    "kaiming_normal:fan_in",
+    "kaiming_normal:fan_out",
+    "kaiming_uniform",
+    "kaiming_uniform:fan_in",
+    "kaiming_uniform:fan_out",
+    "xavier_normal",
+    "orthogonal",
+    "delta_orthogonal",
+]
 
 PAIRS: tuple[Pairs, ...] = get_args(Pairs)
 CHANNELS: tuple[Channels, ...] = get_args(Channels)

@@ -98,7 +98,8 @@ class MainCommand(click.Command):
     metavar="SCHEME",
     default="model",
     help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
-    {", ".join(BASES[1:])}. Default: {BASES[0]}, as they are.""",
+    {", ".join(base for base in BASES[1:] if ":" not in base)}; the first two also with :fan_in or
+    :fan_out. Default: {BASES[0]}, as they are.""",
 )
 @click.option(
     "--calibrate",

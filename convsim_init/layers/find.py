@@ -143,7 +143,9 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             continue
         if isinstance(module, _ConvNd):
             weight, kind = used_weight(module), type(module).__name__
-            layers.append(Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed))
+            layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
+            layer.strides = math.prod(module.stride)
+            layers.append(layer)
         elif in_graph := graph_layers(bare_name(name), module):
             layers += in_graph
             within += (f"{name}." if name else "",)
