@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
+from convsim_init.errors import InputError
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
 from convsim_init.settings import Base, Settings
@@ -28,6 +29,7 @@ class Choices:
     like: str | None
     key: str | None
     base: Base
+    calibrate: tuple[int, ...] | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     device: str
@@ -57,8 +59,9 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
 
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.initialize import initialize_, plan
-        from convsim_init.layers.draw import draw_base_
         from convsim_init.metrics.snapshot import take_snapshot
+        from convsim_init.schemes.calibrate import calibrate_
+        from convsim_init.schemes.draw import draw_base_
 
         if choices.settings.optimizer == "adam":
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
@@ -78,6 +81,14 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
                 choose_layer([before], choices.plot_layer)
         with cuda_errors():
             report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
+        if choices.calibrate is not None:
+            if not isinstance(network, torch.nn.Module):
+                raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
+            factors = calibrate_(
+                network, input_shape=choices.calibrate, include=choices.include, exclude=choices.exclude
+            )
+            report = report.with_factors(factors)
+            report.calibrated = list(choices.calibrate)
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
@@ -86,7 +97,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
-    if not any(layer.after for layer in report.layers):
+    if not any(layer.after or layer.factor for layer in report.layers):
         report.remarks.append("no convolution was treated: the weights are as they were")
     if run.out is not None:
         checkpoint = checkpoint_contents(

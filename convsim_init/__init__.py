@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from convsim_init.errors import InputError, RunError
     from convsim_init.functional.similarity import convolutional_similarity
     from convsim_init.initialize import convsim_, initialize_
-    from convsim_init.layers.draw import draw_base_
     from convsim_init.metrics.measure import measure
     from convsim_init.metrics.observed import measure_feature_correlation
     from convsim_init.models.build import build_model
     from convsim_init.models.zoo.catalog import UnknownModelError
     from convsim_init.regularizer import ConvolutionalSimilarity
     from convsim_init.report.report import LayerReport, Outcome, Report
+    from convsim_init.schemes.calibrate import calibrate_
+    from convsim_init.schemes.draw import draw_base_
     from convsim_init.settings import Settings
 
 _HOMES = {
@@ -37,9 +38,10 @@ _HOMES = {
     "Settings": "settings",
     "UnknownModelError": "models.zoo.catalog",
     "build_model": "models.build",
+    "calibrate_": "schemes.calibrate",
     "convolutional_similarity": "functional.similarity",
     "convsim_": "initialize",
-    "draw_base_": "layers.draw",
+    "draw_base_": "schemes.draw",
     "initialize_": "initialize",
     "load_checkpoint": "checkpoint.load",
     "measure": "metrics.measure",
@@ -59,6 +61,7 @@ __all__ = [
     "UnknownModelError",
     "__version__",
     "build_model",
+    "calibrate_",
     "convolutional_similarity",
     "convsim_",
     "draw_base_",

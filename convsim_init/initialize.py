@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from convsim_init.functional.bank import (
     full_precision,
 )
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle
+from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
@@ -68,10 +70,10 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
             "expected a parameter or a part of one, got a weight that is computed, whose change would be lost: pass "
             "the model to initialize_, which sets what it is computed from"
         )
-    bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
+    bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.compared_channels)
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
-    if pair_obstacle(bank, settings.channels) is None:
+    if _obstacle(bank, settings) is None:
         with full_precision(bank.device), Team.for_devices(bank.device) as team:
             descent = descend(bank, settings, team=team)
         weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
@@ -92,9 +94,12 @@ def initialize_(
 
     Treated are the subclasses of PyTorch's convolutions, transposed ones too, of any rank, on any device and in any
     memory format. Left as they are, with the reason in the report: frozen layers, layers without a filter pair
-    (depthwise ones, unless ``channels="all"``), layers without a usable weight, and those not selected. A module or
-    weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state of the
-    caller stay as they were. The same weights and settings give the same result.
+    (depthwise ones), 1×1 layers that no normalization follows, layers without a usable weight, and those not selected.
+    A module or weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state
+    of the caller stay as they were. The same weights and settings give the same result.
+
+    Whether a normalization follows a layer, on which ``Settings.channels`` depends by default, is told by a symbolic
+    trace of a copy without data; where that fails, channels are matched and the report says so.
 
     What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
     standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
@@ -122,10 +127,10 @@ def initialize_(
         RunError: If one of them has died.
 
     Examples:
-        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
-        >>> report = ci.initialize_(model, exclude=["2"])
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        >>> report = ci.initialize_(model, exclude=["3"])
         >>> [(layer.name, layer.outcome.value, layer.reason) for layer in report.layers]
-        [('0', 'initialized', None), ('2', 'skipped', 'excluded')]
+        [('0', 'initialized', None), ('3', 'skipped', 'excluded')]
     """
     settings = settings or Settings()
     started = time.perf_counter()
@@ -133,18 +138,20 @@ def initialize_(
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
     twins = frozen_twins(layers)
+    decided, unknown = decide_channels(model, layers, settings)
     reports: dict[str, LayerReport] = {}
     with (
         tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
         Team.for_devices(*(computing_device(torch.device(device or layer.device)) for layer in layers)) as team,
     ):
-        treat = partial(_treat, settings=settings, device=device, on_step=team.checkpoint)
+        treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report
             bar.update()
     shared = share(layers, reports, ranks, device=device)
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
-    seconds, remarks = time.perf_counter() - started, [*model_remarks(model, layers), *divergence_remarks(twins)]
+    seconds = time.perf_counter() - started
+    remarks = [*model_remarks(model, layers), *unknown, *divergence_remarks(twins)]
     return Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
 
 
@@ -161,25 +168,33 @@ def plan(
     started = time.perf_counter()
     reports = []
     layers = find_layers(model, include, exclude)
+    decided, unknown = decide_channels(model, layers, settings)
     for layer in layers:
-        reason = layer.obstacle
-        if reason is None:
-            reason = pair_obstacle(layer.bank(settings.channels), settings.channels)
-        outcome = Outcome.SKIPPED if reason else Outcome.PLANNED
-        reports.append(LayerReport(layer.name, layer.kind, layer.shape, outcome, layer.explained(reason)))
-    return Report(settings, reports, time.perf_counter() - started, remarks=model_remarks(model, layers))
+        report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
+        if layer.obstacle is None:
+            own, why = decided[layer.name]
+            obstacle = _obstacle(layer.bank(own.compared_channels), own)
+            outcome = Outcome.SKIPPED if obstacle else Outcome.PLANNED
+            report = replace(report, outcome=outcome, reason=obstacle or why, channels=own.compared_channels)
+        reports.append(replace(report, reason=layer.explained(report.reason)))
+    remarks = [*model_remarks(model, layers), *unknown]
+    return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
 
 
 @torch.no_grad()
 def _treat(
-    layer: Layer, *, settings: Settings, device: torch.device | str | None, on_step: Callable[[], None]
+    layer: Layer,
+    *,
+    decided: Mapping[str, tuple[Settings, str | None]],
+    device: torch.device | str | None,
+    on_step: Callable[[], None],
 ) -> LayerReport:
     """Lower the similarity of one layer's filters, write them, and report what the forward pass then uses."""
     started = time.perf_counter()
     report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
     if layer.obstacle is None:
         with full_precision(computing_device(torch.device(device or layer.device))):
-            report = _lower(layer, report, settings, device, on_step)
+            report = _lower(layer, report, *decided[layer.name], device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 
 
@@ -187,17 +202,20 @@ def _lower(
     layer: Layer,
     report: LayerReport,
     settings: Settings,
+    why: str | None,
     device: torch.device | str | None,
     on_step: Callable[[], None],
 ) -> LayerReport:
-    bank = layer.bank(settings.channels, device)
+    channels = settings.compared_channels
+    report = replace(report, channels=channels)
+    bank = layer.bank(channels, device)
     if not all_finite(bank):
         return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
-    obstacle = pair_obstacle(bank, settings.channels)
+    obstacle = _obstacle(bank, settings)
     if obstacle:
         return replace(report, reason=obstacle)
-    before, norms = measure_bank(bank, settings.channels), filter_norms(bank)
-    mask = layer.mask(settings.channels, device)
+    before, norms = measure_bank(bank, channels), filter_norms(bank)
+    mask = layer.mask(channels, device)
     descent = descend(bank, settings, mask=mask, on_step=on_step)
     report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
@@ -207,7 +225,7 @@ def _lower(
         put_back = layer.weight.backup()
         try:
             difference = layer.weight.write(weight)
-            written = layer.bank(settings.channels, device)  # read back: what the forward pass uses now
+            written = layer.bank(channels, device)  # read back: what the forward pass uses now
         except RefusedError as error:
             put_back()
             return replace(report, reason=str(error))
@@ -219,7 +237,7 @@ def _lower(
             put_back()
             reason = "left as it was: its own code makes infinities or NaN of the new weight"
             return replace(report, outcome=Outcome.FAILED, reason=reason)
-    after = measure_bank(written, settings.channels)
+    after = measure_bank(written, channels)
     if difference and all(after[name] >= before[name] for name in before):
         with LIVE:
             put_back()
@@ -227,5 +245,12 @@ def _lower(
     after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
-    remark = ": ".join(filter(None, [within, difference])) or None
+    remark = ": ".join(filter(None, [why, within, difference])) or None
     return replace(report, outcome=outcome, reason=remark, before=before, after=after)
+
+
+def _obstacle(bank: Tensor, settings: Settings) -> str | None:
+    """Why the similarity of a bank ``[G, M, C, *kernel_size]`` cannot be lowered with these settings."""
+    if settings.compared_channels == "all" and settings.norm == "preserve" and math.prod(bank.shape[3:]) == 1:
+        return "with channels all the filters' norms alone fix the similarity of kernels of one tap"
+    return pair_obstacle(bank)

@@ -66,7 +66,7 @@ class ConvolutionalSimilarity:
                 self.skipped[layer.name] = "a call in a graph: make the term of the model that the graph was made from"
                 continue
             filters = module.out_channels // (module.groups if channels == "matched" else 1)
-            reason = layer.obstacle or count_obstacle(filters, module.groups, channels)
+            reason = layer.obstacle or count_obstacle(filters, module.groups)
             if reason is not None:
                 self.skipped[layer.name] = reason
                 del self._modules[layer.name]

@@ -23,7 +23,7 @@ from convsim_init.parallel.launch import Launch, launched
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
-from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
+from convsim_init.settings import BASES, CHANNELS_CHOICES, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
@@ -67,6 +67,16 @@ Examples:
 """
 
 
+def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Channels and sizes of an input as a user types them: ``3x224x224``."""
+    if value is None:
+        return None
+    sizes = value.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}", ctx, param)
+    return tuple(map(int, sizes))
+
+
 class MainCommand(click.Command):
     """A command that is run by its group's name alone, and so shares the group's help."""
 
@@ -88,7 +98,15 @@ class MainCommand(click.Command):
     metavar="SCHEME",
     default="model",
     help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
-    {", ".join(BASES[1:])}. Default: {BASES[0]}, as they are.""",
+    {", ".join(base for base in BASES[1:] if ":" not in base)}; the first two also with :fan_in or
+    :fan_out. Default: {BASES[0]}, as they are.""",
+)
+@click.option(
+    "--calibrate",
+    callback=_input_shape,
+    metavar="CxHxW",
+    help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
+    networks without normalization.""",
 )
 @click.option(
     "--preset",
@@ -101,9 +119,9 @@ class MainCommand(click.Command):
 @click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}.")
 @click.option(
     "--channels",
-    type=click.Choice(CHANNELS),
-    help=f"""Kernels compared: those of the same input channel, or
-    all with all. Default: {DEFAULTS.channels}.""",
+    type=click.Choice(CHANNELS_CHOICES),
+    help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
+    no normalization follows a layer. Default: {DEFAULTS.channels}.""",
 )
 @click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
 @click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
@@ -141,6 +159,7 @@ def init(
     like: str | None,
     key: str | None,
     base: Base,
+    calibrate: tuple[int, ...] | None,
     preset: Preset,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -185,6 +204,7 @@ def init(
         like=like,
         key=key,
         base=base,
+        calibrate=calibrate,
         include=include,
         exclude=exclude,
         device=device,

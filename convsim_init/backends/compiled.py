@@ -163,7 +163,7 @@ class CompiledBlock:
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
         """Whether blocks of this bank can be compiled ones."""
-        return fits(bank.dtype, bank.device, settings.pairs, settings.channels)
+        return fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels)
 
     @property
     def weights(self) -> Tensor:

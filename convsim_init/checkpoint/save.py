@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -134,9 +134,13 @@ def _metadata(report: Report | None) -> dict[str, str]:
             "model": report.model,
             "seed": report.seed,
             "base": report.base,
-            "settings": asdict(report.settings),
+            "settings": asdict(replace(report.settings, channels=report.channels)),
             "totals": report.totals,
         }
+        if report.calibrated is not None:
+            about["calibrated"] = report.calibrated
+        if report.channels == "auto":  # not the same in all layers
+            about["all_channels"] = [layer.name for layer in report.layers if layer.channels == "all"]
     return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}
 
 

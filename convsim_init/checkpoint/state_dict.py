@@ -67,7 +67,7 @@ def changed_entries(entries: Mapping[str, object], report: Report | None) -> dic
     """
     if report is None:
         raise InputError("convs_only: expected the report that says which convolutions were changed, got none")
-    layers = {layer.name for layer in report.layers if layer.after}
+    layers = {layer.name for layer in report.layers if layer.after or layer.factor is not None}
     if not layers:
         raise InputError("convs_only: expected a report of changed convolutions, got one that changed none")
     owners = {key: _owner(key) for key in entries}

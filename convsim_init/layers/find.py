@@ -19,7 +19,6 @@ from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_o
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
-from convsim_init.settings import Channels
 
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
@@ -107,17 +106,16 @@ def used_weight(module: _ConvNd) -> Weight:
     return ForwardWeight(module, weight) if needs_trial else weight
 
 
-def count_obstacle(filters: int, groups: int, channels: Channels) -> str | None:
+def count_obstacle(filters: int, groups: int) -> str | None:
     """Why filters form no pair whatever their values are, given how many of them there are in a group."""
     if filters > 1:
         return None
-    many = "; channels='all' would compare them" if channels == "matched" and groups > 1 else ""
-    return "one filter per group shares its channels with no other" + many if groups > 1 else "only one filter"
+    return "one filter per group shares its channels with no other" if groups > 1 else "only one filter"
 
 
-def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
+def pair_obstacle(bank: Tensor) -> str | None:
     """Why the filters of a bank ``[G, M, C, *kernel_size]`` form no pair whose similarity could be lowered."""
-    obstacle = shape_obstacle(bank.shape, channels)
+    obstacle = shape_obstacle(bank.shape)
     if obstacle:
         return obstacle
     alive = bank.flatten(2).ne(0).any(-1).sum(-1)  # [G]
@@ -128,13 +126,13 @@ def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     return None
 
 
-def shape_obstacle(shape: Sequence[int], channels: Channels) -> str | None:
+def shape_obstacle(shape: Sequence[int]) -> str | None:
     """Why filters of a bank of that shape ``[G, M, C, *kernel_size]`` cannot be treated, whatever their values are."""
     groups, filters, _, *kernel_size = shape
     taps = math.prod(kernel_size)
     if taps * math.prod(2 * size - 1 for size in kernel_size) > LARGEST_BASIS:
         return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
-    return count_obstacle(filters, groups, channels)
+    return count_obstacle(filters, groups)
 
 
 def _module_layers(model: nn.Module) -> list[Layer]:
@@ -145,7 +143,9 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             continue
         if isinstance(module, _ConvNd):
             weight, kind = used_weight(module), type(module).__name__
-            layers.append(Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed))
+            layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
+            layer.strides = math.prod(module.stride)
+            layers.append(layer)
         elif in_graph := graph_layers(bare_name(name), module):
             layers += in_graph
             within += (f"{name}." if name else "",)

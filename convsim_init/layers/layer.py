@@ -20,6 +20,7 @@ class Layer:
         weight: Weight that the forward pass uses.
         groups: Number of groups.
         transposed: Whether it is a transposed convolution.
+        strides: Product of its strides; 1 where they are not known.
         note: What groups and transposed were inferred from, where no module says it.
         obstacle: Why it cannot or must not be treated; None if it can.
     """
@@ -39,6 +40,7 @@ class Layer:
         self.weight = weight
         self.groups = groups
         self.transposed = transposed
+        self.strides = 1
         self.note = note
         self.obstacle: str | None = None
 

@@ -72,7 +72,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
         return _measured_table(data)
     else:
         header = UNTREATED_HEADER
-        rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
+        rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
     end = f"{data['seconds']:.2f} s{device}{processes}, {_file(data)}"
@@ -122,6 +122,11 @@ def _title(layer: Mapping[str, Any]) -> list[str]:
     return [layer_name(layer["name"]), shape_text(layer["shape"])]
 
 
+def _remark(layer: Mapping[str, Any], note: str | None) -> str:
+    scaled = None if layer["factor"] is None else f"scaled by {layer['factor']:g}"
+    return ": ".join(filter(None, [scaled, None if layer["reason"] == note else layer["reason"]]))
+
+
 def _plain(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -129,7 +134,7 @@ def _plain(value: object) -> object:
 
 
 def _changed_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
-    reason = "" if layer["reason"] == note else layer["reason"] or ""
+    reason = _remark(layer, note)
     if not layer["after"]:
         return [*_title(layer), layer["outcome"], "", "", reason]
     return [*_title(layer), *_change(layer["before"], layer["after"]), f"{layer['after']['norm_ratio']:.6f}", reason]

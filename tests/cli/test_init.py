@@ -105,7 +105,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (status, err) == (0, "")
     data = json.loads(out)
     assert set(data) == {
-        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes", "device"),
+        *("model", "seed", "base", "calibrated", "settings", "layers", "totals", "seconds", "processes", "device"),
         *("file", "file_bytes", "remarks"),
     }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
@@ -113,7 +113,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (data["file"], data["file_bytes"]) == ("init.safetensors", (tmp_path / "init.safetensors").stat().st_size)
     for layer in data["layers"]:
         assert set(layer) == {
-            "name", "kind", "shape", "outcome", "reason", "steps", "seconds", "before", "after",
+            "name", "kind", "shape", "outcome", "reason", "channels", "factor", "steps", "seconds", "before", "after",
         }  # fmt: skip
         assert layer["kind"] == "Conv2d"
     treated, *others = data["layers"]
@@ -135,8 +135,9 @@ def test_the_metadata_tells_what_the_json_tells(command, tmp_path):
     data = json.loads(command(*QUICK, "--seed", "2", "--json", "--out", "init.safetensors")[1])
     with safetensors.safe_open(tmp_path / "init.safetensors", "pt") as file:
         about = json.loads(file.metadata()["convsim_init"])
-    for name in ("model", "seed", "settings", "totals"):
+    for name in ("model", "seed", "totals"):
         assert about[name] == data[name]
+    assert about["settings"] == data["settings"] | {"channels": "matched"}  # as was found for all of its layers
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_globs_choose_the_layers(options, planned, command):
         pytest.param(["--preset", "paper", "--steps", "7"], Settings.paper(steps=7), id="paper-steps"),
         pytest.param(
             ["--norm", "preserve", "--preset", "paper", "--pairs", "all"],
-            Settings(optimizer="adam", steps=100, tolerance=0.0),
+            Settings(channels="matched", optimizer="adam", steps=100, tolerance=0.0),
             id="paper-but-pairs-and-norm",
         ),
         pytest.param(
@@ -213,6 +214,38 @@ def test_the_paper_preset_runs_and_tells_how_the_norms_fall(command):
     layer = data["layers"][0]
     assert layer["steps"] == 20
     assert layer["after"]["norm_ratio"] < 0.99
+
+
+def test_calibrate_scales_what_is_written_and_says_by_how_much(command, tmp_path):
+    options = ["--include", "conv1", "--steps", "2", "--out"]
+    command("cifar_resnet18", *options, "plain.safetensors")
+    data = json.loads(command("cifar_resnet18", *options, "scaled.safetensors", "--calibrate", "3x8x8", "--json")[1])
+    (layer, *others), factor = data["layers"], data["layers"][0]["factor"]
+    assert (data["calibrated"], layer["outcome"], {other["factor"] for other in others}) == (
+        [3, 8, 8],
+        "initialized",
+        {None},
+    )
+    assert layer["after"]["norm_ratio"] == pytest.approx(factor, rel=1e-5)
+    plain, scaled = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "scaled"))
+    for key, value in plain.items():
+        assert torch.equal(scaled[key], value * factor if key == "conv1.weight" else value)
+    with safetensors.safe_open(tmp_path / "scaled.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["convsim_init"])
+    assert (about["calibrated"], about["totals"]) == ([3, 8, 8], data["totals"])
+    out = command("scaled.safetensors", "--like", "cifar_resnet18", "--exclude", "*", "--calibrate", "3x8x8")[1]
+    assert re.search(r"^conv1 +64x3x3x3 +skipped +excluded$", out, re.M)
+
+
+def test_calibrate_needs_a_model_and_a_shape(command):
+    command(*QUICK, "--out", "init.safetensors")
+    status, _, err = command("init.safetensors", "--calibrate", "3x8x8")
+    assert (status, err) == (
+        2,
+        "Error: --calibrate: 'init.safetensors' is a file of weights: name their model with --like\n",
+    )
+    status, _, err = command(*QUICK, "--calibrate", "3x")
+    assert (status, "expected channels and sizes such as 3x224x224, got '3x'" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +467,7 @@ GONE = "gone/init.pt"
             for option, choices in [
                 ("--preset", ("convsim", "paper")),
                 ("--pairs", ("all", "adjacent")),
-                ("--channels", ("matched", "all")),
+                ("--channels", ("auto", "matched", "all")),
                 ("--norm", ("preserve", "free")),
                 ("--dtype", ("float32", "float16", "bfloat16", "float64")),
             ]
@@ -651,7 +684,7 @@ def test_a_layer_that_fails_is_in_the_json(build, command):
     status, out, err = command("resnet18", "--json")
     assert status == 1
     assert len(err.splitlines()) == 1
-    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "initialized"]
+    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "skipped"]
 
 
 @pytest.mark.parametrize("where", ["head.bias", "1.bias"], ids=["no-convolution", "bias-of-a-convolution"])

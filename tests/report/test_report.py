@@ -256,6 +256,8 @@ def test_records_are_flat_and_have_the_same_keys():
         "shape": "4x3x2x1",
         "outcome": "initialized",
         "reason": None,
+        "channels": None,
+        "factor": None,
         "steps": 2,
         "seconds": 0.5,
         "similarity_before": 8.0,

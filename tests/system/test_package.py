@@ -194,7 +194,7 @@ LEVELS = [  # a folder, or a file at the top of the package, may import itself a
     {"functional"},
     {"report"},
     {"backends", "layers", "models"},
-    {"parallel", "checkpoint"},
+    {"parallel", "checkpoint", "schemes"},
     {"optim", "metrics", "regularizer"},
     {"initialize", "plotting", "devices"},
     {"cli"},
@@ -259,7 +259,8 @@ def test_imports_do_not_go_in_circles():
         pytest.param("tqdm", {"initialize", "cli"}, id="tqdm"),
         pytest.param(
             "torch.nn",
-            {"layers", "parallel", "metrics", "models", "checkpoint", "optim", "regularizer", "initialize", "plotting"},
+            {"layers", "parallel", "metrics", "models", "checkpoint", "schemes", "optim", "regularizer", "initialize"}
+            | {"plotting"},
             id="modules-of-torch",
         ),
         pytest.param("matplotlib", {"plotting"}, id="matplotlib"),
