@@ -30,6 +30,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .commands.inspect import inspect
     from .commands.list import list_models
     from .commands.verify import verify
+    from .terminal import Context, colour, write_options
 
 PROGRAM = "convsim-init"
 
@@ -44,7 +45,8 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the default command's options and the other commands."""
-        init.format_options(click.Context(init, parent=ctx), formatter)
+        version = next(one for one in self.params if one.name == "version")
+        write_options(Context(init, info_name=init.name, parent=ctx), formatter, [version])
         others = [(name, command.get_short_help_str(80)) for name, command in self.commands.items() if command != init]
         with formatter.section("Commands"):
             formatter.write_dl(others)
@@ -64,13 +66,14 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
     help=init.help,
     epilog=init.epilog,
 )
-@click.version_option(__version__, prog_name=PROGRAM)
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, help="Show the version and exit.")
 def cli() -> None:
     """Hold the subcommands."""
 
 
 def by_one_rank(command: click.Command) -> click.Command:
     """The command, done by the first of the processes that torchrun started and by no other."""
+    command.context_class = Context
     callback = command.callback
     assert callback is not None
 
@@ -82,6 +85,7 @@ def by_one_rank(command: click.Command) -> click.Command:
     return command
 
 
+cli.context_class = init.context_class = Context
 cli.add_command(init)
 for other in (inspect, compare, verify, list_models, env):
     cli.add_command(by_one_rank(other))
@@ -111,9 +115,10 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         if not arguments:  # what click does then depends on its version
             if launched().speaks:
-                click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
+                ctx = cli.make_context(PROGRAM, [], resilient_parsing=True)
+                click.echo(cli.get_help(ctx), err=True, color=colour())
             return WRONG_USAGE
-        status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False, color=colour())
         return status if isinstance(status, int) else DONE
     except click.Abort:
         raise

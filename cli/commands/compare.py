@@ -11,6 +11,7 @@ from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_fi
 
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
+from ..terminal import show_table
 
 EPILOG = """\b
 Examples:
@@ -63,4 +64,7 @@ def compare(
             compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(picture)
         )
         save_figure(figure, picture, overwrite=force)
-    click.echo(json.dumps(compared.to_dict(), indent=2) if as_json else str(compared))
+    if as_json:
+        click.echo(json.dumps(compared.to_dict(), indent=2))
+    else:
+        show_table(compared.table)

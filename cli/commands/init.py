@@ -29,6 +29,7 @@ from ..options import ModelOptions, Whole, check_found, check_sources, is_file, 
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
+from ..terminal import show_table
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -117,7 +118,12 @@ class MainCommand(click.Command):
 )
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written floats. Default: float32.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    metavar="NAME",
+    help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
+)
 @click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
 @click.option(
     "--plot",
@@ -190,7 +196,7 @@ def init(
         device=device,
         convs_only=convs_only,
         prefix=prefix or "",
-        dtype=dtype or "float32",
+        dtype=dtype or DTYPES[0],
         plot_layer=plot_layer,
         force=force,
         dry_run=dry_run,
@@ -208,7 +214,7 @@ def init(
         if as_json:
             click.echo(json.dumps(result.report.to_dict(), indent=2))
         elif not quiet:
-            click.echo(str(result.report))
+            show_table(result.report.table)
         if result.error is not None:
             raise RunError(result.error)
 

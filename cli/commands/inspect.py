@@ -12,6 +12,7 @@ from convsim_init.report.table import COLUMNS, as_csv
 
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
+from ..terminal import show_table
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
@@ -94,4 +95,4 @@ def inspect(
     elif comma_separated:
         click.echo(as_csv(report.to_records()), nl=False)
     else:
-        click.echo(str(report))
+        show_table(report.table)

@@ -300,8 +300,9 @@ def test_env_shows_what_is_not_installed(command, monkeypatch):
     assert json.loads(command("env", "--json")[1])["no-such-package"] == "not installed"
 
 
-def test_version(command):
-    assert command("--version") == (0, f"convsim-init, version {convsim_init.__version__}\n", "")
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(option, command):
+    assert command(option) == (0, f"convsim-init, version {convsim_init.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["resnet18", "--help"], ["init", "-h"]], ids=" ".join)
@@ -316,6 +317,16 @@ def test_the_help_shows_every_option_and_command(arguments, command):
         assert re.search(rf"^  {name} ", out, re.M)
     assert "Examples:\n    convsim-init resnet18 --out init.safetensors\n" in out
     assert "..." not in out.removeprefix(usage)  # no line is cut short
+    titles = re.findall(r"^(\w+):$", out, re.M)
+    assert titles == ["Source", "Method", "Output", "Display", "Commands"]
+    assert re.search(r"^  -V, --version  Show the version and exit.$", out, re.M)
+
+
+@pytest.mark.parametrize("columns", range(52, 110, 3))
+def test_no_line_of_the_help_is_broken_within_a_word(columns, command, monkeypatch):
+    words = {word for name in ("--help", "verify", "inspect") for word in command(name, "--help")[1].split()}
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert {word for name in ("--help", "verify", "inspect") for word in command(name, "--help")[1].split()} == words
 
 
 @pytest.mark.parametrize("name", ["list", "env"])
@@ -911,11 +922,37 @@ def test_quiet_shows_no_progress_on_a_terminal():
     assert (terminal.read(), finish(process)[:2]) == ("", (0, ""))
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["cifar_resnet18", "--dry-run"]], ids=" ".join)
-def test_a_terminal_gets_no_colours(arguments):
-    terminal, process = start_on_a_terminal(*arguments, stream="stdout")
-    assert "\x1b" not in terminal.read()
-    assert finish(process)[0] == 0
+@pytest.mark.parametrize(
+    ("arguments", "bold"),
+    [(["--help"], "Usage: "), (["gone.py:make"], "Error:")],
+    ids=["help", "error"],
+)
+def test_a_terminal_gets_colours_as_the_environment_says(arguments, bold):
+    stream = "stderr" if bold == "Error:" else "stdout"
+
+    def shown(**variables: str) -> str:
+        rest = {key: value for key, value in os.environ.items() if not key.endswith("_COLOR")}
+        terminal, process = start_on_a_terminal(*arguments, stream=stream, env=rest | variables)
+        finish(process)
+        return terminal.read()
+
+    assert re.search(rf"\x1b\[[0-9;]*1m{bold}", shown())
+    assert "\x1b" not in shown(NO_COLOR="1")
+    assert "\x1b" not in "".join(run_process(*arguments)[1:])
+    _, out, err = run_process(*arguments, env=os.environ | {"FORCE_COLOR": "1"})
+    assert "\x1b" in (err if stream == "stderr" else out)
+
+
+def test_a_table_fits_its_terminal_and_a_file_gets_all_of_it():
+    environment = os.environ | {"COLUMNS": "72"}
+    terminal, process = start_on_a_terminal(*QUICK, stream="stdout", env=environment)
+    finish(process)
+    header, *lines = terminal.read().replace("\r", "").splitlines()
+    assert header == "\x1b[1mlayer                  similarity before -> after\x1b[0m"
+    assert max(map(len, lines[:20])) <= 72
+    assert lines[-1] == "left out to fit 72 columns: norm ratio, shape"
+    whole = run_process(*QUICK, env=environment)[1].splitlines()
+    assert (whole[0].split()[-2:], max(map(len, whole[:20])) > 72) == (["norm", "ratio"], True)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
