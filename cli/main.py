@@ -18,6 +18,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from pathlib import Path
 
     import click
+    from click.shell_completion import CompletionItem
     from click_default_group import DefaultGroup
 
     from convsim_init.errors import InputError, RunError
@@ -25,6 +26,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from convsim_init.version import __version__
 
     from .commands.compare import compare
+    from .commands.completion import completion
     from .commands.env import env
     from .commands.init import init
     from .commands.inspect import inspect
@@ -33,6 +35,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .terminal import Context, colour, write_options
 
 PROGRAM = "convsim-init"
+COMPLETE = "_CONVSIM_INIT_COMPLETE"  # a shell's completion sets it
 
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
@@ -50,6 +53,12 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
         others = [(name, command.get_short_help_str(80)) for name, command in self.commands.items() if command != init]
         with formatter.section("Commands"):
             formatter.write_dl(others)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What the first word may be: a model or a file, a command, an option."""
+        default = Context(init, info_name=init.name, parent=ctx)
+        models = [] if incomplete.startswith("-") else init.params[0].shell_complete(default, incomplete)
+        return [*models, *super().shell_complete(ctx, incomplete), *init.shell_complete(default, incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand."""
@@ -87,7 +96,7 @@ def by_one_rank(command: click.Command) -> click.Command:
 
 cli.context_class = init.context_class = Context
 cli.add_command(init)
-for other in (inspect, compare, verify, list_models, env):
+for other in (inspect, compare, verify, list_models, env, completion):
     cli.add_command(by_one_rank(other))
 
 
@@ -113,7 +122,7 @@ def showing_once() -> Iterator[None]:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        if not arguments:  # what click does then depends on its version
+        if not arguments and COMPLETE not in os.environ:  # what click does then depends on its version
             if launched().speaks:
                 ctx = cli.make_context(PROGRAM, [], resilient_parsing=True)
                 click.echo(cli.get_help(ctx), err=True, color=colour())

@@ -18,6 +18,7 @@ from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.report.text import PATH, shown, some
 
+from .completion import complete_models
 from .signals import exit_on_signal
 
 if TYPE_CHECKING:
@@ -115,7 +116,10 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 like_option = click.option(
-    "--like", metavar="MODEL", help="Model that a FILE's weights belong to: tells which layers are grouped and so on."
+    "--like",
+    metavar="MODEL",
+    shell_complete=complete_models,
+    help="Model that a FILE's weights belong to: tells which layers are grouped and so on.",
 )
 
 

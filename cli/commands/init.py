@@ -25,6 +25,7 @@ from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
+from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
@@ -77,7 +78,7 @@ class MainCommand(click.Command):
 
 
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
-@click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
 @model_options
 @click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
@@ -108,8 +109,20 @@ class MainCommand(click.Command):
 )
 @click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
 @click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
+@click.option(
+    "--include",
+    multiple=True,
+    shell_complete=complete_layers,
+    metavar="GLOB",
+    help="Treat only layers whose name matches. Repeatable.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    shell_complete=complete_layers,
+    metavar="GLOB",
+    help="Leave layers alone whose name matches. Repeatable.",
+)
 @click.option(
     "--device",
     default="auto",
@@ -130,7 +143,12 @@ class MainCommand(click.Command):
     type=click.Path(path_type=Path),
     help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
 )
-@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps are drawn. Default: the most changed.")
+@click.option(
+    "--plot-layer",
+    metavar="NAME",
+    shell_complete=complete_layers,
+    help="Layer whose feature maps are drawn. Default: the most changed.",
+)
 @click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")

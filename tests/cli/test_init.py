@@ -793,6 +793,7 @@ finally:
         (["list"], 0),
         (["list", "--json"], 0),
         (["--version"], 0),
+        (["completion", "zsh"], 0),
         ([], 2),
         (["resnet18", "--steps", "0"], 2),
         (["resnet18", "--num-classes", "0"], 2),
