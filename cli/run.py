@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose for every run; the options of the same names say what each means."""
+    """What the user chose for every run; the options of the same names say what each means.
+
+    `origins` has a line for each place other than the command line that options were taken from.
+    """
 
     settings: Settings
     how: ModelOptions
@@ -37,6 +40,7 @@ class Choices:
     plot_layer: str | None
     force: bool
     dry_run: bool
+    origins: tuple[str, ...] = ()
 
 
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
@@ -82,7 +86,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
-    report.remarks += start.remarks + ([MPS] if choices.device == "mps" else [])
+    report.remarks += start.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)

@@ -12,7 +12,7 @@ import click
 from convsim_init.report.table import Table
 
 SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
-    "Source": ("num_classes", "in_chans", "model_args", "seed", "seeds", "like", "key"),
+    "Source": ("num_classes", "in_chans", "model_args", "seed", "seeds", "like", "key", "config"),
     "Method": ("base", "preset", "pairs", "channels", "norm", "steps", "include", "exclude", "device"),
     "Output": ("out", "convs_only", "prefix", "dtype", "record", "plot", "plot_layer", "force", "dry_run"),
 }

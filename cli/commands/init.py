@@ -26,6 +26,7 @@ from convsim_init.report.text import did_you_mean
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
 from ..completion import complete_layers, complete_models
+from ..config import config_option, is_by_hand, origins
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
@@ -77,6 +78,7 @@ class MainCommand(click.Command):
         return ctx.parent.get_help() if ctx.parent else super().get_help(ctx)
 
 
+@config_option
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
@@ -188,13 +190,16 @@ def init(
     _check_no_command(ctx, models)
     check_sources(models, how, like, drawn=base != "model")
     check_device_name(device)
-    if plot_layer is not None and plot is None:
+    if plot_layer is not None and plot is None and is_by_hand("plot_layer"):
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
     forced = force and record is None and plot is None
-    file_options = {"--convs-only": convs_only, "--prefix": prefix, "--dtype": dtype, "--force": forced}
-    useless = [option for option, value in file_options.items() if value]
+    useless = [f"--{name.replace('_', '-')}" for name in ("convs_only", "prefix", "dtype") if is_by_hand(name)]
+    useless += ["--force"] if forced and is_by_hand("force") else []
     if out is None and useless:
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
+    if is_by_hand("seed") != is_by_hand("seeds"):  # that one counts, whatever a file has for the other
+        how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
+        del ctx.params["seeds" if is_by_hand("seed") else "seed"]
     starts = _starts(models, how, seeds, drawn=base != "model")
     runs = plan_runs(starts, {"out": out, "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
@@ -218,6 +223,7 @@ def init(
         plot_layer=plot_layer,
         force=force,
         dry_run=dry_run,
+        origins=tuple(origins(ctx)),
     )
     if dry_run and not launch.leads:
         return
