@@ -15,8 +15,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from convsim_init.parallel.launch import launched
 from convsim_init.report.text import PATH, did_you_mean, quoted, shown
+
+from .terminal import tell
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,7 +76,7 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
         tools = _toml(PYPROJECT).get("tool")
         if isinstance(tools, Mapping) and TABLE in tools:
             places.append((PYPROJECT, tools[TABLE]))
-            _tell(f"options read from [tool.{TABLE}] in {PYPROJECT}")
+            tell(f"options read from [tool.{TABLE}] in {PYPROJECT}")
     if path is not None:
         places.append((path, _toml(path)))
     ctx.default_map, where = {}, ctx.meta.setdefault(WHERE, {})
@@ -89,7 +90,7 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
         if variable in options:
             _check(ctx, variable, options[variable], options[variable].value_from_envvar(ctx))
         elif variable.startswith(PREFIX) and (hint := did_you_mean(variable.removeprefix(PREFIX), known)):
-            _tell(f"{variable} is not read{hint}")
+            tell(f"{variable} is not read{hint}")
 
 
 def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
@@ -138,8 +139,3 @@ def _options(command: click.Command) -> dict[str, click.Option]:
 
 def _variable(option: click.Option) -> str:
     return PREFIX + max(option.opts, key=len).removeprefix("--").replace("-", "_").upper()
-
-
-def _tell(line: str) -> None:
-    if launched().leads:
-        click.echo(line, err=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
+from convsim_init.files import STDOUT
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report.record import save_record
 from convsim_init.settings import Base, Settings
@@ -112,10 +114,13 @@ def write(result: Result, choices: Choices) -> Result:
     """
     run, report = result.run, result.report
     if report is not None and run.out is not None and result.checkpoint is not None:
-        from convsim_init.checkpoint.save import write_checkpoint
+        from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
 
-        write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
-        report.file, report.file_bytes = str(run.out), run.out.stat().st_size
+        if run.out == STDOUT:
+            report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
+        else:
+            write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+            report.file, report.file_bytes = str(run.out), run.out.stat().st_size
     if report is not None and result.before is not None and result.after is not None:
         if run.record is not None:
             save_record(report, run.record, overwrite=choices.force)
@@ -124,3 +129,11 @@ def write(result: Result, choices: Choices) -> Result:
             figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
             save_figure(figure, run.plot, overwrite=choices.force)
     return replace(result, checkpoint=None, before=None, after=None)
+
+
+def _write_stdout(data: bytes) -> int:
+    left, stream = memoryview(data), sys.stdout.buffer
+    while left:  # with PYTHONUNBUFFERED the stream writes what it can and says how much
+        left = left[stream.write(left) :]
+    stream.flush()
+    return len(data)

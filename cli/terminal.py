@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import click
 
+from convsim_init.parallel.launch import launched
 from convsim_init.report.table import Table
 
 SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
@@ -25,6 +26,12 @@ def colour() -> bool | None:
     if os.environ.get("NO_COLOR"):
         return False
     return True if os.environ.get("FORCE_COLOR") else None
+
+
+def tell(*lines: str) -> None:
+    """Print lines on stderr, in the first process alone of those that torchrun started."""
+    if launched().leads:
+        click.echo("\n".join(lines), err=True)
 
 
 def show_table(table: Table, *, err: bool = False) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convsim_init.cli.plan import Run, parse_seeds, plan_runs
-from convsim_init.devices import check_device_name, find_device
+from convsim_init.cli.results import notes
+from convsim_init.devices import check_device_name, describe_environment, find_device
 from convsim_init.errors import RunError
-from convsim_init.files import SUFFIXES, check_target
+from convsim_init.files import STDOUT, SUFFIXES, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
@@ -31,14 +32,24 @@ from ..options import ModelOptions, Whole, check_found, check_sources, is_file, 
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
-from ..terminal import show_table
+from ..terminal import show_table, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def _check_out(path: Path, *, overwrite: bool) -> Path:
+    if path != STDOUT:
+        return check_target(path, overwrite=overwrite)
+    if sys.stdout is None or sys.stdout.isatty():
+        raise click.UsageError("--out -: expected stdout to go to a file or a program, got a terminal: add '> FILE'")
+    return path
+
+
 TARGETS: dict[str, Callable[..., Path]] = {
-    "out": check_target,
+    "out": _check_out,
     "record": partial(check_target, suffixes=RECORD_SUFFIXES),
     "plot": check_plot,
 }
@@ -81,7 +92,9 @@ class MainCommand(click.Command):
 @config_option
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}, or - for stdout."
+)
 @model_options
 @click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
 @like_option
@@ -155,6 +168,7 @@ class MainCommand(click.Command):
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def init(
@@ -181,6 +195,7 @@ def init(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     debug: bool,
     **choices: Any,
 ) -> None:
@@ -203,6 +218,8 @@ def init(
     starts = _starts(models, how, seeds, drawn=base != "model")
     runs = plan_runs(starts, {"out": out, "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
+    if out == STDOUT and (as_json or not alone):
+        raise click.UsageError("--out -: expected one run and no --json, which goes to stdout too: name a file")
     launch = launched()
     for run in runs if launch.beside_first else ():
         for kind, path in run.files.items():
@@ -228,17 +245,25 @@ def init(
     if dry_run and not launch.leads:
         return
     progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
+    if verbose:
+        with exit_on_signal():
+            environment = describe_environment()
+        tell(*options.origins, ", ".join(f"{name} {environment[name]}" for name in ("torch", "step", "threads")))
+    if quiet and not (as_json or dry_run or runs[0].files):
+        tell("nothing is kept: --out, --report and --plot name files")
     with _meeting(launch, device, wanted=not dry_run) as ranks:
         if not alone:
-            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
+            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, debug=debug)
             return
         run = runs[0] if launch.leads else Run(runs[0].model, runs[0].seed)
         result = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
         assert result.report is not None
+        if verbose:
+            tell(*notes(result.report))
         if as_json:
             click.echo(json.dumps(result.report.to_dict(), indent=2))
         elif not quiet:
-            show_table(result.report.table)
+            show_table(result.report.table, err=out == STDOUT)
         if result.error is not None:
             raise RunError(result.error)
 

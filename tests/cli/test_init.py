@@ -139,14 +139,72 @@ def test_the_metadata_tells_what_the_json_tells(command, tmp_path):
         assert about[name] == data[name]
 
 
+LOST = "nothing is kept: --out, --report and --plot name files\n"
+
+
 @pytest.mark.parametrize(
-    ("options", "shown"),
-    [([], True), (["--json"], True), (["--quiet"], False), (["-q"], False), (["--quiet", "--json"], True)],
+    ("options", "shown", "told"),
+    [
+        ([], True, ""),
+        (["--json"], True, ""),
+        (["--quiet"], False, LOST),
+        (["-q", "--seeds", "0:2"], False, LOST),
+        (["-q", "--out", "init.pt"], False, ""),
+        (["-q", "--dry-run"], False, ""),
+        (["--quiet", "--json"], True, ""),
+    ],
     ids=lambda value: " ".join(value) or "neither" if isinstance(value, list) else "",
 )
-def test_quiet_prints_nothing_but_the_json_asked_for(options, shown, command):
+def test_quiet_prints_nothing_but_the_json_asked_for_and_that_nothing_is_kept(options, shown, told, command):
     status, out, err = command(*QUICK, *options)
-    assert (status, bool(out), err) == (0, shown, "")
+    assert (status, bool(out), err) == (0, shown, told)
+
+
+@pytest.mark.parametrize("seeds", [[], ["--seeds", "0:2"]], ids=["one run", "two"])
+def test_verbose_tells_on_stderr_what_computes_and_what_became_of_each_layer(seeds, command):
+    quiet = command(*QUICK, *seeds)[1].splitlines()
+    status, out, err = command(*QUICK, *seeds, "-v")
+    assert (status, len(out.splitlines())) == (0, len(quiet))
+    environment, model, first, second, *_ = err.splitlines()
+    assert re.fullmatch(r"torch \S+, step (compiled|in torch's operations), threads \d+ of \d+ cores", environment)
+    assert model == "cifar_resnet18: drawn with seed 0"
+    assert re.fullmatch(r"conv1: initialized: 2 steps, \d\.\d\d s", first)
+    assert second == "layer1.0.conv1: skipped: not included"
+    assert len(err.splitlines()) == 1 + 21 * (2 if seeds else 1)
+
+
+@pytest.mark.parametrize("buffering", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_file_goes_to_stdout_and_the_table_to_stderr(buffering, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | buffering
+    line = f"'{SCRIPT}' {' '.join(QUICK)} --out - | (sleep 0.1; cat) > piped.safetensors"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, names(tmp_path)) == (0, "", ["piped.safetensors"])
+    assert done.stderr.startswith("layer ")
+    assert done.stderr.endswith(", stdout (44.7 MB)\n")
+    assert run_process(*QUICK, "--out", "named.safetensors", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "piped.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
+    with Path("/dev/full").open("w") as full:
+        status, _, err = finish(start(*QUICK, "--out", "-", stdout=full, stderr=subprocess.PIPE, env=environment))
+    assert (status, err) == (1, "Error: OSError: [Errno 28] No space left on device (--debug shows where)\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json"], "--out -: expected one run and no --json, which goes to stdout too: name a file"),
+        (["--seeds", "0:1"], "--out -: expected one run and no --json, which goes to stdout too: name a file"),
+        (["--seeds", "0:2"], "expected a file of its own for each run, got '-'"),
+    ],
+    ids=["json", "sweep of one", "sweep"],
+)
+def test_stdout_takes_one_file_alone(options, message, command):
+    status, out, err = command(*QUICK, "--out", "-", *options)
+    assert (status, out, err.startswith(f"Error: {message}")) == (2, "", True)
+
+
+def test_a_terminal_gets_no_file():
+    terminal, process = start_on_a_terminal(*QUICK, "--out", "-", stream="stdout")
+    assert (terminal.read(), finish(process)[0]) == ("", 2)
 
 
 def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(command, tmp_path):
@@ -910,7 +968,7 @@ def test_a_terminal_shows_progress_and_only_on_stderr(tmp_path):
     terminal, process = start_on_a_terminal(*QUICK)
     shown = terminal.read()
     assert "layers:   0%" in shown
-    assert "0/20" in shown
+    assert "| 00:00, ? left" in shown
     assert re.search(r"\r +\r$", shown)  # the bar is wiped off
     status, out, _ = finish(process)
     assert status == 0
@@ -920,7 +978,7 @@ def test_a_terminal_shows_progress_and_only_on_stderr(tmp_path):
 
 def test_quiet_shows_no_progress_on_a_terminal():
     terminal, process = start_on_a_terminal(*QUICK, "--quiet")
-    assert (terminal.read(), finish(process)[:2]) == ("", (0, ""))
+    assert (terminal.read(), finish(process)[:2]) == (LOST.replace("\n", "\r\n"), (0, ""))
 
 
 @pytest.mark.parametrize(
