@@ -11,6 +11,7 @@ from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.files import STDOUT
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
+from convsim_init.report import html
 from convsim_init.report.record import save_record
 from convsim_init.settings import Base, Settings
 
@@ -122,7 +123,13 @@ def write(result: Result, choices: Choices) -> Result:
             write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
             report.file, report.file_bytes = str(run.out), run.out.stat().st_size
     if report is not None and result.before is not None and result.after is not None:
-        if run.record is not None:
+        if run.record is not None and run.record.suffix in html.SUFFIXES:
+            from convsim_init.plotting.images import layer_images
+
+            changed = [layer.name for layer in report.layers if layer.after]
+            pictures = layer_images(result.before, result.after, changed)
+            html.save_page(report, run.record, pictures, overwrite=choices.force)
+        elif run.record is not None:
             save_record(report, run.record, overwrite=choices.force)
         if run.plot is not None:
             dark = is_dark(run.plot)

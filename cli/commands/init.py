@@ -22,6 +22,7 @@ from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
 from convsim_init.plotting.figure import check_plot
+from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
 from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
@@ -48,9 +49,10 @@ def _check_out(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
+REPORTS = (*RECORD_SUFFIXES, *PAGE_SUFFIXES)
 TARGETS: dict[str, Callable[..., Path]] = {
     "out": _check_out,
-    "record": partial(check_target, suffixes=RECORD_SUFFIXES),
+    "record": partial(check_target, suffixes=REPORTS),
     "plot": check_plot,
 }
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -152,7 +154,12 @@ class MainCommand(click.Command):
     metavar="NAME",
     help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
 )
-@click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
+@click.option(
+    "--report",
+    "record",
+    type=click.Path(path_type=Path),
+    help="Write the run's full record, .json, or a page of it, .html.",
+)
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),

@@ -297,6 +297,20 @@ def test_convs_only_prefix_and_dtype_shape_the_file(command, tmp_path):
     assert {key: value.dtype for key, value in written.items()} == {"model.conv1.weight": torch.bfloat16}
 
 
+def test_a_report_is_a_page_with_pictures_and_needs_no_matplotlib(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = command(*QUICK, "--report", "run.html")
+    assert (status, err, names(tmp_path)) == (0, "", ["run.html"])
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert text.count("<img") == 4
+    assert text.count("<tbody>") == 20
+    assert command(*QUICK, "--report", "run.html")[0] == 2
+    pages = [*QUICK, "--seeds", "0:2", "--report", "{model}-{seed}.html"]
+    assert command(*pages)[0] == 0
+    assert names(tmp_path) == ["cifar_resnet18-0.html", "cifar_resnet18-1.html", "run.html"]
+    assert "2 runs: 2 kept" in command(*pages)[1]
+
+
 ORDERS = [
     ["--seed", "3", "--dry-run", "--json", "cifar_resnet18"],
     ["cifar_resnet18", "--seed", "3", "--dry-run", "--json"],
