@@ -18,6 +18,8 @@ from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.report.text import PATH, shown, some
 
+from .completion import complete_models
+from .config import is_by_hand
 from .signals import exit_on_signal
 
 if TYPE_CHECKING:
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 
 
 INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
+
+OPTIONS = {  # that say how a model is built, and the names of their parameters
+    "--num-classes": "num_classes",
+    "--in-chans": "in_chans",
+    "--seed": "seed",
+    "--model-arg": "model_args",
+}
 
 
 class Whole(click.IntRange):
@@ -44,14 +53,8 @@ class ModelOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options that the user gave."""
-        options = {
-            "--num-classes": self.num_classes is not None,
-            "--in-chans": self.in_chans is not None,
-            "--seed": self.seed is not None,
-            "--model-arg": bool(self.arguments),
-        }
-        return [option for option, is_given in options.items() if is_given]
+        """The options that the user gave on the command line."""
+        return [option for option, name in OPTIONS.items() if is_by_hand(name)]
 
     def check(self, spec: str) -> None:
         """Refuse, without torch, what is no model that can be built like this."""
@@ -115,7 +118,10 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 like_option = click.option(
-    "--like", metavar="MODEL", help="Model that a FILE's weights belong to: tells which layers are grouped and so on."
+    "--like",
+    metavar="MODEL",
+    shell_complete=complete_models,
+    help="Model that a FILE's weights belong to: tells which layers are grouped and so on.",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
+from convsim_init.files import STDOUT
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
+from convsim_init.report import html
 from convsim_init.report.record import save_record
 from convsim_init.settings import Base, Settings
 
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose for every run; the options of the same names say what each means."""
+    """What the user chose for every run; the options of the same names say what each means.
+
+    `origins` has a line for each place other than the command line that options were taken from.
+    """
 
     settings: Settings
     how: ModelOptions
@@ -39,6 +45,7 @@ class Choices:
     plot_layer: str | None
     force: bool
     dry_run: bool
+    origins: tuple[str, ...] = ()
 
 
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
@@ -93,7 +100,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
-    report.remarks += start.remarks + ([MPS] if choices.device == "mps" else [])
+    report.remarks += start.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
@@ -119,15 +126,32 @@ def write(result: Result, choices: Choices) -> Result:
     """
     run, report = result.run, result.report
     if report is not None and run.out is not None and result.checkpoint is not None:
-        from convsim_init.checkpoint.save import write_checkpoint
+        from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
 
-        write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
-        report.file, report.file_bytes = str(run.out), run.out.stat().st_size
+        if run.out == STDOUT:
+            report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
+        else:
+            write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+            report.file, report.file_bytes = str(run.out), run.out.stat().st_size
     if report is not None and result.before is not None and result.after is not None:
-        if run.record is not None:
+        if run.record is not None and run.record.suffix in html.SUFFIXES:
+            from convsim_init.plotting.images import layer_images
+
+            changed = [layer.name for layer in report.layers if layer.after]
+            pictures = layer_images(result.before, result.after, changed)
+            html.save_page(report, run.record, pictures, overwrite=choices.force)
+        elif run.record is not None:
             save_record(report, run.record, overwrite=choices.force)
         if run.plot is not None:
             dark = is_dark(run.plot)
             figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
             save_figure(figure, run.plot, overwrite=choices.force)
     return replace(result, checkpoint=None, before=None, after=None)
+
+
+def _write_stdout(data: bytes) -> int:
+    left, stream = memoryview(data), sys.stdout.buffer
+    while left:  # with PYTHONUNBUFFERED the stream writes what it can and says how much
+        left = left[stream.write(left) :]
+    stream.flush()
+    return len(data)

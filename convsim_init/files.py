@@ -37,6 +37,7 @@ FOLDER_FILES = (  # of Hugging Face; an index names several files
     *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+STDOUT = Path("-")  # as a name to write to, by convention
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"

@@ -29,11 +29,13 @@ from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.optim.descent import Stop, descend
-from convsim_init.parallel.partition import own_layers, share
+from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
 
 
 @torch.no_grad()
@@ -139,15 +141,16 @@ def initialize_(
     own = own_layers(layers, ranks)
     twins = frozen_twins(layers)
     decided, unknown = decide_channels(model, layers, settings)
+    costs = {layer.name: cost(layer) for layer in own}
     reports: dict[str, LayerReport] = {}
     with (
-        tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
+        tqdm(total=sum(costs.values()), desc="layers", bar_format=BAR, disable=not progress, leave=False) as bar,
         Team.for_devices(*(computing_device(torch.device(device or layer.device)) for layer in layers)) as team,
     ):
         treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report
-            bar.update()
+            bar.update(costs[report.name])
     shared = share(layers, reports, ranks, device=device)
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
     seconds = time.perf_counter() - started

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -127,6 +128,14 @@ def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwr
     return target
 
 
+def checkpoint_bytes(contents: Contents) -> bytes:
+    """What `write_checkpoint` writes into a ``.safetensors`` file."""
+    _check_keys(contents.tensors)
+    file = io.BytesIO(safetensors.torch.save(contents.tensors, contents.metadata))
+    _sort_metadata(file)
+    return file.getvalue()
+
+
 def _metadata(report: Report | None) -> dict[str, str]:
     about: dict[str, object] = {"format_version": 1, "version": __version__}
     if report is not None:
@@ -151,26 +160,30 @@ def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _check_keys(tensors: dict[str, Tensor]) -> None:
     if METADATA_KEY in tensors:
         raise InputError(
             f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
         )
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    _check_keys(tensors)
     try:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
-    _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Rewrite a safetensors header in place with its metadata in a fixed order, which the library leaves to chance."""
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > length:
-            raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
-        file.seek(8)
-        file.write(text.ljust(length))
+        _sort_metadata(file)
+
+
+def _sort_metadata(file: BinaryIO) -> None:
+    """Rewrite a safetensors header in place with its metadata in a fixed order, which the library leaves to chance."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > length:
+        raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
+    file.seek(8)
+    file.write(text.ljust(length))
