@@ -31,6 +31,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .commands.init import init
     from .commands.inspect import inspect
     from .commands.list import list_models
+    from .commands.run import run
     from .commands.verify import verify
     from .terminal import Context, colour, write_options
 
@@ -96,6 +97,7 @@ def by_one_rank(command: click.Command) -> click.Command:
 
 cli.context_class = init.context_class = Context
 cli.add_command(init)
+cli.add_command(run)
 for other in (inspect, compare, verify, list_models, env, completion):
     cli.add_command(by_one_rank(other))
 

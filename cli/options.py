@@ -15,7 +15,9 @@ from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source
 from convsim_init.models.build import build_model, check_model, find_model
+from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
+from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.text import PATH, shown, some
 
 from .completion import complete_models
@@ -66,6 +68,10 @@ class ModelOptions:
             spec, num_classes=self.num_classes, in_chans=self.in_chans, seed=self.seed or 0, **self.arguments
         )
 
+    def classifier_keys(self, model: torch.nn.Module, spec: str) -> list[str]:
+        """Keys of the classifier of a model that was built from that spec."""
+        return classifier_keys(model, spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -76,12 +82,19 @@ class Loaded:
         name: The spec, with the library that a bare name was found in.
         seed: Seed of the drawn weights; None for a file.
         remarks: Remarks on how it was found.
+        built: Spec that a model was built of; None if there is none.
     """
 
     content: torch.nn.Module | Mapping[str, torch.Tensor]
     name: str
     seed: int | None = None
     remarks: list[str] = field(default_factory=list)
+    built: str | None = None
+
+    @property
+    def in_library(self) -> bool:
+        """Whether it was built by a library or is built in, and not by code of the user's own."""
+        return self.built is not None and parse(self.built).source not in (Source.MODULE, Source.FILE)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,7 +189,7 @@ def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None 
         return _load_file(spec, key) if like is None else _load_like(spec, like, how, key)
     found = resolve(spec)
     name, remarks = found.spec.text, [found.remark] if found.remark else []
-    return Loaded(how.build(name), name, how.seed or 0, remarks)
+    return Loaded(how.build(name), name, how.seed or 0, remarks, built=name)
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:
@@ -186,7 +199,7 @@ def _check_source(spec: str, how: ModelOptions) -> None:
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
         )
-    elif ":" not in spec and Path(spec).is_dir() and os.sep in spec:
+    elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():
         raise InputError(
             f"expected a folder with a file of weights such as model.safetensors, got {spec!r}, which has none: name "
             f"the file"
@@ -222,4 +235,4 @@ def _load_like(path: str, like: str, how: ModelOptions, key: str | None) -> Load
     model = how.build(found.spec.text)
     report = load_checkpoint(model, path, strict=True, key=key)
     remarks = [found.remark] if found.remark else []
-    return Loaded(model, path, None, [*remarks, *str(report).splitlines()])
+    return Loaded(model, path, None, [*remarks, *str(report).splitlines()], built=found.spec.text)

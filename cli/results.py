@@ -37,6 +37,7 @@ class Result:
         report: Report of its layers, if it came that far.
         error: Why it failed.
         checkpoint: Checkpoint that is to be written.
+        config: Config to write beside it in a folder.
         before: Convolutions before, if they are to be recorded or drawn.
         after: Convolutions after.
     """
@@ -46,6 +47,7 @@ class Result:
     report: Report | None = None
     error: str | None = None
     checkpoint: Contents | None = None
+    config: str | None = None
     before: Snapshot | None = None
     after: Snapshot | None = None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from convsim_init.cli.plan import Run
@@ -14,9 +16,10 @@ from convsim_init.files import STDOUT
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
 from convsim_init.report.record import save_record
+from convsim_init.report.text import shown, some
 from convsim_init.settings import Base, Settings
 
-from .options import ModelOptions, load
+from .options import Loaded, ModelOptions, load
 from .signals import exit_on_signal
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ class Choices:
     exclude: tuple[str, ...]
     device: str
     convs_only: bool
+    folder: bool
+    head: str
+    without: tuple[str, ...]
     prefix: str
     dtype: str
     plot_layer: str | None
@@ -67,6 +73,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.initialize import initialize_, plan
         from convsim_init.metrics.snapshot import take_snapshot
+        from convsim_init.models.hub import describe
         from convsim_init.schemes.calibrate import calibrate_
         from convsim_init.schemes.draw import draw_base_
 
@@ -76,8 +83,14 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like, choices.key)
     network = start.content
-    settings, layers = choices.settings, {"include": choices.include, "exclude": choices.exclude}
-    before = after = checkpoint = None
+    head = _classifier(start, choices)
+    exclude = (*choices.exclude, *map(glob.escape, head.layers))
+    settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
+    before = after = checkpoint = config = None
+    if choices.folder:
+        if not isinstance(network, torch.nn.Module):
+            raise InputError(f"expected a model for a folder, got the weights {run.model!r}: --like names their model")
+        config = describe(network)
     if choices.dry_run:
         report = plan(network, settings=settings, **layers)
     else:
@@ -91,16 +104,14 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         if choices.calibrate is not None:
             if not isinstance(network, torch.nn.Module):
                 raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
-            factors = calibrate_(
-                network, input_shape=choices.calibrate, include=choices.include, exclude=choices.exclude
-            )
+            factors = calibrate_(network, input_shape=choices.calibrate, **layers)
             report = report.with_factors(factors)
             report.calibrated = list(choices.calibrate)
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
-    report.remarks += start.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
+    report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
@@ -112,9 +123,51 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report=report,
             prefix=choices.prefix,
             convs_only=choices.convs_only,
+            exclude=[*choices.without, *map(glob.escape, head.keys)],
             dtype=getattr(torch, choices.dtype),
         )
-    return Result(run, Status.DONE, report, checkpoint=checkpoint, before=before, after=after)
+    return Result(run, Status.DONE, report, checkpoint=checkpoint, config=config, before=before, after=after)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What there is to say and to do about a model's classifier.
+
+    Attributes:
+        layers: Convolutions of it, which are left alone.
+        keys: Entries of it, which are left out of the file.
+        remarks: Sentences on both.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def _classifier(start: Loaded, choices: Choices) -> Classifier:
+    from torch import nn
+
+    drop = choices.head == "drop"
+    convolutions = {
+        name
+        for name, module in (start.content.named_modules() if isinstance(start.content, nn.Module) else ())
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
+    }
+    if not drop and not (start.in_library and convolutions):
+        return Classifier()
+    try:
+        if start.built is None or not isinstance(start.content, nn.Module):
+            raise InputError("a file alone does not say which entries are its classifier")
+        keys = choices.how.classifier_keys(start.content, start.built)
+    except InputError as error:
+        if drop:
+            raise InputError(f"--head drop: {error}: name the entries, as --without 'fc.*' does") from error
+        return Classifier()
+    layers = sorted({key.rpartition(".")[0] for key in keys} & convolutions)
+    remarks = [f"left alone, as linear classifiers are: {some(map(shown, layers))}"] if layers else []
+    if drop:
+        remarks.append(f"left out of the file, for they depend on the number of classes: {some(map(shown, keys))}")
+    return Classifier(layers, keys if drop else [], remarks)
 
 
 def write(result: Result, choices: Choices) -> Result:
@@ -124,15 +177,25 @@ def write(result: Result, choices: Choices) -> Result:
         InputError: If a file cannot be written.
         RunError: If writing fails.
     """
-    run, report = result.run, result.report
+    run, report, figure = result.run, result.report, None
+    if report is not None and run.plot is not None and result.before is not None and result.after is not None:
+        dark = is_dark(run.plot)
+        figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
     if report is not None and run.out is not None and result.checkpoint is not None:
-        from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
+        if result.config is not None:
+            from convsim_init.checkpoint.folder import write_folder
 
-        if run.out == STDOUT:
-            report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
+            picture = (f"plot{run.plot.suffix}", partial(save_figure, figure)) if run.plot and figure else None
+            write_folder(result.checkpoint, run.out, config=result.config, report=report, picture=picture)
+            report.file, report.file_bytes = str(run.out), sum(path.stat().st_size for path in run.out.iterdir())
         else:
-            write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
-            report.file, report.file_bytes = str(run.out), run.out.stat().st_size
+            from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
+
+            if run.out == STDOUT:
+                report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
+            else:
+                write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+                report.file, report.file_bytes = str(run.out), run.out.stat().st_size
     if report is not None and result.before is not None and result.after is not None:
         if run.record is not None and run.record.suffix in html.SUFFIXES:
             from convsim_init.plotting.images import layer_images
@@ -142,11 +205,9 @@ def write(result: Result, choices: Choices) -> Result:
             html.save_page(report, run.record, pictures, overwrite=choices.force)
         elif run.record is not None:
             save_record(report, run.record, overwrite=choices.force)
-        if run.plot is not None:
-            dark = is_dark(run.plot)
-            figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
-            save_figure(figure, run.plot, overwrite=choices.force)
-    return replace(result, checkpoint=None, before=None, after=None)
+    if figure is not None and run.plot is not None:
+        save_figure(figure, run.plot, overwrite=choices.force)
+    return replace(result, checkpoint=None, config=None, before=None, after=None)
 
 
 def _write_stdout(data: bytes) -> int:

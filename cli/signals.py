@@ -103,6 +103,22 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def signals_of_python() -> Iterator[None]:
+    """Let signals do within a `grace_period` what they do in a script that Python runs."""
+    ours = [number for number in HANDLED if signal.getsignal(number) is _raise_once]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    descriptor = signal.set_wakeup_fd(-1) if ours else -1
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, _raise_once)
+        if ours:
+            signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+
+
+@contextmanager
 def _handled_by(handler: Handler, *, last: bool = False) -> Iterator[None]:
     """Handle signals like that where they are handled as Python does by default, or by us."""
     before = {number: signal.getsignal(number) for number in HANDLED}

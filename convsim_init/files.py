@@ -166,6 +166,54 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _warn(target, "its folder could not be synced", error)
 
 
+def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The path, if a new folder can be written there; one that is there is not replaced, even to overwrite.
+
+    Raises:
+        InputError: If the folder around it is missing or read-only, or something is there already.
+    """
+    target = Path(path)
+    around = _real(target).parent
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+        raise InputError(f"expected a folder that can be written to, got {str(around)!r}: choose another")
+    if os.path.lexists(target):
+        advice = "remove it first: a whole folder is not replaced" if overwrite else "choose another name"
+        raise ExistsError(f"{str(target)!r} exists already: {advice}")
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the target's place, synced, when the block ends well.
+
+    Args:
+        target: Path that `check_new_folder` has accepted.
+
+    Raises:
+        ExistsError: If something appeared there within the block.
+        RunError: If the block or the renaming fails with an operating system's error.
+    """
+    real = _real(target)
+    try:
+        with _scratch_file(real.parent) as temporary:
+            temporary.mkdir()
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                with _optional(target, "it could not be synced"):
+                    _sync(path, os.O_RDONLY)
+            if os.path.lexists(real):
+                raise FileExistsError
+            temporary.rename(real)
+    except FileExistsError as error:
+        raise ExistsError(f"{str(target)!r} exists already: choose another name") from error
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise ExistsError(f"{str(target)!r} exists already: choose another name") from error
+        raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
+    with contextlib.suppress(OSError):  # the folder is in its place
+        _sync(real.parent, os.O_RDONLY)
+
+
 def remove_scratch_folders() -> None:
     """Remove those of this process, because it ends without leaving their contexts."""
     for folder in list(_scratch_folders):

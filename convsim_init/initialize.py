@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from convsim_init.errors import InputError
@@ -22,17 +24,18 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
 )
-from convsim_init.layers.find import Layer, find_layers, pair_obstacle
+from convsim_init.layers.find import Layer, find_convolutions, find_layers, pair_obstacle, unselected, unwrap
 from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
+from convsim_init.models.construction import Construction, drawn_anew, is_drawn, settle
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
-from convsim_init.report.report import LayerReport, Outcome, Report
+from convsim_init.report.report import LayerReport, Outcome, Report, check_patterns
 from convsim_init.settings import Settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
@@ -134,9 +137,21 @@ def initialize_(
         >>> [(layer.name, layer.outcome.value, layer.reason) for layer in report.layers]
         [('0', 'initialized', None), ('3', 'skipped', 'excluded')]
     """
-    settings = settings or Settings()
+    return _initialize(
+        model, find_layers(model, include, exclude), settings or Settings(), device, progress=progress, group=group
+    )
+
+
+def _initialize(
+    model: nn.Module | Mapping[str, object],
+    layers: Sequence[Layer],
+    settings: Settings,
+    device: torch.device | str | None,
+    *,
+    progress: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Report:
     started = time.perf_counter()
-    layers = find_layers(model, include, exclude)
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
     twins = frozen_twins(layers)
@@ -156,6 +171,78 @@ def initialize_(
     seconds = time.perf_counter() - started
     remarks = [*model_remarks(model, layers), *unknown, *divergence_remarks(twins)]
     return Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
+
+
+@contextmanager
+def initializing(
+    *,
+    settings: Settings | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    on_report: Callable[[Report], None] | None = None,
+) -> Iterator[list[Report]]:
+    """Context in which every model that is built is initialized as by `initialize_`.
+
+    It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
+    is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
+    begin; what is drawn anew between that and the first forward pass is treated then. Treated are the convolutions that
+    were drawn in the context. Left alone are those built before it, on the meta device, or loaded by
+    ``load_state_dict`` as pretrained weights are: a checkpoint loaded at any time replaces what was drawn. Weights that
+    are loaded in another way, such as by ``weight.data.copy_``, cannot be told from drawn ones: load them afterwards,
+    or exclude them. Processes that are started in the context are not part of it.
+
+    If the context ends with an exception, nothing is treated then.
+
+    Args:
+        settings: Optimization settings. Default: `Settings()`.
+        include: Shell patterns of layer names; where any are given, others are left alone.
+        exclude: Shell patterns of layer names to leave alone. A model is a module that is part of no other one, and
+            its layers' names start there.
+        device: Device to compute on. Default: that of each weight.
+        on_report: Function to call with each report once it is there.
+
+    Yields:
+        The reports, one for each model, which are there once it is treated; ``model`` is the name of its class.
+
+    Raises:
+        InputError: If a pattern matches no layer of the models.
+
+    Examples:
+        >>> with ci.initializing(exclude=["0"]) as reports:
+        ...     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        ...     _ = model.apply(lambda part: nn.init.dirac_(part.weight) if isinstance(part, nn.Conv2d) else None)
+        >>> [(report.model, report.totals["initialized"]) for report in reports]
+        [('Sequential', 1)]
+    """
+    reports: list[Report] = []
+
+    def obstacle(drawn: Mapping[str, _ConvNd], name: str) -> str | None:
+        if name not in drawn:
+            return "loaded, or built elsewhere: only what is drawn here is treated"
+        return unselected(name, include, exclude) or (None if drawn_anew(drawn[name]) else "treated before")
+
+    def treat(models: Sequence[nn.Module], again: bool) -> None:
+        modules = [dict(find_convolutions(model)) for model in models]
+        if not reports:
+            names = [name for some in modules for name in some]
+            check_patterns("include", include if names else (), names)
+            check_patterns("exclude", exclude if names else (), names)
+        for model, named in zip(models, modules, strict=True):
+            drawn = {name: module for name, module in named.items() if is_drawn(module)}
+            layers = find_layers(model, obstacle=partial(obstacle, drawn))
+            if again and all(layer.obstacle for layer in layers):
+                continue
+            report = _initialize(model, layers, settings or Settings(), device)
+            report.model = type(unwrap(model)).__name__
+            for module in drawn.values():
+                settle(module)
+            reports.append(report)
+            if on_report is not None:
+                on_report(report)
+
+    with Construction(treat):
+        yield reports
 
 
 @torch.no_grad()

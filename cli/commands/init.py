@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from convsim_init.cli.plan import Run, parse_seeds, plan_runs
 from convsim_init.cli.results import notes
 from convsim_init.devices import check_device_name, describe_environment, find_device
 from convsim_init.errors import RunError
-from convsim_init.files import STDOUT, SUFFIXES, check_target
+from convsim_init.files import STDOUT, SUFFIXES, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
@@ -38,6 +39,7 @@ from ..terminal import show_table, tell
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
+HEADS = ("keep", "drop")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -60,8 +62,9 @@ DEFAULTS, PAPER = Settings(), Settings.paper()
 HELP = """
 Write a checkpoint of decorrelated weights, ready to train from.
 
-MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, or a function of your own that returns a model:
-package.module:function or path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
+MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, transformers:CLASS, a folder with a config.json,
+hf-hub:NAME of the local cache or a function of your own that returns a model: package.module:function or
+path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
 moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
 weights in a FILE (.safetensors, .pt, .pth). What is written is an ordinary full state dict. Without --out nothing is
 written: the table alone shows what would be gained.
@@ -105,7 +108,11 @@ class MainCommand(click.Command):
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help=f"File to write: {', '.join(SUFFIXES)}, or - for stdout."
+    "-o",
+    "--out",
+    type=click.Path(),
+    help=f"""File to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder that transformers
+    or timm loads, with a config and a card.""",
 )
 @model_options
 @click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
@@ -165,6 +172,14 @@ class MainCommand(click.Command):
     help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.",
 )
 @click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
+@click.option(
+    "--head",
+    type=click.Choice(HEADS),
+    default="keep",
+    help="""drop leaves the classifier out of the file, for another
+    number of classes. Default: keep.""",
+)
+@click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
 @click.option(
     "--dtype",
@@ -200,7 +215,7 @@ def init(
     ctx: click.Context,
     /,
     models: tuple[str, ...],
-    out: Path | None,
+    out: str | None,
     how: ModelOptions,
     seeds: str | None,
     like: str | None,
@@ -212,6 +227,8 @@ def init(
     exclude: tuple[str, ...],
     device: str,
     convs_only: bool,
+    head: str,
+    without: tuple[str, ...],
     prefix: str | None,
     dtype: str | None,
     record: Path | None,
@@ -234,7 +251,8 @@ def init(
     if plot_layer is not None and plot is None and is_by_hand("plot_layer"):
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
     forced = force and record is None and plot is None
-    useless = [f"--{name.replace('_', '-')}" for name in ("convs_only", "prefix", "dtype") if is_by_hand(name)]
+    of_entries = ("convs_only", "head", "without", "prefix", "dtype")
+    useless = [f"--{name.replace('_', '-')}" for name in of_entries if is_by_hand(name)]
     useless += ["--force"] if forced and is_by_hand("force") else []
     if out is None and useless:
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
@@ -242,14 +260,19 @@ def init(
         how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
         del ctx.params["seeds" if is_by_hand("seed") else "seed"]
     starts = _starts(models, how, seeds, drawn=base != "model")
-    runs = plan_runs(starts, {"out": out, "record": record, "plot": plot})
+    folder = out is not None and out.endswith(("/", os.sep))
+    runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
-    if out == STDOUT and (as_json or not alone):
+    to_stdout = out == str(STDOUT)
+    if to_stdout and (as_json or not alone):
         raise click.UsageError("--out -: expected one run and no --json, which goes to stdout too: name a file")
     launch = launched()
     for run in runs if launch.on_first_machine else ():
         for kind, path in run.files.items():
-            TARGETS[kind](path, overwrite=force or not alone)
+            if not folder or kind != "out":
+                TARGETS[kind](path, overwrite=force or not alone)
+            elif alone or force or not path.exists():  # what is there of several is kept
+                check_new_folder(path, overwrite=force)
 
     options = Choices(
         settings=settings,
@@ -262,6 +285,9 @@ def init(
         exclude=exclude,
         device=device,
         convs_only=convs_only,
+        folder=folder,
+        head=head,
+        without=without,
         prefix=prefix or "",
         dtype=dtype or DTYPES[0],
         plot_layer=plot_layer,
@@ -290,7 +316,7 @@ def init(
         if as_json:
             click.echo(json.dumps(result.report.to_dict(), indent=2))
         elif not quiet:
-            show_table(result.report.table, err=out == STDOUT)
+            show_table(result.report.table, err=to_stdout)
         if result.error is not None:
             raise RunError(result.error)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ from convsim_init.checkpoint.state_dict import (
     plain_tensors,
     state_entries,
     with_versions,
+    without_keys,
 )
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import TORCH_SUFFIXES, check_target, replacing
@@ -39,6 +40,7 @@ def save_checkpoint(
     report: Report | None = None,
     prefix: str = "",
     convs_only: bool = False,
+    exclude: Sequence[str] = (),
     dtype: torch.dtype | None = torch.float32,
     overwrite: bool = False,
 ) -> Path:
@@ -54,6 +56,7 @@ def save_checkpoint(
         report: Report of the run that made the weights; its model, seed, settings and totals go into the metadata.
         prefix: Text to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
+        exclude: Shell patterns of keys to leave out, such as ``"fc.*"`` for another number of classes.
         dtype: Dtype of the floating tensors; None keeps each one's own.
         overwrite: Replace an existing file.
 
@@ -61,7 +64,8 @@ def save_checkpoint(
         The path given.
 
     Raises:
-        InputError: If the path cannot be written, or the weights hold other than finite tensors.
+        InputError: If the path cannot be written, the weights hold other than finite tensors, or a pattern matches no
+            key.
         RunError: If writing fails, for instance on a full disk; the file that was there is still there.
 
     Examples:
@@ -72,7 +76,7 @@ def save_checkpoint(
     """
     check_target(path, overwrite=overwrite)
     contents = checkpoint_contents(
-        model_or_state_dict, report=report, prefix=prefix, convs_only=convs_only, dtype=dtype
+        model_or_state_dict, report=report, prefix=prefix, convs_only=convs_only, exclude=exclude, dtype=dtype
     )
     return write_checkpoint(contents, path, overwrite=overwrite)
 
@@ -98,14 +102,15 @@ def checkpoint_contents(
     report: Report | None = None,
     prefix: str = "",
     convs_only: bool = False,
+    exclude: Sequence[str] = (),
     dtype: torch.dtype | None = torch.float32,
 ) -> Contents:
     """What `save_checkpoint` would write with the same arguments.
 
     Raises:
-        InputError: If the weights hold other than finite tensors.
+        InputError: If the weights hold other than finite tensors, or a pattern matches no key.
     """
-    entries = state_entries(model_or_state_dict)
+    entries = without_keys(state_entries(model_or_state_dict), exclude)
     if convs_only:
         entries = changed_entries(entries, report)
     tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from convsim_init.layers.find import unwrap
 from convsim_init.layers.memory import is_sharded
 from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.report.report import Report
-from convsim_init.report.text import shown
+from convsim_init.report.text import alternatives, quoted, shown
 
 MODEL_PREFIX = "model."
 
@@ -57,6 +58,19 @@ def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     """A state dict without the ``model.`` that Lightning puts before every key, and what was taken off."""
     prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
+
+
+def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[str, object]:
+    """The entries whose keys match none of these shell patterns.
+
+    Raises:
+        InputError: If a pattern matches no key.
+    """
+    for pattern in exclude:
+        if not any(fnmatchcase(key, pattern) for key in entries):
+            among = alternatives(pattern, entries)
+            raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {among}")
+    return {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
 
 
 def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:

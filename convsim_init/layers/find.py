@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ def find_layers(
     exclude: Sequence[str] = (),
     *,
     read_only: bool = False,
+    obstacle: Callable[[str], str | None] = lambda _: None,
 ) -> list[Layer]:
     """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
@@ -65,6 +66,7 @@ def find_layers(
         include: Shell patterns of layer names; where any are given, layers that match none are left alone.
         exclude: Shell patterns of layer names to leave alone.
         read_only: Whether layers that cannot or must not be set will do, because nothing is to be changed.
+        obstacle: Why a layer of that name is to be left alone for another reason; None if it is not.
 
     Raises:
         InputError: If there is no convolution, a pattern matches none of them, or the source is something else.
@@ -82,7 +84,8 @@ def find_layers(
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)
     for layer in layers:
-        layer.obstacle = _unselected(layer.name, include, exclude) or layer.weight.obstacle(read_only=read_only)
+        layer.obstacle = unselected(layer.name, include, exclude) or obstacle(layer.name)
+        layer.obstacle = layer.obstacle or layer.weight.obstacle(read_only=read_only)
     # What is left alone comes first: a layer that shares its memory would change it.
     taken = [
         (one, f"{shown(layer.name)}, which is {layer.obstacle.partition(':')[0]}")
@@ -154,7 +157,8 @@ def _module_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a layer of that name is not chosen by these patterns; None if it is."""
     if include and not any(fnmatchcase(name, pattern) for pattern in include):
         return "not included"
     return "excluded" if any(fnmatchcase(name, pattern) for pattern in exclude) else None

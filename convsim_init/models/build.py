@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.models.factories import check_place, find_factory
+from convsim_init.models.hub import check_described, find_described
 from convsim_init.models.libraries import Resolved, check_bare_name, check_library_model, find_builder, resolve
-from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
+from convsim_init.models.spec import DESCRIBED, LIBRARIES, Source, Spec, parse
 from convsim_init.models.user_code import import_context
 from convsim_init.models.zoo.catalog import MODELS
 
@@ -39,6 +40,8 @@ def build_model(
 
             - a built-in model's name such as ``"resnet18"``; another bare name is looked up in torchvision, then timm
             - ``"torchvision:NAME"`` or ``"timm:NAME"``
+            - ``"transformers:CLASS"``, by its default config; a folder with a ``config.json`` of transformers or timm;
+              or ``"hf-hub:NAME"``, whose config is in the local cache of Hugging Face
             - ``"package.module:factory"`` or ``"path/to/file.py:factory"``: a function or class of your own that
               returns a module. **Its code is run.** It may import what lies in the working folder or beside the
               file, and what it prints goes to stderr.
@@ -132,6 +135,8 @@ def _check(spec: Spec, arguments: Mapping[str, object]) -> None:
         raise InputError(f"expected a model to build, got the checkpoint {spec.text!r}: name the model it belongs to")
     elif spec.source in LIBRARIES:
         check_library_model(spec.source, spec.name, arguments)
+    elif spec.source in DESCRIBED:
+        check_described(spec)
     else:
         check_place(spec)
 
@@ -139,6 +144,8 @@ def _check(spec: Spec, arguments: Mapping[str, object]) -> None:
 def _builder(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     if spec.source is Source.BUILT_IN:
         return MODELS[spec.name].build
+    if spec.source in DESCRIBED:
+        return find_described(spec)
     return find_builder(spec.source, spec.name) if spec.source in LIBRARIES else find_factory(spec)
 
 

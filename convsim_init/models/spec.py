@@ -11,6 +11,7 @@ from convsim_init.files import SUFFIXES
 from convsim_init.models.zoo import catalog
 
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
+CONFIG = "config.json"  # in a folder of Hugging Face
 
 
 class Source(str, Enum):
@@ -23,9 +24,13 @@ class Source(str, Enum):
     MODULE = "module"  # a factory in a module that can be imported
     FILE = "file"  # a factory in a Python file
     CHECKPOINT = "checkpoint"  # a file of weights
+    TRANSFORMERS = "transformers"  # a class of transformers
+    HUB = "hf-hub"  # a config in the local cache of Hugging Face
+    FOLDER = "folder"  # a folder with a config of Hugging Face
 
 
 LIBRARIES = (Source.TORCHVISION, Source.TIMM)
+DESCRIBED = (Source.TRANSFORMERS, Source.HUB, Source.FOLDER)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def parse(text: str) -> Spec:
         InputError: If it is not of one of the forms.
     """
     place, colon, name = text.rpartition(":")
-    library = next((source for source in LIBRARIES if text.startswith(f"{source.value}:")), None)
+    named = (*LIBRARIES, Source.TRANSFORMERS, Source.HUB)
+    library = next((source for source in named if text.startswith(f"{source.value}:")), None)
     if library is not None:
         name = text.partition(":")[2]
         if not name:
@@ -62,6 +68,8 @@ def parse(text: str) -> Spec:
         return Spec(text, Source.CHECKPOINT, text, "")
     if text in catalog.MODELS:
         return Spec(text, Source.BUILT_IN, "", text)
+    if _has_config(text):
+        return Spec(text, Source.FOLDER, text, "")
     if not colon:
         owner, slash, name = text.partition("/")
         if slash and owner in [source.value for source in LIBRARIES]:
@@ -76,6 +84,13 @@ def parse(text: str) -> Spec:
     if _is_dotted_name(place):
         return Spec(text, Source.MODULE, place, name)
     raise _refused(text, "before the colon stands a module's name or a path that ends in .py")
+
+
+def _has_config(text: str) -> bool:
+    try:
+        return bool(text) and Path(text, CONFIG).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
 
 
 def _is_dotted_name(text: str) -> bool:

@@ -145,6 +145,113 @@ def test_mmengine_overwrites_what_is_loaded_before(files, start):
     assert matches(text) == [(ALL - 20, ALL)]  # its 20 convolutions are drawn anew: the example is needed
 
 
+# Scripts that know nothing of this package. What they build is a ResNet-18 drawn from seed 0.
+LOOK = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+class Stop(Exception):
+    pass
+
+def look(module, images):  # before the first forward pass of the training
+    torch.save(module.state_dict(), "first.pt")
+    raise Stop
+
+data = TensorDataset(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))
+torch.manual_seed(0)
+"""
+SCRIPTS = {
+    "torchvision": """
+import torchvision
+model = torchvision.models.get_model("resnet18", weights=None)
+model.register_forward_pre_hook(look)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+model(data.tensors[0])
+""",
+    "timm": """
+import timm
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+model = timm.create_model("resnet18", num_classes=1000)
+model.register_forward_pre_hook(look)
+optimizer = create_optimizer_v2(model, opt="lamb", lr=0.05)
+ema = ModelEmaV3(model)
+assert all(map(torch.equal, ema.module.state_dict().values(), model.state_dict().values()))
+model(data.tensors[0])
+""",
+    "transformers": """
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+model = ResNetForImageClassification(ResNetConfig(depths=[1, 1], hidden_sizes=[16, 32], layer_type="basic"))
+model.register_forward_pre_hook(look)
+examples = [{"pixel_values": image, "labels": label % 2} for image, label in data]
+Trainer(model, TrainingArguments("out", report_to="none"), train_dataset=examples).train()
+""",
+    "lightning": """
+import lightning
+import torchvision
+class Classifier(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = torchvision.models.resnet18()
+        self.model.register_forward_pre_hook(look)
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
+trainer.fit(Classifier(), DataLoader(data, batch_size=8))
+""",
+    "mmengine": """
+import torchvision
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+class Classifier(BaseModel):  # its weights are drawn after the optimizer is made
+    def __init__(self):
+        super().__init__()
+        self.backbone = torchvision.models.resnet18()
+        self.backbone.register_forward_pre_hook(look)
+    def init_weights(self):
+        torch.manual_seed(0)
+        for new, old in zip(torchvision.models.resnet18().parameters(), self.backbone.parameters()):
+            old.data = new.data
+    def forward(self, images, labels, mode="tensor"):
+        return {"loss": F.cross_entropy(self.backbone(images), labels)}
+loader = DataLoader(data, batch_size=8)
+wrapper = {"optimizer": {"type": "SGD", "lr": 0.05}}
+Runner(Classifier(), "out", loader, train_cfg={"by_epoch": True, "max_epochs": 1}, optim_wrapper=wrapper).train()
+""",
+}
+
+
+def run_treated(script: str) -> None:
+    from convsim_init.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["run", "--steps", "2", script])
+
+
+@pytest.mark.parametrize("trainer", SCRIPTS)
+def test_a_script_that_builds_its_network_is_run(trainer, start, folder):
+    pytest.importorskip(trainer)
+    (folder / "train.py").write_text(LOOK + SCRIPTS[trainer])
+    text = start(run_treated, "train.py")()
+    assert "Stop" in text.splitlines()
+    first = torch.load(folder / "first.pt")
+    torch.manual_seed(0)
+    if trainer == "transformers":
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ResNetConfig(depths=[1, 1], hidden_sizes=[16, 32], layer_type="basic")
+        model = transformers.ResNetForImageClassification(config)
+    else:
+        model = ci.build_model(f"{'timm' if trainer == 'timm' else 'torchvision'}:resnet18", seed=0)
+    report = ci.initialize_(model, settings=ci.Settings(steps=2))
+    assert f"{len(report.layers)} convolutions: {len(report.layers)} initialized" in text
+    same = [torch.equal(value, first[key]) for key, value in model.state_dict().items()]
+    assert all(same), f"{sum(same)} of {len(same)}"
+
+
 def test_every_example_is_tested():
     tested = {"torchvision", "timm", "transformers", "lightning", "mmengine", "fastai", "ddp"}
     assert {path.name.removesuffix("_train.py") for path in EXAMPLES.glob("*_train.py")} == tested

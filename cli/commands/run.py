@@ -1,0 +1,101 @@
+"""The subcommand ``run``."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import traceback
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from convsim_init.errors import InputError
+from convsim_init.parallel.launch import launched
+from convsim_init.report.report import Report
+from convsim_init.report.table import report_cells
+from convsim_init.report.text import printable, shown
+from convsim_init.settings import PRESETS, Preset, Settings
+
+from ..options import Whole
+from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
+
+HELP = """
+Run a training script, and initialize the networks that it builds before it trains them.
+
+SCRIPT is run as by `python SCRIPT ARGUMENTS`, with its own exit status. Every convolution that it draws is treated when
+it makes an optimizer of torch.optim; what it loads, pretrained weights and checkpoints, stays. A line on stderr tells
+of each network. Processes that the script starts itself are not reached; start it under torchrun instead, as
+`torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
+"""
+EPILOG = """\b
+Examples:
+  convsim-init run train.py --epochs 90
+  convsim-init run --exclude stem.conv -m package.train --epochs 90
+"""
+
+
+@click.command(
+    help=HELP,
+    epilog=EPILOG,
+    short_help="Run a training script whose networks are initialized.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
+@click.option("--preset", type=click.Choice(PRESETS), default="convsim", help="Settings to start from.")
+@click.option("--steps", type=Whole(min=1), metavar="N", help="Most steps per layer.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
+@click.option("-q", "--quiet", is_flag=True, help="Tell nothing of the networks.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    script: str,
+    arguments: tuple[str, ...],
+    is_module: bool,
+    preset: Preset,
+    steps: int | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    quiet: bool,
+) -> int:
+    """Run the subcommand."""
+    settings = Settings.preset(preset)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    if not is_module and not Path(script).is_file():
+        raise InputError(f"expected a Python file to run, got {script!r}, which is none: check the path")
+    with exit_on_signal():
+        from convsim_init.initialize import initializing
+
+    def tell(report: Report) -> None:
+        if not quiet and launched().leads:
+            cells = ", ".join(" ".join(cell.split()) for cell in report_cells(report.to_dict()))
+            line = f"convsim-init: {shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
+            print(printable(line), file=sys.stderr, flush=True)
+
+    before, reports = (sys.argv, sys.path[:]), list[Report]()
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
+    try:
+        with (
+            signals_of_python(),
+            redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
+            initializing(settings=settings, include=include, exclude=exclude, on_report=tell) as reports,
+        ):
+            if is_module:
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(script, run_name="__main__")
+            sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
+    except InputError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        return FAILED if isinstance(error, Exception) else INTERRUPTED
+    finally:
+        sys.argv, sys.path[:] = before
+        if not reports and not quiet and launched().leads:
+            print("convsim-init: no network was treated: none was built and given an optimizer here", file=sys.stderr)

@@ -1,0 +1,83 @@
+"""Writing a folder that Hugging Face's libraries load: weights, config and a card that says what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from convsim_init.checkpoint.save import Contents, write_checkpoint
+from convsim_init.files import check_new_folder, new_folder
+from convsim_init.report.report import Report
+from convsim_init.report.text import printable
+from convsim_init.version import __version__
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+LOADS = {
+    "transformers": 'model = AutoModelForImageClassification.from_pretrained("FOLDER")',
+    "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
+}
+
+
+def write_folder(
+    contents: Contents,
+    path: Path,
+    *,
+    config: str,
+    report: Report,
+    picture: tuple[str, Callable[[Path], object]] | None = None,
+) -> Path:
+    """Write a new folder, whole or not at all.
+
+    Args:
+        contents: Weights.
+        path: Where there is nothing yet.
+        config: Content of ``config.json``, as `models.hub.describe` returns it.
+        report: Report of the run that made the weights.
+        picture: Name of a picture that the card shows, and what writes it to a path.
+
+    Returns:
+        The path given.
+
+    Raises:
+        InputError: If the path cannot be written, or something is there.
+        RunError: If writing fails; then there is nothing.
+    """
+    target = check_new_folder(path)
+    with new_folder(target) as folder:
+        write_checkpoint(contents, folder / WEIGHTS)
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+        (folder / CARD).write_text(_card(report, config, picture and picture[0]), encoding="utf-8")
+        if picture is not None:
+            picture[1](folder / picture[0])
+    return target
+
+
+def _card(report: Report, config: str, picture: str | None) -> str:
+    library = "transformers" if '"model_type"' in config else "timm"
+    settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(report.settings).items())
+    image = f"![Similarity of the filters before and after]({picture})\n\n" if picture else ""
+    return f"""---
+library_name: {library}
+tags:
+- convsim-init
+---
+
+# {printable(report.model or "model")}, to be trained from scratch
+
+These weights are **not trained**. They are {printable(report.model or "a model")} with seed {report.seed}, whose
+convolutions were decorrelated by [convsim-init](https://arxiv.org/abs/2411.03226) {__version__}.
+
+```python
+{LOADS[library]}
+```
+
+{image}| setting | value |
+|---|---|
+| base | {report.base} |
+{settings}
+
+```text
+{report.table.text()}
+```
+"""

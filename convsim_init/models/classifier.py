@@ -1,0 +1,42 @@
+"""The classifier of a model: found by building the model for another number of classes, not guessed from names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convsim_init.errors import InputError
+from convsim_init.models.build import build_model
+
+if TYPE_CHECKING:
+    import torch
+
+OTHERS = (11, 12)  # numbers of classes, of which a model has one at most by default
+
+
+def classifier_keys(
+    model: torch.nn.Module,
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    **kwargs: object,
+) -> list[str]:
+    """Keys of a model's state dict whose shapes depend on the number of classes.
+
+    Args:
+        model: Model that `build_model` made of the other arguments.
+        spec: As in `build_model`.
+        num_classes: As in `build_model`.
+        in_chans: As in `build_model`.
+        **kwargs: As in `build_model`.
+
+    Raises:
+        InputError: If the model cannot be built for another number of classes, or none of its shapes depends on it.
+    """
+    own = {key: value.shape for key, value in model.state_dict().items() if hasattr(value, "shape")}
+    for other in OTHERS if num_classes is None else (num_classes + 1,):
+        state = build_model(spec, num_classes=other, in_chans=in_chans, seed=0, **kwargs).state_dict()
+        keys = [key for key, shape in own.items() if key in state and state[key].shape != shape]
+        if keys and own.keys() <= state.keys():
+            return keys
+    raise InputError(f"expected a model with outputs for a number of classes, got {spec!r}, whose shapes do not change")

@@ -1,0 +1,152 @@
+"""Models as a config of Hugging Face describes them, by transformers or timm. Nothing is downloaded.
+
+Neither library is imported before a model of theirs is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convsim_init.errors import InputError
+from convsim_init.models.spec import CONFIG, Source, Spec
+from convsim_init.models.user_code import user_errors
+from convsim_init.report.text import quoted, shown
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = {"num_classes": "num_labels", "in_chans": "num_channels"}  # as configs of transformers have them
+OF_TRAINED = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
+
+
+def check_described(spec: Spec) -> None:
+    """Refuse, without torch, a model whose library or config is not there.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if spec.source is Source.TRANSFORMERS:
+        _require("transformers", spec.text)
+    elif spec.source is Source.HUB:
+        _require("huggingface_hub", spec.text)
+    else:
+        _require("transformers" if "model_type" in _read(Path(spec.place)) else "timm", spec.text)
+
+
+def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
+    """What builds a model, with weights drawn anew, from arguments that go before those of its config.
+
+    Raises:
+        InputError: If there is no such class or config, or its library cannot be imported.
+    """
+    if spec.source is Source.TRANSFORMERS:
+        found: Any = getattr(_load("transformers", spec.text), spec.name, None)
+        if getattr(found, "config_class", None) is None:
+            raise InputError(f"expected a model's class of transformers with a config, got {quoted(spec.name)}")
+        return partial(_build_transformers, spec.text, found, found.config_class)
+    folder = _cached(spec) if spec.source is Source.HUB else Path(spec.place)
+    if "model_type" in _read(folder):
+        transformers = _load("transformers", spec.text)
+        with user_errors(spec.text):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        name = next(iter(config.architectures or ()), "")
+        found = getattr(transformers, name, None)
+        if found is None:
+            raise InputError(f"{spec.text}: expected a config that names a class of transformers, got {quoted(name)}")
+        return partial(_build_transformers, spec.text, found, partial(_changed, config))
+    return partial(_build_timm, spec.text, _load("timm", spec.text), folder)
+
+
+def describe(model: torch.nn.Module) -> str:
+    """The content of a ``config.json`` from which transformers or timm builds the model again.
+
+    Raises:
+        InputError: If it is a model of neither.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        config.architectures = [type(model).__name__]
+        return str(config.to_json_string())
+    if not hasattr(model, "pretrained_cfg"):
+        raise InputError(
+            f"expected a model of timm or transformers for a folder, got {type(model).__name__}: write a .safetensors "
+            f"file, or take the model from timm"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, CONFIG)
+        import_module("timm.models._hub").save_config_for_hf(model, str(path))
+        described = json.loads(path.read_text())
+    described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in OF_TRAINED}
+    described.get("model_args", {}).pop("num_classes", None)  # stands above; transformers would pass it twice
+    return json.dumps(described, indent=2) + "\n"
+
+
+def _build_transformers(
+    text: str, kind: Callable[..., torch.nn.Module], configure: Callable[..., Any], arguments: Mapping[str, object]
+) -> torch.nn.Module:
+    named = {NAMES.get(name, name): value for name, value in arguments.items()}
+    with user_errors(text):
+        known = configure()
+    unknown = [name for name in named if not hasattr(known, name)]
+    if unknown:
+        raise InputError(f"{text}: expected an entry of its config, got {shown(unknown[0])}: leave it out")
+    with user_errors(text):
+        config: Any = configure(**named)
+        parts: list[Any] = [config, getattr(config, "backbone_config", None)]
+        for part in parts:
+            if getattr(part, "use_pretrained_backbone", False):
+                part.use_pretrained_backbone = False  # it would be downloaded
+        return kind(config)
+
+
+def _changed(config: Any, **arguments: object) -> Any:
+    labels = ("id2label", "label2id") if "num_labels" in arguments else ()
+    entries = {name: value for name, value in config.to_dict().items() if name not in labels}
+    return type(config).from_dict(entries | arguments)
+
+
+def _build_timm(text: str, timm: Any, folder: Path, arguments: Mapping[str, object]) -> torch.nn.Module:
+    with user_errors(text):
+        model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False, **arguments)
+        return model
+
+
+def _cached(spec: Spec) -> Path:
+    hub = _load("huggingface_hub", spec.text)
+    with user_errors(spec.text):
+        path = hub.try_to_load_from_cache(spec.name, CONFIG)
+    if not isinstance(path, str):
+        raise InputError(
+            f"expected a model whose config is in the local cache of Hugging Face, got {quoted(spec.text)}: nothing is "
+            f"downloaded here; run `hf download {shown(spec.name)} {CONFIG}` first"
+        )
+    return Path(path).parent
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(content, dict) or not {"model_type", "architecture"} & content.keys():
+        raise InputError(f"expected the config of a model of transformers or timm, got {str(path)!r}, which is neither")
+    return content
+
+
+def _require(package: str, text: str) -> None:
+    if find_spec(package) is None:
+        raise InputError(f"{text} needs the package {package}, which is not installed: pip install {package}")
+
+
+def _load(package: str, text: str) -> Any:
+    _require(package, text)
+    with user_errors(f"importing {package}"):
+        return import_module(package)

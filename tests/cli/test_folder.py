@@ -1,0 +1,100 @@
+"""Folders for the libraries of Hugging Face: written whole or not at all, and loaded by them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from convsim_init.checkpoint import folder as source
+
+QUICK = ["--steps", "2"]
+SMALL = ["--model-arg", "depths=[1, 1]", "--model-arg", "hidden_sizes=[8, 16]", "--model-arg", "embedding_size=8"]
+CLASS = ["transformers:ResNetForImageClassification", "--num-classes", "3", *SMALL]
+
+
+def matched(model, file, prefix=""):
+    weights = load_file(file)
+    state = {key.removeprefix(prefix): value for key, value in model.state_dict().items()}
+    return sum(torch.equal(value, weights[key]) for key, value in state.items()), len(state), len(weights)
+
+
+def test_timm_and_transformers_load_a_folder_of_timm(command, tmp_path):
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    arguments = ["--num-classes", "7", "--in-chans", "1", "--plot", "change.png"]
+    status, out, err = command("timm:resnet10t", *arguments, *QUICK, "--out", "net/")
+    assert (status, err) == (0, "")
+    assert ", net (" in out.splitlines()[-1]
+    folder = tmp_path / "net"
+    names = {"README.md", "config.json", "model.safetensors", "plot.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "plot.png").read_bytes() == (tmp_path / "change.png").read_bytes()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    same, entries, _ = matched(model, folder / "model.safetensors")
+    assert (same, model.num_classes) == (entries, 7)
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    assert matched(model, folder / "model.safetensors", "timm_model.") == (entries, entries, entries)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\ntags:\n- convsim-init\n---\n")
+    for text in (
+        "**not trained**",
+        "| steps | 2 |",
+        "![Similarity of the filters before and after](plot.png)",
+        "conv1",
+    ):
+        assert text in card
+
+
+def test_transformers_loads_a_folder_of_its_own(command, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    status, _, err = command(*CLASS, *QUICK, "--out", "net/")
+    assert (status, err) == (0, "")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "net")
+    assert matched(model, tmp_path / "net" / "model.safetensors") == (50, 50, 50)
+    assert model.config.num_labels == 3
+    assert command("net", "--like", "net", *QUICK, "--out", "again/")[0] == 0  # from those weights
+    status, _, err = command("net", *QUICK, "--out", "third/")
+    assert (status, "expected a model for a folder, got the weights 'net': --like" in err) == (2, True)
+
+
+def test_a_folder_that_is_there_is_not_replaced(command, tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "net").mkdir()
+    for options, advice in (([], "choose another name"), (["--force"], "a whole folder is not replaced")):
+        status, _, err = command("timm:resnet10t", *QUICK, *options, "--out", "net/")
+        assert (status, advice in err) == (2, True)
+    sweep = ["timm:resnet10t", "--seeds", "0:2", "--steps", "1", "--out", "net{seed}/"]
+    (tmp_path / "net1").mkdir()
+    status, out, _ = command(*sweep)
+    assert (status, "1 done, 1 kept" in out) == (0, True)
+    assert (tmp_path / "net0" / "config.json").is_file()
+    status, _, err = command("cifar_resnet18", *QUICK, "--out", "other/")
+    assert (status, "expected a model of timm or transformers" in err) == (2, True)
+    status, _, err = command("timm:resnet10t", *QUICK, "--out", "missing/net/")
+    assert (status, "expected a folder that can be written to" in err) == (2, True)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_folder_is_whole_or_not_there(error, command, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(source, "_card", fail)
+    status, _, err = command("timm:resnet10t", *QUICK, "--out", "net/")
+    assert status == (1 if isinstance(error, OSError) else 130)
+    assert "nothing changed there" in err or "no partial file is left" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appears_during_the_run_is_kept(command, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+
+    def appear(*_):
+        (tmp_path / "net").mkdir()
+        (tmp_path / "net" / "file").touch()
+        return ""
+
+    monkeypatch.setattr(source, "_card", appear)
+    status, _, err = command("timm:resnet10t", *QUICK, "--out", "net/")
+    assert (status, "'net' exists already" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "net").iterdir()] == ["file"]

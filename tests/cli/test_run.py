@@ -1,0 +1,103 @@
+"""The subcommand ``run``: a script as Python runs it, whose networks are treated before it trains them."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, pickle, signal, sys
+import torch
+from torch import nn
+import beside
+
+class Network(nn.Sequential):
+    pass
+
+if __name__ == "__main__":
+    what, status = sys.argv[1:]
+    model = Network(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    if what != "untrained":
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    print(sys.argv[1:], beside.NAME, len(pickle.dumps(model)) > 0, type(model).__module__)
+    if what == "signal":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+        os.kill(os.getpid(), signal.SIGTERM)
+    if what == "raise":
+        raise RuntimeError("not today")
+    if what != "end":
+        sys.exit(int(status))
+"""
+
+
+@pytest.fixture
+def run(command, tmp_path, monkeypatch):
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "train.py").write_text(SCRIPT)
+    (folder / "beside.py").write_text("NAME = 'beside'")
+    for name in ("train", "beside"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    before = sys.argv, sys.path[:], signal.getsignal(signal.SIGINT)
+    yield lambda *arguments: command("run", *arguments)
+    assert (sys.argv, sys.path, signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "code"),
+    [("exit", "0", 0), ("exit", "7", 7), ("end", "0", 0), ("raise", "0", 1), ("signal", "0", 9)],
+)
+def test_a_script_runs_as_it_would_alone(what, status, code, run):
+    got, out, err = run("--steps", "2", "code/train.py", what, status)
+    assert got == code
+    assert out == f"['{what}', '{status}'] beside True __main__\n"
+    line, *rest = err.splitlines()
+    assert line.startswith("convsim-init: Network, 2 convolutions: 2 initialized, ")
+    assert ("RuntimeError: not today" in rest) == (what == "raise")
+
+
+def test_a_module_runs_too(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "code")
+    status, out, err = run("--exclude", "2", "-m", "train", "exit", "3")
+    assert (status, out) == (3, "['exit', '3'] beside True __main__\n")
+    assert "2 convolutions: 1 initialized, 1 skipped" in err
+
+
+def test_options_behind_the_script_are_its_own(run):
+    status, out, err = run("-q", "code/train.py", "--steps", "0")
+    assert (status, out, err) == (0, "['--steps', '0'] beside True __main__\n", "")
+
+
+def test_a_script_that_makes_no_optimizer_is_told(run):
+    status, _, err = run("code/train.py", "untrained", "0")
+    assert (status, err) == (
+        0,
+        "convsim-init: no network was treated: none was built and given an optimizer here\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.py"], "expected a Python file to run, got 'missing.py'"),
+        (["--exclude", "stem", "code/train.py", "exit", "0"], "exclude: no convolution matches 'stem'; there are 0, 2"),
+        ([], "Missing argument 'SCRIPT'"),
+    ],
+)
+def test_what_cannot_be_run_is_an_error_of_one_line(arguments, message, run):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"Error: {message}")
+
+
+def test_a_signal_ends_the_script_as_it_would_alone(tmp_path):
+    (tmp_path / "sleeping.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "convsim_init", "run", "sleeping.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.stdout.close()
+    assert process.wait(60) == -signal.SIGTERM
