@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
+from convsim_init.files import without_weights
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
 from convsim_init.models.zoo.catalog import MODELS, UnknownModelError, closest
 from convsim_init.version import installed_version
@@ -109,6 +111,8 @@ def resolve(text: str) -> Resolved:
     try:
         owners = [library for library in installed() if has(library, text)]
     except InputError as error:
+        if Path(text).is_dir():
+            raise without_weights(text) from error
         alike = " or ".join(closest(text))
         hint = f" (did you mean {alike}?)" if alike else ""
         raise UnknownModelError(
@@ -123,7 +127,9 @@ def resolve(text: str) -> Resolved:
     return Resolved(parse(f"{first.value}:{text}"), remark)
 
 
-def _unknown(name: str) -> UnknownModelError:
+def _unknown(name: str) -> InputError:
+    if Path(name).is_dir():
+        return without_weights(name)
     known = {one: one for one in MODELS}
     for library in installed():
         for one in names(library):
