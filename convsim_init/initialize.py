@@ -33,6 +33,8 @@ from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings
 
+NOT_FINITE = "left as it was: its weight holds infinities or NaN"
+
 
 @torch.no_grad()
 def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, settings: Settings | None = None) -> Tensor:
@@ -162,10 +164,14 @@ def plan(
     reports = []
     layers = find_layers(model, include, exclude)
     for layer in layers:
-        reason = layer.obstacle
+        reason, outcome = layer.obstacle, Outcome.SKIPPED
         if reason is None:
-            reason = pair_obstacle(layer.bank(settings.channels), settings.channels)
-        outcome = Outcome.SKIPPED if reason else Outcome.PLANNED
+            bank = layer.bank(settings.channels)
+            reason = pair_obstacle(bank, settings.channels)
+            if not all_finite(bank):
+                reason, outcome = NOT_FINITE, Outcome.FAILED
+            elif reason is None:
+                outcome = Outcome.PLANNED
         reports.append(LayerReport(layer.name, layer.kind, layer.shape, outcome, layer.explained(reason)))
     return Report(settings, reports, time.perf_counter() - started, remarks=model_remarks(model, layers))
 
@@ -192,7 +198,7 @@ def _lower(
 ) -> LayerReport:
     bank = layer.bank(settings.channels, device)
     if not all_finite(bank):
-        return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
+        return replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
     obstacle = pair_obstacle(bank, settings.channels)
     if obstacle:
         return replace(report, reason=obstacle)
@@ -220,10 +226,12 @@ def _lower(
             reason = "left as it was: its own code makes infinities or NaN of the new weight"
             return replace(report, outcome=Outcome.FAILED, reason=reason)
     after = measure_bank(written, settings.channels)
-    if difference and all(after[name] >= before[name] for name in before):
+    gain = max(before[name] - after[name] for name in before)
+    if gain < 0 or (difference and gain == 0):
         with LIVE:
             put_back()
-        return replace(report, reason=f"left as it was: {difference} and is no better")
+        cause = f"{difference} and" if difference else "what it makes of the new weight"
+        return replace(report, reason=f"left as it was: {cause} is no better")
     after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"

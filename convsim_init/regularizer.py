@@ -63,7 +63,10 @@ class ConvolutionalSimilarity:
         for layer in find_layers(model, include, exclude):
             module = self._modules.get(layer.name)
             if module is None:
-                self.skipped[layer.name] = "a call in a graph: make the term of the model that the graph was made from"
+                self.skipped[layer.name] = (
+                    "no module of PyTorch's convolutions, such as a call in a graph: make the term of the model that a "
+                    "graph was made from"
+                )
                 continue
             filters = module.out_channels // (module.groups if channels == "matched" else 1)
             reason = layer.obstacle or lone_obstacle(filters, module.groups, channels)

@@ -15,7 +15,7 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
+from convsim_init.layers.standardized import ForwardWeight, find_call, has_forward_of_its_own
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
@@ -146,6 +146,10 @@ def _module_layers(model: nn.Module) -> list[Layer]:
         if isinstance(module, _ConvNd):
             weight, kind = used_weight(module), type(module).__name__
             layers.append(Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed))
+        elif found := find_call(module):
+            weight, call = found
+            kind = type(module).__name__
+            layers.append(Layer(bare_name(name), kind, weight, groups=call.groups, transposed=call.transposed))
         elif in_graph := graph_layers(bare_name(name), module):
             layers += in_graph
             within += (f"{name}." if name else "",)

@@ -1,4 +1,4 @@
-"""What a report should say of a model beside its layers: what was not looked at, and what is only part of the truth."""
+"""What a report should say of a model beside its layers: what was not looked at, and copies that part."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     """Remarks on a model that its layers' reports do not make; none on a state dict."""
     if not isinstance(model, nn.Module):
         return []
-    inner = unwrap(model)
-    return [*_other_kernels(inner, [layer.name for layer in layers]), *_second_weights(inner, layers)]
+    return _other_kernels(unwrap(model), [layer.name for layer in layers])
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -50,22 +49,6 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     total = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
     return [f"not looked at, though they may convolve: {kinds}, with {weights / total:.0%} of the parameters"]
-
-
-def _second_weights(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Remarks on convolutions with another parameter of their weight's shape, which is left as it was."""
-    shapes = {layer.name: layer.shape for layer in layers if layer.obstacle is None}
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd) and bare_name(name) in shapes:
-            for key, parameter in module._parameters.items():
-                if key in ("weight", "weight_orig", "weight_v") or parameter is None or is_lazy(parameter):
-                    continue
-                if list(parameter.shape) == shapes[bare_name(name)]:
-                    found.append(shown(f"{bare_name(name)}.{key}"))
-    if not found:
-        return []
-    return [f"second weights of convolutions, left as they were, count for nothing here: {some(found)}"]
 
 
 @torch.no_grad()

@@ -8,16 +8,26 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from convsim_init.layers.trial import weight_given_to_convolution
-from convsim_init.layers.weights import Weight, backup_tensors, describe_mismatch, to_float64
+from convsim_init.layers.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
+from convsim_init.layers.weights import (
+    ComputedWeight,
+    Weight,
+    backup_tensors,
+    describe_mismatch,
+    stored_weight,
+    to_float64,
+)
 
+KERNEL_RANKS = (3, 4, 5)
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("forward", "_conv_forward")
+LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
 
 
 def has_forward_of_its_own(module: _ConvNd) -> bool:
@@ -28,6 +38,26 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
     )
 
 
+def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
+    """The weight of a module that is no convolution of PyTorch and gives it to one itself, and that call.
+
+    Modules with kernels inside them are left out: those are found by themselves.
+    """
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        return None
+    inner = [child for name, child in module.named_children() if name != "parametrizations"]
+    try:
+        stored = stored_weight(module)
+        if isinstance(stored, ComputedWeight) or len(stored.shape) not in KERNEL_RANKS:
+            return None
+        if any(len(one.shape) in KERNEL_RANKS for child in inner for one in child.parameters()):
+            return None
+        weight = ForwardWeight(module, stored)
+        return weight, weight.choose_call()
+    except Exception:  # whatever its own code raises at an input that is not what it is made for
+        return None
+
+
 class ForwardWeight(Weight):
     """The weight that a forward pass uses: the stored one, masked, or with its filters centred or scaled.
 
@@ -35,15 +65,16 @@ class ForwardWeight(Weight):
     that is then used is from it is reported.
 
     Args:
-        module: The convolution.
+        module: The convolution, or any module that calls one.
         stored: The weight that its attribute holds.
     """
 
-    def __init__(self, module: _ConvNd, stored: Weight) -> None:
+    def __init__(self, module: nn.Module, stored: Weight) -> None:
         super().__init__(*stored.sources)
         self._module, self._stored = module, stored
         self._mask = stored.mask
         self._centred, self._known = False, True
+        self._index = 0
 
     @property
     def shape(self) -> list[int]:
@@ -55,6 +86,7 @@ class ForwardWeight(Weight):
         """Where the weight that is used may differ from zero, once `obstacle` has looked; None for everywhere."""
         return self._mask
 
+    @torch.no_grad()
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why the stored weight cannot be had, or the one that is used cannot be seen."""
         obstacle = self._stored.obstacle(read_only=read_only)
@@ -62,45 +94,66 @@ class ForwardWeight(Weight):
             return obstacle
         kind = type(self._module).__name__
         try:
+            self.choose_call()
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
-            depends = not torch.equal(used, weight_given_to_convolution(self._module, self.shape, stored, noise=True))
+            depends = not torch.equal(used, self._given(noise=True))
+            spread = torch.linalg.vector_norm(to_float64(used - self._given(redraw=True)))
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
             return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
         if depends and not used.isnan().any():
             return f"the weight that {kind} uses depends on its input"
+        if spread > LARGEST_SPREAD * torch.linalg.vector_norm(to_float64(used)):
+            return f"the weight that {kind} uses is random, in evaluation mode too"
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
-        if mask is not None and torch.equal(used, stored * mask):
-            self._mask = mask
-            return None
+        self._mask = mask
         for self._centred in (False, True):
-            if describe_mismatch("class", self._slopes(used, stored) * self._variable(stored), used) is None:
+            if _is_multiple(used, self._variable(stored)):
                 return None
-        self._centred = self._known = False
+        self._mask, self._centred, self._known = self._stored.mask, False, False
         return None
+
+    def choose_call(self) -> Call:
+        """Choose the call whose weight counts: the first that depends on parameters, or else the first.
+
+        Raises:
+            NoConvolutionError: If there is none.
+            Exception: Whatever the module's own code raises.
+        """
+        calls = convolution_calls(self._module, self._stored.read())
+        if not calls:
+            raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
+        trained = [index for index, call in enumerate(calls) if call.weight.requires_grad] or [0]
+        self._index = trained[0]
+        first, *others = (calls[index].weight for index in trained)
+        if any(not torch.equal(first, other) for other in others):
+            kind = type(self._module).__name__
+            self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
+        return calls[self._index]
 
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""
-        return weight_given_to_convolution(self._module, self.shape, self._stored.read())
+        return self._given()
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
         """Choose the stored weight so that its class computes this one, centred if the class centres filters."""
         used, stored = self.read(), self._stored.read()
-        if self._mask is not None:  # what the mask hides stays as it is
-            self._stored.write(torch.where(self._mask, weight.to(stored), stored))
-            return describe_mismatch("class", weight * self._mask, self.read())
         if not self._known or torch.equal(used, stored):
             self._stored.write(weight)
             return describe_mismatch("class", weight, self.read())
-        slopes = self._slopes(used, stored)  # [M, 1, ...]
-        target = self._variable(weight)
+        variable, target = self._variable(stored), self._variable(weight)
+        slopes = _slopes(used, variable)  # [M, 1, ...]
         target *= _ratios(_norms(weight), _norms(target))
-        changed = to_float64(stored) - self._variable(stored) + target / torch.where(slopes == 0, 1, slopes)
+        # What a mask hides is no part of the variable and stays, to the bit.
+        changed = to_float64(stored) - variable + target / torch.where(slopes == 0, 1, slopes)
         self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
         return describe_mismatch("class", target, self.read())
+
+    def _given(self, **how: Any) -> Tensor:
+        return weight_given_to_convolution(self._module, self._stored.read(), index=self._index, **how)
 
     def backup(self) -> Callable[[], None]:
         """What gives back the tensors that the stored weight is stored in."""
@@ -122,20 +175,25 @@ class ForwardWeight(Weight):
             return self._stored.mask
         probe = 1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         probe = probe.to(stored)
-        used = weight_given_to_convolution(self._module, self.shape, stored, probe=probe)
+        used = self._given(probe=probe)
         mask = used != 0
-        return mask if not mask.all() and torch.equal(used, probe * mask) else None
+        return mask if not mask.all() and _is_multiple(used, to_float64(probe * mask)) else None
 
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
-        weight = to_float64(weight)
-        return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight.clone()
+        weight = to_float64(weight) * (1 if self._mask is None else self._mask)
+        return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
 
-    def _slopes(self, used: Tensor, stored: Tensor) -> Tensor:
-        """For each filter the factor from the stored weight to the one that is used, ``[M, 1, ...]``."""
-        variable = self._variable(stored)
-        axes = tuple(range(1, used.dim()))
-        return _ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
+
+def _is_multiple(used: Tensor, variable: Tensor) -> bool:
+    """Whether each filter that is used is a multiple of one."""
+    return describe_mismatch("class", _slopes(used, variable) * variable, used) is None
+
+
+def _slopes(used: Tensor, variable: Tensor) -> Tensor:
+    """For each filter the factor by which one is used, ``[M, 1, ...]``."""
+    axes = tuple(range(1, used.dim()))
+    return _ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
 
 
 def _norms(weight: Tensor) -> Tensor:
