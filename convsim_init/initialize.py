@@ -33,6 +33,7 @@ from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings
 
+NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
 NOT_FINITE = "left as it was: its weight holds infinities or NaN"
 
 
@@ -225,14 +226,17 @@ def _lower(
             put_back()
             reason = "left as it was: its own code makes infinities or NaN of the new weight"
             return replace(report, outcome=Outcome.FAILED, reason=reason)
-    after = measure_bank(written, settings.channels)
+    after, kept = measure_bank(written, settings.channels), filter_norms(written)
+    change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
+    if change > NORM_CHANGE + torch.finfo(layer.weight.sources[0].dtype).eps:
+        difference = difference or f"its forward pass changes the norms of filters by up to {change:.1%}"
     gain = max(before[name] - after[name] for name in before)
     if gain < 0 or (difference and gain == 0):
         with LIVE:
             put_back()
         cause = f"{difference} and" if difference else "what it makes of the new weight"
         return replace(report, reason=f"left as it was: {cause} is no better")
-    after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
+    after["norm_ratio"] = float((kept / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
     remark = ": ".join(filter(None, [within, difference])) or None

@@ -16,7 +16,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
 from convsim_init.layers.weights import (
-    ComputedWeight,
     Weight,
     backup_tensors,
     describe_mismatch,
@@ -48,7 +47,7 @@ def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
     inner = [child for name, child in module.named_children() if name != "parametrizations"]
     try:
         stored = stored_weight(module)
-        if isinstance(stored, ComputedWeight) or len(stored.shape) not in KERNEL_RANKS:
+        if len(stored.shape) not in KERNEL_RANKS:
             return None
         if any(len(one.shape) in KERNEL_RANKS for child in inner for one in child.parameters()):
             return None
@@ -97,7 +96,7 @@ class ForwardWeight(Weight):
             self.choose_call()
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
-            depends = not torch.equal(used, self._given(noise=True))
+            depends = describe_mismatch("class", used, self._given(noise=True))  # not to the bit: sums may round anew
             spread = torch.linalg.vector_norm(to_float64(used - self._given(redraw=True)))
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())

@@ -37,54 +37,54 @@ SETTINGS = ci.Settings(steps=4)
 # What a forward pass does with the weight: functions of the module and the stored weight.
 
 
-def standardized(m: _ConvNd, w: Tensor) -> Tensor:
+def standardized(m: nn.Module, w: Tensor) -> Tensor:
     axes = tuple(range(1, w.dim()))
     return (w - w.mean(axes, keepdim=True)) / (w.std(axes, keepdim=True, unbiased=False) + 1e-5)
 
 
-def masked_in_place(m: _ConvNd, w: Tensor) -> Tensor:
+def masked_in_place(m: nn.Module, w: Tensor) -> Tensor:
     w.data *= m.mask
     return w
 
 
-def renormed_in_place(m: _ConvNd, w: Tensor) -> Tensor:
+def renormed_in_place(m: nn.Module, w: Tensor) -> Tensor:
     w.data.copy_(w.data.renorm(2, 0, 0.3))
     return w
 
 
-def noisy(m: _ConvNd, w: Tensor) -> Tensor:
+def noisy(m: nn.Module, w: Tensor) -> Tensor:
     return w * (1 + 1e-4 * torch.randn_like(w) + 1e-9 * random.random() + 1e-9 * np.random.rand())
 
 
-def cached(m: _ConvNd, w: Tensor) -> Tensor:
+def cached(m: nn.Module, w: Tensor) -> Tensor:
     if m.cache is None:
         m.cache = (w * 1.5).detach()
     return m.cache
 
 
-def alternating(m: _ConvNd, w: Tensor) -> Tensor:
+def alternating(m: nn.Module, w: Tensor) -> Tensor:
     m.flag = not m.flag
     return w if m.flag else w * 2
 
 
-def block_sparse(m: _ConvNd, w: Tensor) -> Tensor:
+def block_sparse(m: nn.Module, w: Tensor) -> Tensor:
     return w * m.mask.flatten(2)[..., :1].view(*w.shape[:2], *[1] * (w.dim() - 2))
 
 
-def quantized(m: _ConvNd, w: Tensor) -> Tensor:
+def quantized(m: nn.Module, w: Tensor) -> Tensor:
     scale = w.detach().abs().max() / 31 + 1e-9
     return w + ((w / scale).round() * scale - w).detach()
 
 
-def of_the_input(m: _ConvNd, w: Tensor) -> Tensor:
+def of_the_input(m: nn.Module, w: Tensor) -> Tensor:
     return w * (1 + m.seen.float().mean()).to(w)
 
 
-def broken(m: _ConvNd, w: Tensor) -> Tensor:
+def broken(m: nn.Module, w: Tensor) -> Tensor:
     raise LookupError("its own")
 
 
-USES: dict[str, Callable[[_ConvNd, Tensor], Tensor]] = {
+USES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "stored": lambda m, w: w,
     "standardized": standardized,
     "scaled": lambda m, w: w * 0.3,
@@ -108,39 +108,39 @@ USES: dict[str, Callable[[_ConvNd, Tensor], Tensor]] = {
 # What a forward pass does beside it.
 
 
-def counts(m: _ConvNd) -> None:
+def counts(m: nn.Module) -> None:
     m.calls += 1
     m.count += 1
     m.history.append(m.calls)
 
 
-def averages(m: _ConvNd) -> None:
+def averages(m: nn.Module) -> None:
     m.average = 0.9 * m.average + 0.1 * m.weight.detach().float().abs().mean()
     m.average.mul_(1.01)
 
 
-def draws(m: _ConvNd) -> None:
+def draws(m: nn.Module) -> None:
     m.drawn = torch.rand(2), random.random(), np.random.rand(), torch.rand(1, generator=m.generator)
 
 
-def toggles(m: _ConvNd) -> None:
+def toggles(m: nn.Module) -> None:
     m.train(not m.training)
     m.weight.requires_grad_(not m.weight.requires_grad) if m.weight.is_leaf else None
 
 
-def rebinds(m: _ConvNd) -> None:
+def rebinds(m: nn.Module) -> None:
     m.mask = m.mask.clone()
     m.register_buffer("late", torch.ones(1))
     m.notes["last"] = torch.ones(1)
     m.notes["inner"]["deep"].append(1)
 
 
-def hooks_itself(m: _ConvNd) -> None:
+def hooks_itself(m: nn.Module) -> None:
     m.register_forward_hook(lambda *_: None)
     next(iter(m._forward_pre_hooks.values()), None)
 
 
-def spoils(m: _ConvNd) -> None:
+def spoils(m: nn.Module) -> None:
     with torch.no_grad():
         m.bias.add_(1) if m.bias is not None else None
         m.spare.zero_()
@@ -165,6 +165,20 @@ def custom(base: type[_ConvNd]) -> type[_ConvNd]:
     return Custom
 
 
+class HomeMade(nn.Module):
+    """A module that is no convolution of PyTorch and convolves with a parameter of its own."""
+
+    def __init__(self, base: type[_ConvNd], *arguments: object, **options: object) -> None:
+        super().__init__()
+        model = base(*arguments, **options)
+        self.weight, self.bias = model.weight, model.bias
+        self.groups, self.transposed, self.channels = model.groups, model.transposed, model.in_channels
+        self.taps = model.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return custom(nn.Conv2d).forward(self, x)
+
+
 class Fixed(nn.Module):
     """A parametrization: a function of the weight, with its inverse where it has one."""
 
@@ -184,15 +198,15 @@ class Fixed(nn.Module):
 # What is done to a convolution when it is there.
 
 
-def hooked_mask(m: _ConvNd, chance: random.Random) -> None:
+def hooked_mask(m: nn.Module, chance: random.Random) -> None:
     mask = (torch.rand(m.weight.shape) < 0.6).to(m.weight)
     m.register_forward_pre_hook(lambda module, _: (module.weight.data.mul_(mask), None)[1])
 
 
-def hooked_effects(m: _ConvNd, chance: random.Random) -> None:
+def hooked_effects(m: nn.Module, chance: random.Random) -> None:
     m.register_buffer("ticks", torch.zeros(1))
 
-    def ticks(module: _ConvNd, _: object) -> None:
+    def ticks(module: nn.Module, _: object) -> None:
         module.ticks += torch.rand(1)
         module.last = module.ticks.clone()
 
@@ -200,7 +214,7 @@ def hooked_effects(m: _ConvNd, chance: random.Random) -> None:
     m.register_forward_hook(lambda module, *_: module.ticks.mul_(2) and None)
 
 
-def pruned(m: _ConvNd, chance: random.Random) -> None:
+def pruned(m: nn.Module, chance: random.Random) -> None:
     m.weight.data = m.weight.data.contiguous()
     for _ in range(chance.choice([1, 1, 2])):
         if chance.random() < 0.7:
@@ -209,38 +223,38 @@ def pruned(m: _ConvNd, chance: random.Random) -> None:
             prune.ln_structured(m, "weight", 0.3, n=2, dim=0)
 
 
-def frozen(m: _ConvNd, chance: random.Random) -> None:
+def frozen(m: nn.Module, chance: random.Random) -> None:
     m.requires_grad_(False)
 
 
-def zeros(m: _ConvNd, chance: random.Random) -> None:
+def zeros(m: nn.Module, chance: random.Random) -> None:
     m.weight.data[chance.choice([slice(0, 1), slice(0, 2), slice(None)])] = 0
 
 
-def strided(m: _ConvNd, chance: random.Random) -> None:
+def strided(m: nn.Module, chance: random.Random) -> None:
     order = [1, 0, *range(2, m.weight.dim())]
     m.weight.data = m.weight.data.permute(order).contiguous().permute(order)
 
 
-def channels_last(m: _ConvNd, chance: random.Random) -> None:
+def channels_last(m: nn.Module, chance: random.Random) -> None:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     m.to(memory_format=formats.get(m.weight.dim(), torch.contiguous_format))
 
 
-def part_of_a_storage(m: _ConvNd, chance: random.Random) -> None:
+def part_of_a_storage(m: nn.Module, chance: random.Random) -> None:
     whole = torch.randn(m.weight.numel() + 7, dtype=m.weight.dtype)
     m.weight.data = whole[5:-2].view(m.weight.shape).copy_(m.weight.data)
 
 
-def expanded(m: _ConvNd, chance: random.Random) -> None:
+def expanded(m: nn.Module, chance: random.Random) -> None:
     m.weight = nn.Parameter(m.weight.data[:, :1].expand(m.weight.shape))
 
 
-def graded(m: _ConvNd, chance: random.Random) -> None:
+def graded(m: nn.Module, chance: random.Random) -> None:
     m.weight.grad = torch.randn_like(m.weight)
 
 
-def parametrized(m: _ConvNd, chance: random.Random) -> None:
+def parametrized(m: nn.Module, chance: random.Random) -> None:
     for _ in range(chance.choice([1, 1, 2])):
         parametrize.register_parametrization(m, "weight", Fixed(chance.choice([2.0, -0.5]), chance.random() < 0.7))
 
@@ -254,13 +268,13 @@ LAST = {  # one of these, as each wants the parameter to be there
     "parametrized": parametrized,
     "expanded": expanded,
 }
-CHANGES = {
+CHANGES: dict[str, Callable[[nn.Module, random.Random], object]] = {
     f.__name__: f
     for f in (hooked_mask, hooked_effects, frozen, zeros, strided, channels_last, part_of_a_storage, graded)
 }
 
 
-def draw_layer(chance: random.Random, kinds: list[str]) -> _ConvNd:
+def draw_layer(chance: random.Random, kinds: list[str]) -> nn.Module:
     rank = chance.choice([1, 2, 2, 2, 3])
     groups = chance.choice([1, 1, 1, 1, 2, 4])
     channels = [groups * chance.randint(1 if groups > 1 else 2, 5) for _ in range(2)]
@@ -270,7 +284,9 @@ def draw_layer(chance: random.Random, kinds: list[str]) -> _ConvNd:
     if chance.random() < 0.35:
         m = base(*channels, kernel, **options)
     else:
-        m = custom(base)(*channels, kernel, **options)
+        home_made = chance.random() < 0.2
+        m = HomeMade(base, *channels, kernel, **options) if home_made else custom(base)(*channels, kernel, **options)
+        kinds += ["home-made"] * home_made
         m.use = chance.choice(list(USES))
         m.effects = [name for name in SIDE_EFFECTS if chance.random() < 0.25]
         m.register_buffer("mask", (torch.rand(m.weight.shape) < 0.7).float())
@@ -356,13 +372,13 @@ def draw(seed: int) -> tuple[nn.Module, list[str], list[str]]:
 # What is looked at from outside.
 
 
-def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
     """The convolutions by their names without what wrappers add."""
     named = model.named_modules()
     return {
         ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS): module
         for name, module in named
-        if isinstance(module, _ConvNd)
+        if isinstance(module, (_ConvNd, HomeMade))
     }
 
 
@@ -370,7 +386,7 @@ class SeenError(BaseException):
     """Ends a forward pass at its convolution."""
 
 
-def given(module: _ConvNd) -> Tensor | None:
+def given(module: nn.Module) -> Tensor | None:
     """The weight that ``F.conv*`` is given in a forward pass in evaluation mode; None where it ends with an error."""
     seen: list[Tensor] = []
 
@@ -380,7 +396,9 @@ def given(module: _ConvNd) -> Tensor | None:
 
     module.eval()
     dtype = next((p.dtype for name, p in module.named_parameters() if "weight" in name), torch.float32)
-    x = torch.zeros(1, module.in_channels, *module.kernel_size, dtype=dtype)
+    home_made = isinstance(module, HomeMade)
+    channels, taps = (module.channels, module.taps) if home_made else (module.in_channels, module.kernel_size)
+    x = torch.zeros(1, channels, *taps, dtype=dtype)
     with mock.patch.multiple(F, **dict.fromkeys(CALLS, watched)):
         try:
             module(x)
@@ -391,7 +409,7 @@ def given(module: _ConvNd) -> Tensor | None:
     return None
 
 
-def bank_of(module: _ConvNd, weight: Tensor) -> Tensor:
+def bank_of(module: nn.Module, weight: Tensor) -> Tensor:
     """The filters ``[G, M, C, *kernel_size]`` of a weight, in float64."""
     parts = weight.double().unflatten(0, (module.groups, -1))
     return parts.transpose(1, 2) if module.transposed else parts
@@ -449,7 +467,7 @@ def may_change(model: nn.Module, report: ci.Report) -> Callable[[str], bool]:
     treated = {layer.name for layer in report.layers if layer.after}
     owners, memory = set(), set()
     for name, module in model.named_modules():
-        if isinstance(module, _ConvNd) and convolutions_name(name) in treated:
+        if isinstance(module, (_ConvNd, HomeMade)) and convolutions_name(name) in treated:
             owners.add(name)
             memory |= {p.untyped_storage().data_ptr() for key, p in module.named_parameters() if "weight" in key}
     shared = {
@@ -468,6 +486,8 @@ def convolutions_name(name: str) -> str:
 def violations(seed: int) -> Iterator[str]:
     """What does not hold of the module drawn with that seed."""
     model, exclude, _ = draw(seed)
+    if all(isinstance(module, HomeMade) and given(module) is None for module in convolutions(draw(seed)[0]).values()):
+        return  # nothing is known of those, and a model without a convolution is refused
     start = traces(model)
     measured = ci.measure(model)
     if changed := differences(start, traces(model)):
@@ -483,6 +503,9 @@ def violations(seed: int) -> Iterator[str]:
         yield f"initialize_ changed {changed}"
     twin = convolutions(draw(seed)[0])
     live = convolutions(model)
+    for name in live.keys() - {layer.name for layer in report.layers}:
+        if given(twin[name]) is not None or not isinstance(live[name], HomeMade):
+            yield f"{name} is not in the report"
     for m, p, r in zip(measured.layers, planned.layers, report.layers, strict=True):
         module = live[r.name]
         before, after = given(twin[r.name]), given(module)

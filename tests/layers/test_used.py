@@ -469,6 +469,20 @@ def test_a_weight_that_its_class_makes_worse_is_put_back():
     )
 
 
+def test_norms_of_filters_that_are_not_kept_are_told():
+    class Centred(nn.ConvTranspose2d):  # along dimension 0, as for filters; but here those are along dimension 1
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv_transpose2d(x, weight / weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1), groups=2)
+
+    module = Centred(2, 4, 3, groups=2)
+    before = given(module)
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    change = given(module).flatten(2).norm(dim=2) / before.flatten(2).norm(dim=2) - 1
+    assert layer.outcome is ci.Outcome.APPROXIMATED
+    assert f"changes the norms of filters by up to {float(change.abs().max()):.1%}" in layer.reason
+
+
 def test_a_dry_run_tells_of_infinities_as_the_run_does():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
     model[1].weight.data[0] = float("nan")
