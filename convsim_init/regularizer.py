@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import find_convolutions, find_layers, lone_obstacle, used_weight
+from convsim_init.layers.standardized import ForwardWeight
 from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
@@ -68,6 +69,8 @@ class ConvolutionalSimilarity:
                     "graph was made from"
                 )
                 continue
+            if isinstance(layer.weight, ForwardWeight) and layer.weight.module is not module:
+                layer.obstacle = layer.obstacle or "the module around it uses another weight, which does not count here"
             filters = module.out_channels // (module.groups if channels == "matched" else 1)
             reason = layer.obstacle or lone_obstacle(filters, module.groups, channels)
             if reason is not None:

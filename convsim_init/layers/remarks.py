@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
+from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
 
 
@@ -20,7 +21,8 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     """Remarks on a model that its layers' reports do not make; none on a state dict."""
     if not isinstance(model, nn.Module):
         return []
-    return _other_kernels(unwrap(model), [layer.name for layer in layers])
+    inner = unwrap(model)
+    return [*_other_kernels(inner, [layer.name for layer in layers]), *_hooks_around(inner)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -49,6 +51,19 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     total = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
     return [f"not looked at, though they may convolve: {kinds}, with {weights / total:.0%} of the parameters"]
+
+
+def _hooks_around(model: nn.Module) -> list[str]:
+    """A remark on hooks that may change the weights of convolutions further inside than a trial pass is made."""
+    found = [
+        layer_name(bare_name(name))
+        for name, module in model.named_modules()
+        if has_unknown_hook(module)
+        and any(isinstance(one, _ConvNd) for child in module.children() for one in list(child.modules())[1:])
+    ]
+    if not found:
+        return []
+    return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
 
 
 @torch.no_grad()

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
 from convsim_init.layers.weights import (
     Weight,
     backup_tensors,
     describe_mismatch,
+    has_unknown_hook,
     stored_weight,
     to_float64,
 )
@@ -44,17 +46,47 @@ def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
     """
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         return None
-    inner = [child for name, child in module.named_children() if name != "parametrizations"]
     try:
         stored = stored_weight(module)
         if len(stored.shape) not in KERNEL_RANKS:
             return None
-        if any(len(one.shape) in KERNEL_RANKS for child in inner for one in child.parameters()):
+        if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in child.parameters()):
             return None
         weight = ForwardWeight(module, stored)
         return weight, weight.choose_call()
     except Exception:  # whatever its own code raises at an input that is not what it is made for
         return None
+
+
+def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight) -> ForwardWeight | None:
+    """The weight of a convolution as the module around it uses it, where that does more than to call it.
+
+    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells.
+    """
+    code = getattr(type(owner).forward, "__code__", None)
+    if "weight" not in getattr(code, "co_names", ()) and not has_unknown_hook(owner):
+        return None
+    weight = ForwardWeight(owner, stored, module)
+    try:
+        weight.choose_call()
+    except Exception:  # whatever its own code raises at an input that is not what it is made for
+        return None
+    return weight
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name != "parametrizations"]
+
+
+def _leaves(tensor: Tensor) -> set[int]:
+    """The parameters that a tensor is computed from, by their ids."""
+    nodes: dict[Any, None] = {tensor.grad_fn: None}
+    pending = list(nodes)
+    for node in pending:
+        following = [one for one, _ in getattr(node, "next_functions", ()) if one not in nodes]
+        nodes.update(dict.fromkeys(following))
+        pending += following
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 class ForwardWeight(Weight):
@@ -66,14 +98,15 @@ class ForwardWeight(Weight):
     Args:
         module: The convolution, or any module that calls one.
         stored: The weight that its attribute holds.
+        inner: The convolution whose attribute that is, where it is another module.
     """
 
-    def __init__(self, module: nn.Module, stored: Weight) -> None:
+    def __init__(self, module: nn.Module, stored: Weight, inner: nn.Module | None = None) -> None:
         super().__init__(*stored.sources)
-        self._module, self._stored = module, stored
+        self.module, self._stored, self._inner = module, stored, inner or module
         self._mask = stored.mask
         self._centred, self._known = False, True
-        self._index = 0
+        self._index: int | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -91,12 +124,12 @@ class ForwardWeight(Weight):
         obstacle = self._stored.obstacle(read_only=read_only)
         if obstacle is not None:
             return obstacle
-        kind = type(self._module).__name__
+        kind = type(self.module).__name__
         try:
             self.choose_call()
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
-            depends = describe_mismatch("class", used, self._given(noise=True))  # not to the bit: sums may round anew
+            depends = describe_mismatch("class", used, self._given(self._noise()))  # it may be rounded anew
             spread = torch.linalg.vector_norm(to_float64(used - self._given(redraw=True)))
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
@@ -121,16 +154,19 @@ class ForwardWeight(Weight):
             NoConvolutionError: If there is none.
             Exception: Whatever the module's own code raises.
         """
-        calls = convolution_calls(self._module, self._stored.read())
-        if not calls:
+        calls = convolution_calls(self.module, self._input(), self._others())
+        same = [call for call in calls if list(call.weight.shape) == self.shape]
+        made = [call for call in same if self._sources() & _leaves(call.weight)]
+        if not same or not (made or self._inner is self.module):
             raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
-        trained = [index for index, call in enumerate(calls) if call.weight.requires_grad] or [0]
-        self._index = trained[0]
-        first, *others = (calls[index].weight for index in trained)
-        if any(not torch.equal(first, other) for other in others):
-            kind = type(self._module).__name__
+        chosen = (made or same)[0]
+        self._index = [call is chosen for call in same].index(True)
+        own = self._sources() | {id(parameter) for parameter in self.module._parameters.values()}
+        learned = [call.weight for call in calls if own & _leaves(call.weight)]
+        if any(not torch.equal(chosen.weight, other) for other in learned):
+            kind = type(self.module).__name__
             self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
-        return calls[self._index]
+        return chosen
 
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""
@@ -151,9 +187,6 @@ class ForwardWeight(Weight):
         self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
         return describe_mismatch("class", target, self.read())
 
-    def _given(self, **how: Any) -> Tensor:
-        return weight_given_to_convolution(self._module, self._stored.read(), index=self._index, **how)
-
     def backup(self) -> Callable[[], None]:
         """What gives back the tensors that the stored weight is stored in."""
         restore, undo = backup_tensors(self.sources), self._stored.backup()
@@ -167,6 +200,35 @@ class ForwardWeight(Weight):
     def storage(self) -> list[Tensor]:
         """The tensors that the stored weight is stored in."""
         return self._stored.storage()
+
+    def _given(self, x: Tensor | None = None, **how: Any) -> Tensor:
+        if self._index is None:
+            self.choose_call()
+        x = self._input() if x is None else x
+        stored = self._stored.read()
+        return weight_given_to_convolution(self.module, stored, x, self._others(), index=self._index or 0, **how)
+
+    def _input(self) -> Tensor:
+        """Zeros that the convolution takes."""
+        inner, shape = self._inner, self.shape
+        if isinstance(inner, _ConvNd):
+            steps = zip(inner.dilation, inner.kernel_size, strict=True)
+            size = [1, inner.in_channels, *(dilation * (taps - 1) + 1 for dilation, taps in steps)]
+        else:  # enough for usual dilations
+            size = [1, getattr(inner, "in_channels", shape[1]), *(4 * (taps - 1) + 1 for taps in shape[2:])]
+        return torch.zeros(size, dtype=self.sources[0].dtype, device=self.sources[0].device)
+
+    def _noise(self) -> Tensor:
+        x = self._input()
+        return x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x)
+
+    def _sources(self) -> set[int]:
+        return {id(source) for source in self.sources}
+
+    def _others(self) -> set[int]:
+        """Addresses of the parameters of other modules inside it."""
+        inner = [one for part in _parts(self.module) for one in part.parameters() if not is_lazy(one)]
+        return {one.data_ptr() for one in inner} - {source.data_ptr() for source in self.sources}
 
     def _find_mask(self, stored: Tensor) -> Tensor | None:
         """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -46,22 +44,27 @@ class Call(NamedTuple):
     transposed: bool
 
 
-def convolution_calls(module: nn.Module, stored: Tensor) -> list[Call]:
-    """All that a module's forward pass gives to convolutions with weights of the shape of one that it holds.
+def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> list[Call]:
+    """All that a module's forward pass gives to convolutions, from an input.
 
     The weights are differentiable by the parameters that they are made of, frozen ones too. What is
     raised after a call is no error here.
 
+    Args:
+        module: Module that calls convolutions.
+        x: Input of the pass.
+        others: Addresses of weights that do not count.
+
     Raises:
         Exception: Whatever the module's own code raises before the first call.
     """
-    capture = _Capture(stored.shape, _weights_inside(module))
+    capture = _Capture(None, others)
     with isolated(module), capture, torch.enable_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
         try:
-            module(torch.zeros(_input_size(module, stored.shape), dtype=stored.dtype, device=stored.device))
+            module(x)
         except Exception:
             if not capture.calls:
                 raise
@@ -71,23 +74,22 @@ def convolution_calls(module: nn.Module, stored: Tensor) -> list[Call]:
 def weight_given_to_convolution(
     module: nn.Module,
     stored: Tensor,
+    x: Tensor,
+    others: Collection[int] = (),
     *,
     index: int = 0,
     probe: Tensor | None = None,
-    noise: bool = False,
     redraw: bool = False,
 ) -> Tensor:
-    """The weight that the module's forward pass gives to a convolution.
-
-    The module runs in evaluation mode on zeros, of the dtype and device of the weight that it holds. Convolutions
-    inside it are no candidates.
+    """The weight that a module's forward pass, in evaluation mode, gives to a convolution.
 
     Args:
         module: Module that calls a convolution.
         stored: Weight that it holds; the one that is given has that shape.
+        x: Input of the pass.
+        others: Addresses of weights that do not count.
         index: Position among the calls with a weight of that shape.
         probe: Values to be tried in the parameter's place.
-        noise: Whether the input is noise.
         redraw: Whether random numbers are others than without it.
 
     Returns:
@@ -98,32 +100,16 @@ def weight_given_to_convolution(
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
-    capture = _Capture(stored.shape, _weights_inside(module), last=index)
+    capture = _Capture(stored.shape, others, last=index)
     with isolated(module), capture, contextlib.suppress(_CapturedError):
         if probe is not None:
             stored.data.copy_(probe)
         if redraw:
             random.random(), np.random.random(), torch.rand(1, device=stored.device)
-        x = torch.zeros(_input_size(module, stored.shape), dtype=stored.dtype, device=stored.device)
-        module(x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x) if noise else x)
+        module(x)
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
     return capture.calls[index].weight
-
-
-def _input_size(module: nn.Module, shape: Sequence[int]) -> list[int]:
-    """The size of an input for a convolution with a weight of that shape."""
-    if isinstance(module, _ConvNd):
-        steps = zip(module.dilation, module.kernel_size, strict=True)
-        return [1, module.in_channels, *(dilation * (taps - 1) + 1 for dilation, taps in steps)]
-    channels = getattr(module, "in_channels", shape[1])
-    return [1, channels, *(4 * (taps - 1) + 1 for taps in shape[2:])]  # enough for usual dilations
-
-
-def _weights_inside(module: nn.Module) -> set[int]:
-    """Addresses of the parameters of other modules inside it."""
-    inner = [child for name, child in module.named_children() if name != "parametrizations"]
-    return {one.data_ptr() for child in inner for one in child.parameters() if not is_lazy(one)}
 
 
 @contextmanager
@@ -220,14 +206,14 @@ class _Capture(TorchFunctionMode):
     """Context that keeps what is given to convolutions with a weight of some shape.
 
     Args:
-        shape: Shape of the weight.
+        shape: Shape of the weight; None for any.
         others: Addresses of weights that do not count.
         last: Position of the call that ends the forward pass. Default: None; it goes on.
     """
 
-    def __init__(self, shape: Sequence[int], others: Collection[int], last: int | None = None) -> None:
+    def __init__(self, shape: Sequence[int] | None, others: Collection[int], last: int | None = None) -> None:
         super().__init__()
-        self._shape, self._others, self._last = list(shape), others, last
+        self._shape, self._others, self._last = shape, others, last
         self.calls: list[Call] = []
 
     def __torch_function__(
@@ -240,7 +226,7 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
             weight, transposed, groups = _arguments(func, args, kwargs)
-            if list(weight.shape) == self._shape and weight.data_ptr() not in self._others:
+            if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
                 self.calls.append(Call(weight.clone(), groups, transposed))  # before its memory is put back
                 if len(self.calls) - 1 == self._last:
                     raise _CapturedError

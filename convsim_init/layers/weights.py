@@ -8,7 +8,6 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -284,7 +283,7 @@ def _hooked(module: Any) -> Callable[[], Tensor] | None:
     return None
 
 
-def has_unknown_hook(module: _ConvNd) -> bool:
+def has_unknown_hook(module: nn.Module) -> bool:
     """Whether a hook of somebody's own, which may change the weight, runs before its forward pass."""
     known = (WeightNorm, SpectralNorm, BasePruningMethod)
     return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())

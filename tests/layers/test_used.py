@@ -527,6 +527,78 @@ def test_a_module_that_convolves_with_its_own_weight_is_a_layer(groups, transpos
     assert ci.ConvolutionalSimilarity(model).skipped["1"].startswith("no module of PyTorch's convolutions")
 
 
+class Around(nn.Module):
+    """Uses its convolution's weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.mask = torch.rand(8, 4, 3, 3) < 0.5
+
+
+class MaskedAround(Around):
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight * self.mask)
+
+
+class MaskedInPlaceAround(Around):
+    def forward(self, x):
+        self.conv.weight.data *= self.mask
+        return self.conv(x)
+
+
+def hooked_around():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    mask = torch.rand(8, 4, 3, 3) < 0.5
+    model.register_forward_pre_hook(lambda m, _: (m[0].weight.data.mul_(mask), None)[1])
+    return model
+
+
+@pytest.mark.parametrize("build", [MaskedAround, MaskedInPlaceAround, hooked_around])
+def test_a_module_around_a_convolution_may_mask_its_weight(build):
+    model = build()
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    before = conv.weight.detach().clone()
+    ci.measure(model)
+    assert torch.equal(conv.weight, before)
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert report.layers[0].reason.startswith("within its mask, ")
+    model(torch.zeros(1, 4, 3, 3))
+    used = conv.weight.detach() * getattr(model, "mask", 1)
+    assert report.layers[0].after["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(used, normalized=True)), rel=1e-4
+    )
+    with pytest.raises(ci.InputError, match="the module around it uses another weight"):
+        ci.ConvolutionalSimilarity(model)
+
+
+def test_a_hook_on_every_module_counts_and_one_further_out_is_told():
+    model, mask = nn.Sequential(nn.Sequential(nn.Conv2d(4, 8, 3))), torch.rand(8, 4, 3, 3) < 0.5
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda m, _: (m.weight.data.mul_(mask), None)[1] if isinstance(m, nn.Conv2d) else None
+    )
+    try:
+        report = ci.measure(model)
+    finally:
+        handle.remove()
+    assert report.layers[0].before["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(model[0][0].weight.detach() * mask, normalized=True)), rel=1e-4
+    )
+    assert report.remarks == []
+    model.register_forward_pre_hook(lambda *_: None)
+    remark = "not tried, though they may change weights: hooks before the forward pass of (the model itself)"
+    assert ci.measure(model).remarks == [remark]
+
+
+def test_a_second_weight_may_be_of_another_shape():
+    class Difference(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight) - F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
+
+    (layer,) = ci.measure(Difference(4, 8, 3)).layers
+    assert layer.reason == "one of several weights that Difference convolves with: the others count for nothing here"
+
+
 def test_a_home_made_convolution_may_be_masked_normalized_frozen_and_changed_by_its_forward_pass():
     class Masked(Scaled):
         def forward(self, x):
