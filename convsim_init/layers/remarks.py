@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
+from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
@@ -22,7 +23,8 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     if not isinstance(model, nn.Module):
         return []
     inner = unwrap(model)
-    return [*_other_kernels(inner, [layer.name for layer in layers]), *_hooks_around(inner)]
+    names = [layer.name for layer in layers]
+    return [*_other_kernels(inner, names), *_hooks_around(inner), *_ties(inner, layers)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -64,6 +66,19 @@ def _hooks_around(model: nn.Module) -> list[str]:
     if not found:
         return []
     return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
+
+
+def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
+    own = {id(source) for layer in layers for source in layer.weight.sources}
+    treated: dict[tuple[object, ...], list[Memory]] = {}
+    for one in memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources):
+        treated.setdefault(one[:2], []).append(one)
+    found = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in own and any(overlap(a, b) for a in memories([tensor]) for b in treated.get(a[:2], ())):
+            found.append(shown(bare_name(name)))
+    return [f"in the memory of treated weights, and changed with them: {some(found)}"] if found else []
 
 
 @torch.no_grad()

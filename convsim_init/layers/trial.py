@@ -149,6 +149,7 @@ def _noted(tensor: Tensor) -> Callable[[], None]:
     """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed."""
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
     values = None if data.is_meta else data.clone()
+    hooks = dict(tensor._backward_hooks or {})
 
     def put_back() -> None:
         moved = tensor.data.data_ptr() != data.data_ptr()
@@ -160,6 +161,9 @@ def _noted(tensor: Tensor) -> Callable[[], None]:
             tensor.requires_grad_(required)
             if tensor.grad is not grad:
                 tensor.grad = grad
+            live = tensor._backward_hooks or {}
+            for hook in live.keys() - hooks.keys():
+                del live[hook]
 
     return put_back
 

@@ -192,6 +192,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     class Module(nn.Conv2d):
         def forward(self, x):
             self.weight.grad = None
+            self.weight.register_hook(lambda gradient: gradient)
             self.weight.requires_grad_(False)
             self.notes["calls"] += 1
             return super().forward(x)
@@ -201,6 +202,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     module.notes = {"calls": torch.zeros(1), "computed": module.weight * 2}
     weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert module.weight.grad is gradient
+    assert not module.weight._backward_hooks
     assert module.weight.requires_grad
     assert module.notes["calls"] == 0
 

@@ -137,6 +137,14 @@ def test_memory_says_what_is_shared(kind, source):
     assert report.layers[0].after["normalized_similarity"] == pytest.approx(float(used), rel=1e-4)
 
 
+def test_other_tensors_in_the_memory_of_a_treated_weight_are_told():
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 1), "linear": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
+    model["linear"].weight.data = model["conv"].weight.data.view(8, 4)
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert report.remarks == ["in the memory of treated weights, and changed with them: linear.weight"]
+    assert ci.initialize_(model, exclude=["*"]).remarks == []
+
+
 def test_parts_of_one_storage_that_do_not_overlap_are_apart():
     whole = torch.randn(16, 4, 3, 3)
     assert overlap(memory(whole[:8]), memory(whole[7:]))
@@ -297,6 +305,10 @@ def test_modules_that_may_convolve_are_told_with_their_share():
         ("pair", (16, 8, 8), {"pair.bias": 16}, False),
         ("experts", (4, 64, 5), {}, False),
         ("stacked", (4, 64, 32), {}, False),
+        ("stacked with biases", (10, 17, 7), {"stacked with biases.bias": (10, 7)}, False),
+        ("norm over images", (16, 7, 7), {"norm over images.bias": (16, 7, 7)}, False),
+        ("another length", (16, 8, 3, 3), {"another length.bias": 5}, False),
+        ("grouped up", (16, 8, 4), {"grouped up.bias": 32}, True),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
