@@ -13,7 +13,7 @@ import click
 
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source
+from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
@@ -200,10 +200,7 @@ def _check_source(spec: str, how: ModelOptions) -> None:
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
         )
     elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():
-        raise InputError(
-            f"expected a folder with a file of weights such as model.safetensors, got {spec!r}, which has none: name "
-            f"the file"
-        )
+        raise without_weights(spec)
     else:
         how.check(spec)
 

@@ -104,7 +104,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         if choices.calibrate is not None:
             if not isinstance(network, torch.nn.Module):
                 raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
-            factors = calibrate_(network, input_shape=choices.calibrate, **layers)
+            factors = calibrate_(network, input_shape=choices.calibrate, include=choices.include, exclude=exclude)
             report = report.with_factors(factors)
             report.calibrated = list(choices.calibrate)
         if before is not None:

@@ -66,6 +66,12 @@ def folder_file(folder: Path) -> Path | None:
         return None
 
 
+def without_weights(folder: str | os.PathLike[str]) -> InputError:
+    """The error that says which files a folder should hold one of."""
+    names = f"{', '.join(FOLDER_FILES[:-1])} or {FOLDER_FILES[-1]}"
+    return InputError(f"expected a folder with {names}, got {str(folder)!r}, which has none of them: name the file")
+
+
 def check_source(path: str | os.PathLike[str]) -> Path:
     """The path of a checkpoint's file that can be read; of a folder the file in it.
 

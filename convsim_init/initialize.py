@@ -39,6 +39,8 @@ from convsim_init.report.report import LayerReport, Outcome, Report, check_patte
 from convsim_init.settings import Settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
+NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
+NOT_FINITE = "left as it was: its weight holds infinities or NaN"
 
 
 @torch.no_grad()
@@ -263,9 +265,12 @@ def plan(
         report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
         if layer.obstacle is None:
             own, why = decided[layer.name]
-            obstacle = _obstacle(layer.bank(own.compared_channels), own)
-            outcome = Outcome.SKIPPED if obstacle else Outcome.PLANNED
-            report = replace(report, outcome=outcome, reason=obstacle or why, channels=own.compared_channels)
+            bank = layer.bank(own.compared_channels)
+            obstacle = _obstacle(bank, own)
+            report = replace(report, outcome=Outcome.SKIPPED if obstacle else Outcome.PLANNED, reason=obstacle or why)
+            if not all_finite(bank):
+                report = replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
+            report = replace(report, channels=own.compared_channels)
         reports.append(replace(report, reason=layer.explained(report.reason)))
     remarks = [*model_remarks(model, layers), *unknown]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
@@ -300,7 +305,7 @@ def _lower(
     report = replace(report, channels=channels)
     bank = layer.bank(channels, device)
     if not all_finite(bank):
-        return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
+        return replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
     obstacle = _obstacle(bank, settings)
     if obstacle:
         return replace(report, reason=obstacle)
@@ -327,12 +332,17 @@ def _lower(
             put_back()
             reason = "left as it was: its own code makes infinities or NaN of the new weight"
             return replace(report, outcome=Outcome.FAILED, reason=reason)
-    after = measure_bank(written, channels)
-    if difference and all(after[name] >= before[name] for name in before):
+    after, kept = measure_bank(written, channels), filter_norms(written)
+    change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
+    if change > NORM_CHANGE + torch.finfo(layer.weight.sources[0].dtype).eps:
+        difference = difference or f"its forward pass changes the norms of filters by up to {change:.1%}"
+    gain = max(before[name] - after[name] for name in before)
+    if gain < 0 or (difference and gain == 0):
         with LIVE:
             put_back()
-        return replace(report, reason=f"left as it was: {difference} and is no better")
-    after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
+        cause = f"{difference} and" if difference else "what it makes of the new weight"
+        return replace(report, reason=f"left as it was: {cause} is no better")
+    after["norm_ratio"] = float((kept / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
     remark = ": ".join(filter(None, [why, within, difference])) or None

@@ -73,7 +73,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
     Args:
         path: A file of safetensors or of `torch.save`, or a folder of Hugging Face.
-        key: Key of the state dict in the file, with dots where it is in several dicts. Default: as above.
+        key: Key of the state dict in the file, with dots where it is in several dicts; or a prefix of
+            its keys, where it is one of several networks in a state dict. Default: as above.
 
     Returns:
         Dense tensors, at least one, in the order of the file.
@@ -186,7 +187,10 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
     while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
         found = [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]
         if wanted is not None:
-            wrapper = next((key for key in content if wanted == key or wanted.startswith(f"{key}.")), None)
+            wrapper = next((key for key in content if wanted == key or f"{wanted}.".startswith(f"{key}.")), None)
+            part = {key[len(wanted) + 1 :]: one for key, one in content.items() if f"{key}".startswith(f"{wanted}.")}
+            if wrapper is None and part:
+                return part, ".".join([*opened, wanted]), others
             if wrapper is None:
                 there = f"there is {some(map(shown, found))}" if found else "there is none"
                 raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")

@@ -15,7 +15,7 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
+from convsim_init.layers.standardized import ForwardWeight, find_call, has_forward_of_its_own, weight_within
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
@@ -102,10 +102,13 @@ def find_layers(
     return layers
 
 
-def used_weight(module: _ConvNd) -> Weight:
-    """The weight that a convolution's forward pass uses."""
+def used_weight(module: _ConvNd, owner: nn.Module | None = None) -> Weight:
+    """The weight that a convolution's forward pass uses, or that of the module around it, its owner."""
     weight = stored_weight(module)
-    needs_trial = has_forward_of_its_own(module) or has_unknown_hook(module)
+    if owner is not None and (within := weight_within(owner, module, weight)) is not None:
+        return within
+    hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
+    needs_trial = has_forward_of_its_own(module) or hooked
     return ForwardWeight(module, weight) if needs_trial else weight
 
 
@@ -141,14 +144,20 @@ def shape_obstacle(shape: Sequence[int]) -> str | None:
 def _module_layers(model: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
-    for name, module in model.named_modules():
+    owners = dict(model.named_modules())
+    for name, module in owners.items():
         if name.startswith(within):
             continue
         if isinstance(module, _ConvNd):
-            weight, kind = used_weight(module), type(module).__name__
+            owner = owners.get(name.rpartition(".")[0]) if name else None
+            weight, kind = used_weight(module, owner), type(module).__name__
             layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
             layer.strides = math.prod(module.stride)
             layers.append(layer)
+        elif found := find_call(module):
+            weight, call = found
+            kind = type(module).__name__
+            layers.append(Layer(bare_name(name), kind, weight, groups=call.groups, transposed=call.transposed))
         elif in_graph := graph_layers(bare_name(name), module):
             layers += in_graph
             within += (f"{name}." if name else "",)

@@ -69,7 +69,6 @@ class Layer:
         return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
 
     def explained(self, reason: str | None) -> str | None:
-        """The reason of an outcome, with what the layer was taken for where that was inferred from little."""
-        if reason is None or self.note is None:
-            return reason or self.note
-        return reason if (self.groups, self.transposed) == (1, False) else f"{self.note}: {reason}"
+        """The reason of an outcome, with what its weight is and what it was taken for, inferred from little."""
+        note = None if reason and (self.groups, self.transposed) == (1, False) else self.note
+        return ": ".join(filter(None, [self.weight.note, note, reason])) or None

@@ -1,4 +1,4 @@
-"""What a report should say of a model beside its layers: what was not looked at, and what is only part of the truth."""
+"""What a report should say of a model beside its layers: what was not looked at, and copies that part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
+from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
+from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
 
 
@@ -21,7 +23,8 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     if not isinstance(model, nn.Module):
         return []
     inner = unwrap(model)
-    return [*_other_kernels(inner, [layer.name for layer in layers]), *_second_weights(inner, layers)]
+    names = [layer.name for layer in layers]
+    return [*_other_kernels(inner, names), *_hooks_around(inner), *_ties(inner, layers)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -52,20 +55,30 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [f"not looked at, though they may convolve: {kinds}, with {weights / total:.0%} of the parameters"]
 
 
-def _second_weights(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Remarks on convolutions with another parameter of their weight's shape, which is left as it was."""
-    shapes = {layer.name: layer.shape for layer in layers if layer.obstacle is None}
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd) and bare_name(name) in shapes:
-            for key, parameter in module._parameters.items():
-                if key in ("weight", "weight_orig", "weight_v") or parameter is None or is_lazy(parameter):
-                    continue
-                if list(parameter.shape) == shapes[bare_name(name)]:
-                    found.append(shown(f"{bare_name(name)}.{key}"))
+def _hooks_around(model: nn.Module) -> list[str]:
+    """A remark on hooks that may change the weights of convolutions further inside than a trial pass is made."""
+    found = [
+        layer_name(bare_name(name))
+        for name, module in model.named_modules()
+        if has_unknown_hook(module)
+        and any(isinstance(one, _ConvNd) for child in module.children() for one in list(child.modules())[1:])
+    ]
     if not found:
         return []
-    return [f"second weights of convolutions, left as they were, count for nothing here: {some(found)}"]
+    return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
+
+
+def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
+    own = {id(source) for layer in layers for source in layer.weight.sources}
+    treated: dict[tuple[object, ...], list[Memory]] = {}
+    for one in memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources):
+        treated.setdefault(one[:2], []).append(one)
+    found = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in own and any(overlap(a, b) for a in memories([tensor]) for b in treated.get(a[:2], ())):
+            found.append(shown(bare_name(name)))
+    return [f"in the memory of treated weights, and changed with them: {some(found)}"] if found else []
 
 
 @torch.no_grad()

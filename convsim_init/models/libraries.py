@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
+from convsim_init.files import without_weights
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
 from convsim_init.models.zoo.catalog import MODELS, UnknownModelError, closest
 from convsim_init.version import installed_version
@@ -121,6 +122,8 @@ def resolve(text: str) -> Resolved:
     try:
         owners = [library for library in installed() if has(library, text)]
     except InputError as error:
+        if Path(text).is_dir():
+            raise without_weights(text) from error
         alike = " or ".join(closest(text))
         hint = f" (did you mean {alike}?)" if alike else ""
         raise UnknownModelError(
@@ -135,7 +138,9 @@ def resolve(text: str) -> Resolved:
     return Resolved(parse(f"{first.value}:{text}"), remark)
 
 
-def _unknown(name: str) -> UnknownModelError:
+def _unknown(name: str) -> InputError:
+    if Path(name).is_dir():
+        return without_weights(name)
     known = {one: one for one in MODELS}
     for library in installed():
         for one in names(library):

@@ -53,6 +53,23 @@ def test_a_key_may_go_through_several_dicts(tmp_path):
     assert read_checkpoint(tmp_path / "a.pth", "states.ema").wrapper == "states.ema"
 
 
+def test_a_file_with_two_copies_of_a_network_asks_which(tmp_path, command):
+    state = build_model("cifar_resnet18", seed=1).state_dict()
+    copies = {"encoder_q": state, "encoder_k": build_model("cifar_resnet18", seed=2).state_dict()}
+    moco = {f"module.{name}.{key}": value for name, one in copies.items() for key, value in one.items()}
+    torch.save({"state_dict": moco | {"module.queue": torch.zeros(3)}}, tmp_path / "moco.pth")
+    one_of_two = "2: choose one with key .*: state_dict.module.encoder_q, state_dict.module.encoder_k"
+    other = build_model("cifar_resnet18", seed=3)
+    with pytest.raises(InputError, match=one_of_two):
+        load_checkpoint(other, tmp_path / "moco.pth")
+    for arguments in (["verify", "moco.pth", "cifar_resnet18"], ["moco.pth", "--like", "cifar_resnet18", "--dry-run"]):
+        status, _, err = command(*arguments)
+        assert (status, "choose one with key" in err) == (2, True)
+        assert command(*arguments, "--key", "state_dict.module.encoder_k")[0] == 0
+    assert load_checkpoint(other, tmp_path / "moco.pth", key="state_dict.module.encoder_q").exact
+    assert torch.equal(other.conv1.weight, state["conv1.weight"])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_folder_of_hugging_face(name, tmp_path):
     model = build_model("cifar_resnet18", seed=3)
@@ -77,6 +94,14 @@ def test_a_folder_of_several_files_with_an_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="expected names of files beside"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf", "runs/hf"])
+def test_a_folder_without_weights_says_which_file_it_lacks(name, tmp_path, command):
+    (tmp_path / name).mkdir(parents=True)
+    status, _, err = command("inspect", name)
+    assert (status, "expected a folder with model.safetensors, model.safetensors.index.json, " in err) == (2, True)
+    assert f"got '{name}', which has none of them" in err
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.gguf", "net.h5"])
