@@ -72,11 +72,12 @@ class PickleReader:
     Args:
         path: Path of the file, for errors.
         content: The file, at the position of a pickle.
+        size: Size in bytes of what the pickle describes. Default: that of the file.
     """
 
-    def __init__(self, path: str, content: mmap.mmap) -> None:
+    def __init__(self, path: str, content: mmap.mmap, size: int | None = None) -> None:
         self.path, self.content, self.tell = path, content, content.tell
-        self._size, self._taken = len(content), 0
+        self._size, self._taken = len(content) if size is None else size, 0
 
     def name(self, name: Name) -> object:
         """What stands for a class or function that the pickle names."""
@@ -84,6 +85,8 @@ class PickleReader:
 
     def call(self, maker: Name, arguments: tuple[object, ...]) -> object:
         """What stands for the result of a call."""
+        if str(maker) == "torch.Size":
+            return arguments[0]
         if str(maker) != "collections.OrderedDict":
             return Made(maker, arguments)
         made: OrderedDict[object, object] = OrderedDict()
@@ -97,7 +100,7 @@ class PickleReader:
 
     def read(self, count: int) -> bytes:
         """The next bytes; `pickletools` calls it."""
-        self.take(TEXT * min(count, self._size))
+        self.take(TEXT * min(count, len(self.content)))
         return self.content.read(count)
 
     def readline(self) -> bytes:

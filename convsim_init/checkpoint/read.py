@@ -14,9 +14,10 @@ from typing import NamedTuple
 import safetensors.torch
 from torch import Tensor
 
+from convsim_init.checkpoint.distributed import read_distributed
 from convsim_init.checkpoint.pickles import check_room, type_name
 from convsim_init.checkpoint.state_dict import module_versions
-from convsim_init.checkpoint.torch_files import read_torch_file
+from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
 from convsim_init.files import check_source
 from convsim_init.layers.names import bare_entries
@@ -68,11 +69,12 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
     What a file holds decides how it is read, not its name. A dict that holds the state dict under one of
     `WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state dict
-    under any other key. Files of `torch.save` are not unpickled: their pickles are followed, and the
-    tensors in them built anew, so that no code is run. Tensors stay on the disk until they are used.
+    under any other key, or nothing but another dict. Files of `torch.save` are not unpickled: their pickles
+    are followed, and the tensors in them built anew, so that no code is run. Tensors stay on the disk until
+    they are used.
 
     Args:
-        path: A file of safetensors or of `torch.save`, or a folder of Hugging Face.
+        path: A file of safetensors or of `torch.save`, or a folder of Hugging Face or `torch.distributed.checkpoint`.
         key: Key of the state dict in the file, with dots where it is in several dicts. Default: as above.
 
     Returns:
@@ -88,6 +90,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         size = source.stat().st_size
         if source.suffix == ".json":
             content, size = _read_shards(source)
+        elif source.name == ".metadata":
+            content, size = read_distributed(source)
         else:
             content = _read(source)
     except InputError:
@@ -104,7 +108,7 @@ def _read(path: Path) -> object:
     header_fits = int.from_bytes(head[:8], "little") < path.stat().st_size
     others = head.startswith((b"PK", b"\x80")) and not (header_fits and head[8:] == b"{")  # zipped or pickled
     is_safetensors = (header_fits and head[8:] == b"{") or (path.suffix == ".safetensors" and not others)
-    return _read_safetensors(path) if is_safetensors else read_torch_file(path)
+    return _read_safetensors(path) if is_safetensors else TorchFile(path).read()
 
 
 def _read_shards(index: Path) -> tuple[dict[str, object], int]:
@@ -149,7 +153,7 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _explain(name: str, path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
         return f"cannot read {name}: {error.strerror}; check the file"
-    writer = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+    writer = {".safetensors": "safetensors", "": "torch.distributed.checkpoint"}.get(path.suffix, "torch.save")
     return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
 
 
@@ -217,6 +221,8 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
                         f"NAME in the shell)"
                     )
                 (wrapper,) = found
+            elif wrapper is None and not found and len(content) == 1:
+                wrapper = next((key for key, value in content.items() if isinstance(value, Mapping)), None)
             if wrapper is None:
                 break
         others = tuple(key for key in found if key != wrapper)

@@ -118,30 +118,39 @@ class TensorReader(PickleReader):
         return tensor.set_(storage.data, offset, size, stride)
 
 
-def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> object:
-    """What `torch.save` wrote to a file, or to a part of it, with tensors that stay on the disk until they are used.
+class TorchFile:
+    """A file that `torch.save` wrote once or more; its tensors stay on the disk until they are used.
 
     Args:
         path: Path of the file.
-        start: Position of the part.
-        length: Its length in bytes. Default: to the end.
-
-    Raises:
-        InputError: If a checksum fails, a pickle needs code to be run, or memory is out of proportion to the file.
-        Exception: Any kind, if it is no file of `torch.save`.
     """
-    size = path.stat().st_size
-    data = cast("UntypedStorage", UntypedStorage.from_file(str(path), False, size))
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = size if length is None else start + length
-        if not 0 <= start < end <= size:
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, path.stat().st_size
+        self.data = cast("UntypedStorage", UntypedStorage.from_file(str(path), False, self.size))
+        with path.open("rb") as file:
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start: int = 0, length: int | None = None) -> object:
+        """What the file holds, or a part of it.
+
+        Args:
+            start: Position of the part.
+            length: Its length in bytes. Default: to the end.
+
+        Raises:
+            InputError: If a checksum fails, a pickle needs code to be run, or memory is out of proportion to the file.
+            Exception: Any kind, if `torch.save` did not write it.
+        """
+        end = self.size if length is None else start + length
+        if not 0 <= start < end <= self.size:
             raise UnpicklingError("a part that is not in the file")
-        if content[start : start + len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
-            return _read_legacy(str(path), content, data)  # bare pickles, as before PyTorch 1.6
-        check_room(str(path), size, ENTRY * _directory_size(content[max(end - END, 0) : end]))
-        whole = file if length is None else io.BytesIO(content[start:end])
-        with zipfile.ZipFile(whole) as archive:
-            return _read_archive(str(path), archive, content, data, start, end)
+        self.content.seek(start)
+        if self.content[start : start + len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
+            return _read_legacy(str(self.path), self.content, self.data)  # bare pickles, as before PyTorch 1.6
+        check_room(str(self.path), self.size, ENTRY * _directory_size(self.content[max(end - END, start) : end]))
+        with zipfile.ZipFile(self.path if length is None else io.BytesIO(self.content[start:end])) as archive:
+            return _read_archive(str(self.path), archive, self.content, self.data, start, end)
 
 
 def _directory_size(end: bytes) -> int:
