@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from convsim_init.version import __version__
-
 if TYPE_CHECKING:
     from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.checkpoint.load_report import LoadReport
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from convsim_init.regularizer import ConvolutionalSimilarity
     from convsim_init.report.report import LayerReport, Outcome, Report
     from convsim_init.settings import Settings
+    from convsim_init.version import __version__
 
 _HOMES = {
     "ConvolutionalSimilarity": "regularizer",
@@ -36,6 +35,7 @@ _HOMES = {
     "RunError": "errors",
     "Settings": "settings",
     "UnknownModelError": "models.zoo.catalog",
+    "__version__": "version",
     "build_model": "models.build",
     "convolutional_similarity": "functional.similarity",
     "convsim_": "initialize",
