@@ -5,11 +5,22 @@ torch is imported by the subcommands that need it, so that ``--help`` and ``list
 
 from __future__ import annotations
 
+import signal
+
+_interrupt = signal.getsignal(signal.SIGINT)
+if _interrupt is signal.default_int_handler:  # which shows a traceback; what follows sets others, but is imported first
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not in the main thread, where none is shown
+        _interrupt = None
+
 import sys
 from typing import Any
 
 from .signals import DONE, FAILED, WRONG_USAGE, Terminated, exit_on_signal, fail, grace_period, interrupted
 
+if _interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupt)
 with exit_on_signal():  # from here on a signal shows no traceback, so nothing that takes long comes before
     import os
     from collections.abc import Iterator, Sequence

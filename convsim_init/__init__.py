@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from convsim_init.version import __version__
-
 if TYPE_CHECKING:
     from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.checkpoint.load_report import LoadReport
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from convsim_init.schemes.calibrate import calibrate_
     from convsim_init.schemes.draw import draw_base_
     from convsim_init.settings import Settings
+    from convsim_init.version import __version__
 
 _HOMES = {
     "ConvolutionalSimilarity": "regularizer",
@@ -37,6 +36,7 @@ _HOMES = {
     "RunError": "errors",
     "Settings": "settings",
     "UnknownModelError": "models.zoo.catalog",
+    "__version__": "version",
     "build_model": "models.build",
     "calibrate_": "schemes.calibrate",
     "convolutional_similarity": "functional.similarity",

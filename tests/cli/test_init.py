@@ -946,6 +946,12 @@ def test_an_interrupt_during_the_imports_ends_the_command(module, arguments, tmp
     assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
 
 
+def test_an_interrupt_before_all_other_imports_ends_the_command_without_a_word(tmp_path):
+    process = [sys.executable, "-c", INTERRUPTED_IMPORT, "convsim_init.cli.signals", "list"]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 TWO_SIGNALS = """
 import os, sys
 from convsim_init.cli import main as command
