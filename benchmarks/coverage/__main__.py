@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.coverage.checks import build, check
+from benchmarks.coverage.checks import NoInputError, build, check
 from benchmarks.coverage.sources import SOURCES, Architecture
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -43,7 +43,7 @@ FIELDS = [
     *("model", "outcome", "parameters", "layers", "treated", "seen", "largest_similarity_error", "largest_norm_error"),
     *("skipped", "peak_memory", "seconds", "detail"),
 ]
-OUTCOMES = ("passed", "no convolution", "too large", "failed")
+OUTCOMES = ("passed", "failed", "no convolution", "too large", "not built", "no input")
 LARGE = 60e6  # parameters
 
 Row = dict[str, object]
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", default=["*"])
     parser.add_argument("--largest", type=float, default=60, help="million parameters; larger models are left out")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--again", action="store_true", help="do failed models once more")
+    parser.add_argument("--again", action="store_true", help="do models that did not pass once more")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows, missing = [], {}
@@ -63,6 +63,7 @@ def main() -> None:
         done = {str(row["model"]): row for row in read(table)}
         try:
             found = {one.name: one for one in source()}
+            done = {name: row for name, row in done.items() if name in found}
         except ImportError as error:
             print(f"{library} is left out: {error}", file=sys.stderr)
             found = {}
@@ -82,7 +83,7 @@ def main() -> None:
 
 def to_do_again(row: Row, options: argparse.Namespace) -> bool:
     """Whether a model that is in the table is to be done once more."""
-    if row["outcome"] == "failed":
+    if row["outcome"] in ("failed", "not built", "no input"):
         return options.again
     return row["outcome"] == "too large" and int(row["parameters"]) <= options.largest * 1e6
 
@@ -91,8 +92,10 @@ def examine(architecture: Architecture, options: argparse.Namespace) -> Row:
     """One line of the table."""
     started = time.perf_counter()
     row: Row = dict.fromkeys(FIELDS, "") | {"model": architecture.name}
+    outcome = "not built"
     try:
         row["parameters"], convolves = outline(architecture)
+        outcome = "failed"
         if not convolves:
             row["outcome"] = "no convolution"
         elif row["parameters"] > options.largest * 1e6:
@@ -102,7 +105,8 @@ def examine(architecture: Architecture, options: argparse.Namespace) -> Row:
             if row["parameters"] > LARGE:
                 row["peak_memory"] = f"{peak_memory(architecture.name, options.steps):.2f}"
     except Exception as error:  # whatever a library raises
-        row |= {"outcome": "failed", "detail": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        outcome = "no input" if isinstance(error, NoInputError) else outcome
+        row |= {"outcome": outcome, "detail": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     return row | {"seconds": f"{time.perf_counter() - started:.1f}"}
 
 
@@ -153,10 +157,11 @@ def summarize(rows: list[Row], missing: dict[str, int], options: argparse.Namesp
         "# Census",
         "",
         f"`python -m benchmarks.coverage`, {date.today()}, torch {torch.__version__}, {platform.machine()}, on the "
-        f"CPU, {options.steps} steps a layer. Every model is in [census/](census/).",
+        f"CPU, {options.steps} steps a layer. Every model is in [census/](census/). Those that are not built here want "
+        "more than a configuration of defaults, and those without an input arguments that are not known here.",
         "",
-        "| library | models | passed | without a convolution | too large | failed | not run |",
-        "|---|---|---|---|---|---|---|",
+        "| library | models | passed | failed | without a convolution | too large | not built | no input | not run |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for library in SOURCES:
         mine = Counter(row["outcome"] for row in rows if str(row["model"]).startswith(f"{library}:"))

@@ -30,6 +30,10 @@ class CheckError(Exception):
     """A check that did not hold."""
 
 
+class NoInputError(Exception):
+    """No input is known that the model takes."""
+
+
 class Errors(NamedTuple):
     """How far what was seen of a layer is from what its report says, relatively."""
 
@@ -137,7 +141,7 @@ def first_run(model: nn.Module, names: Sequence[str], candidates: Iterable[Input
                 return run(model, inputs), watch.seen, inputs
         except Exception as error:  # inputs that are too small, in the model's own words
             errors.append(f"{type(error).__name__}: {error}")
-    raise CheckError(f"no input fits: {'; '.join(errors)}")
+    raise NoInputError("; ".join(dict.fromkeys(errors)))
 
 
 def compare(layer: ci.LayerReport, before: Seen, after: Seen) -> Errors:

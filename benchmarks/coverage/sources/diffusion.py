@@ -18,6 +18,7 @@ VIDEO = {"sample": noise(1, 3, 9, 32, 32)}
 TEXT = noise(1, 7, 32)
 TIME = torch.tensor([3])
 LATENT = {"sample": noise(1, 4, 16, 16), "timestep": TIME, "encoder_hidden_states": TEXT}
+FRAMES = {"encoder_hidden_states": noise(4, 7, 32)}
 CLIP = {"sample": noise(1, 4, 4, 16, 16), "timestep": TIME, "encoder_hidden_states": TEXT}
 
 
@@ -75,13 +76,13 @@ def _table() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield "AutoencoderKLLTX2Audio", {}, {"sample": noise(1, 2, 64, 64)}
     yield "AutoencoderVidTok", {"ch": 32}, {"sample": noise(1, 3, 17, 32, 32)}
 
-    yield "UNet1DModel", {"extra_in_channels": 16}, {"sample": noise(1, 2, 64), "timestep": TIME}
+    yield "UNet1DModel", {"extra_in_channels": 64}, {"sample": noise(1, 2, 64), "timestep": TIME}
     plain = _blocks(attention="Attn") | {"norm_num_groups": 8}
     yield "UNet2DModel", plain, {"sample": noise(1, 3, 32, 32), "timestep": TIME}
     text = {"cross_attention_dim": 32, "norm_num_groups": 8}
     yield "UNet2DConditionModel", _blocks() | text, LATENT
     yield "UNet3DConditionModel", _blocks("3D") | text | {"attention_head_dim": 8}, CLIP
-    yield "UNetMotionModel", _blocks("Motion") | text | {"num_attention_heads": 4}, CLIP
+    yield "UNetMotionModel", _blocks("Motion") | text | {"num_attention_heads": 4}, CLIP | FRAMES
     spatiotemporal = _blocks("SpatioTemporal") | {"cross_attention_dim": 32, "num_attention_heads": 4}
     spatiotemporal |= {"addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 96}
     yield (
@@ -97,7 +98,7 @@ def _table() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     image = {"fps": torch.tensor([8]), "image_latents": noise(1, 4, 4, 16, 16), "image_embeddings": noise(1, 1024)}
     yield (
         "I2VGenXLUNet",
-        _blocks("3D") | {"norm_num_groups": 8, "num_attention_heads": 4},
+        _blocks("3D") | {"norm_num_groups": 8, "attention_head_dim": 8},
         CLIP | image | {"encoder_hidden_states": noise(1, 7, 1024)},
     )
     control = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": TWO}
@@ -105,23 +106,15 @@ def _table() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield "ControlNetModel", control, LATENT | {"controlnet_cond": noise(1, 3, 32, 32)}
     motion = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "block_out_channels": TWO}
     motion |= text | {"num_attention_heads": 4, "conditioning_embedding_out_channels": (16, 32)}
-    yield "SparseControlNetModel", motion, CLIP | {"controlnet_cond": noise(1, 4, 4, 16, 16)}
-    xs = _blocks() | text | {"num_attention_heads": 4}
+    masked = {"controlnet_cond": noise(1, 4, 4, 16, 16), "conditioning_mask": noise(1, 1, 4, 16, 16)}
+    yield "SparseControlNetModel", motion, CLIP | FRAMES | masked
+    xs = _blocks() | text | {"num_attention_heads": 4, "ctrl_max_norm_num_groups": 8}
     yield "UNetControlNetXSModel", xs, LATENT | {"controlnet_cond": noise(1, 3, 128, 128)}
     for kind in ("full_adapter", "full_adapter_xl", "light_adapter"):
         yield "T2IAdapter", {"channels": [32, 64, 64], "adapter_type": kind}, {"x": noise(1, 3, 64, 64)}
-    yield (
-        "Kandinsky3UNet",
-        {"block_out_channels": TWO, "groups": 8, "encoder_hid_dim": 32}
-        | {
-            "cross_attention_dim": 32,
-            "layers_per_block": 1,
-            "attention_head_dim": 8,
-            "add_cross_attention": (False, True),
-            "add_self_attention": (False, True),
-        },
-        LATENT | {"encoder_attention_mask": torch.ones(1, 7)},
-    )
+    kandinsky = {"block_out_channels": (32, 64, 64, 64), "groups": 8, "layers_per_block": 1, "attention_head_dim": 8}
+    kandinsky |= {"encoder_hid_dim": 32, "cross_attention_dim": 32}
+    yield "Kandinsky3UNet", kandinsky, LATENT | {"encoder_attention_mask": torch.ones(1, 7)}
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
     hidden = {"hidden_states": noise(1, 4, 16, 16), "timestep": TIME}
     yield "DiTTransformer2DModel", heads | {"sample_size": 16}, hidden | {"class_labels": torch.tensor([1])}
@@ -137,14 +130,14 @@ def _table() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     wan = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 32}
     yield "WanTransformer3DModel", wan | {"ffn_dim": 32, "num_layers": 2, "freq_dim": 32}, video
     allegro = {"num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48, "num_layers": 2}
-    allegro |= {"caption_channels": 32, "sample_size": 16, "sample_width": 16, "sample_height": 16}
+    allegro |= {"caption_channels": 32, "sample_width": 16, "sample_height": 16}
     yield (
         "AllegroTransformer3DModel",
         allegro | {"sample_frames": 4},
         video | {"encoder_attention_mask": torch.ones(1, 7, dtype=torch.bool)},
     )
     latte = heads | {"in_channels": 4, "out_channels": 4, "sample_size": 16, "patch_size": 2, "caption_channels": 32}
-    yield "LatteTransformer3DModel", latte | {"cross_attention_dim": 32, "norm_elementwise_affine": False}, video
+    yield "LatteTransformer3DModel", latte | {"cross_attention_dim": 32, "video_length": 4}, video
     cog = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "num_layers": 2}
     cog |= {"text_embed_dim": 32, "sample_width": 16, "sample_height": 16, "sample_frames": 9, "max_text_seq_length": 7}
     yield "CogVideoXTransformer3DModel", cog, video | {"hidden_states": noise(1, 3, 4, 16, 16)}

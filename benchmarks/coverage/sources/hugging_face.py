@@ -1,9 +1,9 @@
-"""Every model type of transformers, and its classes for the tasks of vision and audio."""
+"""The models of transformers that see or hear: of every such type the base class, and those for its tasks."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 
@@ -32,12 +32,25 @@ def transformers_models() -> Iterator[Architecture]:
     tables = [modeling_auto.MODEL_MAPPING_NAMES]
     tables += [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS]
     kinds: dict[str, str] = {}
+    seeing = {model_type for table in (*tables[1:], *_processors()) for model_type in table}
     for table in tables:
         for model_type, names in table.items():
+            if model_type not in seeing and not model_type.endswith(("vision", "vision_model", "audio", "encoder")):
+                continue
             for name in [names] if isinstance(names, str) else names:
                 kinds.setdefault(name, model_type)
     for name, model_type in kinds.items():
         yield Architecture(f"transformers:{name}", partial(_build, name, model_type), _inputs)
+
+
+def _processors() -> Iterator[Mapping[str, object]]:
+    """What prepares images, videos and sounds, by the types of the models that take them."""
+    from transformers.models.auto import feature_extraction_auto, image_processing_auto, modeling_auto
+
+    yield image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
+    yield feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES
+    for task in ("IMAGE", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC"):
+        yield getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
 
 
 def _build(name: str, model_type: str) -> nn.Module:
@@ -57,8 +70,8 @@ def _is_large(name: str, model_type: str) -> bool:
     try:
         with torch.device("meta"):
             model = getattr(transformers, name)._from_config(transformers.CONFIG_MAPPING[model_type]())
-    except Exception:  # models that compute with their weights while they are built
-        return False
+    except Exception:  # a model that computes with its weights while it is built: two layers are enough to see that
+        return True
     return sum(parameter.numel() for parameter in model.parameters()) > LARGE
 
 

@@ -44,10 +44,11 @@ def _of_any_dimension(dimensions: int) -> Iterator[Row]:
     small = {"hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
     yield "AHNet", map_of | {"psp_block_num": 2}, (noise(1, 1, *[64] * dimensions),)
     yield "AttentionUnet", map_of | STEPS, image
-    yield "AutoEncoder", map_of | STEPS, image
-    yield "VarAutoEncoder", map_of | STEPS | {"in_shape": (1, *size), "latent_size": 4}, image
+    yield "AutoEncoder", map_of | {"channels": (8, 16), "strides": (2, 2)}, image
+    yield "VarAutoEncoder", volume | {"spatial_dims": dimensions, "out_channels": 1, "latent_size": 4}, image
     yield "AutoencoderKL", map_of | ATTENTION, image
-    yield "VQVAE", map_of | {"channels": (16, 32), "num_res_channels": (16, 32)}, image
+    scales = {"downsample_parameters": ((2, 4, 1, 1),) * 2, "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}
+    yield "VQVAE", map_of | scales | {"channels": (16, 32), "num_res_channels": (16, 32)}, image
     yield "BasicUNet", map_of, image
     yield "BasicUNetPlusPlus", map_of, image
     yield "Classifier", volume | {"classes": 2}, image
