@@ -84,8 +84,12 @@ def find_layers(
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)
     for layer in layers:
-        layer.obstacle = unselected(layer.name, include, exclude) or obstacle(layer.name)
-        layer.obstacle = layer.obstacle or layer.weight.obstacle(read_only=read_only)
+        layer.obstacle = (
+            unselected(layer.name, include, exclude)
+            or obstacle(layer.name)
+            or layer.weight.obstacle(read_only=read_only)
+            or _ungrouped(layer.shape[0], layer.groups)
+        )
     # What is left alone comes first: a layer that shares its memory would change it.
     taken = [
         (one, f"{shown(layer.name)}, which is {layer.obstacle.partition(':')[0]}")
@@ -164,6 +168,10 @@ def _module_layers(model: nn.Module) -> list[Layer]:
     if not layers:
         raise InputError(f"expected a model with convolutions, got {type(model).__name__}, which has none")
     return layers
+
+
+def _ungrouped(channels: int, groups: int) -> str | None:
+    return f"its {groups} groups do not divide dimension 0 of its weight, {channels}" if channels % groups else None
 
 
 def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:

@@ -14,8 +14,12 @@ from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
+from convsim_init.layers.standardized import forward_names
+from convsim_init.layers.trial import CONVOLUTIONS
 from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
+
+CALLS = {call.__name__ for call in CONVOLUTIONS}
 
 
 def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
@@ -30,29 +34,34 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Remarks on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
 
-    Those have a ``kernel_size`` and weights of their own, or a weight of the rank of a kernel.
+    Those have a ``kernel_size`` and weights of their own, or a weight of the rank of a kernel, or their
+    code names a convolution.
 
     Args:
         model: Model without wrappers.
         names: Names of the layers that are in the report.
     """
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
-    weights = 0
+    weights: dict[int, int] = {}
     for name, module in model.named_modules():
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        own = [parameter for key, parameter in module._parameters.items() if parameter is not None and "weight" in key]
-        own = [parameter for parameter in own if not is_lazy(parameter)]
-        kernels = [parameter for parameter in own if hasattr(module, "kernel_size") or 3 <= parameter.dim() <= 5]
-        if kernels:
+        own = [one for key, one in module._parameters.items() if one is not None and "weight" in key]
+        own = [one for one in own if not is_lazy(one) and (hasattr(module, "kernel_size") or 3 <= one.dim() <= 5)]
+        calls = CALLS & forward_names(module) and not any(isinstance(one, _ConvNd) for one in module.modules())
+        if calls and not own:
+            own = [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1]
+        if own:
             found[type(module).__name__] += 1
-            weights += sum(parameter.numel() for parameter in kernels)
+            weights |= {id(one): one.numel() for one in own}
     if not found:
         return []
     total = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
-    return [f"not looked at, though they may convolve: {kinds}, with {weights / total:.0%} of the parameters"]
+    return [
+        f"not looked at, though they may convolve: {kinds}, with {sum(weights.values()) / total:.0%} of the parameters"
+    ]
 
 
 def _hooks_around(model: nn.Module) -> list[str]:

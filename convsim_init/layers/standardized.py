@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
 from convsim_init.layers.weights import (
+    KERNEL_RANKS,
     Weight,
     backup_tensors,
     describe_mismatch,
@@ -25,7 +26,6 @@ from convsim_init.layers.weights import (
     to_float64,
 )
 
-KERNEL_RANKS = (3, 4, 5)
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("forward", "_conv_forward")
 LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
@@ -39,6 +39,12 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
     )
 
 
+def forward_names(module: nn.Module) -> set[str]:
+    """The names of attributes and functions in the code of a module's forward pass."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    return set(getattr(code, "co_names", ()))
+
+
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
     """The weight of a module that is no convolution of PyTorch and gives it to one itself, and that call.
 
@@ -48,7 +54,7 @@ def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
         return None
     try:
         stored = stored_weight(module)
-        if len(stored.shape) not in KERNEL_RANKS:
+        if len(stored.shape) not in KERNEL_RANKS or not isinstance(stored.sources[0], nn.Parameter):
             return None
         if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in child.parameters()):
             return None
@@ -63,8 +69,7 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight) -> ForwardW
 
     That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells.
     """
-    code = getattr(type(owner).forward, "__code__", None)
-    if "weight" not in getattr(code, "co_names", ()) and not has_unknown_hook(owner):
+    if "weight" not in forward_names(owner) and not has_unknown_hook(owner):
         return None
     weight = ForwardWeight(owner, stored, module)
     try:

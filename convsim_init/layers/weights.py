@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from convsim_init.layers.memory import is_sharded, overlaps_itself
 from convsim_init.layers.trial import isolated, random_states
 
+KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,6 +59,10 @@ class Weight:
             return "on the meta device, without data: move it with to_empty and initialize it first"
         if any(map(is_sharded, self.sources)):
             return "sharded over processes: initialize the model before it is sharded"
+        if any(source.layout is not torch.strided for source in self.sources):
+            return "a sparse tensor: make it dense first"
+        if len(self.shape) not in KERNEL_RANKS:
+            return f"its weight is of rank {len(self.shape)}, without kernels"
         if not read_only and any(map(overlaps_itself, self.sources)):
             return "its entries share memory, as after expand(): clone it first"
         if not read_only and any(s.is_inference() for s in self.sources) and not torch.is_inference_mode_enabled():

@@ -283,10 +283,20 @@ def test_modules_that_may_convolve_are_told_with_their_share():
             super().__init__()
             self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
 
+    class Hyper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 108, bias=False)
+
+        def forward(self, x, style):
+            return F.conv2d(x, self.linear(style).view(4, 3, 3, 3))
+
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "bank": Bank(), "k1": Kernel(), "k2": Kernel()})
+    model["hyper"] = Hyper()
     (remark,) = ci.measure(model).remarks
-    share = (4 * 108 + 2 * 108) / (108 + 4 * 108 + 2 * 108)
-    assert remark == f"not looked at, though they may convolve: 2 Kernel, 1 Bank, with {share:.0%} of the parameters"
+    share = (4 * 108 + 3 * 108) / (108 + 4 * 108 + 3 * 108)
+    kinds = "2 Kernel, 1 Bank, 1 Hyper"
+    assert remark == f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"
 
 
 @pytest.mark.parametrize(
@@ -432,6 +442,21 @@ def test_a_parametrization_that_raises_is_that_layers_trouble():
     assert "LookupError: its own" in report.layers[0].reason
 
 
+def test_weights_that_no_convolution_can_have_are_that_layers_trouble():
+    model = nn.Sequential(*(nn.Conv2d(4, 8, 3) for _ in range(4)))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    model[1].weight = nn.Parameter(model[1].weight.detach().flatten(1))
+    model[2].groups = 3
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.reason for layer in report.layers] == [
+        "a sparse tensor: make it dense first",
+        "its weight is of rank 2, without kernels",
+        "its 3 groups do not divide dimension 0 of its weight, 8",
+        None,
+    ]
+    assert [layer.reason for layer in ci.measure(model).layers] == [layer.reason for layer in report.layers]
+
+
 def test_strides_that_overlap_are_left_alone():
     module = nn.Conv1d(1, 8, 5)
     module.weight = nn.Parameter(torch.randn(40).as_strided((8, 1, 5), (2, 5, 1)))
@@ -519,9 +544,20 @@ class Scaled(nn.Module):
         return call(x, self.weight * 0.1, bias=self.bias, groups=self.groups)
 
 
+class Blur(nn.Module):
+    """Convolves with fixed filters, which are no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(4, 1, 3, 3) / 9)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, groups=4)
+
+
 @pytest.mark.parametrize(("groups", "transposed"), [(1, False), (2, False), (1, True), (2, True)])
 def test_a_module_that_convolves_with_its_own_weight_is_a_layer(groups, transposed):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Scaled(4, 8, 3, groups, transposed))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Scaled(4, 8, 3, groups, transposed), Blur())
     before, state = model[1].weight.detach().clone(), copy.deepcopy(model.state_dict())
     layer = ci.measure(model).layers[1]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
