@@ -427,7 +427,7 @@ def test_an_interrupt_ends_the_work_and_puts_the_threads_back(monkeypatch):
             return self
 
         def __exit__(self, *error): ...
-        def update(self):
+        def update(self, done):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("convsim_init.initialize.tqdm", Bar)
