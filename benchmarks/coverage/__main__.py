@@ -104,7 +104,7 @@ def examine(architecture: Architecture, options: argparse.Namespace) -> Row:
             row |= check(architecture, options.steps)
             if row["parameters"] > LARGE:
                 row["peak_memory"] = f"{peak_memory(architecture.name, options.steps):.2f}"
-    except Exception as error:  # whatever a library raises
+    except (Exception, SystemExit) as error:  # whatever a library raises, and machine.run
         outcome = "no input" if isinstance(error, NoInputError) else outcome
         row |= {"outcome": outcome, "detail": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     return row | {"seconds": f"{time.perf_counter() - started:.1f}"}
