@@ -148,14 +148,15 @@ def compare(layer: ci.LayerReport, before: Seen, after: Seen) -> Errors:
     """Hold a layer's report to what was seen."""
     similarity = 0.0
     for seen, measures in ((before, layer.before), (after, layer.after)):
-        reported = measures["normalized_similarity"]
-        error = abs(seen.similarity - reported) / max(seen.similarity, reported, LEAST_SIMILARITY)
+        reported, there = measures["normalized_similarity"], seen.similarity[layer.channels]
+        error = abs(there - reported) / max(there, reported, LEAST_SIMILARITY)
         expect(
             error <= SIMILARITY_ERROR,
-            f"{layer.name}: the convolution was given a weight of similarity {seen.similarity:.6g}, not {reported:.6g}",
+            f"{layer.name}: the convolution was given a weight of similarity {there:.6g}, not {reported:.6g}",
         )
         similarity = max(similarity, error)
-    expect(after.similarity <= 1.001 * before.similarity, f"{layer.name} is more similar than before")
+    kind = layer.channels
+    expect(after.similarity[kind] <= 1.001 * before.similarity[kind], f"{layer.name} is more similar than before")
     norm = float(((after.norms - before.norms) / before.norms.where(before.norms > 0, 1)).abs().max())
     expect(norm <= NORM_ERROR[after.dtype], f"norms of {layer.name} changed by {norm}")
     return Errors(similarity, norm)

@@ -21,12 +21,13 @@ class Seen:
     Attributes:
         dtype: Its dtype.
         norms: Norms of its filters, ``[G, M]``.
-        similarity: Mean similarity of two filters of a group, of norm 1.
+        similarity: Mean similarity of two filters of norm 1: of a group and by its channels, as ``"matched"``; of all
+            filters, each channel of one with each of the other's, as ``"all"``.
     """
 
     dtype: torch.dtype
     norms: Tensor
-    similarity: float
+    similarity: dict[str, float]
 
 
 class Watch(TorchDispatchMode):
@@ -84,12 +85,22 @@ def look_at(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> See
     unit = bank / norms.where(norms > 0, 1)[..., None, None].to(bank)
     real, imaginary = fourier_matrices(weight.shape[2:], bank.dtype)
     power = (unit @ real).square_().add_((unit @ imaginary).square_())  # [G, M, C, N]
+    whole = power.sum(2, dtype=torch.float64).flatten(0, 1)[None, :, None]  # [1, G M, 1, N]
+    points = real.shape[1]
+    similarity = {
+        "matched": mean_overlap(power, norms > 0) / points,
+        "all": mean_overlap(whole, (norms > 0).flatten()[None]) / points,
+    }
+    return Seen(weight.dtype, norms, similarity)
+
+
+def mean_overlap(power: Tensor, alive: Tensor) -> float:
+    """Mean over pairs of distinct filters of a group of the product of their spectra; filters of zeros form none."""
     # The sum over pairs of distinct filters is that over all pairs less that of each filter with itself.
     together = power.sum(1, dtype=torch.float64).square().sum()
-    alone = power.square_().sum(dtype=torch.float64)
-    alive = (norms > 0).sum(1)
-    pairs = int((alive * (alive - 1)).sum())
-    return Seen(weight.dtype, norms, float(together - alone) / real.shape[1] / max(pairs, 1))
+    alone = power.square().sum(dtype=torch.float64)
+    filters = alive.sum(1)
+    return float(together - alone) / max(int((filters * (filters - 1)).sum()), 1)
 
 
 def fourier_matrices(kernel_size: Collection[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

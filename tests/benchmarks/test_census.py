@@ -102,9 +102,12 @@ def test_a_report_that_lies(monkeypatch):
 def test_the_measure_from_outside(shape, groups, transposed):
     weight = torch.randn(shape, dtype=torch.float64)
     weight[0] = 0
-    expected = naive.convolutional_similarity(weight, groups=groups, transposed=transposed, normalized=True)
     seen = outside.look_at(weight, groups=groups, transposed=transposed)
-    assert seen.similarity == pytest.approx(float(expected), rel=1e-12)
+    for channels in ("matched", "all"):
+        expected = naive.convolutional_similarity(
+            weight, groups=groups, transposed=transposed, normalized=True, channels=channels
+        )
+        assert seen.similarity[channels] == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_every_convolution_is_seen():
