@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -145,18 +146,14 @@ class Classifier:
 
 
 def _classifier(start: Loaded, choices: Choices) -> Classifier:
-    from torch import nn
+    from convsim_init.models.classifier import pointwise_convolutions
 
     drop = choices.head == "drop"
-    convolutions = {
-        name
-        for name, module in (start.content.named_modules() if isinstance(start.content, nn.Module) else ())
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
-    }
+    convolutions = pointwise_convolutions(start.content)
     if not drop and not (start.in_library and convolutions):
         return Classifier()
     try:
-        if start.built is None or not isinstance(start.content, nn.Module):
+        if start.built is None or isinstance(start.content, Mapping):
             raise InputError("a file alone does not say which entries are its classifier")
         keys = choices.how.classifier_keys(start.content, start.built)
     except InputError as error:

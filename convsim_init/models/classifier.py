@@ -40,3 +40,14 @@ def classifier_keys(
         if keys and own.keys() <= state.keys():
             return keys
     raise InputError(f"expected a model with outputs for a number of classes, got {spec!r}, whose shapes do not change")
+
+
+def pointwise_convolutions(model: object) -> set[str]:
+    """Names of a model's convolutions of one tap, which can be linear classifiers; none of a state dict."""
+    from torch import nn
+
+    return {
+        name
+        for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
+    }
