@@ -57,11 +57,9 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
             weights |= {id(one): one.numel() for one in own}
     if not found:
         return []
-    total = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    share = sum(weights.values()) / sum(one.numel() for one in model.parameters() if not is_lazy(one))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
-    return [
-        f"not looked at, though they may convolve: {kinds}, with {sum(weights.values()) / total:.0%} of the parameters"
-    ]
+    return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
 
 
 def _hooks_around(model: nn.Module) -> list[str]:

@@ -159,16 +159,19 @@ class ForwardWeight(Weight):
             NoConvolutionError: If there is none.
             Exception: Whatever the module's own code raises.
         """
-        calls = convolution_calls(self.module, self._input(), self._others())
+        calls, to_the_end = convolution_calls(self.module, self._input(), self._others())
         same = [call for call in calls if list(call.weight.shape) == self.shape]
         made = [call for call in same if self._sources() & _leaves(call.weight)]
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
         chosen = (made or same)[0]
         self._index = [call is chosen for call in same].index(True)
-        own = self._sources() | {id(parameter) for parameter in self.module._parameters.values()}
-        learned = [call.weight for call in calls if own & _leaves(call.weight)]
-        if any(not torch.equal(chosen.weight, other) for other in learned):
+        parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
+        own = self._sources() | {id(one) for one in parameters}
+        several = any(own & _leaves(call.weight) and not torch.equal(chosen.weight, call.weight) for call in calls)
+        if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
+            several |= any(list(one.shape) == self.shape and id(one) not in self._sources() for one in parameters)
+        if several:
             kind = type(self.module).__name__
             self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
         return chosen

@@ -44,16 +44,18 @@ class Call(NamedTuple):
     transposed: bool
 
 
-def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> list[Call]:
+def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
     """All that a module's forward pass gives to convolutions, from an input.
 
-    The weights are differentiable by the parameters that they are made of, frozen ones too. What is
-    raised after a call is no error here.
+    The weights are differentiable by the parameters that they are made of, frozen ones too.
 
     Args:
         module: Module that calls convolutions.
         x: Input of the pass.
         others: Addresses of weights that do not count.
+
+    Returns:
+        The calls, and whether the pass came to its end: an error after a call is none here.
 
     Raises:
         Exception: Whatever the module's own code raises before the first call.
@@ -68,7 +70,8 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
         except Exception:
             if not capture.calls:
                 raise
-    return capture.calls
+            return capture.calls, False
+    return capture.calls, True
 
 
 def weight_given_to_convolution(

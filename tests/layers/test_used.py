@@ -235,9 +235,17 @@ class Complex(nn.Conv2d):
         return F.conv2d(z, self.weight) + F.conv2d(z, self.weight_i)
 
 
-def test_that_a_weight_is_one_of_several_is_told():
-    note = "one of several weights that Complex convolves with: the others count for nothing here"
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Complex(4, 4, 3))
+class ComplexInput(Complex):
+    """Its pass ends with an error at a real input."""
+
+    def forward(self, z):
+        return F.conv2d(z.real, self.weight) + F.conv2d(z.imag, self.weight_i)
+
+
+@pytest.mark.parametrize("kind", [Complex, ComplexInput])
+def test_that_a_weight_is_one_of_several_is_told(kind):
+    note = f"one of several weights that {kind.__name__} convolves with: the others count for nothing here"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, 4, 3))
     second = model[1].weight_i.detach().clone()
     assert [layer.reason for layer in ci.measure(model).layers] == [None, note]
     assert [layer.reason for layer in ci.initialize_(model, settings=SETTINGS).layers] == [None, note]
