@@ -329,7 +329,8 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
 
 def _unlock(lock: int | None) -> None:
     if lock is not None:
-        os.close(lock)
+        with contextlib.suppress(OSError):  # of a file that may have its name already
+            os.close(lock)
 
 
 def _remove(folder: Path) -> None:

@@ -18,9 +18,9 @@ from ..terminal import show_table
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
-FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin, .th, .pth.tar, or a folder of Hugging Face); MODEL is what
-`convsim-init --help` says. A file does not tell which of its convolutions are grouped or transposed: that is inferred
-from their shapes, unless --like names the model.
+FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin, .th, .pth.tar, or a folder of Hugging Face or of
+torch.distributed.checkpoint); MODEL is what `convsim-init --help` says. A file does not tell which of its convolutions
+are grouped or transposed: that is inferred from their shapes, unless --like names the model.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional

@@ -5,6 +5,7 @@ Torch's own reader unpickles ``.metadata``, and so runs what may be hidden in it
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import defaultdict
 from collections.abc import Mapping
@@ -58,18 +59,20 @@ def _whole(
     left: int,
 ) -> Tensor:
     """The tensor of several parts, each with where it begins in the whole; no larger than the bytes that are left."""
-    tensors = [_part(folder, files, place) for _, place in parts]
-    if len(tensors) == 1 and tensors[0].shape == shape:
-        return tensors[0]
-    count = sum(tensor.numel() for tensor in tensors)
-    if count != torch.Size(shape).numel() or sum(tensor.nbytes for tensor in tensors) > left:
-        raise ValueError("parts that are not the whole")
-    whole = torch.zeros(shape, dtype=tensors[0].dtype)
-    for (offset, _), tensor in zip(parts, tensors, strict=True):
-        view = whole
-        for dimension, (start, length) in enumerate(zip(offset, tensor.shape, strict=True)):
+    first = _part(folder, files, parts[0][1])
+    if len(parts) == 1 and first.shape == shape:
+        return first
+    if math.prod(shape) * first.dtype.itemsize > left:
+        raise ValueError("a tensor that is larger than its parts")
+    whole, filled = torch.zeros(shape, dtype=first.dtype), 0
+    for offset, place in parts:
+        part, view = _part(folder, files, place), whole
+        for dimension, (start, length) in enumerate(zip(offset, part.shape, strict=True)):
             view = view.narrow(dimension, start, length)
-        view.copy_(tensor)
+        view.copy_(part)
+        filled += part.numel()
+    if filled != whole.numel():
+        raise ValueError("parts that are not the whole")
     return whole
 
 

@@ -149,7 +149,10 @@ class TorchFile:
         if self.content[start : start + len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
             return _read_legacy(str(self.path), self.content, self.data)  # bare pickles, as before PyTorch 1.6
         check_room(str(self.path), self.size, ENTRY * _directory_size(self.content[max(end - END, start) : end]))
-        with zipfile.ZipFile(self.path if length is None else io.BytesIO(self.content[start:end])) as archive:
+        with self.path.open("rb") as file:
+            file.seek(start)
+            whole = file if length is None else io.BytesIO(file.read(length))
+            archive = zipfile.ZipFile(whole)
             return _read_archive(str(self.path), archive, self.content, self.data, start, end)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["convsim_init", "zipfile", "pickletools"]):
+with atheris.instrument_imports(include=["convsim_init.checkpoint"]):
     from convsim_init.checkpoint.read import read_state_dict
     from convsim_init.errors import InputError
     from convsim_init.metrics.measure import measure
