@@ -48,6 +48,13 @@ def test_kills_leave_a_whole_file_and_no_litter_that_stays(tmp_path):
     assert counts["damaged files"] == counts["folders with litter"] == 0
 
 
+def test_signals_at_random_moments_end_the_command_at_once_without_a_traceback():
+    process = [sys.executable, ROOT / "tests/fuzz/signals.py", "--signals", "4", "--within", "2"]
+    done = subprocess.run(process, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["commands"] == 4
+
+
 def scratch_of(folder: Path, host: str = files.HOST, age: float = 0) -> Path:
     left = folder / f".{host}-{'0' * 16}.convsim-init.tmp"
     left.mkdir()
