@@ -6,7 +6,8 @@ The method is arXiv 2411.03226. Importing this package loads nothing heavy; torc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # to type checkers it is true; that of `typing` takes as long to import as all the rest here
 
 if TYPE_CHECKING:
     from convsim_init.checkpoint.load import load_checkpoint

@@ -58,6 +58,13 @@ def test_faults_of_the_system_and_signals_damage_nothing():
     assert signals["ended by the signal"] + signals["done before"] == 2
 
 
+def test_signals_at_random_moments_end_the_command_at_once_without_a_traceback():
+    process = [sys.executable, ROOT / "tests/fuzz/signals.py", "--signals", "4", "--within", "2"]
+    done = subprocess.run(process, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["commands"] == 4
+
+
 def scratch_of(folder: Path, host: str = files.HOST, age: float = 0) -> Path:
     left = folder / f".{host}-{'0' * 16}.convsim-init.tmp"
     left.mkdir()
