@@ -8,8 +8,11 @@ traced its parts are, one by one; of a layer whose output leaves such a part not
 from __future__ import annotations
 
 import copy
+import io
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -75,7 +78,9 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
         By the layer's name; layers of which it cannot be told are left out, as is a model that is a
         convolution itself, since what it is used in is not known.
     """
-    with LIVE, torch.no_grad(), random_states(()):  # a trace replaces `nn.Module.__call__` for its time
+    # A trace replaces `nn.Module.__call__` for its time, and what is printed then tells of values that are not there.
+    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             return {bare_name(name): known for name, known in _followed(_on_meta(model), "", whole=True)}
         except Exception:  # of any kind: what cannot be copied

@@ -102,7 +102,7 @@ def test_a_layer_that_is_called_twice_is_normalized_both_times():
     assert normalization_follows(nn.Sequential(*2 * [shared, nn.BatchNorm2d(4)])) == {"0": True}
 
 
-def test_nothing_of_the_model_is_touched():
+def test_nothing_of_the_model_is_touched(capsys):
     class Counting(nn.Module):
         calls = 0
 
@@ -116,6 +116,7 @@ def test_nothing_of_the_model_is_touched():
 
         def forward(self, x):
             self.calls += 1
+            print("called")
             self.seen.append(random.random() + np.random.rand() + torch.rand(()).item())
             self.conv.extra = x
             return self.again(x)
@@ -130,6 +131,7 @@ def test_nothing_of_the_model_is_touched():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(states[2], torch.get_rng_state())
+    assert capsys.readouterr().out == ""
 
 
 def test_other_threads_run_their_modules_meanwhile():
