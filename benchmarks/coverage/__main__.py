@@ -9,8 +9,8 @@ the bit into another model. Of models that are larger than 60 million parameters
 as well. A line for each model goes to results/census/LIBRARY.csv as it is done; models that are there already are not
 done again. results/census.md sums up.
 
-PATTERN is a shell pattern of names, such as 'timm:convnext*'. Libraries that are not installed are left out; the extra
-[census] has all.
+PATTERN is a shell pattern of names, such as 'timm:convnext*'; '*:' does no model, and sums up. Libraries that are not
+installed are left out; the extra [census] has all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -58,27 +58,36 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows, missing = [], {}
-    for library, source in SOURCES.items():
+    for library in SOURCES:
         table = RESULTS / "census" / f"{library}.csv"
         done = {str(row["model"]): row for row in read(table)}
-        try:
-            found = {one.name: one for one in source()}
+        found = find(library, options.patterns)
+        if found is not None:
             done = {name: row for name, row in done.items() if name in found}
-        except ImportError as error:
-            print(f"{library} is left out: {error}", file=sys.stderr)
-            found = {}
+            missing[library] = len(found.keys() - done.keys())
         pending = [
             one
-            for name, one in found.items()
+            for name, one in (found or {}).items()
             if any(fnmatchcase(name, pattern) for pattern in options.patterns)
             if name not in done or to_do_again(done[name], options)
         ]
         for one in tqdm(pending, desc=library, unit="model", disable=not sys.stderr.isatty()):
+            missing[library] -= one.name not in done
             done[one.name] = examine(one, options)
             write(table, done.values())
         rows += done.values()
-        missing[library] = len(found.keys() - done.keys())
     summarize(rows, missing, options)
+
+
+def find(library: str, patterns: Sequence[str]) -> dict[str, Architecture] | None:
+    """The architectures of a library; None if no pattern asks for it, or it is not installed."""
+    if not any(fnmatchcase(library, pattern.partition(":")[0]) for pattern in patterns):
+        return None
+    try:
+        return {one.name: one for one in SOURCES[library]()}
+    except ImportError as error:
+        print(f"{library} is left out: {error}", file=sys.stderr)
+        return None
 
 
 def to_do_again(row: Row, options: argparse.Namespace) -> bool:
@@ -165,8 +174,9 @@ def summarize(rows: list[Row], missing: dict[str, int], options: argparse.Namesp
     ]
     for library in SOURCES:
         mine = Counter(row["outcome"] for row in rows if str(row["model"]).startswith(f"{library}:"))
-        counts = [*(mine[outcome] for outcome in OUTCOMES), missing[library]]
-        lines.append(f"| {with_version(library)} | {sum(counts)} | {' | '.join(map(str, counts))} |")
+        counts = [mine[outcome] for outcome in OUTCOMES]
+        total, not_run = sum(counts) + missing.get(library, 0), missing.get(library, "?")
+        lines.append(f"| {with_version(library)} | {total} | {' | '.join(map(str, counts))} | {not_run} |")
     layers, treated, seen = (sum(int(row[name]) for row in passed) for name in ("layers", "treated", "seen"))
     lines += [
         "",

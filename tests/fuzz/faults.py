@@ -1,11 +1,10 @@
-"""Let calls of the operating system fail while files are written, and signal commands at random moments.
+"""Let calls of the operating system fail while files are written.
 
-    python tests/fuzz/faults.py [--faults 2000] [--signals 100] [--seed 0]
+    python tests/fuzz/faults.py [--faults 2000] [--seed 0]
 
 A fault is one call, of any of those below, that raises an error of the system, or a limit of the file's size. After
 each the file is whole, the old one or the new one, what is said about it is true, and the next write leaves no litter.
-A signalled command ends with that signal's status, or was done before; it says one line at most. Prints the counts as
-JSON; the status is 1 if something was damaged, left or said wrongly.
+Prints the counts as JSON; the status is 1 if something was damaged, left or said wrongly.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import resource
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +28,6 @@ from unittest import mock
 import torch
 
 import convsim_init as ci
-from convsim_init.cli.main import main as command
 from convsim_init.errors import InputError, RunError
 
 CALLS = (
@@ -129,86 +126,16 @@ def written(state: dict[str, torch.Tensor], path: Path) -> bytes:
     return content
 
 
-def send_signals(count: int, folder: Path, chance: random.Random) -> Counter[str]:
-    """Signal that many commands, each in a process of its own, at moments of their run."""
-    arguments = ["cifar_resnet18", "--out", "init.safetensors", "--steps", "2", "-q"]
-    os.chdir(folder)
-    begin = time.monotonic()
-    assert ended(run_command(arguments)) == 0
-    usual, whole = time.monotonic() - begin, Path("init.safetensors").read_bytes()
-    Path("init.safetensors").unlink()
-    keys = (
-        "ended by the signal",
-        "done before",
-        "wrong status",
-        "damaged files",
-        "folders with litter",
-        "odd messages",
-    )
-    counts: Counter[str] = Counter(dict.fromkeys(keys, 0))
-    for number in range(count):
-        which = (signal.SIGTERM, signal.SIGINT)[number % 2]
-        child = run_command(arguments)
-        time.sleep(chance.uniform(0, usual))
-        os.kill(child, which)
-        status = ended(child)
-        counts["ended by the signal"] += status == 128 + which
-        counts["done before"] += status == 0
-        counts["wrong status"] += status not in (0, 128 + which)
-        lines = Path("../said").read_text().splitlines()
-        counts["odd messages"] += len(lines) > 1 or "Traceback" in "".join(lines)
-        left = sorted(os.listdir())
-        counts["folders with litter"] += left not in ([], ["init.safetensors"])
-        if "init.safetensors" in left:
-            counts["damaged files"] += Path("init.safetensors").read_bytes() != whole
-            Path("init.safetensors").unlink()
-    counts["signals"] = count
-    return counts
-
-
-def run_command(arguments: list[str]) -> int:
-    """The id of a process that runs the command, when its handlers of signals are there or about to be."""
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        said = os.open("../said", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        os.write(tell, b"!")
-        try:
-            command(arguments)
-        except SystemExit as end:
-            os._exit(end.code if isinstance(end.code, int) else 1)
-        os._exit(1)
-    os.read(ready, 1)
-    os.close(ready)
-    os.close(tell)
-    return child
-
-
-def ended(child: int) -> int:
-    """The exit status of a process, as a shell gives it."""
-    status = os.waitpid(child, 0)[1]
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=2000, help="how many (default 2000)")
-    parser.add_argument("--signals", type=int, default=100, help="how many (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of what fails, and when (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of what fails (default 0)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    chance = random.Random(options.seed)
-    folders = [Path(tempfile.mkdtemp()) / "files" for _ in range(2)]
-    for folder in folders:
-        folder.mkdir()
-    counts = [inject_faults(options.faults, folders[0], chance), send_signals(options.signals, folders[1], chance)]
+    with tempfile.TemporaryDirectory() as folder:
+        counts = inject_faults(options.faults, Path(folder), random.Random(options.seed))
     print(json.dumps(counts))
-    bad = ("damaged files", "false messages", "folders with litter", "wrong status", "odd messages")
-    return int(any(each[key] for each in counts for key in bad))
+    return int(any(counts[key] for key in ("damaged files", "false messages", "folders with litter")))
 
 
 if __name__ == "__main__":

@@ -48,14 +48,13 @@ def test_kills_leave_a_whole_file_and_no_litter_that_stays(tmp_path):
     assert counts["damaged files"] == counts["folders with litter"] == 0
 
 
-def test_faults_of_the_system_and_signals_damage_nothing():
-    process = [sys.executable, ROOT / "tests/fuzz/faults.py", "--faults", "60", "--signals", "2"]
+def test_faults_of_the_system_damage_nothing():
+    process = [sys.executable, ROOT / "tests/fuzz/faults.py", "--faults", "60"]
     done = subprocess.run(process, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    faults, signals = json.loads(done.stdout)
-    assert faults["faults"] == 60
-    assert faults["refused"] > 10
-    assert signals["ended by the signal"] + signals["done before"] == 2
+    counts = json.loads(done.stdout)
+    assert counts["faults"] == 60
+    assert counts["refused"] > 10
 
 
 def test_signals_at_random_moments_end_the_command_at_once_without_a_traceback():

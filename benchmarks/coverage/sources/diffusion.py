@@ -108,13 +108,8 @@ def _table() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     motion |= text | {"num_attention_heads": 4, "conditioning_embedding_out_channels": (16, 32)}
     masked = {"controlnet_cond": noise(1, 4, 4, 16, 16), "conditioning_mask": noise(1, 1, 4, 16, 16)}
     yield "SparseControlNetModel", motion, CLIP | FRAMES | masked
-    xs = _blocks() | text | {"num_attention_heads": 4, "ctrl_max_norm_num_groups": 8}
-    yield "UNetControlNetXSModel", xs, LATENT | {"controlnet_cond": noise(1, 3, 128, 128)}
     for kind in ("full_adapter", "full_adapter_xl", "light_adapter"):
         yield "T2IAdapter", {"channels": [32, 64, 64], "adapter_type": kind}, {"x": noise(1, 3, 64, 64)}
-    kandinsky = {"block_out_channels": (32, 64, 64, 64), "groups": 8, "layers_per_block": 1, "attention_head_dim": 8}
-    kandinsky |= {"encoder_hid_dim": 32, "cross_attention_dim": 32}
-    yield "Kandinsky3UNet", kandinsky, LATENT | {"encoder_attention_mask": torch.ones(1, 7)}
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
     hidden = {"hidden_states": noise(1, 4, 16, 16), "timestep": TIME}
     yield "DiTTransformer2DModel", heads | {"sample_size": 16}, hidden | {"class_labels": torch.tensor([1])}

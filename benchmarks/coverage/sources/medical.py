@@ -95,15 +95,17 @@ def _of_any_dimension(dimensions: int) -> Iterator[Row]:
     label = noise(1, 3, *size)
     yield "SPADEAutoencoderKL", spade | ATTENTION, (*image, label)
     yield "SPADEDiffusionModelUNet", spade | DIFFUSION, (*image, TIME, label)
-    yield "SPADENet", spade | {"input_shape": size, "num_channels": (16, 8)}, (label, noise(1, 1, *size))
+    yield "SPADENet", spade | {"input_shape": size, "channels": (16, 8)}, (label, noise(1, 1, *size))
     yield "SwinUNETR", map_of | {"feature_size": 12}, large
     yield "UNet", map_of | STEPS, image
     yield "UNet-residual", map_of | STEPS | {"num_res_units": 2}, image
     yield "UNETR", small | map_of | {"img_size": size, "feature_size": 8}, image
     yield "ViT", patches | small | {"num_layers": 2}, image
-    yield "ViTAutoEnc", patches | small | {"num_layers": 2}, image
+    yield "ViTAutoEnc", patches | small | {"num_layers": 2, "patch_size": [4] * dimensions}, image
     yield "VNet", map_of, image
-    yield "VoxelMorphUNet", {"spatial_dims": dimensions, "in_channels": 2}, (noise(1, 2, *size),)
+    morph = {"spatial_dims": dimensions, "in_channels": 2, "unet_out_channels": 16}
+    morph |= {"channels": (8, 8, 16, 16), "final_conv_channels": (16, 16)}
+    yield "VoxelMorphUNet", morph, (noise(1, 2, *size),)
 
 
 def _others() -> Iterator[Row]:
