@@ -65,6 +65,7 @@ def run_there(target, arguments, folder, environment, log) -> None:
 
 def run_script(name: str, *arguments: str) -> None:
     sys.argv = [name, *arguments]
+    sys.path.insert(0, str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
@@ -81,6 +82,7 @@ def files(tmp_path_factory) -> Path:
     ci.save_checkpoint(model, folder / "bare.safetensors")
     ci.save_checkpoint(model, folder / "bare.pt")
     ci.save_checkpoint(model, folder / "backbone.pt", prefix="backbone.")
+    ci.save_checkpoint(model, folder / "model.safetensors", prefix="model.")
     return folder
 
 
@@ -104,22 +106,34 @@ ALL, NO_HEAD = 122, 120  # entries of a ResNet-18, and those that a new head lea
         pytest.param("lightning", "bare.safetensors", [ALL], id="lightning"),
         pytest.param("mmengine", "backbone.pt", [ALL, ALL], id="mmengine"),
         pytest.param("fastai", "bare.pt", [ALL, NO_HEAD], id="fastai"),
+        pytest.param("accelerate", "bare.safetensors", [ALL], id="accelerate"),
+        pytest.param("hubmixin", "model.safetensors", [ALL], id="hubmixin"),
     ],
 )
 def test_a_trainer_starts_from_the_file(trainer, file, expected, files, start, folder):
-    pytest.importorskip(trainer)
+    pytest.importorskip({"hubmixin": "huggingface_hub"}.get(trainer, trainer))
     text = start(run_script, f"{trainer}_train.py", str(files / file))()
     assert matches(text) == [(count, count) for count in expected]
     assert list(folder.iterdir()) == []
 
 
-def test_processes_in_parallel_start_from_the_file(files, start, folder):
+def test_lightning_cli_starts_from_the_file(files, start, folder):
+    pytest.importorskip("lightning")
+    pytest.importorskip("jsonargparse")
+    text = start(run_script, "lightningcli_train.py", "fit", "--model.weights", str(files / "bare.safetensors"))()
+    assert matches(text) == [(ALL, ALL)]
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("ddp_train.py", [1, 1]), ("fsdp_train.py", [1, 0])])
+def test_processes_in_parallel_start_from_the_file(script, ranks, files, start, folder):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    arguments = (run_script, "ddp_train.py", str(files / "bare.safetensors"))
-    for finish in [start(*arguments, RANK=rank, **shared) for rank in ("0", "1")]:
-        assert matches(finish()) == [(ALL, ALL)]
+    arguments = (run_script, script, str(files / "bare.safetensors"))
+    processes = [start(*arguments, RANK=rank, **shared) for rank in ("0", "1")]
+    for finish, tellings in zip(processes, ranks, strict=True):
+        assert matches(finish()) == [(ALL, ALL)] * tellings
     assert list(folder.iterdir()) == []
 
 
@@ -143,6 +157,25 @@ def test_mmengine_overwrites_what_is_loaded_before(files, start):
     pytest.importorskip("mmengine")
     text = start(train_in_place, str(files / "backbone.pt"))()
     assert matches(text) == [(ALL - 20, ALL)]  # its 20 convolutions are drawn anew: the example is needed
+
+
+def train_without_and_with(name: str) -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    main = runpy.run_path(str(EXAMPLES / name))["main"]
+    main(weight=0)
+    main(weight=10_000)  # far too much, so that few steps show it
+
+
+@pytest.mark.parametrize("trainer", ["plain", "lightning", "transformers", "fastai", "mmengine"])
+def test_the_regularizer_lowers_the_similarity(trainer, start, folder):
+    pytest.importorskip("torchvision" if trainer == "plain" else trainer)
+    text = start(train_without_and_with, f"{trainer}_regularize.py")()
+    shown = [float(value) for value in re.findall(r"epoch \d: similarity (\S+)", text)]
+    without, under = shown[:6], shown[6:]
+    assert len(under) == 6
+    assert under[0] == without[0]
+    assert all(a < b for a, b in zip(under[2:], without[2:], strict=True))  # after the first third
+    assert list(folder.iterdir()) == []
 
 
 # Scripts that know nothing of this package. What they build is a ResNet-18 drawn from seed 0.
@@ -254,4 +287,7 @@ def test_a_script_that_builds_its_network_is_run(trainer, start, folder):
 
 def test_every_example_is_tested():
     tested = {"torchvision", "timm", "transformers", "lightning", "mmengine", "fastai", "ddp"}
+    tested |= {"accelerate", "hubmixin", "lightningcli", "fsdp"}
     assert {path.name.removesuffix("_train.py") for path in EXAMPLES.glob("*_train.py")} == tested
+    tested = {"plain", "lightning", "transformers", "fastai", "mmengine"}
+    assert {path.name.removesuffix("_regularize.py") for path in EXAMPLES.glob("*_regularize.py")} == tested
