@@ -73,10 +73,9 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight) -> ForwardW
         return None
     weight = ForwardWeight(owner, stored, module)
     try:
-        weight.choose_call()
+        return None if weight.is_stored() else weight
     except Exception:  # whatever its own code raises at an input that is not what it is made for
         return None
-    return weight
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -176,6 +175,16 @@ class ForwardWeight(Weight):
             self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
         return chosen
 
+    def is_stored(self) -> bool:
+        """Whether the weight that is used is the stored one, whatever its values are.
+
+        Raises:
+            Exception: Whatever the module's own code raises.
+        """
+        self.choose_call()
+        probe = _probe(self._stored.read())
+        return type(self._stored) is Weight and torch.equal(self._given(probe=probe), probe)
+
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""
         return self._given()
@@ -242,8 +251,7 @@ class ForwardWeight(Weight):
         """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""
         if self._stored.mask is not None or type(self._stored) is not Weight:
             return self._stored.mask
-        probe = 1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        probe = probe.to(stored)
+        probe = _probe(stored)
         used = self._given(probe=probe)
         mask = used != 0
         return mask if not mask.all() and _is_multiple(used, to_float64(probe * mask)) else None
@@ -252,6 +260,11 @@ class ForwardWeight(Weight):
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
         weight = to_float64(weight) * (1 if self._mask is None else self._mask)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
+
+
+def _probe(stored: Tensor) -> Tensor:
+    """A weight without zeros."""
+    return (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
 
 
 def _is_multiple(used: Tensor, variable: Tensor) -> bool:

@@ -628,6 +628,17 @@ def test_a_module_around_a_convolution_may_mask_its_weight(build):
         ci.ConvolutionalSimilarity(model)
 
 
+def test_a_module_around_a_convolution_that_only_asks_for_its_dtype_changes_nothing():
+    class Cast(Around):
+        def forward(self, x):
+            return self.conv(x.to(self.conv.weight.dtype))
+
+    model = Cast()
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    assert ci.ConvolutionalSimilarity(model).layers == ["conv"]
+
+
 def test_a_hook_on_every_module_counts_and_one_further_out_is_told():
     model, mask = nn.Sequential(nn.Sequential(nn.Conv2d(4, 8, 3))), torch.rand(8, 4, 3, 3) < 0.5
     handle = nn.modules.module.register_module_forward_pre_hook(
