@@ -167,20 +167,20 @@ def send_signals(count: int, folder: Path, chance: random.Random) -> Counter[str
 
 
 def run_command(arguments: list[str]) -> int:
-    """The id of a process that runs the command, when its handlers of signals are there or about to be."""
+    """The id of a process that runs the command, as soon as it begins."""
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
         said = os.open("../said", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         os.write(tell, b"!")
         try:
             command(arguments)
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
+        except KeyboardInterrupt:  # before its handlers were there
+            os._exit(130)
         os._exit(1)
     os.read(ready, 1)
     os.close(ready)
