@@ -24,6 +24,7 @@ from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
+NAME_LENGTH = 255  # characters of a file's name, at most
 JSON = 32  # times its length that the header of safetensors or an index takes in memory, with tensors without numbers
 
 
@@ -119,7 +120,7 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     tensors: dict[str, object] = {}
     for name in dict.fromkeys(names):
-        if Path(name).name != name:
+        if Path(name).name != name or len(name) > NAME_LENGTH:
             raise InputError(
                 f"expected names of files beside {str(index)!r}, got {quoted(name)}: copy the folder again"
             )
