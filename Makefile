@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+BUILD := pyproject.toml setup.py $(wildcard convsim_init/backends/*.c)
 LOWEST := build/lowest
 LOWEST_TESTS := release or metadata or state_dict or floats or give_the_same_bytes or odd_keys or bad_input or globs or \
 	what_cannot_be_read or json
@@ -38,11 +39,11 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt convsim_init/backends/step.c | $(BIN)/python
+$(VENV)/.installed: $(BUILD) constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt convsim_init/backends/step.c | $(BIN)/python
+$(VENV)/.installed-dev: $(BUILD) constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check,docs]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 

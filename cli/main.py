@@ -5,11 +5,22 @@ torch is imported by the subcommands that need it, so that ``--help`` and ``list
 
 from __future__ import annotations
 
+import signal
+
+_interrupt = signal.getsignal(signal.SIGINT)
+if _interrupt is signal.default_int_handler:  # which shows a traceback; what follows sets others, but is imported first
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not in the main thread, where none is shown
+        _interrupt = None
+
 import sys
 from typing import Any
 
 from .signals import DONE, FAILED, WRONG_USAGE, Terminated, exit_on_signal, fail, grace_period, interrupted
 
+if _interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupt)
 with exit_on_signal():  # from here on a signal shows no traceback, so nothing that takes long comes before
     import os
     from collections.abc import Iterator, Sequence
@@ -18,6 +29,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from pathlib import Path
 
     import click
+    from click.shell_completion import CompletionItem
     from click_default_group import DefaultGroup
 
     from convsim_init.errors import InputError, RunError
@@ -25,14 +37,17 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from convsim_init.version import __version__
 
     from .commands.compare import compare
+    from .commands.completion import completion
     from .commands.env import env
     from .commands.init import init
     from .commands.inspect import inspect
     from .commands.list import list_models
     from .commands.run import run
     from .commands.verify import verify
+    from .terminal import Context, colour, write_options
 
 PROGRAM = "convsim-init"
+COMPLETE = "_CONVSIM_INIT_COMPLETE"  # a shell's completion sets it
 
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
@@ -45,10 +60,17 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the default command's options and the other commands."""
-        init.format_options(click.Context(init, parent=ctx), formatter)
+        version = next(one for one in self.params if one.name == "version")
+        write_options(Context(init, info_name=init.name, parent=ctx), formatter, [version])
         others = [(name, command.get_short_help_str(80)) for name, command in self.commands.items() if command != init]
         with formatter.section("Commands"):
             formatter.write_dl(others)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What the first word may be: a model or a file, a command, an option."""
+        default = Context(init, info_name=init.name, parent=ctx)
+        models = [] if incomplete.startswith("-") else init.params[0].shell_complete(default, incomplete)
+        return [*models, *super().shell_complete(ctx, incomplete), *init.shell_complete(default, incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand."""
@@ -65,13 +87,14 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
     help=init.help,
     epilog=init.epilog,
 )
-@click.version_option(__version__, prog_name=PROGRAM)
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, help="Show the version and exit.")
 def cli() -> None:
     """Hold the subcommands."""
 
 
 def by_one_rank(command: click.Command) -> click.Command:
     """The command, done by the first of the processes that torchrun started and by no other."""
+    command.context_class = Context
     callback = command.callback
     assert callback is not None
 
@@ -83,9 +106,10 @@ def by_one_rank(command: click.Command) -> click.Command:
     return command
 
 
+cli.context_class = init.context_class = Context
 cli.add_command(init)
 cli.add_command(run)
-for other in (inspect, compare, verify, list_models, env):
+for other in (inspect, compare, verify, list_models, env, completion):
     cli.add_command(by_one_rank(other))
 
 
@@ -111,11 +135,12 @@ def showing_once() -> Iterator[None]:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        if not arguments:  # what click does then depends on its version
+        if not arguments and COMPLETE not in os.environ:  # what click does then depends on its version
             if launched().reports_errors:
-                click.echo(cli.get_help(cli.make_context(PROGRAM, [], resilient_parsing=True)), err=True)
+                ctx = cli.make_context(PROGRAM, [], resilient_parsing=True)
+                click.echo(cli.get_help(ctx), err=True, color=colour())
             return WRONG_USAGE
-        status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False, color=colour())
         return status if isinstance(status, int) else DONE
     except click.Abort:
         raise

@@ -13,13 +13,15 @@ import click
 
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source
+from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.text import PATH, shown, some
 
+from .completion import complete_models
+from .config import is_by_hand
 from .signals import exit_on_signal
 
 if TYPE_CHECKING:
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 
 INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
+
+OPTIONS = {  # that say how a model is built, and the names of their parameters
+    "--num-classes": "num_classes",
+    "--in-chans": "in_chans",
+    "--seed": "seed",
+    "--model-arg": "model_args",
+}
 
 
 class Whole(click.IntRange):
@@ -46,14 +55,8 @@ class ModelOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options that the user gave."""
-        options = {
-            "--num-classes": self.num_classes is not None,
-            "--in-chans": self.in_chans is not None,
-            "--seed": self.seed is not None,
-            "--model-arg": bool(self.arguments),
-        }
-        return [option for option, is_given in options.items() if is_given]
+        """The options that the user gave on the command line."""
+        return [option for option, name in OPTIONS.items() if is_by_hand(name)]
 
     def check(self, spec: str) -> None:
         """Refuse, without torch, what is no model that can be built like this."""
@@ -65,14 +68,8 @@ class ModelOptions:
             spec, num_classes=self.num_classes, in_chans=self.in_chans, seed=self.seed or 0, **self.arguments
         )
 
-    def classifier_keys(self, model: object, spec: str | None) -> list[str]:
-        """Keys of the classifier of a model that was built from that spec.
-
-        Raises:
-            InputError: If they cannot be found.
-        """
-        if spec is None:
-            raise InputError("a file alone does not say which entries are its classifier")
+    def classifier_keys(self, model: torch.nn.Module, spec: str) -> list[str]:
+        """Keys of the classifier of a model that was built from that spec."""
         return classifier_keys(model, spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
 
 
@@ -134,7 +131,10 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 like_option = click.option(
-    "--like", metavar="MODEL", help="Model that a FILE's weights belong to: tells which layers are grouped and so on."
+    "--like",
+    metavar="MODEL",
+    shell_complete=complete_models,
+    help="Model that a FILE's weights belong to: tells which layers are grouped and so on.",
 )
 
 
@@ -200,10 +200,7 @@ def _check_source(spec: str, how: ModelOptions) -> None:
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
         )
     elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():
-        raise InputError(
-            f"expected a folder with a file of weights such as model.safetensors, got {spec!r}, which has none: name "
-            f"the file"
-        )
+        raise without_weights(spec)
     else:
         how.check(spec)
 

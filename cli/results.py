@@ -82,6 +82,16 @@ def summary(results: Sequence[Result], runs: int) -> str:
     return "\n".join(map(printable, [*remarks, f"{runs} runs: {', '.join(parts)}{redo}"]))
 
 
+def notes(report: Report) -> list[str]:
+    """What a table does not show: what each layer took, or why it was left alone."""
+    name = shown(report.model or "model", PATH)
+    lines = [f"{name}: {'weights read' if report.seed is None else f'drawn with seed {report.seed}'}"]
+    for layer in report.layers:
+        done = f"{layer.steps} steps, {layer.seconds:.2f} s" if layer.steps else layer.reason
+        lines.append(f"{layer_name(layer.name)}: {layer.outcome.value}" + (f": {done}" if done else ""))
+    return [printable(line) for line in lines]
+
+
 def failures(results: Sequence[Result]) -> str | None:
     """Which of the runs failed and why, in one line; None if none did."""
     named: dict[str, list[str]] = {}

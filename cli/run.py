@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,8 +13,9 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
-from convsim_init.models.classifier import pointwise_convolutions
+from convsim_init.files import STDOUT
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
+from convsim_init.report import html
 from convsim_init.report.record import save_record
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Base, Settings
@@ -26,13 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose for every run; the options of the same names say what each means."""
+    """What the user chose for every run; the options of the same names say what each means.
+
+    `origins` has a line for each place other than the command line that options were taken from.
+    """
 
     settings: Settings
     how: ModelOptions
     like: str | None
     key: str | None
     base: Base
+    calibrate: tuple[int, ...] | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     device: str
@@ -45,6 +52,7 @@ class Choices:
     plot_layer: str | None
     force: bool
     dry_run: bool
+    origins: tuple[str, ...] = ()
 
 
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
@@ -65,9 +73,10 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
 
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.initialize import initialize_, plan
-        from convsim_init.layers.draw import draw_base_
         from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.models.hub import describe
+        from convsim_init.schemes.calibrate import calibrate_
+        from convsim_init.schemes.draw import draw_base_
 
         if choices.settings.optimizer == "adam":
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
@@ -93,15 +102,21 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
                 choose_layer([before], choices.plot_layer)
         with cuda_errors():
             report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
+        if choices.calibrate is not None:
+            if not isinstance(network, torch.nn.Module):
+                raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
+            factors = calibrate_(network, input_shape=choices.calibrate, include=choices.include, exclude=exclude)
+            report = report.with_factors(factors)
+            report.calibrated = list(choices.calibrate)
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
-    report.remarks += start.remarks + head.remarks + ([MPS] if choices.device == "mps" else [])
+    report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
-    if not any(layer.after for layer in report.layers):
+    if not any(layer.after or layer.factor for layer in report.layers):
         report.remarks.append("no convolution was treated: the weights are as they were")
     if run.out is not None:
         checkpoint = checkpoint_contents(
@@ -131,16 +146,21 @@ class Classifier:
 
 
 def _classifier(start: Loaded, choices: Choices) -> Classifier:
-    drop, pointwise = choices.head == "drop", pointwise_convolutions(start.content)
-    if not drop and not (start.in_library and pointwise):
+    from convsim_init.models.classifier import pointwise_convolutions
+
+    drop = choices.head == "drop"
+    convolutions = pointwise_convolutions(start.content)
+    if not drop and not (start.in_library and convolutions):
         return Classifier()
     try:
+        if start.built is None or isinstance(start.content, Mapping):
+            raise InputError("a file alone does not say which entries are its classifier")
         keys = choices.how.classifier_keys(start.content, start.built)
     except InputError as error:
         if drop:
             raise InputError(f"--head drop: {error}: name the entries, as --without 'fc.*' does") from error
         return Classifier()
-    layers = sorted({key.rpartition(".")[0] for key in keys} & pointwise)
+    layers = sorted({key.rpartition(".")[0] for key in keys} & convolutions)
     remarks = [f"left alone, as linear classifiers are: {some(map(shown, layers))}"] if layers else []
     if drop:
         remarks.append(f"left out of the file, for they depend on the number of classes: {some(map(shown, keys))}")
@@ -164,15 +184,32 @@ def write(result: Result, choices: Choices) -> Result:
 
             picture = (f"plot{run.plot.suffix}", partial(save_figure, figure)) if run.plot and figure else None
             write_folder(result.checkpoint, run.out, config=result.config, report=report, picture=picture)
-            report.file_bytes = sum(path.stat().st_size for path in run.out.iterdir())
+            report.file, report.file_bytes = str(run.out), sum(path.stat().st_size for path in run.out.iterdir())
         else:
-            from convsim_init.checkpoint.save import write_checkpoint
+            from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
 
-            write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
-            report.file_bytes = run.out.stat().st_size
-        report.file = str(run.out)
-    if report is not None and result.before is not None and run.record is not None:
-        save_record(report, run.record, overwrite=choices.force)
+            if run.out == STDOUT:
+                report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
+            else:
+                write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+                report.file, report.file_bytes = str(run.out), run.out.stat().st_size
+    if report is not None and result.before is not None and result.after is not None:
+        if run.record is not None and run.record.suffix in html.SUFFIXES:
+            from convsim_init.plotting.images import layer_images
+
+            changed = [layer.name for layer in report.layers if layer.after]
+            pictures = layer_images(result.before, result.after, changed)
+            html.save_page(report, run.record, pictures, overwrite=choices.force)
+        elif run.record is not None:
+            save_record(report, run.record, overwrite=choices.force)
     if figure is not None and run.plot is not None:
         save_figure(figure, run.plot, overwrite=choices.force)
     return replace(result, checkpoint=None, config=None, before=None, after=None)
+
+
+def _write_stdout(data: bytes) -> int:
+    left, stream = memoryview(data), sys.stdout.buffer
+    while left:  # with PYTHONUNBUFFERED the stream writes what it can and says how much
+        left = left[stream.write(left) :]
+    stream.flush()
+    return len(data)

@@ -25,9 +25,15 @@ class Terminated(KeyboardInterrupt):
 
 def fail(message: str, status: int) -> int:
     """Tell an error in one line on stderr, once on each machine, and return the status."""
+    import click
+
     from convsim_init.report.text import printable
 
-    _tell("Error: " + printable(" ".join(message.split())))
+    from .terminal import colour
+
+    if launched().reports_errors:
+        error = click.style("Error:", fg="red", bold=True)
+        click.echo(f"{error} {printable(' '.join(message.split()))}", err=True, color=colour())
     return status
 
 

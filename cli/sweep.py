@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from convsim_init.cli.plan import Run
-from convsim_init.cli.results import Result, Status, failures, summary
+from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import ExistsError
 
 from .options import check_found
 from .run import Choices, make, write
+from .terminal import tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -29,6 +30,7 @@ def sweep(
     *,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     progress: bool,
     debug: bool,
 ) -> None:
@@ -41,10 +43,12 @@ def sweep(
     results: list[Result] = []
     width = max(len(run.name) for run in runs)
     show_table = not as_json and not quiet
-    with _bar(len(runs), shown=progress) as show:
+    with _bar(len(runs), shown=progress and not verbose) as show:
         try:
             for result in _results(runs, choices, ranks, debug):
                 results.append(result)
+                if verbose and result.report is not None:
+                    tell(*notes(result.report))
                 show(json.dumps(result.to_dict()) if as_json else result.line(width) if show_table else None)
         except KeyboardInterrupt:
             if show_table:

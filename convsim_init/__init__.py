@@ -6,9 +6,8 @@ The method is arXiv 2411.03226. Importing this package loads nothing heavy; torc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from convsim_init.version import __version__
+TYPE_CHECKING = False  # to type checkers it is true; that of `typing` takes as long to import as all the rest here
 
 if TYPE_CHECKING:
     from convsim_init.checkpoint.load import load_checkpoint
@@ -17,14 +16,16 @@ if TYPE_CHECKING:
     from convsim_init.errors import InputError, RunError
     from convsim_init.functional.similarity import convolutional_similarity
     from convsim_init.initialize import convsim_, initialize_, initializing
-    from convsim_init.layers.draw import draw_base_
     from convsim_init.metrics.measure import measure
     from convsim_init.metrics.observed import measure_feature_correlation
     from convsim_init.models.build import build_model
     from convsim_init.models.zoo.catalog import UnknownModelError
     from convsim_init.regularizer import ConvolutionalSimilarity
     from convsim_init.report.report import LayerReport, Outcome, Report
+    from convsim_init.schemes.calibrate import calibrate_
+    from convsim_init.schemes.draw import draw_base_
     from convsim_init.settings import Settings
+    from convsim_init.version import __version__
 
 _HOMES = {
     "ConvolutionalSimilarity": "regularizer",
@@ -36,10 +37,12 @@ _HOMES = {
     "RunError": "errors",
     "Settings": "settings",
     "UnknownModelError": "models.zoo.catalog",
+    "__version__": "version",
     "build_model": "models.build",
+    "calibrate_": "schemes.calibrate",
     "convolutional_similarity": "functional.similarity",
     "convsim_": "initialize",
-    "draw_base_": "layers.draw",
+    "draw_base_": "schemes.draw",
     "initialize_": "initialize",
     "initializing": "initialize",
     "load_checkpoint": "checkpoint.load",
@@ -60,6 +63,7 @@ __all__ = [
     "UnknownModelError",
     "__version__",
     "build_model",
+    "calibrate_",
     "convolutional_similarity",
     "convsim_",
     "draw_base_",

@@ -87,14 +87,14 @@ def describe_environment() -> dict[str, str]:
     """Versions, devices, threads, and how a step is computed on the CPU: for a bug report."""
     import torch
 
-    from convsim_init.backends.compiled import library
+    from convsim_init.backends.compiled import describe
 
     return {
         "convsim-init": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: installed_version(package) or "not installed" for package in PACKAGES},
-        "step": "compiled" if library() else "in torch's operations",
+        "step": describe(),
         "cuda": torch.version.cuda or "none",
         "devices": ", ".join(map(_describe, available_devices())),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",

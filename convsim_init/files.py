@@ -33,10 +33,12 @@ except ImportError:  # Windows
 TORCH_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt", ".bin", ".th", ".tar")  # others write these; .tar as in .pth.tar
-FOLDER_FILES = (  # of Hugging Face; an index names several files
+FOLDER_FILES = (  # of Hugging Face, where an index names several files
     *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ".metadata",  # of torch.distributed.checkpoint, beside the files of each process
 )
+STDOUT = Path("-")  # as a name to write to, by convention
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
@@ -52,17 +54,23 @@ class ExistsError(InputError):
 
 
 def is_source(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one of Hugging Face."""
+    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one."""
     source = Path(path)
     return source.suffix in READ_SUFFIXES or folder_file(source) is not None
 
 
 def folder_file(folder: Path) -> Path | None:
-    """The file of weights in a folder of Hugging Face, or the index of several; None if there is none."""
+    """The file of weights in a folder, or what names several; None if there is none."""
     try:
         return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
     except (OSError, ValueError):
         return None
+
+
+def without_weights(folder: str | os.PathLike[str]) -> InputError:
+    """The error that says which files a folder should hold one of."""
+    names = f"{', '.join(FOLDER_FILES[:-1])} or {FOLDER_FILES[-1]}"
+    return InputError(f"expected a folder with {names}, got {str(folder)!r}, which has none of them: name the file")
 
 
 def check_source(path: str | os.PathLike[str]) -> Path:
@@ -77,7 +85,7 @@ def check_source(path: str | os.PathLike[str]) -> Path:
             f"expected weights of PyTorch, got {str(source)!r}, which is another program's: save the PyTorch model's "
             f"state_dict() as .safetensors"
         )
-    if source.suffix != ".json":
+    if source.suffix != ".json" and source.name != ".metadata":
         source = _with_suffix(source, READ_SUFFIXES)
     try:
         mode = source.stat().st_mode
@@ -321,7 +329,8 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
 
 def _unlock(lock: int | None) -> None:
     if lock is not None:
-        os.close(lock)
+        with contextlib.suppress(OSError):  # of a file that may have its name already
+            os.close(lock)
 
 
 def _remove(folder: Path) -> None:

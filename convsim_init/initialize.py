@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,17 +25,22 @@ from convsim_init.functional.bank import (
     full_precision,
 )
 from convsim_init.layers.find import Layer, find_convolutions, find_layers, pair_obstacle, unselected, unwrap
+from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.construction import Construction, drawn_anew, is_drawn, settle
 from convsim_init.optim.descent import Stop, descend
-from convsim_init.parallel.partition import own_layers, share
+from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report, check_patterns
 from convsim_init.settings import Settings
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
+NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
+NOT_FINITE = "left as it was: its weight holds infinities or NaN"
 
 
 @torch.no_grad()
@@ -71,10 +77,10 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
             "expected a parameter or a part of one, got a weight that is computed, whose change would be lost: pass "
             "the model to initialize_, which sets what it is computed from"
         )
-    bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.channels)
+    bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.compared_channels)
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
-    if pair_obstacle(bank, settings.channels) is None:
+    if _obstacle(bank, settings) is None:
         with full_precision(bank.device), Team.for_devices(bank.device) as team:
             descent = descend(bank, settings, team=team)
         weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
@@ -95,9 +101,12 @@ def initialize_(
 
     Treated are the subclasses of PyTorch's convolutions, transposed ones too, of any rank, on any device and in any
     memory format. Left as they are, with the reason in the report: frozen layers, layers without a filter pair
-    (depthwise ones, unless ``channels="all"``), layers without a usable weight, and those not selected. A module or
-    weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state of the
-    caller stay as they were. The same weights and settings give the same result.
+    (depthwise ones), 1×1 layers that no normalization follows, layers without a usable weight, and those not selected.
+    A module or weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state
+    of the caller stay as they were. The same weights and settings give the same result.
+
+    Whether a normalization follows a layer, on which ``Settings.channels`` depends by default, is told by a symbolic
+    trace of a copy without data; where that fails, channels are matched and the report says so.
 
     What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
     standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
@@ -125,10 +134,10 @@ def initialize_(
         RunError: If one of them has died.
 
     Examples:
-        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
-        >>> report = ci.initialize_(model, exclude=["2"])
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        >>> report = ci.initialize_(model, exclude=["3"])
         >>> [(layer.name, layer.outcome.value, layer.reason) for layer in report.layers]
-        [('0', 'initialized', None), ('2', 'skipped', 'excluded')]
+        [('0', 'initialized', None), ('3', 'skipped', 'excluded')]
     """
     return _initialize(
         model, find_layers(model, include, exclude), settings or Settings(), device, progress=progress, group=group
@@ -148,18 +157,21 @@ def _initialize(
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
     twins = frozen_twins(layers)
+    decided, unknown = decide_channels(model, layers, settings)
+    costs = {layer.name: cost(layer) for layer in own}
     reports: dict[str, LayerReport] = {}
     with (
-        tqdm(total=len(own), desc="layers", unit="layer", disable=not progress, leave=False) as bar,
+        tqdm(total=sum(costs.values()), desc="layers", bar_format=BAR, disable=not progress, leave=False) as bar,
         Team.for_devices(*(computing_device(torch.device(device or layer.device)) for layer in layers)) as team,
     ):
-        treat = partial(_treat, settings=settings, device=device, on_step=team.checkpoint)
+        treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report
-            bar.update()
+            bar.update(costs[report.name])
     shared = share(layers, reports, ranks, device=device)
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
-    seconds, remarks = time.perf_counter() - started, [*model_remarks(model, layers), *divergence_remarks(twins)]
+    seconds = time.perf_counter() - started
+    remarks = [*model_remarks(model, layers), *unknown, *divergence_remarks(twins)]
     return Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
 
 
@@ -248,25 +260,36 @@ def plan(
     started = time.perf_counter()
     reports = []
     layers = find_layers(model, include, exclude)
+    decided, unknown = decide_channels(model, layers, settings)
     for layer in layers:
-        reason = layer.obstacle
-        if reason is None:
-            reason = pair_obstacle(layer.bank(settings.channels), settings.channels)
-        outcome = Outcome.SKIPPED if reason else Outcome.PLANNED
-        reports.append(LayerReport(layer.name, layer.kind, layer.shape, outcome, layer.explained(reason)))
-    return Report(settings, reports, time.perf_counter() - started, remarks=model_remarks(model, layers))
+        report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
+        if layer.obstacle is None:
+            own, why = decided[layer.name]
+            bank = layer.bank(own.compared_channels)
+            obstacle = _obstacle(bank, own)
+            report = replace(report, outcome=Outcome.SKIPPED if obstacle else Outcome.PLANNED, reason=obstacle or why)
+            if not all_finite(bank):
+                report = replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
+            report = replace(report, channels=own.compared_channels)
+        reports.append(replace(report, reason=layer.explained(report.reason)))
+    remarks = [*model_remarks(model, layers), *unknown]
+    return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
 
 
 @torch.no_grad()
 def _treat(
-    layer: Layer, *, settings: Settings, device: torch.device | str | None, on_step: Callable[[], None]
+    layer: Layer,
+    *,
+    decided: Mapping[str, tuple[Settings, str | None]],
+    device: torch.device | str | None,
+    on_step: Callable[[], None],
 ) -> LayerReport:
     """Lower the similarity of one layer's filters, write them, and report what the forward pass then uses."""
     started = time.perf_counter()
     report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
     if layer.obstacle is None:
         with full_precision(computing_device(torch.device(device or layer.device))):
-            report = _lower(layer, report, settings, device, on_step)
+            report = _lower(layer, report, *decided[layer.name], device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 
 
@@ -274,17 +297,20 @@ def _lower(
     layer: Layer,
     report: LayerReport,
     settings: Settings,
+    why: str | None,
     device: torch.device | str | None,
     on_step: Callable[[], None],
 ) -> LayerReport:
-    bank = layer.bank(settings.channels, device)
+    channels = settings.compared_channels
+    report = replace(report, channels=channels)
+    bank = layer.bank(channels, device)
     if not all_finite(bank):
-        return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
-    obstacle = pair_obstacle(bank, settings.channels)
+        return replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
+    obstacle = _obstacle(bank, settings)
     if obstacle:
         return replace(report, reason=obstacle)
-    before, norms = measure_bank(bank, settings.channels), filter_norms(bank)
-    mask = layer.mask(settings.channels, device)
+    before, norms = measure_bank(bank, channels), filter_norms(bank)
+    mask = layer.mask(channels, device)
     descent = descend(bank, settings, mask=mask, on_step=on_step)
     report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
@@ -294,7 +320,7 @@ def _lower(
         put_back = layer.weight.backup()
         try:
             difference = layer.weight.write(weight)
-            written = layer.bank(settings.channels, device)  # read back: what the forward pass uses now
+            written = layer.bank(channels, device)  # read back: what the forward pass uses now
         except RefusedError as error:
             put_back()
             return replace(report, reason=str(error))
@@ -306,13 +332,25 @@ def _lower(
             put_back()
             reason = "left as it was: its own code makes infinities or NaN of the new weight"
             return replace(report, outcome=Outcome.FAILED, reason=reason)
-    after = measure_bank(written, settings.channels)
-    if difference and all(after[name] >= before[name] for name in before):
+    after, kept = measure_bank(written, channels), filter_norms(written)
+    change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
+    if change > NORM_CHANGE + torch.finfo(layer.weight.sources[0].dtype).eps:
+        difference = difference or f"its forward pass changes the norms of filters by up to {change:.1%}"
+    gain = max(before[name] - after[name] for name in before)
+    if gain < 0 or (difference and gain == 0):
         with LIVE:
             put_back()
-        return replace(report, reason=f"left as it was: {difference} and is no better")
-    after["norm_ratio"] = float((filter_norms(written) / norms)[norms > 0].mean())
+        cause = f"{difference} and" if difference else "what it makes of the new weight"
+        return replace(report, reason=f"left as it was: {cause} is no better")
+    after["norm_ratio"] = float((kept / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
-    remark = ": ".join(filter(None, [within, difference])) or None
+    remark = ": ".join(filter(None, [why, within, difference])) or None
     return replace(report, outcome=outcome, reason=remark, before=before, after=after)
+
+
+def _obstacle(bank: Tensor, settings: Settings) -> str | None:
+    """Why the similarity of a bank ``[G, M, C, *kernel_size]`` cannot be lowered with these settings."""
+    if settings.compared_channels == "all" and settings.norm == "preserve" and math.prod(bank.shape[3:]) == 1:
+        return "with channels all the filters' norms alone fix the similarity of kernels of one tap"
+    return pair_obstacle(bank)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import count_obstacle, find_convolutions, find_layers, used_weight
+from convsim_init.layers.standardized import ForwardWeight
 from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 
@@ -63,10 +64,15 @@ class ConvolutionalSimilarity:
         for layer in find_layers(model, include, exclude):
             module = self._modules.get(layer.name)
             if module is None:
-                self.skipped[layer.name] = "a call in a graph: make the term of the model that the graph was made from"
+                self.skipped[layer.name] = (
+                    "no module of PyTorch's convolutions, such as a call in a graph: make the term of the model that a "
+                    "graph was made from"
+                )
                 continue
+            if isinstance(layer.weight, ForwardWeight) and layer.weight.module is not module:
+                layer.obstacle = layer.obstacle or "the module around it uses another weight, which does not count here"
             filters = module.out_channels // (module.groups if channels == "matched" else 1)
-            reason = layer.obstacle or count_obstacle(filters, module.groups, channels)
+            reason = layer.obstacle or count_obstacle(filters, module.groups)
             if reason is not None:
                 self.skipped[layer.name] = reason
                 del self._modules[layer.name]

@@ -402,7 +402,7 @@ def test_the_default_settings_reach_their_figures_on_every_layer_of_a_resnet18(s
 
 
 def test_totals_count_outcomes_and_combine_measures():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 3))
     report = ci.initialize_(model, settings=QUICK)
     first, _, last = report.layers
     totals = report.totals
@@ -427,7 +427,7 @@ def test_an_interrupt_ends_the_work_and_puts_the_threads_back(monkeypatch):
             return self
 
         def __exit__(self, *error): ...
-        def update(self):
+        def update(self, done):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("convsim_init.initialize.tqdm", Bar)

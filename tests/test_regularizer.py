@@ -244,7 +244,7 @@ def test_layers_left_out_say_why():
     assert term.skipped == {
         "0": "frozen: requires_grad is False",
         "1": "on the meta device, without data: move it with to_empty and initialize it first",
-        "3": "one filter per group shares its channels with no other; channels='all' would compare them",
+        "3": "one filter per group shares its channels with no other",
         "4": "only one filter",
         "5": "excluded",
     }

@@ -199,6 +199,7 @@ def he(model: nn.Module, images: Tensor, fan: str) -> None:
 
 LONG = ci.Settings(steps=200, tolerance=0)
 orthogonal = _each(lambda weight: nn.init.orthogonal_(torch.empty(weight.shape)))
+matched_channels = partial(convsim, settings=ci.Settings(channels="matched"))
 all_channels = partial(convsim, settings=ci.Settings(channels="all"))
 
 ARMS: dict[str, Arm] = {
@@ -212,6 +213,7 @@ ARMS: dict[str, Arm] = {
     "delta-orthogonal": Arm("an orthogonal matrix at the middle tap", _each(delta_orthogonal)),
     "convsim, 10 steps": Arm("10 steps at most", partial(convsim, settings=ci.Settings(steps=10))),
     "convsim, 200 steps": Arm("200 steps, never stopping early", partial(convsim, settings=LONG)),
+    "convsim, matched channels": Arm("`channels=matched`, the default before", matched_channels),
     "convsim, all channels": Arm("`channels=all`", all_channels),
     "convsim, fixed kernel norms": Arm("patterns without a division among channels", fixed_kernel_norms),
     "convsim, not 1x1": Arm("1×1 layers left as they are", partial(convsim, ones=False)),
@@ -226,6 +228,9 @@ ARMS: dict[str, Arm] = {
     "unit variance": Arm("about norms: the base, each layer scaled on inputs", unit_variance),
     "LSUV": Arm("about norms: orthogonal filters, each layer scaled on inputs", _in_turn(orthogonal, unit_variance)),
     "convsim, unit variance": Arm("convsim, each layer scaled on inputs", _in_turn(convsim, unit_variance)),
+    "convsim, matched channels, unit variance": Arm(
+        "`channels=matched`, each layer scaled on inputs", _in_turn(matched_channels, unit_variance)
+    ),
     "convsim, all channels, unit variance": Arm(
         "`channels=all`, each layer scaled on inputs", _in_turn(all_channels, unit_variance)
     ),

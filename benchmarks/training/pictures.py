@@ -12,7 +12,7 @@ from benchmarks.training.fit import points
 from benchmarks.training.records import Case, Record
 from benchmarks.training.summary import BASE, rows_of, standard_error
 
-CURVES = (BASE, "convsim", "one channel", "orthogonal", "patch-whitened")
+CURVES = (BASE, "convsim", "one channel", "orthogonal", "patch-whitened", "convsim, matched channels")
 
 
 def draw(records: list[Record], case: Case, path: Path) -> None:

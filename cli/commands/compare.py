@@ -9,8 +9,10 @@ import click
 
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 
+from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
+from ..terminal import show_table
 
 EPILOG = """\b
 Examples:
@@ -20,7 +22,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG, short_help="Show models or checkpoints side by side.")
-@click.argument("specs", metavar="A B [C]...", nargs=-1)
+@click.argument("specs", metavar="A B [C]...", nargs=-1, shell_complete=complete_models)
 @model_options
 @like_option
 @key_option
@@ -28,7 +30,12 @@ Examples:
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
 )
-@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most different.")
+@click.option(
+    "--plot-layer",
+    metavar="NAME",
+    shell_complete=complete_layers,
+    help="Layer whose feature maps it shows. Default: the most different.",
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def compare(
@@ -63,4 +70,7 @@ def compare(
             compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(picture)
         )
         save_figure(figure, picture, overwrite=force)
-    click.echo(json.dumps(compared.to_dict(), indent=2) if as_json else str(compared))
+    if as_json:
+        click.echo(json.dumps(compared.to_dict(), indent=2))
+    else:
+        show_table(compared.table)

@@ -15,30 +15,46 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convsim_init.cli.plan import Run, parse_seeds, plan_runs
-from convsim_init.devices import check_device_name, find_device
+from convsim_init.cli.results import notes
+from convsim_init.devices import check_device_name, describe_environment, find_device
 from convsim_init.errors import RunError
-from convsim_init.files import SUFFIXES, check_new_folder, check_target
+from convsim_init.files import STDOUT, SUFFIXES, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
 from convsim_init.plotting.figure import check_plot
+from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
-from convsim_init.settings import BASES, CHANNELS, NORMS, PAIRS, PRESETS, Base, Preset, Settings
+from convsim_init.settings import BASES, CHANNELS_CHOICES, NORMS, PAIRS, PRESETS, Base, Preset, Settings
 
+from ..completion import complete_layers, complete_models
+from ..config import config_option, is_by_hand, origins
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
+from ..terminal import show_table, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
 HEADS = ("keep", "drop")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def _check_out(path: Path, *, overwrite: bool) -> Path:
+    if path != STDOUT:
+        return check_target(path, overwrite=overwrite)
+    if sys.stdout is None or sys.stdout.isatty():
+        raise click.UsageError("--out -: expected stdout to go to a file or a program, got a terminal: add '> FILE'")
+    return path
+
+
+REPORTS = (*RECORD_SUFFIXES, *PAGE_SUFFIXES)
 TARGETS: dict[str, Callable[..., Path]] = {
-    "out": check_target,
-    "record": partial(check_target, suffixes=RECORD_SUFFIXES),
+    "out": _check_out,
+    "record": partial(check_target, suffixes=REPORTS),
     "plot": check_plot,
 }
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -70,6 +86,16 @@ Examples:
 """
 
 
+def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Channels and sizes of an input as a user types them: ``3x224x224``."""
+    if value is None:
+        return None
+    sizes = value.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}", ctx, param)
+    return tuple(map(int, sizes))
+
+
 class MainCommand(click.Command):
     """A command that is run by its group's name alone, and so shares the group's help."""
 
@@ -78,14 +104,15 @@ class MainCommand(click.Command):
         return ctx.parent.get_help() if ctx.parent else super().get_help(ctx)
 
 
+@config_option
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
-@click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
 @click.option(
     "-o",
     "--out",
     type=click.Path(),
-    help=f"""File to write: {", ".join(SUFFIXES)}; or, if it ends in /, a new folder
-    that transformers or timm loads, with a config and a card.""",
+    help=f"""File to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder that transformers
+    or timm loads, with a config and a card.""",
 )
 @model_options
 @click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
@@ -97,7 +124,15 @@ class MainCommand(click.Command):
     metavar="SCHEME",
     default="model",
     help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
-    {", ".join(BASES[1:])}. Default: {BASES[0]}, as they are.""",
+    {", ".join(base for base in BASES[1:] if ":" not in base)}; the first two also with :fan_in or
+    :fan_out. Default: {BASES[0]}, as they are.""",
+)
+@click.option(
+    "--calibrate",
+    callback=_input_shape,
+    metavar="CxHxW",
+    help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
+    networks without normalization.""",
 )
 @click.option(
     "--preset",
@@ -110,14 +145,26 @@ class MainCommand(click.Command):
 @click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}.")
 @click.option(
     "--channels",
-    type=click.Choice(CHANNELS),
-    help=f"""Kernels compared: those of the same input channel, or
-    all with all. Default: {DEFAULTS.channels}.""",
+    type=click.Choice(CHANNELS_CHOICES),
+    help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
+    no normalization follows a layer. Default: {DEFAULTS.channels}.""",
 )
 @click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
 @click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
+@click.option(
+    "--include",
+    multiple=True,
+    shell_complete=complete_layers,
+    metavar="GLOB",
+    help="Treat only layers whose name matches. Repeatable.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    shell_complete=complete_layers,
+    metavar="GLOB",
+    help="Leave layers alone whose name matches. Repeatable.",
+)
 @click.option(
     "--device",
     default="auto",
@@ -134,18 +181,34 @@ class MainCommand(click.Command):
 )
 @click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches.")
 @click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written floats. Default: float32.")
-@click.option("--report", "record", type=click.Path(path_type=Path), help="Write the run's full record: .json.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    metavar="NAME",
+    help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
+)
+@click.option(
+    "--report",
+    "record",
+    type=click.Path(path_type=Path),
+    help="Write the run's full record, .json, or a page of it, .html.",
+)
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
     help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
 )
-@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps are drawn. Default: the most changed.")
+@click.option(
+    "--plot-layer",
+    metavar="NAME",
+    shell_complete=complete_layers,
+    help="Layer whose feature maps are drawn. Default: the most changed.",
+)
 @click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def init(
@@ -158,6 +221,7 @@ def init(
     like: str | None,
     key: str | None,
     base: Base,
+    calibrate: tuple[int, ...] | None,
     preset: Preset,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -174,6 +238,7 @@ def init(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     debug: bool,
     **choices: Any,
 ) -> None:
@@ -183,18 +248,24 @@ def init(
     _check_no_command(ctx, models)
     check_sources(models, how, like, drawn=base != "model")
     check_device_name(device)
-    if plot_layer is not None and plot is None:
+    if plot_layer is not None and plot is None and is_by_hand("plot_layer"):
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")
     forced = force and record is None and plot is None
-    of_entries = {"--convs-only": convs_only, "--head drop": head == "drop", "--without": without}
-    file_options = of_entries | {"--prefix": prefix, "--dtype": dtype, "--force": forced}
-    useless = [option for option, value in file_options.items() if value]
+    of_entries = ("convs_only", "head", "without", "prefix", "dtype")
+    useless = [f"--{name.replace('_', '-')}" for name in of_entries if is_by_hand(name)]
+    useless += ["--force"] if forced and is_by_hand("force") else []
     if out is None and useless:
         raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
+    if is_by_hand("seed") != is_by_hand("seeds"):  # that one counts, whatever a file has for the other
+        how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
+        del ctx.params["seeds" if is_by_hand("seed") else "seed"]
     starts = _starts(models, how, seeds, drawn=base != "model")
     folder = out is not None and out.endswith(("/", os.sep))
     runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
+    to_stdout = out == str(STDOUT)
+    if to_stdout and (as_json or not alone):
+        raise click.UsageError("--out -: expected one run and no --json, which goes to stdout too: name a file")
     launch = launched()
     for run in runs if launch.on_first_machine else ():
         for kind, path in run.files.items():
@@ -209,6 +280,7 @@ def init(
         like=like,
         key=key,
         base=base,
+        calibrate=calibrate,
         include=include,
         exclude=exclude,
         device=device,
@@ -217,25 +289,34 @@ def init(
         head=head,
         without=without,
         prefix=prefix or "",
-        dtype=dtype or "float32",
+        dtype=dtype or DTYPES[0],
         plot_layer=plot_layer,
         force=force,
         dry_run=dry_run,
+        origins=tuple(origins(ctx)),
     )
     if dry_run and not launch.leads:
         return
     progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
+    if verbose:
+        with exit_on_signal():
+            environment = describe_environment()
+        tell(*options.origins, ", ".join(f"{name} {environment[name]}" for name in ("torch", "step", "threads")))
+    if quiet and not (as_json or dry_run or runs[0].files):
+        tell("nothing is kept: --out, --report and --plot name files")
     with _meeting(launch, device, wanted=not dry_run) as ranks:
         if not alone:
-            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, progress=progress, debug=debug)
+            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, debug=debug)
             return
         run = runs[0] if launch.leads else Run(runs[0].model, runs[0].seed)
         result = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
         assert result.report is not None
+        if verbose:
+            tell(*notes(result.report))
         if as_json:
             click.echo(json.dumps(result.report.to_dict(), indent=2))
         elif not quiet:
-            click.echo(str(result.report))
+            show_table(result.report.table, err=to_stdout)
         if result.error is not None:
             raise RunError(result.error)
 

@@ -10,15 +10,17 @@ import click
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 from convsim_init.report.table import COLUMNS, as_csv
 
+from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
+from ..terminal import show_table
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
-FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin, .th, .pth.tar, or a folder of Hugging Face); MODEL is what
-`convsim-init --help` says. A file does not tell which of its convolutions are grouped or transposed: that is inferred
-from their shapes, unless --like names the model.
+FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin, .th, .pth.tar, or a folder of Hugging Face or of
+torch.distributed.checkpoint); MODEL is what `convsim-init --help` says. A file does not tell which of its convolutions
+are grouped or transposed: that is inferred from their shapes, unless --like names the model.
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional
@@ -37,18 +39,29 @@ Examples:
 
 
 @click.command(help=HELP, epilog=EPILOG, short_help="Measure how redundant the filters of a model are.")
-@click.argument("spec", metavar="FILE|MODEL")
+@click.argument("spec", metavar="FILE|MODEL", shell_complete=complete_models)
 @model_options
 @like_option
 @key_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Show only layers whose name matches. Repeatable.")
+@click.option(
+    "--include",
+    multiple=True,
+    shell_complete=complete_layers,
+    metavar="GLOB",
+    help="Show only layers whose name matches. Repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
 @click.option("--csv", "comma_separated", is_flag=True, help="Print all measures as comma-separated values.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
 )
-@click.option("--plot-layer", metavar="NAME", help="Layer whose feature maps it shows. Default: the most redundant.")
+@click.option(
+    "--plot-layer",
+    metavar="NAME",
+    shell_complete=complete_layers,
+    help="Layer whose feature maps it shows. Default: the most redundant.",
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def inspect(
@@ -94,4 +107,4 @@ def inspect(
     elif comma_separated:
         click.echo(as_csv(report.to_records()), nl=False)
     else:
-        click.echo(str(report))
+        show_table(report.table)

@@ -10,6 +10,7 @@ import click
 from convsim_init.files import check_source
 from convsim_init.models.libraries import resolve
 
+from ..completion import complete_models
 from ..options import ModelOptions, is_file, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
 
@@ -30,7 +31,7 @@ Examples:
 
 @click.command(help=HELP, epilog=EPILOG, short_help="Check that a file loads into a model strictly.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @model_options
 @key_option
 @click.option("--json", "as_json", is_flag=True, help="Print every key's match as JSON.")

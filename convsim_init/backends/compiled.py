@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from convsim_init.functional.fourier import Fourier
 from convsim_init.settings import Channels, Pairs, Settings
 
 SWITCH = "CONVSIM_INIT_COMPILED"
-INTERFACE = 3  # as interface_version() in step.c: a library built from another version is not used
+NAME = "_step.so"  # as in setup.py: of no Python in particular
+INTERFACE = 4  # as interface_version() in step.c: a library built from another version is not used
 CHUNK = 32  # filters side by side, as in step.c
 
 
@@ -69,27 +71,51 @@ class _Layout(ctypes.Structure):
         return layout
 
 
+class _Functions(NamedTuple):
+    """Those of ``step.c``, for the width of this processor's vectors."""
+
+    scratch_size: Callable[..., int]
+    evaluate: Callable[..., None]
+    turn: Callable[..., None]
+    similarity: Callable[..., float]
+
+    @classmethod
+    def of(cls, library: ctypes.CDLL, lanes: int) -> _Functions:
+        """Those that take so many floats at a time."""
+        layout, pointers = POINTER(_Layout), [c_void_p] * 9
+        library.scratch_size.argtypes, library.scratch_size.restype = [layout], c_int64
+        evaluate, turn, similarity = (library[f"{name}_{lanes}"] for name in ("evaluate", "turn", "similarity"))
+        evaluate.argtypes, evaluate.restype = [layout, *pointers], None
+        turn.argtypes, turn.restype = [layout, c_float, *pointers[:7]], None
+        similarity.argtypes, similarity.restype = [layout, c_float, *pointers[:3]], c_double
+        return cls(library.scratch_size, evaluate, turn, similarity)
+
+
 @lru_cache(maxsize=1)
-def _built() -> ctypes.CDLL | None:
-    for path in Path(__file__).parent.glob("_step*.so"):
-        try:
-            library = ctypes.CDLL(str(path))
-            library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
-            library.evaluate.argtypes, library.evaluate.restype = [POINTER(_Layout), *[c_void_p] * 9], None
-            library.turn.argtypes, library.turn.restype = [POINTER(_Layout), c_float, *[c_void_p] * 7], None
-            library.similarity.argtypes = [POINTER(_Layout), c_float, *[c_void_p] * 3]
-            library.similarity.restype = c_double
-            library.interface_version.restype = library.chunk_size.restype = c_int64
-            if (library.interface_version(), library.chunk_size()) == (INTERFACE, CHUNK):
-                return library
-        except (OSError, AttributeError):  # of another system, for instance on a shared disk, or another version
-            continue
-    return None
+def _built() -> _Functions | str:
+    """What was compiled, or why it is not used."""
+    path = Path(__file__).parent / NAME
+    try:
+        library = ctypes.CDLL(str(path))
+        versions = library.interface_version(), library.chunk_size()
+        if versions == (INTERFACE, CHUNK):
+            return _Functions.of(library, library.lanes())
+    except (OSError, AttributeError) as error:  # of another system, for instance on a shared disk, or another version
+        return f"{path} cannot be loaded: {error}" if path.exists() else f"{path} was not compiled"
+    return f"{path} is of another version: install the package again"
 
 
-def library() -> ctypes.CDLL | None:
-    """What was compiled; None if nothing was, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
-    return None if os.environ.get(SWITCH) == "0" else _built()
+def library() -> _Functions | None:
+    """What was compiled; None if it cannot be used, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
+    found = None if os.environ.get(SWITCH) == "0" else _built()
+    return found if isinstance(found, _Functions) else None
+
+
+def describe() -> str:
+    """How a step is computed on the CPU, and why not by what was compiled."""
+    if library():
+        return "compiled"
+    return f"in torch's operations: {f'{SWITCH}=0' if isinstance(found := _built(), _Functions) else found}"
 
 
 def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
@@ -163,7 +189,7 @@ class CompiledBlock:
     @staticmethod
     def fits(bank: Tensor, settings: Settings) -> bool:
         """Whether blocks of this bank can be compiled ones."""
-        return fits(bank.dtype, bank.device, settings.pairs, settings.channels)
+        return fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels)
 
     @property
     def weights(self) -> Tensor:

@@ -209,7 +209,7 @@ class FusedBlock:
     @classmethod
     def fits(cls, bank: Tensor, settings: Settings) -> bool:
         """Whether a bank on a GPU can be a fused block, and Triton can compile for that GPU."""
-        usual = settings.pairs == "all" and settings.channels == "matched" and bank.dtype == torch.float32
+        usual = settings.pairs == "all" and settings.compared_channels == "matched" and bank.dtype == torch.float32
         if not usual or bank.shape[3:].numel() > MAX_TAPS or bank.numel() >= cls.max_weights:
             return False
         try:

@@ -13,17 +13,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Compiled once for each generation of processors; the loader picks the one for this machine. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTIVERSIONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSIONED
+/* Compiled once for each width of the processors' vectors: step_avx2.c and step_avx512.c include this file, and set
+ * LANES. A vector that is wider than the processor's is kept in memory, 25 times as slow. */
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDER
 #endif
+#ifndef LANES
+#define LANES 4
+#endif
+#define JOIN(name, lanes) name##_##lanes
+#define NAME(name, lanes) JOIN(name, lanes)
 #define INLINE static inline __attribute__((always_inline))
 
 #define SMALL_SQUARE 1e-30 /* of norms: within, nothing is lost in single precision */
 #define LARGE_SQUARE 1e30
-enum { LANES = 16, CHUNK = 2 * LANES }; /* filters at a time */
+enum { CHUNK = 32, PARTS = CHUNK / LANES }; /* filters at a time, and vectors of them */
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Numbers of taps, of even ones among them, of points of a lattice, and of cosines among these. */
@@ -40,31 +44,52 @@ typedef struct {
     float coarse_constant;                     /* factor of the constant's power there */
 } Layout;
 
-/* For these the loops have a length that the compiler knows: 10 % faster. */
+/* For these the loops have a length that the compiler knows: 10 % faster. Not worth its time for old processors. */
+#if defined(WIDER) && LANES == 4
+#define SPECIALIZED 0
+#else
+#define SPECIALIZED 1
+#endif
 static const Sizes FULL_3X3 = {9, 5, 25, 13}, COARSE_3X3 = {9, 5, 9, 5}, ALL_1X1 = {1, 1, 1, 1};
 
 INLINE int same(Sizes a, Sizes b) {
-    return a.taps == b.taps && a.even == b.even && a.points == b.points && a.cosines == b.cosines;
+    return SPECIALIZED && a.taps == b.taps && a.even == b.even && a.points == b.points && a.cosines == b.cosines;
 }
 
 /* To be raised, with INTERFACE in compiled.py, whenever a function or the layout changes: a library that
  * was built from an older version is then not used. */
-int64_t interface_version(void) { return 3; }
+#if LANES == 4
+int64_t interface_version(void) { return 4; }
 
 int64_t chunk_size(void) { return CHUNK; }
+
+/* How wide the vectors are of this processor: the functions to be called end in this number. */
+int64_t lanes(void) {
+#ifdef WIDER
+    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+    return LANES;
+}
+#endif
 
 INLINE int64_t chunks(const Layout *l) { return (l->filters + CHUNK - 1) / CHUNK; }
 
 /* Two rows [CHUNK] of a matrix product, or twice the same one. */
 INLINE void two_rows(const float *a, const float *b, int64_t step, int64_t columns, const float *restrict in,
                      float *out_a, float *out_b, float factor) {
-    Vector a0 = {0}, a1 = {0}, b0 = {0}, b1 = {0}; /* kept in registers */
-    for (int64_t t = 0; t < columns; t++, in += CHUNK, a += step, b += step) {
-        const Vector *part = (const Vector *)in;
-        a0 += *a * part[0], a1 += *a * part[1], b0 += *b * part[0], b1 += *b * part[1];
+    Vector sums_a[PARTS] = {0}, sums_b[PARTS] = {0}; /* kept in registers */
+    for (int64_t t = 0; t < columns; t++, in += CHUNK, a += step, b += step)
+#pragma GCC unroll 8
+        for (int p = 0; p < PARTS; p++) {
+            const Vector part = ((const Vector *)in)[p];
+            sums_a[p] += *a * part, sums_b[p] += *b * part;
+        }
+#pragma GCC unroll 8
+    for (int p = 0; p < PARTS; p++) {
+        ((Vector *)out_a)[p] = factor * sums_a[p];
+        ((Vector *)out_b)[p] = factor * sums_b[p];
     }
-    Vector *to_a = (Vector *)out_a, *to_b = (Vector *)out_b;
-    to_a[0] = factor * a0, to_a[1] = factor * a1, to_b[0] = factor * b0, to_b[1] = factor * b1;
 }
 
 /* out[rows, CHUNK] = factor * matrix[rows, columns] @ in[columns, CHUNK]; steps exchanged: its transpose. */
@@ -182,11 +207,13 @@ INLINE void turn_chunk(int64_t n, int64_t taps, float beta, const float *restric
 }
 
 /* Floats of scratch memory that any function needs. */
+#if LANES == 4
 int64_t scratch_size(const Layout *l) {
     const int64_t evaluation = chunks(l) * (l->full.taps + l->full.points) + l->full.cosines + l->full.taps;
     const int64_t turning = 2 * (l->coarse.taps + l->coarse.points) + 3 * l->coarse.cosines;
     return CHUNK * (evaluation > turning ? evaluation : turning) + l->groups * l->filters;
 }
+#endif
 
 /* Move to weights * keep + direction * add (both per filter), and take the gradient there, less
  * all_shifts * weights. sums[4, g, M]: inner products of that gradient with the weights, itself and the
@@ -339,8 +366,7 @@ INLINE void turn_sized(const Layout *l, Sizes z, float beta, const float *weight
     }
 }
 
-MULTIVERSIONED
-void evaluate(const Layout *l, const float *keep, const float *add, const float *all_shifts, float *weights,
+void NAME(evaluate, LANES)(const Layout *l, const float *keep, const float *add, const float *all_shifts, float *weights,
             const float *direction, float *gradient, float *scratch, double *sums, double *dot_previous) {
     if (same(l->full, FULL_3X3))
         evaluate_sized(l, FULL_3X3, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
@@ -349,8 +375,7 @@ void evaluate(const Layout *l, const float *keep, const float *add, const float 
     else
         evaluate_sized(l, l->full, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
 }
-MULTIVERSIONED
-void turn(const Layout *l, float beta, const float *weight_coefficient, const float *curvature, const float *weights, const float *gradient,
+void NAME(turn, LANES)(const Layout *l, float beta, const float *weight_coefficient, const float *curvature, const float *weights, const float *gradient,
          float *direction, float *scratch, double *coefficients) {
     if (same(l->coarse, COARSE_3X3))
         turn_sized(l, COARSE_3X3, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
@@ -372,8 +397,7 @@ INLINE double dot(int64_t n, const float *a, const float *b) {
 /* Similarity of a layer's kernels [g, M, c, T], in the order of its weight, and its gradient. With a radius it
  * is that of filters scaled to this norm, or -1 where a filter is too short or too long for float32. The
  * basis is that over folded kernels. */
-MULTIVERSIONED
-double similarity(const Layout *l, float radius, const float *kernels, float *gradient, float *scratch) {
+double NAME(similarity, LANES)(const Layout *l, float radius, const float *kernels, float *gradient, float *scratch) {
     const int64_t filters = l->groups * l->filters, length = l->channels * l->full.taps;
     float *factors = scratch, *rest = scratch + filters;
     for (int64_t i = 0; i < filters; i++) {

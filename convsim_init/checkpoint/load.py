@@ -38,9 +38,11 @@ def load_checkpoint(
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
-        path: A file of safetensors or of `torch.save`, whatever its name, or a folder of Hugging Face.
+        path: A file of safetensors or of `torch.save`, whatever its name, or a folder of Hugging Face or
+            `torch.distributed.checkpoint`.
         strict: Refuse a file that is not complete, instead of reporting what it lacks.
-        key: Key of the state dict in the file. Default: a usual one such as ``"state_dict"``, or the only one.
+        key: Key of the state dict in the file, or the prefix of one of several networks in it. Default: a
+            usual key such as ``"state_dict"``, or the only one.
 
     Returns:
         What matched and what did not; look at its ``complete``.

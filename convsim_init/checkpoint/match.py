@@ -19,6 +19,7 @@ from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import name_of, narrows, same_kind
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.names import WRAPPER_PARTS, bare_name
+from convsim_init.report.text import shown, some
 
 MOST_CANDIDATES = 64  # for one renamed key: comparing names takes time
 
@@ -35,7 +36,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         name: Name of the model in the report. Default: its class.
 
     Raises:
-        InputError: If the model is lazy: its shapes are not known yet.
+        InputError: If the model is lazy: its shapes are not known yet; or the file holds several copies of it.
     """
     entries = state_entries(model)
     lazy = next((key for key, value in entries.items() if isinstance(value, Tensor) and is_lazy(value)), None)
@@ -47,7 +48,15 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
 
     changed = [source.split(".") for key, source in raw.items() if key != source]
     wrappers = [f"{part}." for part in WRAPPER_PARTS if any(part in parts for parts in changed)]
-    removed, added = find_prefixes(theirs, own)
+    choices = find_prefixes(theirs, own)
+    copies = list(dict.fromkeys(prefix for prefix, _ in choices))
+    if len(copies) > 1:
+        keys = [f"{checkpoint.wrapper}.{copy}".strip(".") for copy in copies]
+        raise InputError(
+            f"expected one copy of the model in {file!r}, got {len(copies)}: choose one with key (--key NAME in the "
+            f"shell): {some(map(shown, keys))}"
+        )
+    removed, added = choices[0] if len(choices) == 1 else ("", "")
     sources = _sources(theirs, own, removed, added)
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}

@@ -11,17 +11,20 @@ DEEPEST = 16  # parts of a prefix, so that a key made of dots alone costs no mor
 Shapes = Mapping[str, Sequence[int]]
 
 
-def find_prefixes(file: Shapes, model: Shapes) -> tuple[str, str]:
+def find_prefixes(file: Shapes, model: Shapes) -> list[tuple[str, str]]:
     """The prefix to take off a file's keys and the one to put in its place, either or both of them empty.
 
     Prefixes are whole parts of a dotted name, ``"model."`` or ``"0.model."``. Chosen are those under which most
     tensors have the name and shape of one of the model's, then most the name; the fewest parts where that is equal. A
-    change must bring together more than half of the keys of the smaller side. Where two changes serve as well, as with
-    two copies of a network in one file, there is none: which is meant cannot be known.
+    change must bring together more than half of the keys of the smaller side.
 
     Args:
         file: Shapes by the file's keys.
         model: Shapes by the model's keys.
+
+    Returns:
+        The changes that serve best: one, or several where which is meant cannot be known, as with two
+        copies of a network in one file.
     """
     enough = min(len(file), len(model)) / 2
     scores = {("", ""): _score("", "", file, model)}
@@ -31,8 +34,7 @@ def find_prefixes(file: Shapes, model: Shapes) -> tuple[str, str]:
             if score[1] > enough:
                 scores[removed, added] = score
     best = max(scores.values())
-    found = [prefixes for prefixes, score in scores.items() if score == best]
-    return found[0] if len(found) == 1 else ("", "")
+    return [prefixes for prefixes, score in scores.items() if score == best]
 
 
 def _shared_prefixes(keys: Shapes, enough: float) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from functools import partial
@@ -13,17 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from convsim_init.checkpoint.distributed import read_distributed
+from convsim_init.checkpoint.pickles import check_room, type_name
 from convsim_init.checkpoint.state_dict import module_versions
-from convsim_init.checkpoint.vetting import is_zipped, vet_torch_file
+from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
 from convsim_init.files import check_source
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
+NAME_LENGTH = 255  # characters of a file's name, at most
+JSON = 32  # times its length that the header of safetensors or an index takes in memory, with tensors without numbers
 
 
 class Checkpoint(NamedTuple):
@@ -68,12 +70,14 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
     What a file holds decides how it is read, not its name. A dict that holds the state dict under one of
     `WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state dict
-    under any other key. Files of `torch.save` are read with ``weights_only=True``, always: no code in
-    them is run. Their tensors stay on the disk until they are used.
+    under any other key, or nothing but another dict. Files of `torch.save` are not unpickled: their pickles
+    are followed, and the tensors in them built anew, so that no code is run. Tensors stay on the disk until
+    they are used.
 
     Args:
-        path: A file of safetensors or of `torch.save`, or a folder of Hugging Face.
-        key: Key of the state dict in the file, with dots where it is in several dicts. Default: as above.
+        path: A file of safetensors or of `torch.save`, or a folder of Hugging Face or `torch.distributed.checkpoint`.
+        key: Key of the state dict in the file, with dots where it is in several dicts; or a prefix of
+            its keys, where it is one of several networks in a state dict. Default: as above.
 
     Returns:
         Dense tensors, at least one, in the order of the file.
@@ -88,6 +92,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         size = source.stat().st_size
         if source.suffix == ".json":
             content, size = _read_shards(source)
+        elif source.name == ".metadata":
+            content, size = read_distributed(source)
         else:
             content = _read(source)
     except InputError:
@@ -104,16 +110,17 @@ def _read(path: Path) -> object:
     header_fits = int.from_bytes(head[:8], "little") < path.stat().st_size
     others = head.startswith((b"PK", b"\x80")) and not (header_fits and head[8:] == b"{")  # zipped or pickled
     is_safetensors = (header_fits and head[8:] == b"{") or (path.suffix == ".safetensors" and not others)
-    return _read_safetensors(path) if is_safetensors else _read_torch(path)
+    return _read_safetensors(path) if is_safetensors else TorchFile(path).read()
 
 
 def _read_shards(index: Path) -> tuple[dict[str, object], int]:
     """The tensors of all files that an index of Hugging Face names, beside it, and their size in bytes."""
+    size = index.stat().st_size
+    check_room(str(index), size, JSON * size)
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     tensors: dict[str, object] = {}
-    size = 0
     for name in dict.fromkeys(names):
-        if Path(name).name != name:
+        if Path(name).name != name or len(name) > NAME_LENGTH:
             raise InputError(
                 f"expected names of files beside {str(index)!r}, got {quoted(name)}: copy the folder again"
             )
@@ -126,17 +133,13 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
     return tensors, size
 
 
-def _read_torch(path: Path) -> object:
-    vet_torch_file(path)
-    with warnings.catch_warnings():  # about what the error will tell, or about nothing of ours
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipped(path))
-
-
 def _read_safetensors(path: Path) -> object:
-    tensors = safetensors.torch.load_file(path)
     with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        check_room(str(path), size, JSON * min(length, size))
+        header = file.read(length)
+    tensors = safetensors.torch.load_file(path)
     json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
     return tensors
 
@@ -152,7 +155,7 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _explain(name: str, path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
         return f"cannot read {name}: {error.strerror}; check the file"
-    writer = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+    writer = {".safetensors": "safetensors", "": "torch.distributed.checkpoint"}.get(path.suffix, "torch.save")
     return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
 
 
@@ -161,22 +164,42 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
     place = f" under {opened!r}" if opened else ""
     if not isinstance(inner, Mapping):
         raise InputError(
-            f"expected a state dict in {name}, got {type(inner).__name__}{place}: save the model's state_dict()"
+            f"expected a state dict in {name}, got {shown(type_name(inner))}{place}: save the model's state_dict()"
         )
     if not inner:
         raise InputError(f"expected weights in {name}, got an empty state dict{place}: save the model's state_dict()")
     for key, value in inner.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            what = f"{type(value).__name__} under {quoted(key)}"
+            what = f"{shown(type_name(value))} under {quoted(key)}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            what = f"a sparse, quantized or empty one under {quoted(key)}{place}"
-            raise InputError(f"expected dense tensors in {name}, got {what}: convert it and save it again")
-        # One row that stands for a million, or memory that the file names and does not fill.
-        if max(value.nbytes, value.untyped_storage().nbytes()) > size:
+        if not _is_unicode(key):
+            raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")
+        # One row that stands for a million, or a million rows of nothing.
+        if max(value.nbytes, *value.shape, 0) > size:
             what = f"shape {list(value.shape)} under {quoted(key)}{place}"
             raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
-    return Checkpoint(dict(inner), opened, module_versions(inner), others)
+    return Checkpoint(dict(inner), opened, _plain(module_versions(inner)), others)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+def _plain(versions: Mapping[str, object] | None) -> OrderedDict[str, object] | None:
+    """The numbers and texts of the versions that a file holds."""
+    if versions is None:
+        return None
+    plain: OrderedDict[str, object] = OrderedDict()
+    for name, noted in versions.items():
+        if isinstance(noted, Mapping):
+            plain[name] = {
+                key: value for key, value in noted.items() if isinstance(key, str) and isinstance(value, (int, str))
+            }
+    return plain
 
 
 def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, str, tuple[str, ...]]:
@@ -186,7 +209,10 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
     while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
         found = [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]
         if wanted is not None:
-            wrapper = next((key for key in content if wanted == key or wanted.startswith(f"{key}.")), None)
+            wrapper = next((key for key in content if wanted == key or f"{wanted}.".startswith(f"{key}.")), None)
+            part = {key[len(wanted) + 1 :]: one for key, one in content.items() if f"{key}".startswith(f"{wanted}.")}
+            if wrapper is None and part:
+                return part, ".".join([*opened, wanted]), others
             if wrapper is None:
                 there = f"there is {some(map(shown, found))}" if found else "there is none"
                 raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")
@@ -200,6 +226,8 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
                         f"NAME in the shell)"
                     )
                 (wrapper,) = found
+            elif wrapper is None and not found and len(content) == 1:
+                wrapper = next((key for key, value in content.items() if isinstance(value, Mapping)), None)
             if wrapper is None:
                 break
         others = tuple(key for key in found if key != wrapper)

@@ -9,8 +9,9 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -132,6 +133,14 @@ def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwr
     return target
 
 
+def checkpoint_bytes(contents: Contents) -> bytes:
+    """What `write_checkpoint` writes into a ``.safetensors`` file."""
+    _check_keys(contents.tensors)
+    file = io.BytesIO(safetensors.torch.save(contents.tensors, contents.metadata))
+    _sort_metadata(file)
+    return file.getvalue()
+
+
 def _metadata(report: Report | None) -> dict[str, str]:
     about: dict[str, object] = {"format_version": 1, "version": __version__}
     if report is not None:
@@ -139,9 +148,13 @@ def _metadata(report: Report | None) -> dict[str, str]:
             "model": report.model,
             "seed": report.seed,
             "base": report.base,
-            "settings": asdict(report.settings),
+            "settings": asdict(replace(report.settings, channels=report.channels)),
             "totals": report.totals,
         }
+        if report.calibrated is not None:
+            about["calibrated"] = report.calibrated
+        if report.channels == "auto":  # not the same in all layers
+            about["all_channels"] = [layer.name for layer in report.layers if layer.channels == "all"]
     return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}
 
 
@@ -152,26 +165,30 @@ def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _check_keys(tensors: dict[str, Tensor]) -> None:
     if METADATA_KEY in tensors:
         raise InputError(
             f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
         )
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    _check_keys(tensors)
     try:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
-    _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Rewrite a safetensors header in place with its metadata in a fixed order, which the library leaves to chance."""
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > length:
-            raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
-        file.seek(8)
-        file.write(text.ljust(length))
+        _sort_metadata(file)
+
+
+def _sort_metadata(file: BinaryIO) -> None:
+    """Rewrite a safetensors header in place with its metadata in a fixed order, which the library leaves to chance."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > length:
+        raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
+    file.seek(8)
+    file.write(text.ljust(length))

@@ -43,7 +43,8 @@ def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") 
     noted = getattr(state, "_metadata", None)
     if not isinstance(noted, Mapping) or (prefix and not prefix.endswith(".")):
         return None
-    return OrderedDict((f"{prefix}{bare_name(name)}".removesuffix("."), value) for name, value in noted.items())
+    names = {name: f"{prefix}{bare_name(name)}".removesuffix(".") for name in noted if isinstance(name, str)}
+    return OrderedDict((names[name], noted[name]) for name in names)
 
 
 def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] | None) -> OrderedDict[str, Tensor]:
@@ -81,7 +82,7 @@ def changed_entries(entries: Mapping[str, object], report: Report | None) -> dic
     """
     if report is None:
         raise InputError("convs_only: expected the report that says which convolutions were changed, got none")
-    layers = {layer.name for layer in report.layers if layer.after}
+    layers = {layer.name for layer in report.layers if layer.after or layer.factor is not None}
     if not layers:
         raise InputError("convs_only: expected a report of changed convolutions, got one that changed none")
     owners = {key: _owner(key) for key in entries}

@@ -15,11 +15,10 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.layers.standardized import ForwardWeight, has_forward_of_its_own
+from convsim_init.layers.standardized import ForwardWeight, find_call, has_forward_of_its_own, weight_within
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
-from convsim_init.settings import Channels
 
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
@@ -85,8 +84,12 @@ def find_layers(
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)
     for layer in layers:
-        layer.obstacle = unselected(layer.name, include, exclude) or obstacle(layer.name)
-        layer.obstacle = layer.obstacle or layer.weight.obstacle(read_only=read_only)
+        layer.obstacle = (
+            unselected(layer.name, include, exclude)
+            or obstacle(layer.name)
+            or layer.weight.obstacle(read_only=read_only)
+            or _ungrouped(layer.shape[0], layer.groups)
+        )
     # What is left alone comes first: a layer that shares its memory would change it.
     taken = [
         (one, f"{shown(layer.name)}, which is {layer.obstacle.partition(':')[0]}")
@@ -103,24 +106,26 @@ def find_layers(
     return layers
 
 
-def used_weight(module: _ConvNd) -> Weight:
-    """The weight that a convolution's forward pass uses."""
+def used_weight(module: _ConvNd, owner: nn.Module | None = None) -> Weight:
+    """The weight that a convolution's forward pass uses, or that of the module around it, its owner."""
     weight = stored_weight(module)
-    needs_trial = has_forward_of_its_own(module) or has_unknown_hook(module)
+    if owner is not None and (within := weight_within(owner, module, weight)) is not None:
+        return within
+    hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
+    needs_trial = has_forward_of_its_own(module) or hooked
     return ForwardWeight(module, weight) if needs_trial else weight
 
 
-def count_obstacle(filters: int, groups: int, channels: Channels) -> str | None:
+def count_obstacle(filters: int, groups: int) -> str | None:
     """Why filters form no pair whatever their values are, given how many of them there are in a group."""
     if filters > 1:
         return None
-    many = "; channels='all' would compare them" if channels == "matched" and groups > 1 else ""
-    return "one filter per group shares its channels with no other" + many if groups > 1 else "only one filter"
+    return "one filter per group shares its channels with no other" if groups > 1 else "only one filter"
 
 
-def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
+def pair_obstacle(bank: Tensor) -> str | None:
     """Why the filters of a bank ``[G, M, C, *kernel_size]`` form no pair whose similarity could be lowered."""
-    obstacle = shape_obstacle(bank.shape, channels)
+    obstacle = shape_obstacle(bank.shape)
     if obstacle:
         return obstacle
     alive = bank.flatten(2).ne(0).any(-1).sum(-1)  # [G]
@@ -131,30 +136,42 @@ def pair_obstacle(bank: Tensor, channels: Channels) -> str | None:
     return None
 
 
-def shape_obstacle(shape: Sequence[int], channels: Channels) -> str | None:
+def shape_obstacle(shape: Sequence[int]) -> str | None:
     """Why filters of a bank of that shape ``[G, M, C, *kernel_size]`` cannot be treated, whatever their values are."""
     groups, filters, _, *kernel_size = shape
     taps = math.prod(kernel_size)
     if taps * math.prod(2 * size - 1 for size in kernel_size) > LARGEST_BASIS:
         return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
-    return count_obstacle(filters, groups, channels)
+    return count_obstacle(filters, groups)
 
 
 def _module_layers(model: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
-    for name, module in model.named_modules():
+    owners = dict(model.named_modules())
+    for name, module in owners.items():
         if name.startswith(within):
             continue
         if isinstance(module, _ConvNd):
-            weight, kind = used_weight(module), type(module).__name__
-            layers.append(Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed))
+            owner = owners.get(name.rpartition(".")[0]) if name else None
+            weight, kind = used_weight(module, owner), type(module).__name__
+            layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
+            layer.strides = math.prod(module.stride)
+            layers.append(layer)
+        elif found := find_call(module):
+            weight, call = found
+            kind = type(module).__name__
+            layers.append(Layer(bare_name(name), kind, weight, groups=call.groups, transposed=call.transposed))
         elif in_graph := graph_layers(bare_name(name), module):
             layers += in_graph
             within += (f"{name}." if name else "",)
     if not layers:
         raise InputError(f"expected a model with convolutions, got {type(model).__name__}, which has none")
     return layers
+
+
+def _ungrouped(channels: int, groups: int) -> str | None:
+    return f"its {groups} groups do not divide dimension 0 of its weight, {channels}" if channels % groups else None
 
 
 def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:

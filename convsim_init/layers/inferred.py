@@ -66,6 +66,10 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
     ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be.
     """
     inputs, extents = weight.shape[1], weight.shape[2:]
+    bias = state.get(f"{name}.bias" if name else "bias")
+    has_bias = isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) in weight.shape[:2]
+    if isinstance(bias, Tensor) and not (has_bias or _transposed_groups(weight, bias)):
+        return True  # as that of a layer norm over images, or of stacked linear layers
     if any(word in name.lower() for word in OTHER_NAMES):
         return True
     if len(extents) > 1 and inputs == extents[0] != extents[-1] and len(set(extents[:-1])) == 1:
@@ -74,8 +78,6 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return False
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
         return True  # [k, k, C, M]
-    bias = state.get(f"{name}.bias" if name else "bias")
-    has_bias = isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) in weight.shape[:2]
     square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs
     return square or not (has_bias or weight.shape[1] == 1 or len(set(extents)) == 1 < len(extents))
 

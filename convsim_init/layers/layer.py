@@ -20,6 +20,7 @@ class Layer:
         weight: Weight that the forward pass uses.
         groups: Number of groups.
         transposed: Whether it is a transposed convolution.
+        strides: Product of its strides; 1 where they are not known.
         note: What groups and transposed were inferred from, where no module says it.
         obstacle: Why it cannot or must not be treated; None if it can.
     """
@@ -39,6 +40,7 @@ class Layer:
         self.weight = weight
         self.groups = groups
         self.transposed = transposed
+        self.strides = 1
         self.note = note
         self.obstacle: str | None = None
 
@@ -67,7 +69,6 @@ class Layer:
         return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
 
     def explained(self, reason: str | None) -> str | None:
-        """The reason of an outcome, with what the layer was taken for where that was inferred from little."""
-        if reason is None or self.note is None:
-            return reason or self.note
-        return reason if (self.groups, self.transposed) == (1, False) else f"{self.note}: {reason}"
+        """The reason of an outcome, with what its weight is and what it was taken for, inferred from little."""
+        note = None if reason and (self.groups, self.transposed) == (1, False) else self.note
+        return ": ".join(filter(None, [self.weight.note, note, reason])) or None

@@ -28,8 +28,8 @@ def memory(tensor: Tensor) -> Memory:
 
 
 def memories(tensors: Iterable[Tensor]) -> list[Memory]:
-    """Where the entries of those tensors lie that have any: not lazy, on the meta device, or sharded ones."""
-    return [memory(one) for one in tensors if not (is_lazy(one) or one.is_meta or is_sharded(one))]
+    """Where the entries of those tensors lie that have any: not lazy, on the meta device, sparse or sharded ones."""
+    return [memory(one) for one in tensors if not (is_lazy(one) or one.is_meta or _is_sparse(one) or is_sharded(one))]
 
 
 def overlap(a: Memory, b: Memory) -> bool:
@@ -45,6 +45,10 @@ def overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided
 
 
 def is_sharded(tensor: Tensor) -> bool:

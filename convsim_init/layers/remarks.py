@@ -1,4 +1,4 @@
-"""What a report should say of a model beside its layers: what was not looked at, and what is only part of the truth."""
+"""What a report should say of a model beside its layers: what was not looked at, and copies that part."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
+from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
+from convsim_init.layers.standardized import forward_names
+from convsim_init.layers.trial import CONVOLUTIONS
+from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
+
+CALLS = {call.__name__ for call in CONVOLUTIONS}
 
 
 def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
@@ -21,51 +27,65 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     if not isinstance(model, nn.Module):
         return []
     inner = unwrap(model)
-    return [*_other_kernels(inner, [layer.name for layer in layers]), *_second_weights(inner, layers)]
+    names = [layer.name for layer in layers]
+    return [*_other_kernels(inner, names), *_hooks_around(inner), *_ties(inner, layers)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Remarks on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
 
-    Those have a ``kernel_size`` and weights of their own, or a weight of the rank of a kernel.
+    Those have a ``kernel_size`` and weights of their own, or a weight of the rank of a kernel, or their
+    code names a convolution.
 
     Args:
         model: Model without wrappers.
         names: Names of the layers that are in the report.
     """
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
-    weights = 0
+    weights: dict[int, int] = {}
     for name, module in model.named_modules():
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        own = [parameter for key, parameter in module._parameters.items() if parameter is not None and "weight" in key]
-        own = [parameter for parameter in own if not is_lazy(parameter)]
-        kernels = [parameter for parameter in own if hasattr(module, "kernel_size") or 3 <= parameter.dim() <= 5]
-        if kernels:
+        own = [one for key, one in module._parameters.items() if one is not None and "weight" in key]
+        own = [one for one in own if not is_lazy(one) and (hasattr(module, "kernel_size") or 3 <= one.dim() <= 5)]
+        calls = CALLS & forward_names(module) and not any(isinstance(one, _ConvNd) for one in module.modules())
+        if calls and not own:
+            own = [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1]
+        if own:
             found[type(module).__name__] += 1
-            weights += sum(parameter.numel() for parameter in kernels)
+            weights |= {id(one): one.numel() for one in own}
     if not found:
         return []
-    total = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    share = sum(weights.values()) / sum(one.numel() for one in model.parameters() if not is_lazy(one))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
-    return [f"not looked at, though they may convolve: {kinds}, with {weights / total:.0%} of the parameters"]
+    return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
 
 
-def _second_weights(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Remarks on convolutions with another parameter of their weight's shape, which is left as it was."""
-    shapes = {layer.name: layer.shape for layer in layers if layer.obstacle is None}
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd) and bare_name(name) in shapes:
-            for key, parameter in module._parameters.items():
-                if key in ("weight", "weight_orig", "weight_v") or parameter is None or is_lazy(parameter):
-                    continue
-                if list(parameter.shape) == shapes[bare_name(name)]:
-                    found.append(shown(f"{bare_name(name)}.{key}"))
+def _hooks_around(model: nn.Module) -> list[str]:
+    """A remark on hooks that may change the weights of convolutions further inside than a trial pass is made."""
+    found = [
+        layer_name(bare_name(name))
+        for name, module in model.named_modules()
+        if has_unknown_hook(module)
+        and any(isinstance(one, _ConvNd) for child in module.children() for one in list(child.modules())[1:])
+    ]
     if not found:
         return []
-    return [f"second weights of convolutions, left as they were, count for nothing here: {some(found)}"]
+    return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
+
+
+def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
+    own = {id(source) for layer in layers for source in layer.weight.sources}
+    treated: dict[tuple[object, ...], list[Memory]] = {}
+    for one in memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources):
+        treated.setdefault(one[:2], []).append(one)
+    found = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in own and any(overlap(a, b) for a in memories([tensor]) for b in treated.get(a[:2], ())):
+            found.append(shown(bare_name(name)))
+    return [f"in the memory of treated weights, and changed with them: {some(found)}"] if found else []
 
 
 @torch.no_grad()

@@ -8,16 +8,27 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.trial import weight_given_to_convolution
-from convsim_init.layers.weights import Weight, backup_tensors, describe_mismatch, to_float64
+from convsim_init.layers.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
+from convsim_init.layers.weights import (
+    KERNEL_RANKS,
+    Weight,
+    backup_tensors,
+    describe_mismatch,
+    has_unknown_hook,
+    stored_weight,
+    to_float64,
+)
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("forward", "_conv_forward")
+LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
 
 
 def has_forward_of_its_own(module: _ConvNd) -> bool:
@@ -28,6 +39,60 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
     )
 
 
+def forward_names(module: nn.Module) -> set[str]:
+    """The names of attributes and functions in the code of a module's forward pass."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    return set(getattr(code, "co_names", ()))
+
+
+def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
+    """The weight of a module that is no convolution of PyTorch and gives it to one itself, and that call.
+
+    Modules with kernels inside them are left out: those are found by themselves.
+    """
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        return None
+    try:
+        stored = stored_weight(module)
+        if len(stored.shape) not in KERNEL_RANKS or not isinstance(stored.sources[0], nn.Parameter):
+            return None
+        if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in child.parameters()):
+            return None
+        weight = ForwardWeight(module, stored)
+        return weight, weight.choose_call()
+    except Exception:  # whatever its own code raises at an input that is not what it is made for
+        return None
+
+
+def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight) -> ForwardWeight | None:
+    """The weight of a convolution as the module around it uses it, where that does more than to call it.
+
+    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells.
+    """
+    if "weight" not in forward_names(owner) and not has_unknown_hook(owner):
+        return None
+    weight = ForwardWeight(owner, stored, module)
+    try:
+        return None if weight.is_stored() else weight
+    except Exception:  # whatever its own code raises at an input that is not what it is made for
+        return None
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name != "parametrizations"]
+
+
+def _leaves(tensor: Tensor) -> set[int]:
+    """The parameters that a tensor is computed from, by their ids."""
+    nodes: dict[Any, None] = {tensor.grad_fn: None}
+    pending = list(nodes)
+    for node in pending:
+        following = [one for one, _ in getattr(node, "next_functions", ()) if one not in nodes]
+        nodes.update(dict.fromkeys(following))
+        pending += following
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
+
+
 class ForwardWeight(Weight):
     """The weight that a forward pass uses: the stored one, masked, or with its filters centred or scaled.
 
@@ -35,15 +100,17 @@ class ForwardWeight(Weight):
     that is then used is from it is reported.
 
     Args:
-        module: The convolution.
+        module: The convolution, or any module that calls one.
         stored: The weight that its attribute holds.
+        inner: The convolution whose attribute that is, where it is another module.
     """
 
-    def __init__(self, module: _ConvNd, stored: Weight) -> None:
+    def __init__(self, module: nn.Module, stored: Weight, inner: nn.Module | None = None) -> None:
         super().__init__(*stored.sources)
-        self._module, self._stored = module, stored
+        self.module, self._stored, self._inner = module, stored, inner or module
         self._mask = stored.mask
         self._centred, self._known = False, True
+        self._index: int | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -55,50 +122,85 @@ class ForwardWeight(Weight):
         """Where the weight that is used may differ from zero, once `obstacle` has looked; None for everywhere."""
         return self._mask
 
+    @torch.no_grad()
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why the stored weight cannot be had, or the one that is used cannot be seen."""
         obstacle = self._stored.obstacle(read_only=read_only)
         if obstacle is not None:
             return obstacle
-        kind = type(self._module).__name__
+        kind = type(self.module).__name__
         try:
+            self.choose_call()
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
-            depends = not torch.equal(used, weight_given_to_convolution(self._module, self.shape, stored, noise=True))
+            depends = describe_mismatch("class", used, self._given(self._noise()))  # it may be rounded anew
+            spread = torch.linalg.vector_norm(to_float64(used - self._given(redraw=True)))
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
             return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
         if depends and not used.isnan().any():
             return f"the weight that {kind} uses depends on its input"
+        if spread > LARGEST_SPREAD * torch.linalg.vector_norm(to_float64(used)):
+            return f"the weight that {kind} uses is random, in evaluation mode too"
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
-        if mask is not None and torch.equal(used, stored * mask):
-            self._mask = mask
-            return None
+        self._mask = mask
         for self._centred in (False, True):
-            if describe_mismatch("class", self._slopes(used, stored) * self._variable(stored), used) is None:
+            if _is_multiple(used, self._variable(stored)):
                 return None
-        self._centred = self._known = False
+        self._mask, self._centred, self._known = self._stored.mask, False, False
         return None
+
+    def choose_call(self) -> Call:
+        """Choose the call whose weight counts: the first that depends on parameters, or else the first.
+
+        Raises:
+            NoConvolutionError: If there is none.
+            Exception: Whatever the module's own code raises.
+        """
+        calls, to_the_end = convolution_calls(self.module, self._input(), self._others())
+        same = [call for call in calls if list(call.weight.shape) == self.shape]
+        made = [call for call in same if self._sources() & _leaves(call.weight)]
+        if not same or not (made or self._inner is self.module):
+            raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
+        chosen = (made or same)[0]
+        self._index = [call is chosen for call in same].index(True)
+        parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
+        own = self._sources() | {id(one) for one in parameters}
+        several = any(own & _leaves(call.weight) and not torch.equal(chosen.weight, call.weight) for call in calls)
+        if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
+            several |= any(list(one.shape) == self.shape and id(one) not in self._sources() for one in parameters)
+        if several:
+            kind = type(self.module).__name__
+            self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
+        return chosen
+
+    def is_stored(self) -> bool:
+        """Whether the weight that is used is the stored one, whatever its values are.
+
+        Raises:
+            Exception: Whatever the module's own code raises.
+        """
+        self.choose_call()
+        probe = _probe(self._stored.read())
+        return type(self._stored) is Weight and torch.equal(self._given(probe=probe), probe)
 
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""
-        return weight_given_to_convolution(self._module, self.shape, self._stored.read())
+        return self._given()
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
         """Choose the stored weight so that its class computes this one, centred if the class centres filters."""
         used, stored = self.read(), self._stored.read()
-        if self._mask is not None:  # what the mask hides stays as it is
-            self._stored.write(torch.where(self._mask, weight.to(stored), stored))
-            return describe_mismatch("class", weight * self._mask, self.read())
         if not self._known or torch.equal(used, stored):
             self._stored.write(weight)
             return describe_mismatch("class", weight, self.read())
-        slopes = self._slopes(used, stored)  # [M, 1, ...]
-        target = self._variable(weight)
+        variable, target = self._variable(stored), self._variable(weight)
+        slopes = _slopes(used, variable)  # [M, 1, ...]
         target *= _ratios(_norms(weight), _norms(target))
-        changed = to_float64(stored) - self._variable(stored) + target / torch.where(slopes == 0, 1, slopes)
+        # What a mask hides is no part of the variable and stays, to the bit.
+        changed = to_float64(stored) - variable + target / torch.where(slopes == 0, 1, slopes)
         self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
         return describe_mismatch("class", target, self.read())
 
@@ -116,26 +218,64 @@ class ForwardWeight(Weight):
         """The tensors that the stored weight is stored in."""
         return self._stored.storage()
 
+    def _given(self, x: Tensor | None = None, **how: Any) -> Tensor:
+        if self._index is None:
+            self.choose_call()
+        x = self._input() if x is None else x
+        stored = self._stored.read()
+        return weight_given_to_convolution(self.module, stored, x, self._others(), index=self._index or 0, **how)
+
+    def _input(self) -> Tensor:
+        """Zeros that the convolution takes."""
+        inner, shape = self._inner, self.shape
+        if isinstance(inner, _ConvNd):
+            steps = zip(inner.dilation, inner.kernel_size, strict=True)
+            size = [1, inner.in_channels, *(dilation * (taps - 1) + 1 for dilation, taps in steps)]
+        else:  # enough for usual dilations
+            size = [1, getattr(inner, "in_channels", shape[1]), *(4 * (taps - 1) + 1 for taps in shape[2:])]
+        return torch.zeros(size, dtype=self.sources[0].dtype, device=self.sources[0].device)
+
+    def _noise(self) -> Tensor:
+        x = self._input()
+        return x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x)
+
+    def _sources(self) -> set[int]:
+        return {id(source) for source in self.sources}
+
+    def _others(self) -> set[int]:
+        """Addresses of the parameters of other modules inside it."""
+        inner = [one for part in _parts(self.module) for one in part.parameters() if not is_lazy(one)]
+        return {one.data_ptr() for one in inner} - {source.data_ptr() for source in self.sources}
+
     def _find_mask(self, stored: Tensor) -> Tensor | None:
         """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""
         if self._stored.mask is not None or type(self._stored) is not Weight:
             return self._stored.mask
-        probe = 1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        probe = probe.to(stored)
-        used = weight_given_to_convolution(self._module, self.shape, stored, probe=probe)
+        probe = _probe(stored)
+        used = self._given(probe=probe)
         mask = used != 0
-        return mask if not mask.all() and torch.equal(used, probe * mask) else None
+        return mask if not mask.all() and _is_multiple(used, to_float64(probe * mask)) else None
 
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
-        weight = to_float64(weight)
-        return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight.clone()
+        weight = to_float64(weight) * (1 if self._mask is None else self._mask)
+        return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
 
-    def _slopes(self, used: Tensor, stored: Tensor) -> Tensor:
-        """For each filter the factor from the stored weight to the one that is used, ``[M, 1, ...]``."""
-        variable = self._variable(stored)
-        axes = tuple(range(1, used.dim()))
-        return _ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
+
+def _probe(stored: Tensor) -> Tensor:
+    """A weight without zeros."""
+    return (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
+
+
+def _is_multiple(used: Tensor, variable: Tensor) -> bool:
+    """Whether each filter that is used is a multiple of one."""
+    return describe_mismatch("class", _slopes(used, variable) * variable, used) is None
+
+
+def _slopes(used: Tensor, variable: Tensor) -> Tensor:
+    """For each filter the factor by which one is used, ``[M, 1, ...]``."""
+    axes = tuple(range(1, used.dim()))
+    return _ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
 
 
 def _norms(weight: Tensor) -> Tensor:

@@ -12,19 +12,16 @@ import random
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-CONVOLUTIONS = {
-    *(F.conv1d, F.conv2d, F.conv3d, torch.convolution),
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-}
+TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 
@@ -33,13 +30,70 @@ class NoConvolutionError(RuntimeError):
     """The forward pass called no convolution with a weight of the module's shape."""
 
 
-def weight_given_to_convolution(
-    module: _ConvNd, shape: Sequence[int], like: Tensor, *, probe: Tensor | None = None, noise: bool = False
-) -> Tensor:
-    """The first weight of that shape that the module's forward pass gives to a convolution.
+class Call(NamedTuple):
+    """What a forward pass gives to a convolution.
 
-    The module runs in evaluation mode on zeros, or on noise, of the dtype and device of ``like``; with
-    ``probe`` in place of its parameter's values. Convolutions inside it are no candidates.
+    Attributes:
+        weight: The weight at that moment; it shares no memory with the module.
+        groups: Groups of the convolution.
+        transposed: Whether it is a transposed convolution.
+    """
+
+    weight: Tensor
+    groups: int
+    transposed: bool
+
+
+def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
+    """All that a module's forward pass gives to convolutions, from an input.
+
+    The weights are differentiable by the parameters that they are made of, frozen ones too.
+
+    Args:
+        module: Module that calls convolutions.
+        x: Input of the pass.
+        others: Addresses of weights that do not count.
+
+    Returns:
+        The calls, and whether the pass came to its end: an error after a call is none here.
+
+    Raises:
+        Exception: Whatever the module's own code raises before the first call.
+    """
+    capture = _Capture(None, others)
+    with isolated(module), capture, torch.enable_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not parameter.is_inference():
+                parameter.requires_grad_()
+        try:
+            module(x)
+        except Exception:
+            if not capture.calls:
+                raise
+            return capture.calls, False
+    return capture.calls, True
+
+
+def weight_given_to_convolution(
+    module: nn.Module,
+    stored: Tensor,
+    x: Tensor,
+    others: Collection[int] = (),
+    *,
+    index: int = 0,
+    probe: Tensor | None = None,
+    redraw: bool = False,
+) -> Tensor:
+    """The weight that a module's forward pass, in evaluation mode, gives to a convolution.
+
+    Args:
+        module: Module that calls a convolution.
+        stored: Weight that it holds; the one that is given has that shape.
+        x: Input of the pass.
+        others: Addresses of weights that do not count.
+        index: Position among the calls with a weight of that shape.
+        probe: Values to be tried in the parameter's place.
+        redraw: Whether random numbers are others than without it.
 
     Returns:
         The weight at that moment, differentiable by the module's parameters; it shares no memory with
@@ -49,23 +103,16 @@ def weight_given_to_convolution(
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
-    size = [dilation * (taps - 1) + 1 for dilation, taps in zip(module.dilation, module.kernel_size, strict=True)]
-    inner = {
-        p.data_ptr()
-        for child in module.modules()
-        if child is not module
-        for p in child._parameters.values()
-        if p is not None
-    }
-    capture = _Capture(shape, inner)
+    capture = _Capture(stored.shape, others, last=index)
     with isolated(module), capture, contextlib.suppress(_CapturedError):
         if probe is not None:
-            module.weight.data.copy_(probe)
-        x = torch.zeros(1, module.in_channels, *size, dtype=like.dtype, device=like.device)
-        module(x + torch.linspace(-1, 1, x.numel()).view_as(x).to(x) if noise else x)
-    if capture.weight is None:  # also where the module's code swallowed what ends the pass
+            stored.data.copy_(probe)
+        if redraw:
+            random.random(), np.random.random(), torch.rand(1, device=stored.device)
+        module(x)
+    if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
-    return capture.weight
+    return capture.calls[index].weight
 
 
 @contextmanager
@@ -105,6 +152,7 @@ def _noted(tensor: Tensor) -> Callable[[], None]:
     """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed."""
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
     values = None if data.is_meta else data.clone()
+    hooks = dict(tensor._backward_hooks or {})
 
     def put_back() -> None:
         moved = tensor.data.data_ptr() != data.data_ptr()
@@ -116,6 +164,9 @@ def _noted(tensor: Tensor) -> Callable[[], None]:
             tensor.requires_grad_(required)
             if tensor.grad is not grad:
                 tensor.grad = grad
+            live = tensor._backward_hooks or {}
+            for hook in live.keys() - hooks.keys():
+                del live[hook]
 
     return put_back
 
@@ -159,17 +210,18 @@ class _CapturedError(BaseException):
 
 
 class _Capture(TorchFunctionMode):
-    """Context that ends at the first convolution with a weight of that shape, and keeps the weight.
+    """Context that keeps what is given to convolutions with a weight of some shape.
 
     Args:
-        shape: Shape of the weight.
+        shape: Shape of the weight; None for any.
         others: Addresses of weights that do not count.
+        last: Position of the call that ends the forward pass. Default: None; it goes on.
     """
 
-    def __init__(self, shape: Sequence[int], others: Collection[int]) -> None:
+    def __init__(self, shape: Sequence[int] | None, others: Collection[int], last: int | None = None) -> None:
         super().__init__()
-        self._shape, self._others = list(shape), others
-        self.weight: Tensor | None = None
+        self._shape, self._others, self._last = shape, others, last
+        self.calls: list[Call] = []
 
     def __torch_function__(
         self,
@@ -179,9 +231,21 @@ class _Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func in CONVOLUTIONS:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if self.weight is None and list(weight.shape) == self._shape and weight.data_ptr() not in self._others:
-                self.weight = weight.clone()  # before its memory is put back
-                raise _CapturedError
+        if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
+            weight, transposed, groups = _arguments(func, args, kwargs)
+            if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
+                self.calls.append(Call(weight.clone(), groups, transposed))  # before its memory is put back
+                if len(self.calls) - 1 == self._last:
+                    raise _CapturedError
         return func(*args, **kwargs)
+
+
+def _arguments(func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, bool, int]:
+    """The weight of a convolution, whether it is transposed, and its groups."""
+
+    def argument(name: str, position: int, default: Any = None) -> Any:
+        return args[position] if len(args) > position else kwargs.get(name, default)
+
+    if func is torch.convolution:
+        return argument("weight", 1), argument("transposed", 6), argument("groups", 8)
+    return argument("weight", 1), func in TRANSPOSED, argument("groups", 6, 1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -18,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from convsim_init.layers.memory import is_sharded, overlaps_itself
 from convsim_init.layers.trial import isolated, random_states
 
+KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,11 +31,15 @@ class Weight:
     Args:
         sources: Tensors that it is stored in or computed from.
         trained: Whether it is a model's parameter, which may be frozen, and no state dict's tensor.
+
+    Attributes:
+        note: What its layer's report should say of it, once `obstacle` has looked.
     """
 
     def __init__(self, *sources: Tensor, trained: bool = True) -> None:
         self.sources = sources
         self._trained = trained
+        self.note: str | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -55,6 +59,10 @@ class Weight:
             return "on the meta device, without data: move it with to_empty and initialize it first"
         if any(map(is_sharded, self.sources)):
             return "sharded over processes: initialize the model before it is sharded"
+        if any(source.layout is not torch.strided for source in self.sources):
+            return "a sparse tensor: make it dense first"
+        if len(self.shape) not in KERNEL_RANKS:
+            return f"its weight is of rank {len(self.shape)}, without kernels"
         if not read_only and any(map(overlaps_itself, self.sources)):
             return "its entries share memory, as after expand(): clone it first"
         if not read_only and any(s.is_inference() for s in self.sources) and not torch.is_inference_mode_enabled():
@@ -99,7 +107,7 @@ class Weight:
 class ParametrizedWeight(Weight):
     """A weight that `torch.nn.utils.parametrize` computes; it is assigned through the parametrization."""
 
-    def __init__(self, module: _ConvNd) -> None:
+    def __init__(self, module: Any) -> None:
         originals = cast(nn.ModuleDict, module.parametrizations)["weight"]
         super().__init__(*originals.parameters(recurse=False))
         self._module = module
@@ -127,7 +135,8 @@ class ParametrizedWeight(Weight):
     def compute(self) -> Tensor:
         """The weight that is computed, in evaluation mode: spectral_norm's would change its buffers in training."""
         with isolated(self._module):
-            return self._module.weight.clone()
+            weight: Tensor = self._module.weight.clone()
+        return weight
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
@@ -146,7 +155,7 @@ class ParametrizedWeight(Weight):
 
     def backup(self) -> Callable[[], None]:
         """What gives the parametrization back its parameters and buffers, which it may have made anew."""
-        parametrizations: nn.ModuleDict = self._module.parametrizations  # type: ignore[assignment]
+        parametrizations: nn.ModuleDict = self._module.parametrizations
         state = {key: value.clone() for key, value in parametrizations.state_dict().items()}
 
         def restore() -> None:
@@ -156,14 +165,14 @@ class ParametrizedWeight(Weight):
 
     def storage(self) -> list[Tensor]:
         """The parametrization's parameters and buffers."""
-        return list(self._module.parametrizations.state_dict().values())  # type: ignore[union-attr]
+        return list(self._module.parametrizations.state_dict().values())
 
 
 class NormedWeight(Weight):
     """A weight that the hook of the old `torch.nn.utils.weight_norm` computes: a direction times a length."""
 
-    def __init__(self, module: _ConvNd, hook: WeightNorm) -> None:
-        super().__init__(module.weight_v, module.weight_g)  # type: ignore[arg-type]
+    def __init__(self, module: Any, hook: WeightNorm) -> None:
+        super().__init__(module.weight_v, module.weight_g)
         self._module, self._hook = module, hook
 
     def compute(self) -> Tensor:
@@ -193,7 +202,7 @@ class NormedWeight(Weight):
 class PrunedWeight(Weight):
     """A weight that a hook of `torch.nn.utils.prune` computes: a parameter times a mask of zeros and ones."""
 
-    def __init__(self, module: _ConvNd, parameter: Tensor, mask: Tensor) -> None:
+    def __init__(self, module: Any, parameter: Tensor, mask: Tensor) -> None:
         super().__init__(parameter)
         self._module, self._mask = module, mask
 
@@ -248,8 +257,8 @@ class ComputedWeight(Weight):
         return self._compute()
 
 
-def stored_weight(module: _ConvNd) -> Weight:
-    """The weight that a convolution's attribute ``weight`` stands for."""
+def stored_weight(module: Any) -> Weight:
+    """The weight that a module's attribute ``weight`` stands for."""
     if parametrize.is_parametrized(module, "weight"):
         return ParametrizedWeight(module)
     weight = getattr(module, "weight", None)
@@ -269,7 +278,7 @@ def stored_weight(module: _ConvNd) -> Weight:
     return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
 
 
-def _hooked(module: _ConvNd) -> Callable[[], Tensor] | None:
+def _hooked(module: Any) -> Callable[[], Tensor] | None:
     """What computes the weight as a hook of torch would before a forward pass, without changing the module."""
     for hook in module._forward_pre_hooks.values():
         if _prunes(hook):
@@ -279,7 +288,7 @@ def _hooked(module: _ConvNd) -> Callable[[], Tensor] | None:
     return None
 
 
-def has_unknown_hook(module: _ConvNd) -> bool:
+def has_unknown_hook(module: nn.Module) -> bool:
     """Whether a hook of somebody's own, which may change the weight, runs before its forward pass."""
     known = (WeightNorm, SpectralNorm, BasePruningMethod)
     return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())

@@ -137,7 +137,7 @@ def _measure(layer: Layer) -> LayerReport:
 def _measure_weight(bank: Tensor) -> tuple[Outcome, str | None, Measures]:
     if not all_finite(bank):
         return Outcome.FAILED, "its weight holds infinities or NaN", {}
-    obstacle = pair_obstacle(bank, "matched")
+    obstacle = pair_obstacle(bank)
     if obstacle:
         return Outcome.SKIPPED, obstacle, {}
     return Outcome.MEASURED, None, measure_bank(bank) | measure_features(bank)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
 
+if TYPE_CHECKING:
+    import torch
+
 OTHERS = (11, 12)  # numbers of classes, of which a model has one at most by default
 
 
-def pointwise_convolutions(model: object) -> set[str]:
-    """Names of the 1×1 convolutions of a model; none of what is no module."""
-    from torch.nn.modules import conv, module
-
-    modules = model.named_modules() if isinstance(model, module.Module) else ()
-    return {name for name, one in modules if isinstance(one, conv._ConvNd) and max(one.kernel_size) == 1}
-
-
 def classifier_keys(
-    model: Any,
+    model: torch.nn.Module,
     spec: str,
     *,
     num_classes: int | None = None,
@@ -45,3 +40,14 @@ def classifier_keys(
         if keys and own.keys() <= state.keys():
             return keys
     raise InputError(f"expected a model with outputs for a number of classes, got {spec!r}, whose shapes do not change")
+
+
+def pointwise_convolutions(model: object) -> set[str]:
+    """Names of a model's convolutions of one tap, which can be linear classifiers; none of a state dict."""
+    from torch import nn
+
+    return {
+        name
+        for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
+    }

@@ -165,7 +165,7 @@ def _adam(bank: Tensor, settings: Settings, mask: Tensor | None, on_step: Callab
     with torch.inference_mode(False), torch.enable_grad():
         weight = bank.clone().requires_grad_()
         adam = torch.optim.Adam([weight], lr=settings.learning_rate)
-        loss = bank_similarity(weight, settings.pairs, settings.channels)
+        loss = bank_similarity(weight, settings.pairs, settings.compared_channels)
         best, lowest = bank, loss.item()
         while (stop := rule.update(loss.item())) is None:
             on_step()
@@ -177,7 +177,7 @@ def _adam(bank: Tensor, settings: Settings, mask: Tensor | None, on_step: Callab
             if settings.norm == "preserve":
                 with torch.no_grad():
                     weight *= per_filter(norms / nonzero(filter_norms(weight)), weight)
-            loss = bank_similarity(weight, settings.pairs, settings.channels)
+            loss = bank_similarity(weight, settings.pairs, settings.compared_channels)
             if loss.item() < lowest:
                 best, lowest = weight.detach().clone(), loss.item()
     return Descent(best, rule.losses, stop)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple  # not dataclasses: importing those takes longer than all before a signal is handled
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A process among those that torchrun started, by default the only one.
 
     Attributes:

@@ -25,10 +25,14 @@ def own_layers(layers: Sequence[Layer], ranks: Ranks) -> list[Layer]:
     """
     if ranks.size > 1:
         _check_alike(layers, ranks)
-    costs = [OVERHEAD + math.prod(layer.shape) if layer.obstacle is None else 0 for layer in layers]
-    owners = deal(costs, ranks.size)
+    owners = deal([cost(layer) for layer in layers], ranks.size)
     own = [layer for layer, owner in zip(layers, owners, strict=True) if owner == ranks.rank]
     return sorted(own, key=lambda layer: -math.prod(layer.shape))
+
+
+def cost(layer: Layer) -> int:
+    """About what treating a layer takes, in the time of a weight."""
+    return OVERHEAD + math.prod(layer.shape) if layer.obstacle is None else 0
 
 
 def share(

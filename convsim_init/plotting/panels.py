@@ -66,7 +66,7 @@ def literal(text: str) -> str:
 
 def draw_correlations(figure: SubFigure, snapshots: Sequence[Snapshot], name: str) -> None:
     """Expected correlations between the feature maps of one layer, in each snapshot, on one colour scale."""
-    matrices = [_correlations(snapshot.banks[name]) for snapshot in snapshots]
+    matrices = [correlations(snapshot.banks[name]) for snapshot in snapshots]
     bank = snapshots[0].banks[name]
     count = max(math.prod(snapshot.banks[name].shape[:2]) for snapshot in snapshots)
     some = f"first {MOST_MAPS} of {count}" if count > MOST_MAPS else f"{count}"
@@ -88,10 +88,10 @@ def draw_filters(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     some = f"first {MOST_FILTERS} of {count}" if count > MOST_FILTERS else f"{count}"
     coloured = {1: "one channel", 3: "as RGB"}.get(channels, f"strongest of {channels} channels each")
     title = f"First layer: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}, {coloured}; grey is zero"
-    stacks = [_tiles(snapshot.banks[name]) for snapshot in snapshots]
+    stacks = [tiles(snapshot.banks[name]) for snapshot in snapshots]
     largest = max(float(np.abs(stack).max()) for stack in stacks) or 1.0
     for axes, stack in zip(_panels(figure, snapshots, title), stacks, strict=True):
-        axes.imshow(_mosaic(0.5 + 0.5 * stack / largest), interpolation="nearest")
+        axes.imshow(mosaic(0.5 + 0.5 * stack / largest), interpolation="nearest")
 
 
 def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
@@ -204,14 +204,14 @@ def _colours(count: int) -> list[Any]:
     return [colormaps["viridis"](index / (count - 1)) for index in range(count)]
 
 
-def _correlations(bank: torch.Tensor) -> Array:
+def correlations(bank: torch.Tensor) -> Array:
     """Magnitudes of the expected correlations, without the diagonal."""
     groups = bank.shape[0]
     matrix = expected_correlation(bank.flatten(0, 1), groups=groups)[:MOST_MAPS, :MOST_MAPS].abs()
     return matrix.fill_diagonal_(math.nan).float().numpy()
 
 
-def _tiles(bank: torch.Tensor) -> Array:
+def tiles(bank: torch.Tensor) -> Array:
     """Filters as images ``[filters, height, width, 1 or 3]``."""
     filters = bank.flatten(0, 1)[:MOST_FILTERS].float()  # [N, C, *kernel_size]
     while filters.dim() > 4:
@@ -224,7 +224,7 @@ def _tiles(bank: torch.Tensor) -> Array:
     return filters.movedim(1, -1).nan_to_num().numpy()
 
 
-def _mosaic(tiles: Array) -> Array:
+def mosaic(tiles: Array) -> Array:
     """Images side by side with nothing between, ``[rows, columns, 4]``."""
     finer = max(1, round(GAP / tiles.shape[1]))
     tiles = tiles.repeat(finer, axis=1).repeat(finer, axis=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ from typing import Any
 from convsim_init.errors import InputError
 from convsim_init.report.table import Table, report_table, shape_text
 from convsim_init.report.text import alternatives, quoted
-from convsim_init.settings import Base, Settings
+from convsim_init.settings import Base, Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
 
@@ -43,13 +43,16 @@ class LayerReport:
         kind: Class of the module, for instance ``"Conv2d"``.
         shape: Shape of its weight.
         outcome: What became of it.
-        reason: Why, where it was not simply initialized.
+        reason: Why, where it was not simply initialized, and where all its channels were compared or nothing was known
+            of a normalization behind it.
+        channels: Kernels that were compared: of ``"matched"`` channels or ``"all"``; None if it was not to be treated.
         steps: Steps of the descent.
         seconds: Time it took.
         before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
             where nothing was to be changed, as it is; empty if not treated.
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
         losses: The minimized loss at the start and after each step.
+        factor: Factor that its weight was scaled by afterwards, as `calibrate_` does; None if it was not.
 
     Examples:
         >>> layer = ci.measure(nn.Sequential(nn.Conv2d(3, 16, 3))).layers[0]
@@ -62,11 +65,13 @@ class LayerReport:
     shape: list[int]
     outcome: Outcome
     reason: str | None = None
+    channels: Channels | None = None
     steps: int = 0
     seconds: float = 0.0
     before: Measures = field(default_factory=dict)
     after: Measures = field(default_factory=dict)
     losses: list[float] = field(default_factory=list, repr=False)
+    factor: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data, without the losses."""
@@ -90,6 +95,7 @@ class Report:
         file_bytes: Its size.
         remarks: What else the reader should know, such as the library of a model, a sentence each.
         processes: How many the layers were divided over.
+        calibrated: Shape of the noise that layers were calibrated on afterwards; None if they were not.
         device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None if none was.
 
     Examples:
@@ -109,7 +115,15 @@ class Report:
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
     processes: int = 1
+    calibrated: list[int] | None = None
     device: str | None = None
+
+    @property
+    def channels(self) -> ChannelsChoice:
+        """Kernels compared, if the same in all layers; else, or where nothing was to be treated, the setting."""
+        used = {layer.channels for layer in self.layers if layer.channels is not None}
+        (channels,) = used if len(used) == 1 else (self.settings.channels,)
+        return channels
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -131,6 +145,7 @@ class Report:
             "model": self.model,
             "seed": self.seed,
             "base": self.base,
+            "calibrated": self.calibrated,
             "settings": asdict(self.settings),
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": self.totals,
@@ -159,6 +174,8 @@ class Report:
                 "shape": shape_text(layer.shape),
                 "outcome": layer.outcome.value,
                 "reason": layer.reason,
+                "channels": layer.channels,
+                "factor": layer.factor,
                 "steps": layer.steps,
                 "seconds": layer.seconds,
                 **blank,
@@ -196,6 +213,18 @@ class Report:
             else layer
             for layer in self.layers
         ]
+        return replace(self, layers=layers)
+
+    def with_factors(self, factors: Mapping[str, float]) -> Report:
+        """The report after weights were scaled by these factors, by the names of their layers."""
+        layers = []
+        for layer in self.layers:
+            factor = factors.get(layer.name)
+            after = dict(layer.after)
+            if factor is not None and after:
+                after["similarity"] *= factor**4
+                after["norm_ratio"] *= factor
+            layers.append(replace(layer, after=after, factor=factor))
         return replace(self, layers=layers)
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convsim_init.report.text import PATH, layer_name, printable, shown
+from convsim_init.report.text import PATH, cut, layer_name, printable, shown
 
 COLUMNS = {
     "similarity": "normalized_similarity",
@@ -23,26 +23,44 @@ MEASURED_HEADER = ["layer", "shape", *COLUMNS, ""]
 UNTREATED_HEADER = ["layer", "shape", "outcome", ""]
 OPEN_ROWS = 30  # a longer table is folded in HTML
 CELL = 200  # characters shown of a cell
+OPTIONAL = ("norm ratio", "shape", "corr-white", "rank-natural")  # columns that a narrow terminal does without, in turn
+REMARK, NARROWEST = 24, 16  # characters that a narrow terminal keeps for remarks, and for names
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what texts begin with that spreadsheets compute
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below a header, and lines that sum them up."""
+    """Rows of text below a header, and lines that sum them up; the last column is for remarks."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     summary: Sequence[str]
 
-    def text(self) -> str:
-        """Columns two spaces apart, empty ones left out, then the summary."""
+    def text(self, width: int | None = None) -> str:
+        """Columns two spaces apart, empty ones left out, then the summary.
+
+        Args:
+            width: Most characters of a row. Where the rows are longer, the columns of `OPTIONAL` are left out, which
+                the summary says, then names and remarks are cut. Default: rows are as long as they are.
+        """
         rows = [[shown(cell, CELL) if cell else "" for cell in row] for row in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths = dict(enumerate(max(map(len, column)) for column in zip(*rows, strict=True)))
+        columns = [column for column, cells in widths.items() if cells]
+        left_out: list[str] = []
+        if width is not None:
+            last = len(widths) - 1
+            widths[last] = min(widths[last], REMARK)
+            for name in OPTIONAL:
+                if _length(widths, columns) > width and name in self.header:
+                    columns.remove(self.header.index(name))
+                    left_out.append(name)
+            widths[0] = max(NARROWEST, widths[0] - max(0, _length(widths, columns) - width))
+            rows = [[shown(row[0], widths[0]) if row[0] else "", *row[1:]] for row in rows]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip()
-            for row in rows
+            cut("  ".join(row[column].ljust(widths[column]) for column in columns).rstrip(), width) for row in rows
         ]
-        return "\n".join([*lines, "", *map(printable, self.summary)])
+        note = [f"left out to fit {width} columns: {', '.join(left_out)}"] if left_out else []
+        return "\n".join([*(cut(line, width) for line in lines), "", *map(printable, self.summary), *note])
 
     def html(self) -> str:
         """The summary, then the table, folded if it is long; everything escaped."""
@@ -72,7 +90,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
         return _measured_table(data)
     else:
         header = UNTREATED_HEADER
-        rows = [[*_title(layer), layer["outcome"], layer["reason"] or ""] for layer in layers]
+        rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
     end = f"{data['seconds']:.2f} s{device}{processes}, {_file(data)}"
@@ -118,8 +136,17 @@ def shared_reason(layers: Sequence[Mapping[str, Any]]) -> str | None:
     return reasons.pop() if len(reasons) == 1 else None
 
 
+def _length(widths: Mapping[int, int], columns: Sequence[int]) -> int:
+    return sum(widths[column] + 2 for column in columns) - 2
+
+
 def _title(layer: Mapping[str, Any]) -> list[str]:
     return [layer_name(layer["name"]), shape_text(layer["shape"])]
+
+
+def _remark(layer: Mapping[str, Any], note: str | None) -> str:
+    scaled = None if layer["factor"] is None else f"scaled by {layer['factor']:g}"
+    return ": ".join(filter(None, [scaled, None if layer["reason"] == note else layer["reason"]]))
 
 
 def _plain(value: object) -> object:
@@ -129,7 +156,7 @@ def _plain(value: object) -> object:
 
 
 def _changed_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
-    reason = "" if layer["reason"] == note else layer["reason"] or ""
+    reason = _remark(layer, note)
     if not layer["after"]:
         return [*_title(layer), layer["outcome"], "", "", reason]
     return [*_title(layer), *_change(layer["before"], layer["after"]), f"{layer['after']['norm_ratio']:.6f}", reason]

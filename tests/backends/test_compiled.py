@@ -1,5 +1,6 @@
 """The compiled step against the same step in torch's operations, block by block and as a whole."""
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from convsim_init.optim.descent import descend
 from convsim_init.optim.line_search import first_minimum
 from convsim_init.settings import Settings
 
-pytestmark = pytest.mark.skipif(compiled._built() is None, reason="installed without a C compiler")
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="installed without a C compiler")
 
 BANKS = {  # [G, M, C, *kernel_size]
     "3x3": (1, 6, 5, 3, 3),
@@ -160,21 +161,58 @@ def test_what_it_cannot_do_is_left_to_torch(dtype, changed):
 def test_the_environment_is_told_and_can_switch_it_off(monkeypatch):
     assert describe_environment()["step"] == "compiled"
     monkeypatch.setenv(compiled.SWITCH, "0")
-    assert describe_environment()["step"] == "in torch's operations"
+    assert describe_environment()["step"] == "in torch's operations: CONVSIM_INIT_COMPILED=0"
 
 
 def test_what_was_built_from_another_version_is_passed_over(monkeypatch):
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
-    assert compiled._built.__wrapped__() is None
+    told = compiled._built.__wrapped__()
+    assert (
+        told == f"{Path(compiled.__file__).with_name(compiled.NAME)} is of another version: install the package again"
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"of another system"], ids=["empty", "foreign"])
-def test_a_library_that_cannot_be_loaded_is_passed_over(content, tmp_path):
+@pytest.fixture(scope="module")
+def native():
+    return ctypes.CDLL(str(Path(compiled.__file__).with_name(compiled.NAME)))
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_vectors_of_every_width_do_the_same(lanes, native, monkeypatch):
+    if lanes > native.lanes():
+        pytest.skip(f"this processor has no vectors of {lanes} floats")
+    bank = torch.randn(2, 35, 3, 3, 3, generator=torch.Generator().manual_seed(5))
+    settings = Settings(steps=3, tolerance=0)
+    expected = descend(bank, settings).bank
+    functions = compiled._Functions.of(native, lanes)
+    monkeypatch.setattr(compiled, "_built", lambda: functions)
+    found = descend(bank, settings).bank
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if lanes == native.lanes():
+        assert torch.equal(found, expected)
+
+
+FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xf3\x00" + bytes(256)  # a shared object for RISC-V
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        pytest.param(b"", "cannot be loaded: ", id="empty"),
+        pytest.param(b"of another system", "cannot be loaded: ", id="garbage"),
+        pytest.param(FOREIGN, "cannot be loaded: ", id="foreign"),
+        pytest.param(None, "was not compiled", id="missing"),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_is_passed_over(content, told, tmp_path):
+    """Also where one for another Python is beside it, as older versions named theirs."""
     copy = tmp_path / "convsim_init"
-    shutil.copytree(Path(compiled.__file__).parents[1], copy)
-    for library in (copy / "backends").glob("_step*.so"):
-        library.write_bytes(content)
-    code = "import convsim_init; from convsim_init.backends.compiled import library; "
-    code += "print(convsim_init.__file__, library())"
+    shutil.copytree(Path(compiled.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
+    path = copy / "backends" / compiled.NAME
+    path.rename(path.with_name("_step.cpython-39-x86_64-linux-gnu.so"))
+    if content is not None:
+        path.write_bytes(content)
+    code = "from convsim_init.devices import describe_environment; print(describe_environment()['step'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.split() == [str(copy / "__init__.py"), "None"]
+    assert done.stdout.startswith(f"in torch's operations: {path} {told}")
+    assert done.stdout.count("\n") == 1

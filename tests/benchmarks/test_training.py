@@ -222,7 +222,7 @@ def test_skipinit_starts_as_its_shortcuts():
 # The arms
 
 ABOUT_NORMS = {"paper", "PyTorch's default", "fan in", "fan out", "unit variance", "LSUV"}
-ABOUT_NORMS |= {"convsim, unit variance", "convsim, all channels, unit variance"}
+ABOUT_NORMS |= {f"convsim, {which}unit variance" for which in ("", "matched channels, ", "all channels, ")}
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -238,6 +238,20 @@ def test_arms_change_filters_and_keep_their_norms(name):
     norms, old = ([weight.flatten(1).norm(dim=1) for weight in weights] for weights in (after, before))
     kept = all(torch.allclose(n, o, rtol=1e-4) for n, o in zip(norms, old, strict=True))
     assert kept == (name not in ABOUT_NORMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("plain", "all"), ("skipinit", "all"), ("resnet", "matched"), ("convmixer", "matched")]
+)
+def test_the_default_is_the_arm_that_measured_it(name, channels):
+    def start(arm):
+        torch.manual_seed(0)
+        model = NETWORKS[name](1, 7, 0.5)
+        draw_base(model, "fan_in")
+        ARMS[arm].start(model, torch.zeros(1))
+        return [conv.weight for conv in convolutions(model)]
+
+    assert all(map(torch.equal, start("convsim"), start(f"convsim, {channels} channels")))
 
 
 @pytest.mark.parametrize("name", ["convmixer", "convnext"])

@@ -1,10 +1,16 @@
 """The files that people have: told by what they hold, not by what they are called."""
 
 import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 
 from convsim_init import InputError, build_model, load_checkpoint
 from convsim_init.checkpoint.read import read_checkpoint
@@ -53,6 +59,23 @@ def test_a_key_may_go_through_several_dicts(tmp_path):
     assert read_checkpoint(tmp_path / "a.pth", "states.ema").wrapper == "states.ema"
 
 
+def test_a_file_with_two_copies_of_a_network_asks_which(tmp_path, command):
+    state = build_model("cifar_resnet18", seed=1).state_dict()
+    copies = {"encoder_q": state, "encoder_k": build_model("cifar_resnet18", seed=2).state_dict()}
+    moco = {f"module.{name}.{key}": value for name, one in copies.items() for key, value in one.items()}
+    torch.save({"state_dict": moco | {"module.queue": torch.zeros(3)}}, tmp_path / "moco.pth")
+    one_of_two = "2: choose one with key .*: state_dict.module.encoder_q, state_dict.module.encoder_k"
+    other = build_model("cifar_resnet18", seed=3)
+    with pytest.raises(InputError, match=one_of_two):
+        load_checkpoint(other, tmp_path / "moco.pth")
+    for arguments in (["verify", "moco.pth", "cifar_resnet18"], ["moco.pth", "--like", "cifar_resnet18", "--dry-run"]):
+        status, _, err = command(*arguments)
+        assert (status, "choose one with key" in err) == (2, True)
+        assert command(*arguments, "--key", "state_dict.module.encoder_k")[0] == 0
+    assert load_checkpoint(other, tmp_path / "moco.pth", key="state_dict.module.encoder_q").exact
+    assert torch.equal(other.conv1.weight, state["conv1.weight"])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_folder_of_hugging_face(name, tmp_path):
     model = build_model("cifar_resnet18", seed=3)
@@ -73,10 +96,83 @@ def test_a_folder_of_several_files_with_an_index(tmp_path):
     index = {"weight_map": {"a.weight": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     torch.testing.assert_close(read_checkpoint(tmp_path).tensors, TENSORS)
-    index["weight_map"]["b"] = "../outside.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="expected names of files beside"):
-        read_checkpoint(tmp_path)
+    for name in ("../outside.safetensors", "x" * 2000 + ".safetensors"):
+        index["weight_map"]["b"] = name
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match="expected names of files beside") as caught:
+            read_checkpoint(tmp_path)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["hf", "runs/hf"])
+def test_a_folder_without_weights_says_which_file_it_lacks(name, tmp_path, command):
+    (tmp_path / name).mkdir(parents=True)
+    status, _, err = command("inspect", name)
+    assert (status, "expected a folder with model.safetensors, model.safetensors.index.json, " in err) == (2, True)
+    assert f"got '{name}', which has none of them" in err
+
+
+def write_distributed(folder: Path, **entries: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.save(entries, checkpoint_id=folder)
+
+
+def test_a_folder_of_torch_distributed_checkpoint(tmp_path, command):
+    model = build_model("cifar_resnet18", seed=3)
+    write_distributed(tmp_path / "flat", **model.state_dict())
+    write_distributed(
+        tmp_path / "nested",
+        app={"model": model.state_dict(), "epoch": 3, "optim": {"state": {"0": {"step": torch.ones(())}}, "lr": [0.1]}},
+    )
+    for folder, entry in (("flat", ""), ("nested", "app.model")):
+        found = read_checkpoint(tmp_path / folder)
+        assert found.wrapper == entry
+        torch.testing.assert_close(found.tensors, dict(model.state_dict()), rtol=0, atol=0)
+        assert load_checkpoint(build_model("cifar_resnet18", seed=4), tmp_path / folder).exact
+        assert command("verify", folder, "cifar_resnet18")[0] == 0
+    status, out, err = command("inspect", "nested", "--key", "app.model", "--like", "cifar_resnet18")
+    assert (status, err) == (0, "")
+    assert "the file's tensors are under 'app.model'" in out
+    assert "the weights are those under 'app.model'" in command("inspect", "nested")[1]
+
+
+def test_parts_of_tensors_that_several_processes_wrote(tmp_path):
+    (tmp_path / "save.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "save.py"]
+    subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True)
+    assert sorted(os.listdir(tmp_path / "saved")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    weight = torch.arange(5 * 3 * 2 * 2.0).reshape(5, 3, 2, 2)  # three rows in one process, two in the other
+    found = read_checkpoint(tmp_path / "saved").tensors
+    torch.testing.assert_close(found, {"weight": weight, "bias": torch.ones(5)}, rtol=0, atol=0)
+
+
+SHARDED = """
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo")
+model = torch.nn.Conv2d(3, 5, 2)
+with torch.no_grad():
+    model.weight.copy_(torch.arange(60.0).reshape(5, 3, 2, 2))
+    model.bias.fill_(1)
+fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+dcp.save({"model": model.state_dict()}, checkpoint_id="saved")
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_checkpoints_that_lack_or_hide_something_are_refused(tmp_path):
+    folder = tmp_path / "saved"
+    write_distributed(folder, **TENSORS, epoch=3)
+    with pytest.raises(InputError, match=r"BytesStorageMetadata under 'epoch'"):
+        read_checkpoint(folder)
+    write_distributed(folder, **TENSORS)
+    whole = (folder / ".metadata").read_bytes()
+    (folder / "__0_0.distcp").rename(tmp_path / "outside")
+    for name in (b"__0_0.distcp", b"../outside", b"/dev/zero"):
+        (folder / ".metadata").write_bytes(whole.replace(b"\x0c__0_0.distcp", bytes([len(name)]) + name))
+        with pytest.raises(InputError, match=rf"expected the file '{name.decode()}' beside"):
+            read_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.gguf", "net.h5"])

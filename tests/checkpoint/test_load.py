@@ -149,22 +149,22 @@ def test_a_backbone_is_found_in_a_larger_model_and_in_a_larger_file():
 @pytest.mark.parametrize(
     ("file", "model", "expected"),
     [
-        pytest.param("a.w a.b", "a.w a.b", ("", ""), id="equal"),
-        pytest.param("x.a.w x.a.b", "a.w a.b", ("x.", ""), id="off"),
-        pytest.param("a.w a.b", "x.y.a.w x.y.a.b", ("", "x.y."), id="before"),
-        pytest.param("x.a.w x.a.b", "y.a.w y.a.b", ("x.", "y."), id="both"),
-        pytest.param("x.z.a.w x.z.a.b", "y.z.a.w y.z.a.b", ("x.", "y."), id="common-parts-stay"),
-        pytest.param("x.a.w x.a.b", "b.w b.b", ("", ""), id="only-the-last-part-in-common"),
-        pytest.param("w b", "f.w f.b g.w g.b", ("", ""), id="no-choice-of-two-places"),
-        pytest.param("p.a p.b q.c q.d", "a b c d", ("", ""), id="half-is-not-enough"),
-        pytest.param("p.a p.b p.c q.d", "a b c d", ("p.", ""), id="more-than-half"),
-        pytest.param("a b p.a p.b", "a b", ("", ""), id="no-change-where-equal"),
-        pytest.param("q.a q.b p.a p.b", "a b", ("", ""), id="no-choice-of-two-copies"),
-        pytest.param("q.p.a q.p.b p.a p.b", "a b", ("p.", ""), id="fewest-parts"),
-        pytest.param("xa.w xa.b", "a.w a.b", ("", ""), id="whole-parts-only"),
-        pytest.param("", "a", ("", ""), id="empty-file"),
-        pytest.param("a", "", ("", ""), id="empty-model"),
-        pytest.param("m.w", "w", ("m.", ""), id="one-key"),
+        pytest.param("a.w a.b", "a.w a.b", [("", "")], id="equal"),
+        pytest.param("x.a.w x.a.b", "a.w a.b", [("x.", "")], id="off"),
+        pytest.param("a.w a.b", "x.y.a.w x.y.a.b", [("", "x.y.")], id="before"),
+        pytest.param("x.a.w x.a.b", "y.a.w y.a.b", [("x.", "y.")], id="both"),
+        pytest.param("x.z.a.w x.z.a.b", "y.z.a.w y.z.a.b", [("x.", "y.")], id="common-parts-stay"),
+        pytest.param("x.a.w x.a.b", "b.w b.b", [("", "")], id="only-the-last-part-in-common"),
+        pytest.param("w b", "f.w f.b g.w g.b", [("", "f."), ("", "g.")], id="two-places"),
+        pytest.param("p.a p.b q.c q.d", "a b c d", [("", "")], id="half-is-not-enough"),
+        pytest.param("p.a p.b p.c q.d", "a b c d", [("p.", "")], id="more-than-half"),
+        pytest.param("a b p.a p.b", "a b", [("", "")], id="no-change-where-equal"),
+        pytest.param("q.a q.b p.a p.b", "a b", [("q.", ""), ("p.", "")], id="two-copies"),
+        pytest.param("q.p.a q.p.b p.a p.b", "a b", [("p.", "")], id="fewest-parts"),
+        pytest.param("xa.w xa.b", "a.w a.b", [("", "")], id="whole-parts-only"),
+        pytest.param("", "a", [("", "")], id="empty-file"),
+        pytest.param("a", "", [("", "")], id="empty-model"),
+        pytest.param("m.w", "w", [("m.", "")], id="one-key"),
     ],
 )
 def test_find_prefixes(file, model, expected):
@@ -173,7 +173,7 @@ def test_find_prefixes(file, model, expected):
 
 def test_shapes_tell_copies_with_the_same_names_apart():
     file = {"0.w": [3], "0.b": [3], "1.w": [5], "1.b": [5]}
-    assert find_prefixes(file, {"w": [5], "b": [5]}) == ("1.", "")
+    assert find_prefixes(file, {"w": [5], "b": [5]}) == [("1.", "")]
 
 
 @pytest.mark.parametrize(
@@ -311,22 +311,13 @@ def test_the_models_dtype_is_kept_and_loss_is_told(written, own, narrowed):
     model = nn.Module()
     model.register_buffer("x", torch.zeros(4, dtype=own))
     state = {"x": torch.tensor([0, 1, 1, 0]).to(written)}
-    path = "a.safetensors" if written == torch.float8_e4m3fn else saved(state)  # each has dtypes that it does not take
-    if path.endswith(".safetensors"):
-        safetensors.torch.save_file(state, path)
-    report = ci.load_checkpoint(model, path)
+    report = ci.load_checkpoint(model, saved(state))
     assert model.x.dtype == own
     assert torch.equal(model.x, state["x"].to(own))
     name = [str(dtype).removeprefix("torch.") for dtype in (written, own)]
     assert report.narrowed == ({"x": tuple(name)} if narrowed else {})
     assert (report.retyped, report.exact) == ({}, True)
     assert (f"dtype narrowed, 1: x (file {name[0]}, model {name[1]})" in str(report)) == narrowed
-
-
-def test_a_torch_file_of_float8_is_refused_with_the_way_out():
-    state = {"x": torch.zeros(4, dtype=torch.float8_e4m3fn)}
-    with pytest.raises(ci.InputError, match=r"got others, such as float8: save them as \.safetensors"):
-        ci.load_checkpoint(small(), saved(state))
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")

@@ -306,10 +306,19 @@ def test_metadata_tells_what_made_the_weights(tmp_path):
         "base": "model",
         "settings": asdict(report.settings),
         "totals": report.totals,
+        "all_channels": ["2"],
     }
     assert about["settings"]["pairs"] == "adjacent"
     assert about["totals"]["initialized"] == 2
     assert 0 < about["totals"]["after"]["similarity"] < about["totals"]["before"]["similarity"]
+
+
+def test_metadata_names_the_channels_that_all_layers_have(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3))
+    path = save_checkpoint(model, tmp_path / "init.safetensors", report=initialize_(model, settings=Settings(steps=1)))
+    about = json.loads(header(path)["__metadata__"]["convsim_init"])
+    assert about["settings"]["channels"] == "all"
+    assert "all_channels" not in about
 
 
 def test_metadata_is_in_order(tmp_path):

@@ -105,7 +105,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (status, err) == (0, "")
     data = json.loads(out)
     assert set(data) == {
-        *("model", "seed", "base", "settings", "layers", "totals", "seconds", "processes", "device"),
+        *("model", "seed", "base", "calibrated", "settings", "layers", "totals", "seconds", "processes", "device"),
         *("file", "file_bytes", "remarks"),
     }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
@@ -113,7 +113,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     assert (data["file"], data["file_bytes"]) == ("init.safetensors", (tmp_path / "init.safetensors").stat().st_size)
     for layer in data["layers"]:
         assert set(layer) == {
-            "name", "kind", "shape", "outcome", "reason", "steps", "seconds", "before", "after",
+            "name", "kind", "shape", "outcome", "reason", "channels", "factor", "steps", "seconds", "before", "after",
         }  # fmt: skip
         assert layer["kind"] == "Conv2d"
     treated, *others = data["layers"]
@@ -135,18 +135,77 @@ def test_the_metadata_tells_what_the_json_tells(command, tmp_path):
     data = json.loads(command(*QUICK, "--seed", "2", "--json", "--out", "init.safetensors")[1])
     with safetensors.safe_open(tmp_path / "init.safetensors", "pt") as file:
         about = json.loads(file.metadata()["convsim_init"])
-    for name in ("model", "seed", "settings", "totals"):
+    for name in ("model", "seed", "totals"):
         assert about[name] == data[name]
+    assert about["settings"] == data["settings"] | {"channels": "matched"}  # as was found for all of its layers
+
+
+LOST = "nothing is kept: --out, --report and --plot name files\n"
 
 
 @pytest.mark.parametrize(
-    ("options", "shown"),
-    [([], True), (["--json"], True), (["--quiet"], False), (["-q"], False), (["--quiet", "--json"], True)],
+    ("options", "shown", "told"),
+    [
+        ([], True, ""),
+        (["--json"], True, ""),
+        (["--quiet"], False, LOST),
+        (["-q", "--seeds", "0:2"], False, LOST),
+        (["-q", "--out", "init.pt"], False, ""),
+        (["-q", "--dry-run"], False, ""),
+        (["--quiet", "--json"], True, ""),
+    ],
     ids=lambda value: " ".join(value) or "neither" if isinstance(value, list) else "",
 )
-def test_quiet_prints_nothing_but_the_json_asked_for(options, shown, command):
+def test_quiet_prints_nothing_but_the_json_asked_for_and_that_nothing_is_kept(options, shown, told, command):
     status, out, err = command(*QUICK, *options)
-    assert (status, bool(out), err) == (0, shown, "")
+    assert (status, bool(out), err) == (0, shown, told)
+
+
+@pytest.mark.parametrize("seeds", [[], ["--seeds", "0:2"]], ids=["one run", "two"])
+def test_verbose_tells_on_stderr_what_computes_and_what_became_of_each_layer(seeds, command):
+    quiet = command(*QUICK, *seeds)[1].splitlines()
+    status, out, err = command(*QUICK, *seeds, "-v")
+    assert (status, len(out.splitlines())) == (0, len(quiet))
+    environment, model, first, second, *_ = err.splitlines()
+    assert re.fullmatch(r"torch \S+, step (compiled|in torch's operations), threads \d+ of \d+ cores", environment)
+    assert model == "cifar_resnet18: drawn with seed 0"
+    assert re.fullmatch(r"conv1: initialized: 2 steps, \d\.\d\d s", first)
+    assert second == "layer1.0.conv1: skipped: not included"
+    assert len(err.splitlines()) == 1 + 21 * (2 if seeds else 1)
+
+
+@pytest.mark.parametrize("buffering", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_file_goes_to_stdout_and_the_table_to_stderr(buffering, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | buffering
+    line = f"'{SCRIPT}' {' '.join(QUICK)} --out - | (sleep 0.1; cat) > piped.safetensors"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, names(tmp_path)) == (0, "", ["piped.safetensors"])
+    assert done.stderr.startswith("layer ")
+    assert done.stderr.endswith(", stdout (44.7 MB)\n")
+    assert run_process(*QUICK, "--out", "named.safetensors", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "piped.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
+    with Path("/dev/full").open("w") as full:
+        status, _, err = finish(start(*QUICK, "--out", "-", stdout=full, stderr=subprocess.PIPE, env=environment))
+    assert (status, err) == (1, "Error: OSError: [Errno 28] No space left on device (--debug shows where)\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json"], "--out -: expected one run and no --json, which goes to stdout too: name a file"),
+        (["--seeds", "0:1"], "--out -: expected one run and no --json, which goes to stdout too: name a file"),
+        (["--seeds", "0:2"], "expected a file of its own for each run, got '-'"),
+    ],
+    ids=["json", "sweep of one", "sweep"],
+)
+def test_stdout_takes_one_file_alone(options, message, command):
+    status, out, err = command(*QUICK, "--out", "-", *options)
+    assert (status, out, err.startswith(f"Error: {message}")) == (2, "", True)
+
+
+def test_a_terminal_gets_no_file():
+    terminal, process = start_on_a_terminal(*QUICK, "--out", "-", stream="stdout")
+    assert (terminal.read(), finish(process)[0]) == ("", 2)
 
 
 def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(command, tmp_path):
@@ -193,7 +252,7 @@ def test_globs_choose_the_layers(options, planned, command):
         pytest.param(["--preset", "paper", "--steps", "7"], Settings.paper(steps=7), id="paper-steps"),
         pytest.param(
             ["--norm", "preserve", "--preset", "paper", "--pairs", "all"],
-            Settings(optimizer="adam", steps=100, tolerance=0.0),
+            Settings(channels="matched", optimizer="adam", steps=100, tolerance=0.0),
             id="paper-but-pairs-and-norm",
         ),
         pytest.param(
@@ -213,6 +272,38 @@ def test_the_paper_preset_runs_and_tells_how_the_norms_fall(command):
     layer = data["layers"][0]
     assert layer["steps"] == 20
     assert layer["after"]["norm_ratio"] < 0.99
+
+
+def test_calibrate_scales_what_is_written_and_says_by_how_much(command, tmp_path):
+    options = ["--include", "conv1", "--steps", "2", "--out"]
+    command("cifar_resnet18", *options, "plain.safetensors")
+    data = json.loads(command("cifar_resnet18", *options, "scaled.safetensors", "--calibrate", "3x8x8", "--json")[1])
+    (layer, *others), factor = data["layers"], data["layers"][0]["factor"]
+    assert (data["calibrated"], layer["outcome"], {other["factor"] for other in others}) == (
+        [3, 8, 8],
+        "initialized",
+        {None},
+    )
+    assert layer["after"]["norm_ratio"] == pytest.approx(factor, rel=1e-5)
+    plain, scaled = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "scaled"))
+    for key, value in plain.items():
+        assert torch.equal(scaled[key], value * factor if key == "conv1.weight" else value)
+    with safetensors.safe_open(tmp_path / "scaled.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["convsim_init"])
+    assert (about["calibrated"], about["totals"]) == ([3, 8, 8], data["totals"])
+    out = command("scaled.safetensors", "--like", "cifar_resnet18", "--exclude", "*", "--calibrate", "3x8x8")[1]
+    assert re.search(r"^conv1 +64x3x3x3 +skipped +excluded$", out, re.M)
+
+
+def test_calibrate_needs_a_model_and_a_shape(command):
+    command(*QUICK, "--out", "init.safetensors")
+    status, _, err = command("init.safetensors", "--calibrate", "3x8x8")
+    assert (status, err) == (
+        2,
+        "Error: --calibrate: 'init.safetensors' is a file of weights: name their model with --like\n",
+    )
+    status, _, err = command(*QUICK, "--calibrate", "3x")
+    assert (status, "expected channels and sizes such as 3x224x224, got '3x'" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +328,20 @@ def test_convs_only_prefix_and_dtype_shape_the_file(command, tmp_path):
     assert "init.safetensors (0.0 MB)" in out
     written = safetensors.torch.load_file(tmp_path / "init.safetensors")
     assert {key: value.dtype for key, value in written.items()} == {"model.conv1.weight": torch.bfloat16}
+
+
+def test_a_report_is_a_page_with_pictures_and_needs_no_matplotlib(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = command(*QUICK, "--report", "run.html")
+    assert (status, err, names(tmp_path)) == (0, "", ["run.html"])
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert text.count("<img") == 4
+    assert text.count("<tbody>") == 20
+    assert command(*QUICK, "--report", "run.html")[0] == 2
+    pages = [*QUICK, "--seeds", "0:2", "--report", "{model}-{seed}.html"]
+    assert command(*pages)[0] == 0
+    assert names(tmp_path) == ["cifar_resnet18-0.html", "cifar_resnet18-1.html", "run.html"]
+    assert "2 runs: 2 kept" in command(*pages)[1]
 
 
 ORDERS = [
@@ -300,8 +405,9 @@ def test_env_shows_what_is_not_installed(command, monkeypatch):
     assert json.loads(command("env", "--json")[1])["no-such-package"] == "not installed"
 
 
-def test_version(command):
-    assert command("--version") == (0, f"convsim-init, version {convsim_init.__version__}\n", "")
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(option, command):
+    assert command(option) == (0, f"convsim-init, version {convsim_init.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["resnet18", "--help"], ["init", "-h"]], ids=" ".join)
@@ -316,6 +422,16 @@ def test_the_help_shows_every_option_and_command(arguments, command):
         assert re.search(rf"^  {name} ", out, re.M)
     assert "Examples:\n    convsim-init resnet18 --out init.safetensors\n" in out
     assert "..." not in out.removeprefix(usage)  # no line is cut short
+    titles = re.findall(r"^(\w+):$", out, re.M)
+    assert titles == ["Source", "Method", "Output", "Display", "Commands"]
+    assert re.search(r"^  -V, --version  Show the version and exit.$", out, re.M)
+
+
+@pytest.mark.parametrize("columns", range(52, 110, 3))
+def test_no_line_of_the_help_is_broken_within_a_word(columns, command, monkeypatch):
+    words = {word for name in ("--help", "verify", "inspect") for word in command(name, "--help")[1].split()}
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert {word for name in ("--help", "verify", "inspect") for word in command(name, "--help")[1].split()} == words
 
 
 @pytest.mark.parametrize("name", ["list", "env"])
@@ -434,7 +550,7 @@ GONE = "gone/init.pt"
             for option, choices in [
                 ("--preset", ("convsim", "paper")),
                 ("--pairs", ("all", "adjacent")),
-                ("--channels", ("matched", "all")),
+                ("--channels", ("auto", "matched", "all")),
                 ("--norm", ("preserve", "free")),
                 ("--dtype", ("float32", "float16", "bfloat16", "float64")),
             ]
@@ -651,7 +767,7 @@ def test_a_layer_that_fails_is_in_the_json(build, command):
     status, out, err = command("resnet18", "--json")
     assert status == 1
     assert len(err.splitlines()) == 1
-    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "initialized"]
+    assert [layer["outcome"] for layer in json.loads(out)["layers"]] == ["failed", "skipped", "skipped"]
 
 
 @pytest.mark.parametrize("where", ["head.bias", "1.bias"], ids=["no-convolution", "bias-of-a-convolution"])
@@ -782,6 +898,7 @@ finally:
         (["list"], 0),
         (["list", "--json"], 0),
         (["--version"], 0),
+        (["completion", "zsh"], 0),
         ([], 2),
         (["resnet18", "--steps", "0"], 2),
         (["resnet18", "--num-classes", "0"], 2),
@@ -827,6 +944,12 @@ def test_an_interrupt_during_the_imports_ends_the_command(module, arguments, tmp
     process = [sys.executable, "-c", INTERRUPTED_IMPORT, module, *arguments]
     done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
+
+
+def test_an_interrupt_before_all_other_imports_ends_the_command_without_a_word(tmp_path):
+    process = [sys.executable, "-c", INTERRUPTED_IMPORT, "convsim_init.cli.signals", "list"]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 TWO_SIGNALS = """
@@ -898,7 +1021,7 @@ def test_a_terminal_shows_progress_and_only_on_stderr(tmp_path):
     terminal, process = start_on_a_terminal(*QUICK)
     shown = terminal.read()
     assert "layers:   0%" in shown
-    assert "0/20" in shown
+    assert "| 00:00, ? left" in shown
     assert re.search(r"\r +\r$", shown)  # the bar is wiped off
     status, out, _ = finish(process)
     assert status == 0
@@ -908,14 +1031,40 @@ def test_a_terminal_shows_progress_and_only_on_stderr(tmp_path):
 
 def test_quiet_shows_no_progress_on_a_terminal():
     terminal, process = start_on_a_terminal(*QUICK, "--quiet")
-    assert (terminal.read(), finish(process)[:2]) == ("", (0, ""))
+    assert (terminal.read(), finish(process)[:2]) == (LOST.replace("\n", "\r\n"), (0, ""))
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["cifar_resnet18", "--dry-run"]], ids=" ".join)
-def test_a_terminal_gets_no_colours(arguments):
-    terminal, process = start_on_a_terminal(*arguments, stream="stdout")
-    assert "\x1b" not in terminal.read()
-    assert finish(process)[0] == 0
+@pytest.mark.parametrize(
+    ("arguments", "bold"),
+    [(["--help"], "Usage: "), (["gone.py:make"], "Error:")],
+    ids=["help", "error"],
+)
+def test_a_terminal_gets_colours_as_the_environment_says(arguments, bold):
+    stream = "stderr" if bold == "Error:" else "stdout"
+
+    def shown(**variables: str) -> str:
+        rest = {key: value for key, value in os.environ.items() if not key.endswith("_COLOR")}
+        terminal, process = start_on_a_terminal(*arguments, stream=stream, env=rest | variables)
+        finish(process)
+        return terminal.read()
+
+    assert re.search(rf"\x1b\[[0-9;]*1m{bold}", shown())
+    assert "\x1b" not in shown(NO_COLOR="1")
+    assert "\x1b" not in "".join(run_process(*arguments)[1:])
+    _, out, err = run_process(*arguments, env=os.environ | {"FORCE_COLOR": "1"})
+    assert "\x1b" in (err if stream == "stderr" else out)
+
+
+def test_a_table_fits_its_terminal_and_a_file_gets_all_of_it():
+    environment = os.environ | {"COLUMNS": "72"}
+    terminal, process = start_on_a_terminal(*QUICK, stream="stdout", env=environment)
+    finish(process)
+    header, *lines = terminal.read().replace("\r", "").splitlines()
+    assert header == "\x1b[1mlayer                  similarity before -> after\x1b[0m"
+    assert max(map(len, lines[:20])) <= 72
+    assert lines[-1] == "left out to fit 72 columns: norm ratio, shape"
+    whole = run_process(*QUICK, env=environment)[1].splitlines()
+    assert (whole[0].split()[-2:], max(map(len, whole[:20])) > 72) == (["norm", "ratio"], True)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])

@@ -2,15 +2,17 @@
 
     pip install atheris && python tests/fuzz/reading.py [corpus folder] [options of libFuzzer, such as -runs=1000000]
 
-The first byte of an input chooses what the rest of it is: a whole file, the header of a safetensors file, or the pickle
-in a zip archive of `torch.save`, whose checksums blind mutation would never get right. Whatever it is, reading gives
-dense tensors that are no larger than the file, or an InputError of one line, takes no memory to speak of, and runs
-nothing.
+The first byte of an input chooses what the rest of it is: a whole file, the header of a safetensors file, the pickle
+in a zip archive or in an old file of `torch.save`, whose checksums and storages blind mutation would never get right,
+the index of a folder of Hugging Face or the metadata of one of `torch.distributed.checkpoint`. Whatever it is, reading
+gives dense tensors that are no larger than the file, or an InputError of one line, takes no memory to speak of, and
+runs nothing.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import sys
 import tempfile
@@ -19,19 +21,18 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(
-    include=["convsim_init", "torch.serialization", "torch._weights_only_unpickler", "zipfile", "pickletools"]
-):
+with atheris.instrument_imports(include=["convsim_init.checkpoint"]):
     from convsim_init.checkpoint.read import read_state_dict
     from convsim_init.errors import InputError
     from convsim_init.metrics.measure import measure
 
+import safetensors.torch
 import torch
-from seeds import seeds
+from seeds import HEAD, KINDS, TENSORS, seeds, write_distributed
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 MORE_MEMORY = 256 * 1024  # KiB that all runs together may take beyond the first ones
-KINDS = ("safetensors", "pt", "header", "pickle")
+BESIDE = 20_000  # bytes of files beside an index
 peak = 0
 runs = 0
 
@@ -41,6 +42,13 @@ def write(data: bytes) -> Path:
     path = FOLDER / ("a.safetensors" if kind in ("safetensors", "header") else "a.pt")
     if kind == "header":
         rest = len(rest).to_bytes(8, "little") + rest + bytes(256)
+    if kind == "legacy":
+        storages = ((256 // 4).to_bytes(8, "little") + bytes(256)) * 3
+        rest = HEAD + rest + pickle.dumps(["0", "1", "2"], 2) + storages
+    if kind == "index":
+        path = FOLDER / "model.safetensors.index.json"
+    if kind == "metadata":
+        path = FOLDER / "distributed" / ".metadata"
     if kind == "pickle":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a/data.pkl", rest)
@@ -61,9 +69,10 @@ def test_one_input(data: bytes) -> None:
     message = ""
     try:
         tensors = read_state_dict(path)
-        size = path.stat().st_size
+        size = path.stat().st_size + BESIDE
         for tensor in tensors.values():
-            assert isinstance(tensor, torch.Tensor)
+            assert type(tensor) is torch.Tensor
+            assert not vars(tensor)
             assert tensor.layout is torch.strided
             assert tensor.nbytes <= size, f"a tensor of {tensor.nbytes} bytes from a file of {size}"
         measure(tensors)
@@ -86,6 +95,8 @@ def main() -> None:
         corpus.mkdir(parents=True, exist_ok=True)
         for number, seed in enumerate(seeds()):
             (corpus / f"seed-{number}").write_bytes(seed)
+    write_distributed(FOLDER / "distributed")
+    safetensors.torch.save_file(TENSORS, FOLDER / "model-1.safetensors")
     work = FOLDER / "cwd"
     work.mkdir()
     arguments = [argument if argument.startswith("-") else str(Path(argument).resolve()) for argument in sys.argv]

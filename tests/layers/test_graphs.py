@@ -12,7 +12,7 @@ pytestmark = [  # TorchScript is deprecated, and torch calls something deprecate
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-QUICK = ci.Settings(steps=4)
+QUICK = ci.Settings(steps=4, channels="matched")
 INPUT = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 import convsim_init as ci
 from convsim_init.layers.inferred import BY_BIAS, BY_SHAPE, DEPTHWISE
 
-QUICK = ci.Settings(steps=4)
+QUICK = ci.Settings(steps=4, channels="matched")
 
 
 def test_plain_convolutions_come_out_as_from_the_model():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from convsim_init.layers.find import find_layers
 from convsim_init.layers.trial import NoConvolutionError, isolated, weight_given_to_convolution
 
 
@@ -71,7 +72,7 @@ def same(a, b):
 def test_nothing_of_what_a_forward_pass_changes_remains():
     module = Everything()
     before = traces(module)
-    weight_given_to_convolution(module, module.weight.shape, module.weight)
+    weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     after = traces(module)
     assert [name for name in before if not same(before[name], after[name])] == []
     module(torch.zeros(1, 3, 3, 3))  # the test can fail: a real pass changes nearly all of it
@@ -101,7 +102,7 @@ def masked(hooked):
 def test_it_sees_what_a_hook_does_to_the_weight(hooked):
     module, mask = masked(hooked)
     before = module.weight.detach().clone()
-    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     torch.testing.assert_close(found, before * mask, rtol=0, atol=0)
     assert torch.equal(module.weight, before)
 
@@ -110,7 +111,7 @@ def test_hooks_that_follow_the_pass_do_not_fire():
     module, calls = nn.Conv2d(3, 4, 3), []
     module.register_forward_hook(lambda *_: calls.append("after"))
     module.register_full_backward_hook(lambda *_: calls.append("backward"))
-    weight_given_to_convolution(module, module.weight.shape, module.weight)
+    weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     module(torch.zeros(1, 3, 3, 3))
     assert calls == ["after"]
 
@@ -121,7 +122,7 @@ def test_it_is_differentiable_by_the_parameters():
             return F.conv2d(x, 2 * self.weight)
 
     module = Doubled(3, 4, 3)
-    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     (gradient,) = torch.autograd.grad(found.sum(), module.weight)
     assert gradient.eq(2).all()
 
@@ -136,7 +137,7 @@ def test_an_error_of_the_module_puts_all_back_too():
     module = Broken(3, 4, 3)
     before = module.weight.detach().clone()
     with pytest.raises(LookupError):
-        weight_given_to_convolution(module, module.weight.shape, module.weight)
+        weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert torch.equal(module.weight, before)
     assert not hasattr(module, "calls")
 
@@ -148,7 +149,7 @@ def test_a_pass_without_a_convolution_says_so():
 
     module = Linear(3, 4, 3)
     with pytest.raises(NoConvolutionError):
-        weight_given_to_convolution(module, module.weight.shape, module.weight)
+        weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
 
 
 @pytest.mark.parametrize("attribute", ["lock", "computed", "inference"])
@@ -181,7 +182,7 @@ def test_closures_over_live_memory_and_hooks_that_remove_themselves_leave_no_tra
     before = memory.clone()
     module.register_forward_pre_hook(lambda *_: (memory.mul_(mask), None)[1])
     handle = module.register_forward_pre_hook(lambda *_: handle.remove())
-    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert torch.equal(found, before * mask)
     assert torch.equal(module.weight, before)
     assert len(module._forward_pre_hooks) == 2
@@ -191,6 +192,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     class Module(nn.Conv2d):
         def forward(self, x):
             self.weight.grad = None
+            self.weight.register_hook(lambda gradient: gradient)
             self.weight.requires_grad_(False)
             self.notes["calls"] += 1
             return super().forward(x)
@@ -198,8 +200,9 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     module = Module(3, 4, 3)
     module.weight.grad = gradient = torch.ones_like(module.weight)
     module.notes = {"calls": torch.zeros(1), "computed": module.weight * 2}
-    weight_given_to_convolution(module, module.weight.shape, module.weight)
+    weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert module.weight.grad is gradient
+    assert not module.weight._backward_hooks
     assert module.weight.requires_grad
     assert module.notes["calls"] == 0
 
@@ -219,7 +222,7 @@ def test_a_hook_of_a_part_of_the_module_counts():
 
     module = Module()
     module.gate.register_forward_hook(lambda _, __, output: output * 3)
-    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     torch.testing.assert_close(found, 3 * module.weight)
 
 
@@ -232,7 +235,7 @@ def test_code_that_catches_everything_does_not_hide_the_weight():
                 return F.conv2d(x, self.weight.sign())
 
     module = Module(3, 4, 3)
-    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     torch.testing.assert_close(found, 2 * module.weight)
 
 
@@ -246,5 +249,9 @@ def test_a_convolution_inside_of_the_same_shape_is_not_taken_for_it():
             return super().forward(self.first(x))
 
     module = Module()
-    found = weight_given_to_convolution(module, module.weight.shape, module.weight)
+    x, others = torch.zeros(1, 4, 3, 3), {module.first.weight.data_ptr()}
+    found = weight_given_to_convolution(module, module.weight, x, others)
     torch.testing.assert_close(found, module.weight)
+    (layer,) = [one for one in find_layers(module) if not one.name]
+    assert (layer.obstacle, layer.weight.note) == (None, None)
+    torch.testing.assert_close(layer.weight.read(), module.weight.detach())

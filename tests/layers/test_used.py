@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
+from convsim_init.initialize import plan
 from convsim_init.layers.memory import memory, overlap
 
 SETTINGS = ci.Settings(steps=8)
@@ -136,6 +137,14 @@ def test_memory_says_what_is_shared(kind, source):
     assert report.layers[0].after["normalized_similarity"] == pytest.approx(float(used), rel=1e-4)
 
 
+def test_other_tensors_in_the_memory_of_a_treated_weight_are_told():
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 1), "linear": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
+    model["linear"].weight.data = model["conv"].weight.data.view(8, 4)
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert report.remarks == ["in the memory of treated weights, and changed with them: linear.weight"]
+    assert ci.initialize_(model, exclude=["*"]).remarks == []
+
+
 def test_parts_of_one_storage_that_do_not_overlap_are_apart():
     whole = torch.randn(16, 4, 3, 3)
     assert overlap(memory(whole[:8]), memory(whole[7:]))
@@ -215,22 +224,59 @@ def test_frozen_copies_that_part_are_told():
     assert "k.0 (of q.0), k.1 (of q.1)" in remark
 
 
-def test_second_weights_are_told():
-    class Complex(nn.Conv2d):
+class Complex(nn.Conv2d):
+    """Two real weights."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.weight_i = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, z):
+        return F.conv2d(z, self.weight) + F.conv2d(z, self.weight_i)
+
+
+class ComplexInput(Complex):
+    """Its pass ends with an error at a real input."""
+
+    def forward(self, z):
+        return F.conv2d(z.real, self.weight) + F.conv2d(z.imag, self.weight_i)
+
+
+@pytest.mark.parametrize("kind", [Complex, ComplexInput])
+def test_that_a_weight_is_one_of_several_is_told(kind):
+    note = f"one of several weights that {kind.__name__} convolves with: the others count for nothing here"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, 4, 3))
+    second = model[1].weight_i.detach().clone()
+    assert [layer.reason for layer in ci.measure(model).layers] == [None, note]
+    assert [layer.reason for layer in ci.initialize_(model, settings=SETTINGS).layers] == [None, note]
+    assert torch.equal(model[1].weight_i, second)
+
+
+def test_the_weight_that_counts_is_the_one_that_depends_on_the_parameter():
+    class Partial(nn.Conv2d):
+        """Counts what lies under a mask by a convolution with ones, before it convolves."""
+
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.weight_i = nn.Parameter(torch.randn_like(self.weight))
+            self.register_buffer("ones", torch.ones_like(self.weight))
 
-        def forward(self, z):
-            return torch.complex(F.conv2d(z.real, self.weight), F.conv2d(z.imag, self.weight_i))
+        def forward(self, x):
+            with torch.no_grad():
+                covered = F.conv2d(torch.ones_like(x), self.ones)
+            return super().forward(x) / covered
 
-    report = ci.measure(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
-    assert report.remarks == []
-    model = nn.ModuleDict({"a": Complex(3, 4, 3)})
-    model["a"].forward = lambda z: F.conv2d(z, model["a"].weight)
-    assert ci.measure(model).remarks == [
-        "second weights of convolutions, left as they were, count for nothing here: a.weight_i"
-    ]
+    module = Partial(3, 8, 3)
+    before = module.weight.detach().clone()
+    (layer,) = ci.measure(module).layers
+    assert layer.before["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(before, normalized=True)), rel=1e-4
+    )
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    (layer,) = ci.measure(module.requires_grad_(False)).layers
+    assert layer.before["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(module.weight, normalized=True)), rel=1e-4
+    )
 
 
 def test_modules_that_may_convolve_are_told_with_their_share():
@@ -245,10 +291,20 @@ def test_modules_that_may_convolve_are_told_with_their_share():
             super().__init__()
             self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
 
+    class Hyper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 108, bias=False)
+
+        def forward(self, x, style):
+            return F.conv2d(x, self.linear(style).view(4, 3, 3, 3))
+
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "bank": Bank(), "k1": Kernel(), "k2": Kernel()})
+    model["hyper"] = Hyper()
     (remark,) = ci.measure(model).remarks
-    share = (4 * 108 + 2 * 108) / (108 + 4 * 108 + 2 * 108)
-    assert remark == f"not looked at, though they may convolve: 2 Kernel, 1 Bank, with {share:.0%} of the parameters"
+    share = (4 * 108 + 3 * 108) / (108 + 4 * 108 + 3 * 108)
+    kinds = "2 Kernel, 1 Bank, 1 Hyper"
+    assert remark == f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +323,10 @@ def test_modules_that_may_convolve_are_told_with_their_share():
         ("pair", (16, 8, 8), {"pair.bias": 16}, False),
         ("experts", (4, 64, 5), {}, False),
         ("stacked", (4, 64, 32), {}, False),
+        ("stacked with biases", (10, 17, 7), {"stacked with biases.bias": (10, 7)}, False),
+        ("norm over images", (16, 7, 7), {"norm over images.bias": (16, 7, 7)}, False),
+        ("another length", (16, 8, 3, 3), {"another length.bias": 5}, False),
+        ("grouped up", (16, 8, 4), {"grouped up.bias": 32}, True),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -390,6 +450,21 @@ def test_a_parametrization_that_raises_is_that_layers_trouble():
     assert "LookupError: its own" in report.layers[0].reason
 
 
+def test_weights_that_no_convolution_can_have_are_that_layers_trouble():
+    model = nn.Sequential(*(nn.Conv2d(4, 8, 3) for _ in range(4)))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    model[1].weight = nn.Parameter(model[1].weight.detach().flatten(1))
+    model[2].groups = 3
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.reason for layer in report.layers] == [
+        "a sparse tensor: make it dense first",
+        "its weight is of rank 2, without kernels",
+        "its 3 groups do not divide dimension 0 of its weight, 8",
+        None,
+    ]
+    assert [layer.reason for layer in ci.measure(model).layers] == [layer.reason for layer in report.layers]
+
+
 def test_strides_that_overlap_are_left_alone():
     module = nn.Conv1d(1, 8, 5)
     module.weight = nn.Parameter(torch.randn(40).as_strided((8, 1, 5), (2, 5, 1)))
@@ -407,6 +482,205 @@ def test_a_weight_that_depends_on_the_input_is_left_alone():
         ci.Outcome.SKIPPED,
         "the weight that Dynamic uses depends on its input",
     )
+
+
+def test_a_weight_that_is_random_is_left_alone_and_a_little_noise_is_not():
+    class Dropped(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, F.dropout(self.weight, self.p))
+
+    class Noisy(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight * (1 + 1e-4 * torch.randn_like(self.weight)))
+
+    dropped = Dropped(3, 8, 3)
+    dropped.p = 0.5
+    report = ci.initialize_(nn.Sequential(dropped, Noisy(8, 8, 3)), settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["skipped", "approximated"]
+    assert report.layers[0].reason == "the weight that Dropped uses is random, in evaluation mode too"
+    assert ci.measure(dropped).layers[0].outcome is ci.Outcome.SKIPPED
+
+
+def test_a_weight_that_its_class_makes_worse_is_put_back():
+    class Centred(nn.Conv1d):
+        def forward(self, x):
+            return F.conv1d(x, self.weight - self.weight.mean((1, 2), keepdim=True))
+
+    module = Centred(1, 8, 2)  # of two taps, centring leaves one direction
+    before = module.weight.detach().clone()
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert (layer.outcome, torch.equal(module.weight, before)) == (ci.Outcome.SKIPPED, True) or (
+        layer.after["normalized_similarity"] <= layer.before["normalized_similarity"] * (1 + 1e-6)
+    )
+
+
+def test_norms_of_filters_that_are_not_kept_are_told():
+    class Centred(nn.ConvTranspose2d):  # along dimension 0, as for filters; but here those are along dimension 1
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv_transpose2d(x, weight / weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1), groups=2)
+
+    module = Centred(2, 4, 3, groups=2)
+    before = given(module)
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    change = given(module).flatten(2).norm(dim=2) / before.flatten(2).norm(dim=2) - 1
+    assert layer.outcome is ci.Outcome.APPROXIMATED
+    assert f"changes the norms of filters by up to {float(change.abs().max()):.1%}" in layer.reason
+
+
+def test_a_dry_run_tells_of_infinities_as_the_run_does():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    model[1].weight.data[0] = float("nan")
+    planned = plan(model).layers
+    done = ci.initialize_(model, settings=SETTINGS).layers
+    assert [layer.outcome.value for layer in planned] == ["planned", "failed"]
+    assert planned[1].reason == done[1].reason == "left as it was: its weight holds infinities or NaN"
+
+
+class Scaled(nn.Module):
+    """A home-made convolution, with an equalized learning rate."""
+
+    def __init__(self, inputs, filters, taps, groups=1, transposed=False):
+        super().__init__()
+        shape = (inputs, filters // groups) if transposed else (filters, inputs // groups)
+        self.weight = nn.Parameter(torch.randn(*shape, taps, taps))
+        self.bias = nn.Parameter(torch.zeros(filters))
+        self.groups, self.transposed = groups, transposed
+
+    def forward(self, x):
+        call = F.conv_transpose2d if self.transposed else F.conv2d
+        return call(x, self.weight * 0.1, bias=self.bias, groups=self.groups)
+
+
+class Blur(nn.Module):
+    """Convolves with fixed filters, which are no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(4, 1, 3, 3) / 9)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, groups=4)
+
+
+@pytest.mark.parametrize(("groups", "transposed"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_module_that_convolves_with_its_own_weight_is_a_layer(groups, transposed):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Scaled(4, 8, 3, groups, transposed), Blur())
+    before, state = model[1].weight.detach().clone(), copy.deepcopy(model.state_dict())
+    layer = ci.measure(model).layers[1]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    options = {"groups": groups, "transposed": transposed, "normalized": True}
+    similarity = ci.convolutional_similarity(before, **options)
+    assert (layer.name, layer.kind) == ("1", "Scaled")
+    assert layer.before["normalized_similarity"] == pytest.approx(float(similarity), rel=1e-4)
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED] * 2
+    assert report.remarks == []
+    assert report.layers[1].after["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(model[1].weight.detach(), **options)), rel=1e-4
+    )
+    assert report.layers[1].after["norm_ratio"] == pytest.approx(1, abs=1e-4)
+    assert ci.ConvolutionalSimilarity(model).skipped["1"].startswith("no module of PyTorch's convolutions")
+
+
+class Around(nn.Module):
+    """Uses its convolution's weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.mask = torch.rand(8, 4, 3, 3) < 0.5
+
+
+class MaskedAround(Around):
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight * self.mask)
+
+
+class MaskedInPlaceAround(Around):
+    def forward(self, x):
+        self.conv.weight.data *= self.mask
+        return self.conv(x)
+
+
+def hooked_around():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    mask = torch.rand(8, 4, 3, 3) < 0.5
+    model.register_forward_pre_hook(lambda m, _: (m[0].weight.data.mul_(mask), None)[1])
+    return model
+
+
+@pytest.mark.parametrize("build", [MaskedAround, MaskedInPlaceAround, hooked_around])
+def test_a_module_around_a_convolution_may_mask_its_weight(build):
+    model = build()
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    before = conv.weight.detach().clone()
+    ci.measure(model)
+    assert torch.equal(conv.weight, before)
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert report.layers[0].reason.startswith("within its mask, ")
+    model(torch.zeros(1, 4, 3, 3))
+    used = conv.weight.detach() * getattr(model, "mask", 1)
+    assert report.layers[0].after["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(used, normalized=True)), rel=1e-4
+    )
+    with pytest.raises(ci.InputError, match="the module around it uses another weight"):
+        ci.ConvolutionalSimilarity(model)
+
+
+def test_a_module_around_a_convolution_that_only_asks_for_its_dtype_changes_nothing():
+    class Cast(Around):
+        def forward(self, x):
+            return self.conv(x.to(self.conv.weight.dtype))
+
+    model = Cast()
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    assert ci.ConvolutionalSimilarity(model).layers == ["conv"]
+
+
+def test_a_hook_on_every_module_counts_and_one_further_out_is_told():
+    model, mask = nn.Sequential(nn.Sequential(nn.Conv2d(4, 8, 3))), torch.rand(8, 4, 3, 3) < 0.5
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda m, _: (m.weight.data.mul_(mask), None)[1] if isinstance(m, nn.Conv2d) else None
+    )
+    try:
+        report = ci.measure(model)
+    finally:
+        handle.remove()
+    assert report.layers[0].before["normalized_similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(model[0][0].weight.detach() * mask, normalized=True)), rel=1e-4
+    )
+    assert report.remarks == []
+    model.register_forward_pre_hook(lambda *_: None)
+    remark = "not tried, though they may change weights: hooks before the forward pass of (the model itself)"
+    assert ci.measure(model).remarks == [remark]
+
+
+def test_a_second_weight_may_be_of_another_shape():
+    class Difference(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight) - F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
+
+    (layer,) = ci.measure(Difference(4, 8, 3)).layers
+    assert layer.reason == "one of several weights that Difference convolves with: the others count for nothing here"
+
+
+def test_a_home_made_convolution_may_be_masked_normalized_frozen_and_changed_by_its_forward_pass():
+    class Masked(Scaled):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            self.weight.data *= self.mask
+            return super().forward(x)
+
+    masked = Masked(4, 8, 3)
+    masked.register_buffer("mask", (torch.rand(8, 4, 3, 3) < 0.5).float())
+    normed, frozen = parametrizations.weight_norm(Scaled(8, 8, 3)), Scaled(8, 8, 3).requires_grad_(False)
+    report = ci.initialize_(nn.Sequential(masked, normed, frozen), settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "initialized", "skipped"]
+    assert report.layers[0].reason.startswith("within its mask, ")
+    assert report.layers[2].reason == "frozen: requires_grad is False"
+    assert not hasattr(masked, "calls")
 
 
 def test_trials_of_several_threads_do_not_disturb_each_other():

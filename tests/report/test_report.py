@@ -94,6 +94,28 @@ def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
     ]
 
 
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 200])
+@pytest.mark.parametrize("name", ["stem", "stage" * 20], ids=["short", "long"])
+@pytest.mark.parametrize("kind", ["changed", "measured", "planned"])
+def test_a_table_is_cut_to_a_width_and_says_what_it_left_out(kind, name, width):
+    report = {
+        "changed": run(),
+        "measured": measured(0.5, 0.25),
+        "planned": Report(Settings(), [layer("a", Outcome.PLANNED)]),
+    }[kind]
+    report.layers.append(layer(name, Outcome.SKIPPED, reason="a long story " * 20))
+    table = report.table
+    rows, summary = table.text(width).split("\n\n")
+    assert max(map(len, rows.splitlines())) <= width
+    assert len(rows.splitlines()) == len(table.rows) + 1
+    whole, whole_summary = table.text().split("\n\n")
+    assert "a long story a long" in whole
+    left_out = [title for title in table.header if title and title not in rows.splitlines()[0]]
+    note = summary.removeprefix(whole_summary).removeprefix("\n")
+    assert set(filter(None, note.removeprefix(f"left out to fit {width} columns: ").split(", "))) == set(left_out)
+    assert not left_out or width < (100 if name == "stem" else 200)
+
+
 @pytest.mark.parametrize("report", [run(), measured(0.25)], ids=["run", "measured"])
 def test_remarks_stand_below_the_counts(report):
     report.remarks = ["taken from there", "odd\udcff name"]
@@ -256,6 +278,8 @@ def test_records_are_flat_and_have_the_same_keys():
         "shape": "4x3x2x1",
         "outcome": "initialized",
         "reason": None,
+        "channels": None,
+        "factor": None,
         "steps": 2,
         "seconds": 0.5,
         "similarity_before": 8.0,

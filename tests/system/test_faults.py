@@ -48,6 +48,22 @@ def test_kills_leave_a_whole_file_and_no_litter_that_stays(tmp_path):
     assert counts["damaged files"] == counts["folders with litter"] == 0
 
 
+def test_faults_of_the_system_damage_nothing():
+    process = [sys.executable, ROOT / "tests/fuzz/faults.py", "--faults", "60"]
+    done = subprocess.run(process, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["faults"] == 60
+    assert counts["refused"] > 10
+
+
+def test_signals_at_random_moments_end_the_command_at_once_without_a_traceback():
+    process = [sys.executable, ROOT / "tests/fuzz/signals.py", "--signals", "4", "--within", "2"]
+    done = subprocess.run(process, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["commands"] == 4
+
+
 def scratch_of(folder: Path, host: str = files.HOST, age: float = 0) -> Path:
     left = folder / f".{host}-{'0' * 16}.convsim-init.tmp"
     left.mkdir()
@@ -412,6 +428,12 @@ def test_after_the_rename_nobody_says_that_nothing_changed(tmp_path, monkeypatch
     with pytest.warns(RuntimeWarning, match="is written, but its folder could not be synced: Input/output error"):
         save_checkpoint(WEIGHTS, path, overwrite=True)
     assert torch.load(path)["w"].equal(WEIGHTS["w"])
+
+
+def test_a_lock_that_cannot_be_closed_is_no_trouble(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_lock", lambda folder, wait: 10**6)  # no descriptor
+    save_checkpoint(WEIGHTS, tmp_path / "init.pt")
+    assert names(tmp_path) == ["init.pt"]
 
 
 @formats

@@ -2,23 +2,26 @@
 
 import ast
 import json
+import os
 import pickle
 import resource
 import struct
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from convsim_init import Settings, measure
-from convsim_init.checkpoint.read import read_state_dict
+from convsim_init import Settings, load_checkpoint, measure, save_checkpoint
+from convsim_init.checkpoint.read import read_checkpoint, read_state_dict
 from convsim_init.cli.arguments import WORDS, parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import check_target
@@ -61,10 +64,17 @@ def archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> Callable[[
     return write
 
 
-def legacy(content: bytes) -> Callable[[Path], object]:
-    """A file from before PyTorch 1.6 whose storages are nowhere."""
+def legacy(content: bytes, numel: int | None = None) -> Callable[[Path], object]:
+    """A file from before PyTorch 1.6 whose storage is nowhere, or claims that many numbers and has 16."""
     start = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-    return lambda path: path.write_bytes(b"".join(start) + content + pickle.dumps([], 2))
+    end = pickle.dumps([], 2) if numel is None else pickle.dumps(["0"], 2) + struct.pack("<q", numel) + bytes(64)
+    return lambda path: path.write_bytes(b"".join(start) + content + end)
+
+
+def nested(depth: int, *, value: bool = False) -> bytes:
+    """A dict with a tuple in a tuple, and so on, for a key or a value."""
+    deep = b")" + b"\x85" * depth
+    return b"\x80\x02}" + (b"X\1\0\0\0a" + deep if value else deep + b"K\1") + b"s."
 
 
 def safetensors_file(header: bytes, length: int | None = None) -> Callable[[Path], object]:
@@ -93,18 +103,29 @@ EXPANDED_COPY = (
         pytest.param("a.pt", archive(pickled_tensor(16, 0, GIGA, 1, legacy=False)), DAMAGED, id="size"),
         pytest.param("a.pt", archive(pickled_tensor(16, GIGA, 16, 1, legacy=False)), DAMAGED, id="offset"),
         pytest.param("a.pt", archive(pickled_tensor(16, 0, GIGA, 0, legacy=False)), LARGE, id="expanded"),
-        pytest.param("a.pt", legacy(pickled_tensor(GIGA, 0, GIGA, 1, legacy=True)), LARGE, id="legacy-storage"),
-        pytest.param("a.pt", legacy(pickled_tensor(16, 0, GIGA, 1, legacy=True)), LARGE, id="legacy-size"),
-        pytest.param("a.pt", legacy(pickled_tensor(16, 0, GIGA, 0, legacy=True)), LARGE, id="legacy-expanded"),
+        pytest.param("a.pt", legacy(pickled_tensor(GIGA, 0, GIGA, 1, legacy=True)), DAMAGED, id="legacy-no-storage"),
+        pytest.param("a.pt", legacy(pickled_tensor(GIGA, 0, GIGA, 1, legacy=True), 16), DAMAGED, id="legacy-storage"),
+        pytest.param("a.pt", legacy(pickled_tensor(16, 0, GIGA, 1, legacy=True), 16), DAMAGED, id="legacy-size"),
+        pytest.param("a.pt", legacy(pickled_tensor(16, GIGA, 16, 1, legacy=True), 16), DAMAGED, id="legacy-offset"),
+        pytest.param("a.pt", legacy(pickled_tensor(GIGA, GIGA, 16, 1, legacy=True)), DAMAGED, id="legacy-past-all"),
+        pytest.param("a.pt", legacy(pickled_tensor(16, 0, GIGA, 0, legacy=True), 16), LARGE, id="legacy-expanded"),
+        pytest.param("a.pt", legacy(pickled_tensor(16, 0, 16, 1, legacy=True), GIGA), DAMAGED, id="legacy-data"),
+        pytest.param("a.pt", archive(pickled_tensor(16, 0, -1, 1, legacy=False)), DAMAGED, id="negative-extent"),
+        pytest.param("a.pt", archive(pickled_tensor(16, 15, 2, -1, legacy=False)), DAMAGED, id="negative-stride"),
+        pytest.param("a.pt", archive(pickled_tensor(16, -1, 1, 1, legacy=False)), DAMAGED, id="negative-offset"),
         pytest.param("a.pt", archive(pickle.dumps(bytearray(9), 2)), CODE, id="bytearray"),
         pytest.param("a.pt", legacy(pickle.dumps(bytearray(9), 2)), CODE, id="legacy-bytearray"),
         pytest.param("a.pt", archive(EXPANDED_COPY), CODE, id="expanded-copy"),
         pytest.param(
             "a.pt",
             archive(b"\x80\x02ctorch.storage\nUntypedStorage\n."),
-            "save them as .safetensors",
-            id="untyped-storage",
+            "got torch.storage.UntypedStorage",
+            id="bare-storage",
         ),
+        pytest.param("a.pt", archive(nested(200_000)), DAMAGED, id="nested-key"),
+        pytest.param("a.pt", archive(nested(3000)), DAMAGED, id="nested-key-that-is-not-too-deep"),
+        pytest.param("a.pt", legacy(nested(200_000)), DAMAGED, id="legacy-nested-key"),
+        pytest.param("a.pt", archive(nested(200_000, value=True)), "got tuple under 'a'", id="nested-value"),
         pytest.param("a.pt", archive(b"\x80\x02" + bytes(10**7), zipfile.ZIP_DEFLATED), DAMAGED, id="bomb"),
         pytest.param("a.pt", twice, DAMAGED, id="two-of-a-name"),
         pytest.param("a.pt", lambda path: path.write_bytes(b"\x80\x02X\xff\xff\xff\x7fa"), DAMAGED, id="text"),
@@ -129,6 +150,112 @@ def test_claims_are_refused_and_never_allocated(name, make, message, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5  # KiB; each claims a gigabyte
 
 
+class Call:
+    """What a pickle is to call, and with what."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.parts
+
+
+def with_metadata(metadata: object) -> dict[str, object]:
+    state = OrderedDict(a=PLAIN)
+    state._metadata = metadata
+    return state
+
+
+PLAIN = torch.ones(2, 2)
+STATE = {"data": torch.ones(1).expand(9), "detach": torch.Size, "shape": 3, 0: 1}
+STORAGE = torch.storage.TypedStorage(wrap_storage=PLAIN.untyped_storage(), dtype=PLAIN.dtype, _internal=True)
+PARTS = (STORAGE, 0, (2, 2), (2, 1), True, OrderedDict())
+TYPED = (torch._utils._rebuild_tensor_v2, nn.Parameter, PARTS, STATE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({"a": Call(torch._utils._rebuild_parameter_with_state, (PLAIN, True, {}, STATE))}, id="state"),
+        pytest.param({"a": Call(torch._tensor._rebuild_from_type_v2, TYPED)}, id="state-of-a-type"),
+        pytest.param({"a": Call(torch._utils._rebuild_tensor_v2, (*PARTS[:5], STATE))}, id="hooks"),
+        pytest.param(with_metadata({3: 4, ("a",): {}}), id="metadata-of-no-names"),
+        pytest.param(with_metadata({"": {"version": {}, 3: PLAIN}, "a": 3, "b": [PLAIN]}), id="metadata-of-no-numbers"),
+        pytest.param(with_metadata("text"), id="metadata-of-text"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_odd_states_and_metadata_leave_plain_tensors(content, zipped, tmp_path):
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(tmp_path / "a.pt")
+    (tensor,) = found.tensors.values()
+    assert (type(tensor), vars(tensor), tensor.requires_grad, tensor._backward_hooks) == (torch.Tensor, {}, False, None)
+    assert torch.equal(tensor.detach(), PLAIN)
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(2, 2))
+    assert load_checkpoint(model, tmp_path / "a.pt").exact
+    save_checkpoint(model, tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("name", ["a\ud800", "\udfff"], ids=ascii)
+def test_lone_surrogates_in_names_are_refused(name, tmp_path, command):
+    torch.save({"b": PLAIN, name: PLAIN}, tmp_path / "a.pt")
+    text = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    safetensors_file(text)(tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for path, message in [("a.pt", "names of Unicode"), ("a.safetensors", DAMAGED), (".", "rename it")]:
+        status, out, err = command("inspect", path)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+
+
+READ = """
+import os, resource, sys
+from convsim_init.checkpoint.read import read_checkpoint
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for path in "plain.pt", "plain.safetensors":
+    read_checkpoint(path)
+for path in sys.argv[1:]:
+    if os.fork() == 0:  # each with a peak of its own
+        before, outcome = peak(), "read"
+        try:
+            kept = read_checkpoint(path)
+        except Exception as error:
+            outcome = str(error)
+        print(os.path.getsize(path), peak() - before, outcome, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process for each file")
+def test_memory_is_in_proportion_to_the_file(tmp_path):
+    """Many small things, just below and far above what is taken: at most 64 MiB and four times the file."""
+    torch.save({"a": PLAIN}, tmp_path / "plain.pt")
+    safetensors.torch.save_file({"a": PLAIN}, tmp_path / "plain.safetensors")
+    kinds = {
+        "dicts": 600_000,
+        "tensors": 25_000,
+        "names": 300_000,
+        "entries": 20_000,
+        "header": 20_000,
+        "index": 300_000,
+    }
+    suffix = {"index": ".index.json"}
+    files = {f"{kind}{suffix.get(kind, '.bin')}": (kind, count) for kind, count in kinds.items()}
+    files |= {f"more-{kind}.bin": (kind, 3 * kinds[kind]) for kind in ("dicts", "header")}
+    for name, (kind, count) in files.items():
+        many_small_things(kind, count)(tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", READ, *files], capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(files), done.stderr
+    for name, line in zip(files, lines, strict=True):
+        size, taken, outcome = line.split(maxsplit=2)
+        assert int(taken) < 64 * 2**20 + 4 * int(size), name
+        assert ("memory could run out" in outcome) == name.startswith("more"), (name, outcome)
+
+
 def test_overlapping_and_repeated_tensors_are_refused_or_read_as_they_are(tmp_path):
     path = tmp_path / "a.safetensors"
     entry = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
@@ -136,6 +263,35 @@ def test_overlapping_and_repeated_tensors_are_refused_or_read_as_they_are(tmp_pa
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(InputError, match=DAMAGED):
         read_state_dict(path)
+
+
+def many_small_things(kind: str, count: int) -> Callable[[Path], object]:
+    """A file that holds nothing but objects without a number in them."""
+    if kind == "header":
+        entry = '"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+        return safetensors_file(("{" + ",".join(entry % number for number in range(count)) + "}").encode())
+    if kind == "index":
+        return lambda path: path.write_text('{"weight_map":[' + "[]," * count + "[]]}")
+    if kind == "entries":
+        return lambda path: path.write_bytes(archive_of_entries(count))
+    unit = {"dicts": b"}", "names": b"X\4\0\0\0\xf0\x9f\x98\x80", "tensors": b"h\1h\2R"}[kind]
+    tensor = pickled_tensor(16, 0, 16, 1, legacy=True)
+    tensor = tensor.replace(b"rebuild_tensor_v2\n", b"rebuild_tensor_v2\nq\1").replace(b"RtRs.", b"Rtq\2Rs")
+    return legacy(tensor + b"X\1\0\0\0b](" + unit * count + b"es.", 16)
+
+
+def archive_of_entries(count: int) -> bytes:
+    """A zip archive of empty entries."""
+    names = [b"a/data.pkl", *(b"%06x" % number for number in range(count))]
+    local = b"PK\3\4" + bytes(22)
+    entry, end = struct.Struct("<4s24xH12xL"), struct.Struct("<4s4xHHLLH")
+    size = sum(entry.size + len(name) for name in names)
+    body = b"".join(local + struct.pack("<HH", len(name), 0) + name for name in names)
+    directory, place = [], 0
+    for name in names:
+        directory.append(entry.pack(b"PK\1\2", len(name), place) + name)
+        place += 30 + len(name)
+    return body + b"".join(directory) + end.pack(b"PK\5\6", 0, 0, size, len(body), 0)
 
 
 names = st.text(max_size=8) | st.sampled_from(["a.weight", "weight", "__metadata__", "module.a.weight"])

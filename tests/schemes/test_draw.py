@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init.layers.draw import SCHEMES
+from convsim_init.schemes.draw import SCHEMES
 from convsim_init.settings import BASES
 
 LAYERS = {
@@ -25,7 +25,7 @@ LAYERS = {
 
 
 def test_there_is_a_scheme_for_every_name():
-    assert {"model", *SCHEMES} == set(BASES)
+    assert {"model", *SCHEMES} == {base.partition(":")[0] for base in BASES}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -42,6 +42,41 @@ def test_the_spread_is_that_of_the_filters_own_fans(base, name):
     assert abs(float(weight.mean())) < 0.1 * expected
     bounded = base == "kaiming_uniform"
     assert (float(weight.abs().max()) <= math.sqrt(3) * expected * 1.01) == bounded
+
+
+STRIDED = {
+    "plain": (nn.Conv2d(64, 96, 3), 64 * 9, 96 * 9),
+    "strided": (nn.Conv2d(64, 96, 3, stride=2), 64 * 9, 96 * 9 / 4),
+    "grouped": (nn.Conv2d(64, 96, 3, stride=(1, 2), groups=4), 16 * 9, 24 * 9 / 2),
+    "transposed": (nn.ConvTranspose2d(96, 64, 4, stride=2), 96 * 16 / 4, 64 * 16),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("scheme", ["kaiming_normal", "kaiming_uniform"])
+def test_fans_count_strides(name, scheme):
+    module, fan_in, fan_out = STRIDED[name]
+    for fan, size in (("", fan_in), (":fan_in", fan_in), (":fan_out", fan_out)):
+        ci.draw_base_(module, scheme + fan)
+        assert float(module.weight.detach().std()) == pytest.approx(math.sqrt(2 / size), rel=0.03)
+
+
+def test_a_strided_layer_keeps_the_variance_of_gradients_with_fan_out():
+    module = nn.Conv2d(64, 96, 3, stride=2, padding=1, bias=False)
+    ci.draw_base_(module, "kaiming_normal:fan_out")
+    image = torch.randn(2, 64, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = module(image)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)))
+    assert float(image.grad.var()) == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("kernel", [3, 4, (1, 5)])
+def test_delta_orthogonal_layers_keep_norms(kernel):
+    module = nn.Conv2d(8, 16, kernel, groups=2, padding="same", bias=False)
+    ci.draw_base_(module, "delta_orthogonal")
+    image = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module(image).norm(), image.norm())
+    assert int(module.weight.flatten(2).ne(0).sum(-1).max()) == 1
 
 
 def test_orthogonal_filters_of_each_group():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,11 +15,22 @@ from convsim_init.layers.weights import RefusedError
 from convsim_init.report.text import layer_name
 from convsim_init.settings import BASES, Base, check_choice
 
+
+def delta_orthogonal_(filters: Tensor, *, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix at the middle tap of filters ``[M, C, *kernel_size]``, zeros elsewhere."""
+    taps = filters.zero_()
+    for size in filters.shape[2:]:
+        taps = taps.select(2, (size - 1) // 2)
+    nn.init.orthogonal_(taps, generator=generator)  # [M, C]
+    return filters
+
+
 SCHEMES: Mapping[str, Callable[..., Tensor]] = {
     "kaiming_normal": nn.init.kaiming_normal_,
     "kaiming_uniform": nn.init.kaiming_uniform_,
     "xavier_normal": nn.init.xavier_normal_,
     "orthogonal": nn.init.orthogonal_,
+    "delta_orthogonal": delta_orthogonal_,
 }
 
 
@@ -34,13 +46,17 @@ def draw_base_(
     """Draw the weights of a model's convolutions anew, in place, with the default arguments of `torch.nn.init`.
 
     Unlike there, the fans of grouped, depthwise and transposed convolutions are those of their filters, and neither
-    memory format, device nor dtype changes what is drawn: it is drawn in float32 on the CPU. Left as they are: layers
-    that are not selected, that are frozen or cannot be set, and those of zeros, which a model's author has meant so.
+    memory format, device nor dtype changes what is drawn: it is drawn in float32 on the CPU. ``kaiming_normal`` and
+    ``kaiming_uniform`` divide by the fan in, or by the one named, such as ``kaiming_normal:fan_out``; a stride divides
+    the fan out, since a value reaches that many fewer outputs, and the fan in of a transposed convolution (strides of
+    state dicts and of graphs are not known). ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal
+    matrix at the middle tap and zero elsewhere. Left as they are: layers that are not selected, that are frozen or
+    cannot be set, and those of zeros, which a model's author has meant so.
 
     Args:
         model: Any module, wrapped or not, or a state dict.
-        base: ``"kaiming_normal"``, ``"kaiming_uniform"``, ``"xavier_normal"`` or ``"orthogonal"``; ``"model"`` draws
-            nothing.
+        base: ``"kaiming_normal"``, ``"kaiming_uniform"``, each with ``":fan_in"`` or ``":fan_out"`` or neither,
+            ``"xavier_normal"``, ``"orthogonal"`` or ``"delta_orthogonal"``; ``"model"`` draws nothing.
         seed: Seed of the draws; the caller's random state is left as it was.
         include: Shell patterns of layer names; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
@@ -60,18 +76,24 @@ def draw_base_(
     if base == "model":
         return []
     generator = torch.Generator().manual_seed(seed)
-    return [layer.name for layer in find_layers(model, include, exclude) if _draw(layer, SCHEMES[base], generator)]
+    return [layer.name for layer in find_layers(model, include, exclude) if _draw(layer, base, generator)]
 
 
-def _draw(layer: Layer, scheme: Callable[..., Tensor], generator: torch.Generator) -> bool:
+def _draw(layer: Layer, base: Base, generator: torch.Generator) -> bool:
     if layer.obstacle is not None:
         return False
     bank = layer.bank()  # [G, M, C, *kernel_size]
     if not bank.any():
         return False
     drawn = torch.empty(bank.shape, dtype=torch.float32, device="cpu")
+    scheme, _, fan = base.partition(":")
     for group in drawn:
-        scheme(group, generator=generator)  # [M, C, *kernel_size]: the fans are right
+        SCHEMES[scheme](group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
+    if scheme.startswith("kaiming"):
+        fan_in, fan_out = bank.shape[2], bank.shape[1]  # over the number of taps
+        wanted = fan_out if fan == "fan_out" else fan_in
+        strided = layer.transposed != (fan == "fan_out")
+        drawn *= math.sqrt(fan_in / wanted * (layer.strides if strided else 1))
     try:
         layer.weight.write(bank_weight(drawn, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:

@@ -1,0 +1,83 @@
+"""What a shell is offered for half a word: click's completion, of models and layers too. Runs no code of the user's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import click
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
+
+from convsim_init.models.libraries import installed, names_in_sources
+from convsim_init.models.spec import LIBRARIES
+from convsim_init.models.zoo.catalog import MODELS
+
+PLAIN = re.compile(r"[\w./-]+")  # what needs no quotes in any shell; other names of a checkpoint are not offered
+MOST_BYTES = 10**7  # of a header that is read
+
+
+def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files, built-in models and, after ``timm:`` or ``torchvision:``, the library's."""
+    library = next((one for one in LIBRARIES if incomplete.startswith(f"{one.value}:")), None)
+    if library is not None:
+        return _items((f"{library.value}:{name}" for name in names_in_sources(library)), incomplete)
+    models = [CompletionItem(name, help=model.summary) for name, model in MODELS.items() if name.startswith(incomplete)]
+    return [
+        CompletionItem(incomplete, type="file"),
+        *models,
+        *_items((f"{one.value}:" for one in installed()), incomplete),
+    ]
+
+
+def complete_layers(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Convolutions of a model before it on the line, if it is built in or a safetensors file."""
+    given = ctx.params.get("models") or ctx.params.get("specs") or [ctx.params.get("spec")]
+    spec = [*ctx.args, *given][0]  # in `args` where the option before the half word has no value yet
+    with suppress(Exception):  # what cannot be read has no names to offer
+        return _items((name for name in _layers(spec) if PLAIN.fullmatch(name)), incomplete)
+    return []
+
+
+def _layers(spec: str) -> list[str]:
+    """Names of the convolutions: what holds a weight of three dimensions or more."""
+    if spec in MODELS:
+        import torch
+
+        with torch.device("meta"):
+            state = MODELS[spec].build({}).state_dict()
+        ranks = {key: tensor.dim() for key, tensor in state.items()}
+    else:
+        with Path(spec).open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MOST_BYTES)))
+        ranks = {key: len(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+    return [key.removesuffix(".weight") for key, rank in ranks.items() if rank > 2 and key.endswith(".weight")]
+
+
+def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+@add_completion_class
+class Bash(BashComplete):
+    """Bash's completion, of words with `:` and `=` too: bash takes ``timm:resnet18`` for three."""
+
+    _kept = 0  # characters of the word that bash has before what it replaces
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """The words before the one to complete, and that one."""
+        args, incomplete = super().get_completion_args()
+        words: list[str] = []
+        for word in [*(arg for arg in args if arg != "="), incomplete]:
+            if words and (word.startswith(":") or words[-1].endswith(":")):
+                words[-1] += word
+            else:
+                words.append(word)
+        self._kept = len(words[-1]) - len(incomplete.lstrip(":"))
+        return words[:-1], words[-1]
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """A line for the shell."""
+        return f"{item.type},{item.value[self._kept :]}"

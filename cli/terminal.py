@@ -1,0 +1,87 @@
+"""How text looks on a terminal: colour, the help, tables."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+
+import click
+
+from convsim_init.parallel.launch import launched
+from convsim_init.report.table import Table
+
+SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
+    "Source": ("num_classes", "in_chans", "model_args", "seed", "seeds", "like", "key", "config"),
+    "Method": ("base", "preset", "pairs", "channels", "norm", "steps", "include", "exclude", "device"),
+    "Output": ("out", "convs_only", "prefix", "dtype", "record", "plot", "plot_layer", "force", "dry_run"),
+}
+REST = "Display"
+UNBROKEN = "‑"  # U+2011, a hyphen that no line is broken after
+
+
+def colour() -> bool | None:
+    """Whether output is coloured, as NO_COLOR and FORCE_COLOR say; None, if neither does, on terminals alone."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return True if os.environ.get("FORCE_COLOR") else None
+
+
+def tell(*lines: str) -> None:
+    """Print lines on stderr, in the first process alone of those that torchrun started."""
+    if launched().leads:
+        click.echo("\n".join(lines), err=True)
+
+
+def show_table(table: Table, *, err: bool = False) -> None:
+    """Print a table, on a terminal as wide as that is and with its header in bold; elsewhere whole."""
+    stream = sys.stderr if err else sys.stdout
+    width = shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
+    header, lines = table.text(width).split("\n", 1)
+    click.echo(f"{click.style(header, bold=True)}\n{lines}", err=err)
+
+
+class Formatter(click.HelpFormatter):
+    """Click's formatter, with bold headings and with hyphenated words, such as options, left whole."""
+
+    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+        """Write a line of usage."""
+        super().write_usage(_whole(prog), _whole(args), click.style("Usage: ", bold=True) if prefix is None else prefix)
+
+    def write_heading(self, heading: str) -> None:
+        """Write a heading."""
+        self.write(f"{'':>{self.current_indent}}{click.style(f'{heading}:', bold=True)}\n")
+
+    def write_text(self, text: str) -> None:
+        """Write paragraphs."""
+        super().write_text(_whole(text))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write terms and what they mean."""
+        super().write_dl([(first, _whole(second)) for first, second in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """What was written."""
+        return super().getvalue().replace(UNBROKEN, "-")
+
+
+class Context(click.Context):
+    """A context whose help is written like that."""
+
+    formatter_class = Formatter
+
+
+def write_options(ctx: click.Context, formatter: click.HelpFormatter, others: Iterable[click.Parameter]) -> None:
+    """Write the options of a command in their sections, and with the last of them those of its group."""
+    options = [one for one in ctx.command.get_params(ctx) if isinstance(one, click.Option)]
+    sections = {name: title for title, names in SECTIONS.items() for name in names}
+    for title in (*SECTIONS, REST):
+        members = [one for one in options if sections.get(one.name or "", REST) == title]
+        records = [one.get_help_record(ctx) for one in (*members, *(others if title == REST else ()))]
+        with formatter.section(title):
+            formatter.write_dl([record for record in records if record])
+
+
+def _whole(text: str) -> str:
+    return text.replace("-", UNBROKEN)

@@ -1,0 +1,103 @@
+"""Reading folders of `torch.distributed.checkpoint`, into which several processes wrote parts of tensors.
+
+Torch's own reader unpickles ``.metadata``, and so runs what may be hidden in it; here its pickle is followed.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convsim_init.checkpoint.pickles import Made, PickleReader
+from convsim_init.checkpoint.torch_files import TorchFile
+from convsim_init.errors import InputError
+from convsim_init.report.text import quoted
+
+DEEP = 32  # dicts in each other
+
+
+def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
+    """What a folder holds: its tensors, in the dicts that they were saved in, and its size in bytes.
+
+    Args:
+        metadata: The file ``.metadata`` of the folder.
+
+    Raises:
+        InputError: If a file is missing or holds anything but tensors.
+        Exception: Any kind, if the folder is damaged or of another kind.
+    """
+    size = sum(file.stat().st_size for file in (metadata, *metadata.parent.glob("*.distcp")))
+    with metadata.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        described: Any = PickleReader(str(metadata), content, size).load()
+    parts: dict[str, list[tuple[tuple[int, ...], Any]]] = defaultdict(list)
+    for index, place in described.state["storage_data"].items():
+        parts[index.state["fqn"]].append((index.state.get("offset"), place.state))
+    files: dict[str, TorchFile] = {}
+    tree: dict[object, object] = {}
+    left = size
+    for key, entry in described.state["state_dict_metadata"].items():
+        value = entry
+        if entry.maker.name == "TensorStorageMetadata":
+            value = _whole(metadata.parent, files, entry.state["size"], parts[key], left)
+            left -= value.nbytes
+        _put(tree, (described.state.get("planner_data") or {}).get(key, (key,)), value)
+    return tree, size
+
+
+def _whole(
+    folder: Path,
+    files: dict[str, TorchFile],
+    shape: tuple[int, ...],
+    parts: list[tuple[tuple[int, ...], Any]],
+    left: int,
+) -> Tensor:
+    """The tensor of several parts, each with where it begins in the whole; no larger than the bytes that are left."""
+    first = _part(folder, files, parts[0][1])
+    if len(parts) == 1 and first.shape == shape:
+        return first
+    if math.prod(shape) * first.dtype.itemsize > left:
+        raise ValueError("a tensor that is larger than its parts")
+    whole, filled = torch.zeros(shape, dtype=first.dtype), 0
+    for offset, place in parts:
+        part, view = _part(folder, files, place), whole
+        for dimension, (start, length) in enumerate(zip(offset, part.shape, strict=True)):
+            view = view.narrow(dimension, start, length)
+        view.copy_(part)
+        filled += part.numel()
+    if filled != whole.numel():
+        raise ValueError("parts that are not the whole")
+    return whole
+
+
+def _part(folder: Path, files: dict[str, TorchFile], place: Mapping[str, Any]) -> Tensor:
+    name = place["relative_path"]
+    path = folder / name
+    if path.parent != folder or not path.is_file():
+        raise InputError(
+            f"expected the file {quoted(name)} beside {str(folder / '.metadata')!r}: copy the folder again"
+        )
+    if place.get("transform_descriptors"):
+        raise InputError(
+            f"expected plain tensors in {str(path)!r}, got compressed or encrypted ones: convert the folder with "
+            f"dcp_to_torch_save of torch.distributed.checkpoint.format_utils"
+        )
+    file = files[name] = files.get(name) or TorchFile(path)
+    tensor = file.read(place["offset"], place["length"])
+    if not isinstance(tensor, Tensor) or tensor.nbytes > place["length"]:
+        raise ValueError("a part that is no tensor")
+    return tensor
+
+
+def _put(tree: dict[object, object], path: tuple[object, ...], value: Tensor | Made) -> None:
+    if len(path) > DEEP or not all(isinstance(part, (str, int)) for part in path):
+        raise ValueError("a key that is no path")
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})  # type: ignore[assignment]
+    tree[path[-1]] = value

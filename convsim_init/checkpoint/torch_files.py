@@ -1,0 +1,228 @@
+"""Reading files of `torch.save`: what their pickles say of tensors is held against the bytes that are there.
+
+Each tensor is built anew from a dtype, a part of the file, and an offset, extents and strides that stay in that part.
+No other code that a pickle names is run, and a file that names any is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from convsim_init.checkpoint.pickles import Name, PickleReader, check_room
+from convsim_init.errors import InputError
+from convsim_init.report.text import quoted
+
+ZIP_SIGNATURE = b"PK\3\4"
+END = 98  # bytes of the three records that end a zip archive
+ENTRY = 14  # times its length in the archive that an entry takes in memory
+LEGACY_HEAD = (0x1950A86A20F9469CFC6C, 1001)  # magic number, protocol
+TENSOR = 600  # bytes that one takes beside its numbers
+ALIGNED = 16  # bytes, of the widest dtype
+DTYPES = {
+    **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16},
+    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
+    **{"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8},
+}
+DENSE_TENSORS = re.compile(
+    r"""collections\.(OrderedDict|Counter)
+    | torch(\.\w+)*\.\w+Storage
+    | torch\.(u?int\d+|float\d+(_\w+)?|bfloat16|complex\d+|bool|Size|device|Tensor)
+    | torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)
+    | torch\._tensor\._rebuild_from_type_v2
+    | torch\.nn\.parameter\.Parameter
+    | (builtins|__builtin__)\.(set|complex)
+    | _codecs\.encode""",
+    re.VERBOSE,
+)
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """The memory of tensors of one dtype; none before it is known where in the file it is."""
+
+    dtype: torch.dtype
+    data: UntypedStorage | None
+
+
+class TensorReader(PickleReader):
+    """Follows a pickle of `torch.save` and builds the tensors in it.
+
+    Args:
+        path: Path of the file, for errors.
+        content: The file, at the position of the pickle.
+        find: The memory that is stored under a key; None if that is not known yet.
+    """
+
+    def __init__(self, path: str, content: mmap.mmap, find: Callable[[str], UntypedStorage | None]) -> None:
+        super().__init__(path, content)
+        self.find = find
+        self.storages: dict[str, Storage] = {}
+
+    def name(self, name: Name) -> Name:
+        """Refuse what dense tensors are not made of."""
+        if not DENSE_TENSORS.fullmatch(str(name)):
+            raise InputError(
+                f"expected a file of dense tensors alone, got {self.path!r}, which needs code to be run "
+                f"({quoted(str(name))}): where you trust it, load it and save its state_dict()"
+            )
+        return name
+
+    def refer(self, reference: object) -> Storage:
+        """The storage that is referred to."""
+        match reference:
+            case ("storage", Name(name=kind), str(key), str(), int(), *rest) if not any(rest):
+                self.storages[key] = Storage(DTYPES[kind.removesuffix("Storage")], self.find(key))
+                return self.storages[key]
+        raise UnpicklingError("a reference to no storage")
+
+    def call(self, maker: Name, arguments: tuple[Any, ...]) -> object:
+        """A tensor where one is rebuilt."""
+        match maker.name:
+            case "_rebuild_tensor" | "_rebuild_tensor_v2":
+                return self._tensor(arguments, None, arguments[6:])
+            case "_rebuild_tensor_v3":
+                return self._tensor(arguments, getattr(torch, arguments[6].name), arguments[7:])
+            case "_rebuild_from_type_v2" if str(arguments[0]).startswith("torch._utils._rebuild_tensor"):
+                return self.call(arguments[0], arguments[2])
+            case "_rebuild_parameter" | "_rebuild_parameter_with_state" | "Parameter":
+                return arguments[0]  # without attributes, hooks and gradient
+        return super().call(maker, arguments)
+
+    def _tensor(self, arguments: tuple[Any, ...], dtype: torch.dtype | None, flags: tuple[Any, ...]) -> Tensor:
+        self.take(TENSOR)
+        storage, offset, size, stride = arguments[:4]
+        numbers = (offset, *size, *stride)
+        if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise UnpicklingError("extents that are none")
+        if any(any(flag.values()) for flag in flags if flag):
+            raise InputError(f"expected plain tensors in {self.path!r}, got a conjugate or negative view: clone it")
+        tensor = torch.empty(0, dtype=dtype or storage.dtype)
+        if storage.data is None:
+            return tensor
+        last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
+        if 0 in size:
+            offset = 0
+        elif (last + 1) * tensor.element_size() > storage.data.nbytes():
+            raise UnpicklingError("a tensor past the end of its storage")
+        return tensor.set_(storage.data, offset, size, stride)
+
+
+class TorchFile:
+    """A file that `torch.save` wrote once or more; its tensors stay on the disk until they are used.
+
+    Args:
+        path: Path of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, path.stat().st_size
+        self.data = cast("UntypedStorage", UntypedStorage.from_file(str(path), False, self.size))
+        with path.open("rb") as file:
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start: int = 0, length: int | None = None) -> object:
+        """What the file holds, or a part of it.
+
+        Args:
+            start: Position of the part.
+            length: Its length in bytes. Default: to the end.
+
+        Raises:
+            InputError: If a checksum fails, a pickle needs code to be run, or memory is out of proportion to the file.
+            Exception: Any kind, if `torch.save` did not write it.
+        """
+        end = self.size if length is None else start + length
+        if not 0 <= start < end <= self.size:
+            raise UnpicklingError("a part that is not in the file")
+        self.content.seek(start)
+        if self.content[start : start + len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
+            return _read_legacy(str(self.path), self.content, self.data)  # bare pickles, as before PyTorch 1.6
+        check_room(str(self.path), self.size, ENTRY * _directory_size(self.content[max(end - END, start) : end]))
+        with self.path.open("rb") as file:
+            file.seek(start)
+            whole = file if length is None else io.BytesIO(file.read(length))
+            archive = zipfile.ZipFile(whole)
+            return _read_archive(str(self.path), archive, self.content, self.data, start, end)
+
+
+def _directory_size(end: bytes) -> int:
+    """Bytes of the list of entries that `zipfile` will read, told from the records that end an archive."""
+    if end[-22:-18] != b"PK\5\6":
+        raise zipfile.BadZipFile("a comment, or no end")
+    return int.from_bytes(end[40:48] if end[:4] == b"PK\6\6" else end[-10:-6], "little")
+
+
+def _read_archive(
+    path: str, archive: zipfile.ZipFile, content: mmap.mmap, data: UntypedStorage, start: int, end: int
+) -> object:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if any(name.endswith("/constants.pkl") for name in entries):
+        raise InputError(
+            f"expected a file of tensors, got {path!r}, a TorchScript archive: save its state_dict() instead"
+        )
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.values())
+    unique = len(entries) == len(archive.infolist())
+    # Torch compresses nothing and writes no comment: this is something else, or swells when it is read.
+    if not stored or not unique or archive.comment or sum(e.file_size for e in entries.values()) > end - start:
+        raise zipfile.BadZipFile("not as torch.save writes it")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(
+            f"expected an intact file, got {path!r}, where {quoted(damaged)} fails its checksum: copy it again"
+        )
+    (pickle,) = (name for name in entries if name.endswith("/data.pkl"))
+    folder = pickle.removesuffix("data.pkl")
+    if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
+        raise InputError(f"expected numbers in little endian, got {path!r}: save it on another machine")
+    parts: dict[str, UntypedStorage] = {}
+
+    def position(name: str) -> int:
+        header = start + entries[name].header_offset
+        lengths = (content[header + 26 : header + 28], content[header + 28 : header + 30])  # of a name, and of more
+        return header + 30 + sum(int.from_bytes(length, "little") for length in lengths)
+
+    def find(key: str) -> UntypedStorage:
+        if key not in parts:
+            name = f"{folder}data/{key}"
+            parts[key] = _part(data, position(name), entries[name].file_size)
+        return parts[key]
+
+    content.seek(position(pickle))
+    return TensorReader(path, content, find).load()
+
+
+def _read_legacy(path: str, content: mmap.mmap, data: UntypedStorage) -> object:
+    """What bare pickles hold: magic number, protocol, system, content, keys of the storages, whose data follow."""
+    parts: dict[str, UntypedStorage] = {}
+    reader = TensorReader(path, content, parts.get)
+    magic, protocol, system = (reader.load() for _ in range(3))
+    if (magic, protocol) != LEGACY_HEAD or not isinstance(system, dict) or not system.get("little_endian", True):
+        raise UnpicklingError("not as torch.save writes it")
+    begin = content.tell()
+    reader.load()  # for the dtypes of the storages
+    keys = reader.load()
+    for key in cast("list[str]", keys):
+        count = int.from_bytes(content.read(8), "little")
+        length = count * reader.storages[key].dtype.itemsize
+        parts[key] = _part(data, content.tell(), length)
+        content.seek(length, io.SEEK_CUR)
+    content.seek(begin)
+    return TensorReader(path, content, parts.__getitem__).load()
+
+
+def _part(data: UntypedStorage, position: int, length: int) -> UntypedStorage:
+    if position + length > data.nbytes():
+        raise UnpicklingError("a storage past the end of the file")
+    part = data[position : position + length]
+    return part.clone() if part.data_ptr() % ALIGNED else part  # type: ignore[no-any-return]

@@ -1,0 +1,171 @@
+"""Which channels are compared: it depends on whether a normalization follows before another layer.
+
+That is told by a symbolic trace of the model (`torch.fx`), which needs no input. Traced is a copy on the meta
+device without hooks, so that nothing of the model itself is run or changed. Where the whole cannot be
+traced its parts are, one by one; of a layer whose output leaves such a part nothing is known.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from convsim_init.layers.find import unwrap
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.names import bare_name
+from convsim_init.layers.trial import LIVE, random_states
+from convsim_init.settings import Settings
+
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMALIZING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}  # names of functions
+USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+SHAPE = {"size", "dim", "shape", "ndim"}  # what is asked of a tensor without its values
+USING = {"linear", "bilinear", *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))}
+NOT_NORMALIZED = "channels all: no normalization follows"
+NOT_TOLD = "channels matched: whether a normalization follows could not be told"
+
+
+def decide_channels(
+    model: nn.Module | Mapping[str, object], layers: Sequence[Layer], settings: Settings
+) -> tuple[dict[str, tuple[Settings, str | None]], list[str]]:
+    """The settings of each layer, with its channels matched or all; and what is to be said of the model.
+
+    With ``channels="auto"`` all are compared where no normalization follows. Depthwise layers, which
+    have no pairs of filters with matched channels, are left with none.
+
+    Returns:
+        The settings of the layers to treat by their names, each with the reason for its channels where
+        it is not that a normalization follows; and remarks on the model.
+    """
+    if settings.channels != "auto":
+        return {layer.name: (settings, None) for layer in layers}, []
+    told = normalization_follows(unwrap(model)) if isinstance(model, nn.Module) else None
+    decided: dict[str, tuple[Settings, str | None]] = {}
+    for layer in layers:
+        if layer.obstacle is None:
+            by_itself = not layer.name  # what it is used in is not there to be asked
+            normalized = True if told is None or by_itself else told.get(layer.name)
+            filters = layer.shape[1] if layer.transposed else layer.shape[0] // layer.groups
+            if normalized is False and filters > 1:
+                decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED
+            else:
+                decided[layer.name] = replace(settings, channels="matched"), NOT_TOLD if normalized is None else None
+    return decided, [] if told is not None else [f"{NOT_TOLD} from a state dict: the model itself tells it"]
+
+
+def normalization_follows(model: nn.Module) -> dict[str, bool]:
+    """Of each convolution whether a normalization follows on every way to another layer or to the output.
+
+    Activations, pooling, sums and concatenations on the way do not count.
+
+    Args:
+        model: Model without wrappers; left as it was, as are the random states.
+
+    Returns:
+        By the layer's name; layers of which it cannot be told are left out, as is a model that is a
+        convolution itself, since what it is used in is not known.
+    """
+    # A trace replaces `nn.Module.__call__` for its time, and what is printed then tells of values that are not there.
+    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return {bare_name(name): known for name, known in _followed(_on_meta(model), "", whole=True)}
+        except Exception:  # of any kind: what cannot be copied
+            return {}
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have no data, without hooks; what is no part of the model it shares with it."""
+    memo: dict[int, Any] = {}
+    for part in model.modules():
+        for name, value in vars(part).items():
+            if "hooks" in name and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+            elif not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)):
+                memo[id(value)] = value
+        for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+            if isinstance(tensor, Tensor) and not is_lazy(tensor):
+                empty = torch.empty_like(tensor, device="meta")
+                memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    clone = copy.deepcopy(model, memo)
+    for part in clone.modules():
+        vars(part)["training"] = False
+    return clone
+
+
+def _followed(part: nn.Module, path: str, *, whole: bool) -> Iterator[tuple[str, bool]]:
+    """The convolutions of a part of the model of which it is known, by their names; and whether one follows."""
+    try:
+        nodes = list(_Tracer().trace(part).nodes)
+    except Exception:  # of any kind: what its code does with values that are not there
+        for name, child in part.named_children():
+            yield from _followed(child, f"{path}{name}.", whole=False)
+        return
+    ends: dict[fx.Node, set[bool | None]] = {}  # of all ways from a node: normalized, used without it, not known
+    calls: dict[str, set[bool | None]] = {}
+    for node in reversed(nodes):  # after all that use it
+        ends[node] = set[bool | None]().union(*(_end(user, part, whole=whole) or ends[user] for user in node.users))
+        if node.target in SHAPE or (node.target is getattr and node.args[1] in SHAPE):
+            ends[node] = set()
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), set()).update(ends[node])
+    for name, found in calls.items():
+        module = part.get_submodule(name)
+        if isinstance(module, _ConvNd):
+            if any(map(_is_normalization, module.modules())):  # as a fused one of quantization-aware training
+                found = {True}
+            if False in found or found == {True}:
+                yield path + name, False not in found
+
+
+def _end(node: fx.Node, part: nn.Module, *, whole: bool) -> set[bool | None]:
+    """How a way through a model ends in that node; empty if it goes on."""
+    if node.op == "output":
+        return {False if whole else None}
+    if node.op == "call_module":
+        module = part.get_submodule(str(node.target))
+        if isinstance(module, USERS):
+            return {False}
+        inner = any(isinstance(one, USERS) for one in module.modules())
+        return {True} if _is_normalization(module) else {None} if inner else set()
+    name = getattr(node.target, "__name__", node.target)
+    return {True} if name in NORMALIZING else {False} if name in USING else set()
+
+
+def _is_normalization(module: nn.Module) -> bool:
+    """Whether it is a normalization of PyTorch or, by its name, of somebody else."""
+    named = "Norm" in type(module).__name__ and not any(isinstance(one, _ConvNd) for one in module.modules())
+    return isinstance(module, NORMALIZATIONS) or (named and not isinstance(module, nn.LocalResponseNorm))
+
+
+class _Tracer(fx.Tracer):
+    """A trace that calls convolutions and normalizations, of whatever class, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether what happens inside it is of no interest."""
+        return isinstance(m, _ConvNd) or _is_normalization(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Note a call, unless another thread runs a module meanwhile."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)

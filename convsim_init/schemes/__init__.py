@@ -1,0 +1,1 @@
+"""Known ways to start from: base weights drawn by a scheme, and layers scaled to unit variance."""

@@ -1,0 +1,159 @@
+"""Layers scaled to unit variance in one forward pass, on noise or on a user's batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from convsim_init.errors import InputError
+from convsim_init.layers.find import find_convolutions, find_layers, unwrap
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.trial import LIVE, isolated
+from convsim_init.layers.weights import RefusedError, Weight
+
+IMAGES = 16  # of noise
+
+
+def calibrate_(
+    model: nn.Module,
+    images: Tensor | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> dict[str, float]:
+    """Scale the weight of every convolution, in place, so that its output, without its bias, has unit variance.
+
+    Layer by layer in one forward pass in evaluation mode, each from what reaches it through the scaled ones before: the
+    second half of LSUV (Mishkin and Matas, arXiv 1511.06422), with ``images`` from the training set as there; without
+    them on noise with power 1/|f|², as photographs have. It is for networks without normalization; elsewhere it only
+    changes the effective learning rate.
+
+    Left as they are: layers on whose scale the model's output does not depend, because what follows multiplies it by
+    zero, as at the end of residual branches (zero-initialized layers, Fixup, SkipInit, a batch norm of factor zero);
+    layers that are not selected, frozen, not called, or whose weight cannot be scaled, such as a standardized one; and
+    everything that is no convolution's weight. The random state of the caller is left as well.
+
+    Args:
+        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        images: Batch that the model takes as its only argument, on its device.
+        input_shape: Shape of one input without the batch, such as ``(3, 224, 224)``, for noise.
+        seed: Seed of the noise.
+        include: Shell patterns of layer names; where any are given, others are left alone.
+        exclude: Shell patterns of layer names to leave alone.
+
+    Returns:
+        The factor on each weight that was scaled by its layer's name, of four significant digits, so that it does not
+        depend on how a machine rounds.
+
+    Raises:
+        InputError: If not just one of ``images`` and ``input_shape`` is given, a pattern matches no layer, or the
+            model does not take such an input or gives nothing that is differentiable.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        >>> factors = ci.calibrate_(model, input_shape=(3, 32, 32))
+        >>> list(factors), all(factor > 1 for factor in factors.values())
+        (['0', '2'], True)
+    """
+    if (images is None) == (input_shape is None):
+        raise InputError("expected either images or an input_shape to calibrate on, got both or neither")
+    model, modules = unwrap(model), dict(find_convolutions(model))
+    layers = [layer for layer in find_layers(model, include, exclude) if layer.name in modules and _is_scalable(layer)]
+    if not layers:
+        return {}
+    if images is None:
+        assert input_shape is not None
+        images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
+    factors = _find_factors(model, {layer.name: modules[layer.name] for layer in layers}, images)
+    with LIVE, torch.no_grad():
+        for layer in layers:
+            if layer.name in factors:
+                layer.weight.write(layer.weight.read() * factors[layer.name])
+    return factors
+
+
+def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Gaussian noise ``[N, *shape]`` of unit variance with power 1/|f|², zero at f = 0; its channels are independent.
+
+    Raises:
+        InputError: If the shape is not of channels and at least one size.
+    """
+    if len(shape) < 2 or min(shape) < 1 or math.prod(shape[1:]) < 2:
+        raise InputError(f"expected an input shape of channels and sizes such as (3, 224, 224), got {tuple(shape)}")
+    white = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    axes = tuple(range(2, white.dim()))
+    grids = torch.meshgrid(*(torch.fft.fftfreq(size, device="cpu") for size in shape[1:]), indexing="ij")
+    frequencies = torch.stack(grids).square().sum(0).sqrt()  # [*shape[1:]]
+    amplitudes = torch.where(frequencies > 0, 1 / frequencies, 0)
+    noise: Tensor = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) * amplitudes, dim=axes).real
+    noise /= noise.std()
+    return noise
+
+
+def _find_factors(model: nn.Module, modules: dict[str, _ConvNd], images: Tensor) -> dict[str, float]:
+    """The factors, from a pass that multiplies outputs by them; the model is left as it was."""
+    scales: dict[str, Tensor] = {}
+    reached: list[Tensor] = []
+
+    def scaled(name: str, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        bias: Tensor | float = 0.0
+        if isinstance(module.bias, Tensor):
+            bias = module.bias.detach().reshape(-1, *[1] * (output.dim() - 2))  # [M, 1, ...]
+        plain = output - bias
+        if name not in scales:
+            deviation = float(plain.detach().float().std())
+            factor = float(f"{1 / deviation:.3e}") if 0 < deviation < math.inf else 1.0
+            scales[name] = output.new_tensor(factor).requires_grad_()
+        return plain * scales[name] + bias
+
+    def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        reached.append(inputs[0])
+
+    with isolated(model), torch.inference_mode(False), torch.enable_grad():
+        for name, module in modules.items():
+            module.register_forward_hook(partial(scaled, name))
+        for part in model.modules():
+            if isinstance(part, nn.Linear) and not part.weight.any():  # a classifier of zeros hides what enters it
+                part.register_forward_pre_hook(note_input)
+        try:
+            reached += tree_leaves(model(images))
+        except Exception as error:  # whatever the model's own code raises
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"expected a model that takes {list(images.shape)}, got {text}") from error
+        ends = [end for end in reached if isinstance(end, Tensor) and end.requires_grad]
+        if not ends:
+            raise InputError(
+                "expected a model with an output that is differentiable, got one that has none to calibrate"
+            )
+        # Weighted, lest a sum cancel what a layer does to it.
+        total = torch.stack(
+            [(end * torch.linspace(1, 2, end.numel()).view_as(end).to(end)).sum().float() for end in ends]
+        )
+        gradients = torch.autograd.grad(total.sum(), list(scales.values()), allow_unused=True)
+    return {
+        name: float(f"{scale.item():.3e}")
+        for (name, scale), slope in zip(scales.items(), gradients, strict=True)
+        if slope is not None and slope.isfinite() and slope != 0
+    }
+
+
+def _is_scalable(layer: Layer) -> bool:
+    """Whether twice its weight can be set; it is left as it was."""
+    if layer.obstacle is not None or type(layer.weight) is Weight:
+        return layer.obstacle is None
+    with LIVE, torch.no_grad():
+        put_back = layer.weight.backup()
+        try:
+            return layer.weight.write(2 * layer.weight.read()) is None
+        except RefusedError:
+            return False
+        finally:
+            put_back()

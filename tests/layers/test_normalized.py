@@ -1,0 +1,184 @@
+"""Which channels are compared: told by whether a normalization follows, without a change to the model."""
+
+import copy
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import convsim_init as ci
+from convsim_init.layers.normalized import NOT_NORMALIZED, NOT_TOLD, normalization_follows
+
+QUICK = ci.Settings(steps=2)
+
+
+def conv(*others: nn.Module) -> nn.Sequential:
+    """A convolution before other modules."""
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *others)
+
+
+class LayerNorm2d(nn.Module):
+    """A normalization of somebody's own, told by its name."""
+
+    def forward(self, x):
+        if x.mean() > 0:  # cannot be traced
+            return x
+        return F.normalize(x)
+
+
+class Residual(nn.Module):
+    """Normalization first, then a convolution beside a shortcut."""
+
+    def __init__(self, raw: bool = False) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 4, 1) if raw else nn.Identity()
+
+    def forward(self, x):
+        return self.shortcut(x) + self.conv(F.relu(self.norm(x)))
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return F.linear(F.layer_norm(x, x.shape[1:]).mean((2, 3)) * x.shape[1], torch.ones(4, 4))
+
+
+class Stubborn(nn.Module):
+    """Code that depends on values, around parts that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.last = conv(nn.ReLU(), *conv(nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.last(self.part(x)) if x.sum() > 0 else x
+
+
+FUSED = torch.ao.nn.intrinsic.qat.ConvBn2d(4, 4, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
+MODELS = {
+    "batch norm": (conv(nn.BatchNorm2d(4)), {"0": True}),
+    "through activation, pooling and dropout": (
+        conv(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Identity(), nn.InstanceNorm2d(4)),
+        {"0": True},
+    ),
+    "none": (conv(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(2)), {"0": False, "2": False}),
+    "local response": (conv(nn.LocalResponseNorm(2)), {"0": False}),
+    "by its name": (conv(LayerNorm2d()), {"0": True}),
+    "of another layer": (conv(nn.Conv2d(4, 4, 3), nn.RMSNorm(4)), {"0": False, "1": True}),
+    "first": (
+        nn.Sequential(*conv(), Residual(), Residual(), nn.BatchNorm2d(4)),
+        {"0": True, "1.conv": True, "2.conv": True},
+    ),
+    "first, but not for a shortcut": (
+        nn.Sequential(*conv(), Residual(raw=True), nn.BatchNorm2d(4)),
+        {"0": False, "1.conv": True, "1.shortcut": True},
+    ),
+    "functional": (Functional(), {"conv": True}),
+    "in parts alone": (Stubborn(), {"part.0": False, "part.2": True}),
+    "fused": (nn.Sequential(FUSED), {"0": True}),
+    "a layer by itself": (nn.Conv2d(4, 4, 3), {}),
+    "no forward pass": (nn.ModuleDict({"a": nn.Conv2d(4, 4, 3), "b": nn.BatchNorm2d(4)}), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_follows(name):
+    model, expected = MODELS[name]
+    assert normalization_follows(model) == expected
+
+
+def test_a_layer_that_is_called_twice_is_normalized_both_times():
+    shared = nn.Conv2d(4, 4, 3)
+    assert normalization_follows(nn.Sequential(shared, nn.BatchNorm2d(4), shared)) == {"0": False}
+    assert normalization_follows(nn.Sequential(*2 * [shared, nn.BatchNorm2d(4)])) == {"0": True}
+
+
+def test_nothing_of_the_model_is_touched(capsys):
+    class Counting(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.seen, self.outside = nn.Conv2d(4, 4, 3), [], threading.Lock()
+            self.again = self.first
+
+        def first(self, x):
+            return self.conv(x)
+
+        def forward(self, x):
+            self.calls += 1
+            print("called")
+            self.seen.append(random.random() + np.random.rand() + torch.rand(()).item())
+            self.conv.extra = x
+            return self.again(x)
+
+    model, heard = Counting().train(), []
+    model.register_forward_hook(lambda *_: heard.append("hook"))
+    before, attributes = copy.deepcopy(model.state_dict()), dict(vars(model.conv))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert normalization_follows(model) == {"conv": False}
+    assert (model.calls, model.seen, heard, model.training) == (0, [], [], True)
+    assert vars(model.conv) == attributes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert capsys.readouterr().out == ""
+
+
+def test_other_threads_run_their_modules_meanwhile():
+    other, outputs = nn.Sequential(nn.Linear(3, 3)), []
+
+    class Waiting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            thread = threading.Thread(target=lambda: outputs.append(other(torch.ones(1, 3))))
+            thread.start()
+            thread.join()
+            return self.conv(x)
+
+    assert normalization_follows(Waiting()) == {"conv": False}
+    assert torch.equal(outputs[0], other(torch.ones(1, 3)))
+
+
+def test_all_channels_are_compared_where_nothing_normalizes():
+    model = conv(nn.BatchNorm2d(4), *conv(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    twin = copy.deepcopy(model)
+    report = ci.initialize_(model, settings=QUICK)
+    first, second, point, depthwise = report.layers
+    assert (first.channels, first.reason) == ("matched", None)
+    assert (second.channels, second.reason) == ("all", NOT_NORMALIZED)
+    assert (point.outcome, point.channels) == (ci.Outcome.SKIPPED, "all")
+    assert "kernels of one tap" in point.reason
+    assert (depthwise.outcome, depthwise.reason) == (
+        ci.Outcome.SKIPPED,
+        "one filter per group shares its channels with no other",
+    )
+    assert report.channels == "auto"
+    for name, channels in (("0", "matched"), ("2", "all")):
+        ci.initialize_(twin, settings=ci.Settings(steps=2, channels=channels), include=[name])
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in twin.state_dict().items())
+
+
+def test_what_cannot_be_told_is_matched_and_said():
+    report = ci.initialize_(nn.ModuleList([nn.Conv2d(4, 4, 3)]), settings=QUICK)
+    assert [(layer.channels, layer.reason) for layer in report.layers] == [("matched", NOT_TOLD)]
+    report = ci.initialize_(conv().state_dict(), settings=QUICK)
+    assert [layer.channels for layer in report.layers] == ["matched"]
+    assert any(remark.startswith(NOT_TOLD) for remark in report.remarks)
+
+
+def test_settings_that_name_the_channels_ask_nothing():
+    report = ci.initialize_(conv(), settings=ci.Settings(steps=2, channels="matched"))
+    assert [(layer.channels, layer.reason) for layer in report.layers] == [("matched", None)]

@@ -1,0 +1,154 @@
+"""Layers scaled to unit variance: which are, to what, and what is left as it was."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import convsim_init as ci
+from convsim_init.schemes.calibrate import IMAGES, natural_noise
+
+SHAPE = (3, 12, 10)
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(inplace=True), nn.ConvTranspose2d(8, 4, 2),
+        nn.Dropout(), nn.Flatten(), nn.LazyLinear(5),
+    )  # fmt: skip
+
+
+class Branch(nn.Module):
+    """Two convolutions beside a shortcut, times a factor."""
+
+    def __init__(self, factor: float, last: float = 1.0) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.factor = nn.Parameter(torch.tensor(factor))
+        nn.init.zeros_(self.two.bias)
+        with torch.no_grad():
+            self.two.weight *= last
+
+    def forward(self, x):
+        return x + self.factor * self.two(F.relu(self.one(x)))
+
+
+def outputs_of(model, images):
+    """The output of each convolution without its bias, by its name."""
+    found = {}
+
+    def note(name, module):
+        def hook(module, inputs, output):
+            found[name] = output - (0 if module.bias is None else module.bias[:, None, None])
+
+        return module.register_forward_hook(hook)
+
+    handles = [note(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    with torch.no_grad():
+        model.eval()(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["noise", "a batch"])
+def test_outputs_have_unit_variance_and_nothing_else_is_changed(own):
+    images = 3 * torch.rand(5, *SHAPE) if own else natural_noise(SHAPE)
+    model = plain()
+    model(images)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    factors = ci.calibrate_(model, images) if own else ci.calibrate_(model, input_shape=SHAPE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for key, value in model.state_dict().items():
+        name = key.removesuffix(".weight")
+        assert torch.equal(value, before[key] * factors[name] if name in factors else before[key])
+    outputs = outputs_of(model, images)
+    assert list(factors) == list(outputs) == ["0", "2", "4"]
+    for output in outputs.values():
+        assert float(output.std()) == pytest.approx(1, rel=2e-3)
+
+
+def test_residual_branches_stay_as_they_were_designed():
+    zero_norm = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    nn.init.zeros_(zero_norm[1].weight)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Branch(0.0), Branch(1.0, last=0.0), Branch(0.5),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+    nn.init.zeros_(model[6].weight)  # the classifier is zero, as in Fixup
+    assert list(ci.calibrate_(model, input_shape=SHAPE)) == ["0", "3.one", "3.two"]
+    assert ci.calibrate_(zero_norm, input_shape=(4, 8, 8)) == {}
+
+
+def test_a_layer_that_is_called_twice_has_one_factor():
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    factors = ci.calibrate_(nn.Sequential(shared, shared), input_shape=(4, 8, 8))
+    assert list(factors) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "scaled"),
+    [
+        (parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), True),
+        (parametrizations.spectral_norm(nn.Conv2d(3, 6, 3)), False),
+        (nn.Conv2d(3, 6, 3).requires_grad_(False), False),
+        (nn.Conv2d(3, 6, 3, dtype=torch.bfloat16), True),
+    ],
+    ids=["weight_norm", "spectral_norm", "frozen", "bfloat16"],
+)
+def test_what_can_be_scaled(layer, scaled):
+    before, model = layer.weight.detach().clone(), nn.Sequential(layer)
+    factors = ci.calibrate_(model, input_shape=SHAPE)
+    assert list(factors) == (["0"] if scaled else [])
+    torch.testing.assert_close(layer.weight, before * factors.get("0", 1))
+
+
+def test_layers_are_chosen_by_their_names():
+    model = plain()
+    model(torch.zeros(1, *SHAPE))
+    assert list(ci.calibrate_(model, input_shape=SHAPE, exclude=["2"])) == ["0", "4"]
+
+
+def test_the_noise_has_the_spectrum_of_photographs():
+    noise = natural_noise((2, 16, 16), seed=1)
+    assert noise.shape == (IMAGES, 2, 16, 16)
+    assert float(noise.std()) == pytest.approx(1)
+    assert float(noise.mean((2, 3)).abs().max()) < 1e-5
+    power = torch.fft.fftn(noise, dim=(2, 3)).abs().square().mean((0, 1))
+    assert float(power[0, 1] / power[0, 4]) == pytest.approx(16, rel=0.7)
+    assert not torch.equal(noise, natural_noise((2, 16, 16), seed=2))
+    assert natural_noise((1, 50)).shape == (IMAGES, 1, 50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either images or an input_shape"),
+        ({"images": torch.ones(1, 3, 8, 8), "input_shape": (3, 8, 8)}, "either images or an input_shape"),
+        ({"input_shape": (3,)}, "an input shape of channels and sizes"),
+        ({"input_shape": (3, 1, 1)}, "an input shape of channels and sizes"),
+        ({"input_shape": (4, 8, 8)}, r"a model that takes \[16, 4, 8, 8\], got RuntimeError"),
+        ({"input_shape": (3, 8, 8), "include": ["x"]}, "include: no convolution matches 'x'"),
+    ],
+)
+def test_bad_input(arguments, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ci.InputError, match=message):
+        ci.calibrate_(model, **arguments)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_an_output_that_is_not_differentiable_is_refused():
+    class Classes(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(ci.InputError, match="an output that is differentiable"):
+        ci.calibrate_(Classes(nn.Conv2d(3, 4, 3)), input_shape=SHAPE)
