@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import date
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -135,13 +136,17 @@ def outline(architecture: Architecture) -> tuple[int, bool]:
 
 def peak_memory(spec: str, steps: int) -> float:
     """Peak memory of the command, beyond that of the imports, in multiples of the file that it writes."""
-    library = spec.partition(":")[0]
-    _, imports = machine.run([sys.executable, "-c", f"import torch, {library}"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "init.safetensors"
         command = ["-m", "convsim_init", spec, "--steps", str(steps), "--quiet", "--out", str(path)]
         _, peak = machine.run([sys.executable, *command])
-        return (peak - imports) * 2**20 / path.stat().st_size
+        return (peak - import_memory(spec.partition(":")[0])) * 2**20 / path.stat().st_size
+
+
+@cache
+def import_memory(library: str) -> float:
+    """Peak memory of importing torch and a library, in MiB."""
+    return machine.run([sys.executable, "-c", f"import torch, {library}"])[1]
 
 
 def read(path: Path) -> list[Row]:
