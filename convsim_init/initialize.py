@@ -340,7 +340,7 @@ def _lower(
     if gain < 0 or (difference and gain == 0):
         with LIVE:
             put_back()
-        cause = f"{difference} and" if difference else "what it makes of the new weight"
+        cause = f"{difference} and" if difference else "the new weight"
         return replace(report, reason=f"left as it was: {cause} is no better")
     after["norm_ratio"] = float((kept / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 import convsim_init as ci
 from convsim_init.initialize import plan
+from convsim_init.metrics.measure import measure_bank
 
 QUICK = ci.Settings(steps=3)
 
@@ -451,3 +452,19 @@ def test_a_model_on_the_gpu_is_treated_there_and_a_model_on_the_cpu_can_be():
     assert on_gpu[0].weight.is_cuda
     assert not on_cpu[0].weight.is_cuda
     torch.testing.assert_close(on_gpu[0].weight.cpu(), on_cpu[0].weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_does_not_improve_stays_as_it_was_to_the_bit(monkeypatch):
+    """Over all channels of a wide layer a descent may gain less than rounding costs."""
+    calls = []
+
+    def worse_afterwards(bank, channels):
+        calls.append(bank)
+        return {name: value + len(calls) for name, value in measure_bank(bank, channels).items()}
+
+    monkeypatch.setattr("convsim_init.initialize.measure_bank", worse_afterwards)
+    conv = nn.Conv2d(3, 8, 3)
+    before = conv.weight.detach().clone()
+    (layer,) = ci.initialize_(conv).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.SKIPPED, "left as it was: the new weight is no better")
+    assert torch.equal(conv.weight, before)

@@ -96,8 +96,8 @@ class Weight:
         return None
 
     def backup(self) -> Callable[[], None]:
-        """What undoes a `write` that resulted in another weight; here it never does."""
-        return lambda: None
+        """What undoes a `write`, to the bit."""
+        return backup_tensors(self.sources)
 
     def storage(self) -> list[Tensor]:
         """The tensors that a `write` may change."""
