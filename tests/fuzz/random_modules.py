@@ -5,7 +5,8 @@
 Drawn are convolutions whose class, hooks, parametrizations or memory make the weight that is used another than the
 parameter, forward passes that change all that they can, ties, wrappers, dtypes and memory formats. What each
 convolution is given is seen from outside, in a real forward pass of an equal module; its similarity is computed in
-float64 by the definition. Prints a line for each violation and a summary; the status is 1 if there are any.
+float64 by the definition. What a class or a closure holds outside of its modules is not looked at. Prints a line for
+each violation and a summary; the status is 1 if there are any.
 """
 
 from __future__ import annotations
