@@ -35,6 +35,7 @@ class Construction:
         self._treat = treat
         self._built: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # and not told yet
         self._told: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # and not trained yet
+        self._telling = False  # then copies that are made, and forward passes, are none of the context's
         self._undo = ExitStack()
 
     def __enter__(self) -> Construction:
@@ -55,7 +56,8 @@ class Construction:
         @wraps(make)
         def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             make(module, *args, **kwargs)
-            self._built[id(module)] = module
+            if not self._telling:
+                self._built[id(module)] = module
 
         return recorded
 
@@ -71,15 +73,24 @@ class Construction:
         return after_telling
 
     def _begin(self, handle: RemovableHandle) -> None:
+        if self._telling:
+            return
         handle.remove()
-        self._treat(list(self._told.values()), True)
+        self._call(list(self._told.values()), again=True)
         self._forget()
+
+    def _call(self, models: Sequence[nn.Module], *, again: bool) -> None:
+        self._telling = True
+        try:
+            self._treat(models, again)
+        finally:
+            self._telling = False
 
     def _tell(self) -> None:
         models = _roots(list(self._built.values()))
         self._built.clear()
         self._told.update({id(model): model for model in models})
-        self._treat(models, False)
+        self._call(models, again=False)
 
     def _forget(self) -> None:
         for model in self._told.values():

@@ -27,7 +27,7 @@ def test_a_convolution_that_is_the_classifier_is_left_alone(command, tmp_path):
     status, out, err = command("torchvision:squeezenet1_1", *QUICK, "--json", "--out", "init.safetensors")
     assert (status, err) == (0, "")
     report = json.loads(out)
-    assert [layer["name"] for layer in report["layers"] if layer["outcome"] != "initialized"] == ["classifier.1"]
+    assert [layer["name"] for layer in report["layers"] if layer["reason"] == "excluded"] == ["classifier.1"]
     assert "left alone, as linear classifiers are: classifier.1" in report["remarks"]
     own, written = ci.build_model("torchvision:squeezenet1_1").state_dict(), load_file(tmp_path / "init.safetensors")
     assert torch.equal(own["classifier.1.weight"], written["classifier.1.weight"])

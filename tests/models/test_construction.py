@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import convsim_init as ci
 
-QUICK = ci.Settings(steps=3)
+QUICK = ci.Settings(steps=3, channels="matched")
 
 
 def network(*others):
@@ -195,6 +195,17 @@ def test_patterns_and_several_models():
     with ci.initializing(include=["stem"]) as reports:
         nn.Linear(2, 2)
     assert reports == []
+
+
+def test_what_a_treatment_copies_and_runs_is_none_of_the_context():
+    with ci.initializing() as reports:  # by default models are looked through on the meta device
+        models = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)) for _ in range(2)]
+        torch.optim.SGD(models[0].parameters(), lr=0.1)
+        models.append(network())
+        torch.optim.SGD(models[2].parameters(), lr=0.1)
+        assert len(reports) == 3
+        models[0](torch.randn(2, 3, 9, 9))
+    assert len(reports) == 3
 
 
 def test_an_optimizer_of_another_thread_counts():
