@@ -67,11 +67,8 @@ def _build(name: str, model_type: str) -> nn.Module:
 def _is_large(name: str, model_type: str) -> bool:
     import transformers
 
-    try:
-        with torch.device("meta"):
-            model = getattr(transformers, name)._from_config(transformers.CONFIG_MAPPING[model_type]())
-    except Exception:  # a model that computes with its weights while it is built: two layers are enough to see that
-        return True
+    with torch.device("meta"):
+        model = getattr(transformers, name)._from_config(transformers.CONFIG_MAPPING[model_type]())
     return sum(parameter.numel() for parameter in model.parameters()) > LARGE
 
 
