@@ -285,9 +285,31 @@ def test_a_script_that_builds_its_network_is_run(trainer, start, folder):
     assert all(same), f"{sum(same)} of {len(same)}"
 
 
+def run_ultralytics(data: str) -> None:
+    from ultralytics.engine.trainer import BaseTrainer
+
+    # These need torchvision's own compiled operators.
+    BaseTrainer.validate, BaseTrainer.final_eval = lambda trainer: ({}, 0.0), lambda trainer: None
+    run_script("ultralytics_train.py", data)
+
+
+def test_ultralytics_starts_from_a_network_that_was_loaded(start, folder):
+    pytest.importorskip("ultralytics", reason="without ultralytics: pip install ultralytics")
+    image = pytest.importorskip("PIL.Image")
+    for part in ("images", "labels"):
+        (folder / part).mkdir()
+    for index in range(4):
+        image.new("RGB", (64, 64), (60 * index, 120, 200)).save(folder / "images" / f"{index}.png")
+        (folder / "labels" / f"{index}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images\nval: images\nnames: [a, b]\n")
+    text = start(run_ultralytics, "data.yaml", YOLO_CONFIG_DIR=str(folder), YOLO_OFFLINE="1")()
+    ((matched, expected),) = matches(text)
+    assert matched == expected > 80
+
+
 def test_every_example_is_tested():
     tested = {"torchvision", "timm", "transformers", "lightning", "mmengine", "fastai", "ddp"}
-    tested |= {"accelerate", "hubmixin", "lightningcli", "fsdp"}
+    tested |= {"accelerate", "hubmixin", "lightningcli", "fsdp", "ultralytics"}
     assert {path.name.removesuffix("_train.py") for path in EXAMPLES.glob("*_train.py")} == tested
     tested = {"plain", "lightning", "transformers", "fastai", "mmengine"}
     assert {path.name.removesuffix("_regularize.py") for path in EXAMPLES.glob("*_regularize.py")} == tested
