@@ -94,6 +94,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
         for name, value in vars(part).items():
             if "hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()
+            elif isinstance(value, torch.Generator):
+                memo[id(value)] = value.clone_state()
             elif not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)):
                 memo[id(value)] = value
         for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):

@@ -45,7 +45,6 @@ class LayerReport:
         outcome: What became of it.
         reason: Why, where it was not simply initialized, and where all its channels were compared or nothing was known
             of a normalization behind it.
-        channels: Kernels that were compared: of ``"matched"`` channels or ``"all"``; None if it was not to be treated.
         steps: Steps of the descent.
         seconds: Time it took.
         before: Measures by name, such as ``similarity`` and ``normalized_similarity`` over all filter pairs, before or,
@@ -53,6 +52,7 @@ class LayerReport:
         after: The same after, and ``norm_ratio``: the filters' L2 norms after over before, their mean.
         losses: The minimized loss at the start and after each step.
         factor: Factor that its weight was scaled by afterwards, as `calibrate_` does; None if it was not.
+        channels: Kernels that were compared: of ``"matched"`` channels or ``"all"``; None if it was not to be treated.
 
     Examples:
         >>> layer = ci.measure(nn.Sequential(nn.Conv2d(3, 16, 3))).layers[0]
@@ -65,13 +65,13 @@ class LayerReport:
     shape: list[int]
     outcome: Outcome
     reason: str | None = None
-    channels: Channels | None = None
     steps: int = 0
     seconds: float = 0.0
     before: Measures = field(default_factory=dict)
     after: Measures = field(default_factory=dict)
     losses: list[float] = field(default_factory=list, repr=False)
     factor: float | None = None
+    channels: Channels | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data, without the losses."""

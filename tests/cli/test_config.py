@@ -53,7 +53,7 @@ def test_every_kind_of_option_is_taken_from_a_file_and_from_the_environment(comm
         assert len(file.keys()) == 11
         assert file.get_tensor("m.conv1.weight").shape[1] == 1
         about = json.loads(file.metadata()["convsim_init"])
-    assert (about["seed"], about["settings"]) == (3, report["settings"])
+    assert (about["seed"], about["settings"]) == (3, report["settings"] | {"channels": "matched"})
 
 
 @pytest.mark.parametrize(

@@ -424,7 +424,7 @@ def test_the_help_shows_every_option_and_command(arguments, command):
     assert "..." not in out.removeprefix(usage)  # no line is cut short
     titles = re.findall(r"^(\w+):$", out, re.M)
     assert titles == ["Source", "Method", "Output", "Display", "Commands"]
-    assert re.search(r"^  -V, --version  Show the version and exit.$", out, re.M)
+    assert re.search(r"^  -V, --version +Show the version and exit.$", out, re.M)
 
 
 @pytest.mark.parametrize("columns", range(52, 110, 3))

@@ -323,7 +323,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
             for options, message in [
                 (["--report", "old.json"], f"'old.json' {EXISTS}"),
                 (["--plot", "old.png"], f"'old.png' {EXISTS}"),
-                (["--report", "new.txt"], f"{ENDING} .json, got 'new.txt': rename it"),
+                (["--report", "new.txt"], f"{ENDING} .json, .html, got 'new.txt': rename it"),
                 (["--plot", "new.jpg"], f"{ENDING} .png, .svg, .pdf, got 'new.jpg': rename it"),
                 (
                     ["--report", "gone/a.json"],

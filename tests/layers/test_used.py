@@ -13,7 +13,7 @@ import convsim_init as ci
 from convsim_init.initialize import plan
 from convsim_init.layers.memory import memory, overlap
 
-SETTINGS = ci.Settings(steps=8)
+SETTINGS = ci.Settings(steps=8, channels="matched")
 
 
 def given(module, shape=None):

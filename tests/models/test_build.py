@@ -419,7 +419,7 @@ BAD = [
     ("net.py:", "after the colon stands the name of a function or class"),
     ("net.py:make()", "after the colon stands the name of a function or class"),
     ("./net:make", "before the colon stands a module's name or a path that ends in .py"),
-    ("hf-hub:timm", f"expected {FORMS}, got 'hf-hub:timm'"),
+    ("hf-hub:timm", "expected a model whose config is in the local cache of Hugging Face, got 'hf-hub:timm'"),
     ("nowhere.net:make", f"expected a module that can be imported, got 'nowhere.net': it is {NOT_HERE}"),
     ("net.sub:make", "expected a module that can be imported, got 'net.sub': there is no 'net.sub'"),
     ("own:make", f"importing own raised ModuleNotFoundError: No module named 'not_there_at_all'; {DEBUG}"),
