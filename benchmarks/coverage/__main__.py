@@ -172,8 +172,8 @@ def summarize(rows: list[Row], missing: dict[str, int], options: argparse.Namesp
         "",
         f"`python -m benchmarks.coverage`, {date.today()}, torch {torch.__version__}, {platform.machine()}, on the "
         f"CPU, {options.steps} steps a layer. Every model is in a table of `benchmarks/results/census/`. "
-        "Those that are not built here want more than a configuration of defaults, and those without an input arguments "
-        "that are not known here.",
+        "Those that are not built here want more than a configuration of defaults, and those without an input want "
+        "arguments that are not known here.",
         "",
         "| library | models | passed | failed | without a convolution | too large | not built | no input | not run |",
         "|---|---|---|---|---|---|---|---|---|",
