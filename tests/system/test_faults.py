@@ -469,7 +469,7 @@ def test_no_more_open_files_is_told(name, tmp_path):
         pytest.param("./" * 2100 + "a" * 300 + ".pt", None, "cannot write", id="path-too-long"),
         pytest.param("", None, "expected a file name ending in", id="empty"),
         pytest.param(".", None, "expected a file name ending in", id="dot"),
-        pytest.param("a.pt/", Path.mkdir, "'a.pt' exists already: choose another name", id="slash"),
+        pytest.param("a.pt/", Path.mkdir, "'a.pt' exists already: remove it first", id="slash"),
         pytest.param("a.PT", None, "expected a file name ending in", id="capitals"),
     ],
 )
