@@ -43,11 +43,18 @@ def classifier_keys(
 
 
 def pointwise_convolutions(model: object) -> set[str]:
-    """Names of a model's convolutions of one tap, which can be linear classifiers; none of a state dict."""
+    """Names of a model's convolutions of one tap; none of a model whose last weight is not one's, or of a state dict.
+
+    Where they are classifiers, one of them comes last.
+    """
     from torch import nn
 
-    return {
+    if not isinstance(model, nn.Module):
+        return set()
+    weighted = [(name, module) for name, module in model.named_modules() if "weight" in module._parameters]
+    found = [
         name
-        for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
+        for name, module in weighted
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
-    }
+    ]
+    return set(found) if found and found[-1] == weighted[-1][0] else set()
