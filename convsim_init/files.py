@@ -189,6 +189,19 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
     return target
 
 
+def write_text(path: str | os.PathLike[str], text: str, *, suffixes: Sequence[str], overwrite: bool = False) -> Path:
+    """Write a text in UTF-8, whole or not at all.
+
+    Raises:
+        InputError: If the path cannot be written, as `check_target` says.
+        RunError: If writing fails; a file that was there is still there.
+    """
+    target = check_target(path, overwrite=overwrite, suffixes=suffixes)
+    with replacing(target, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that takes the target's place, synced, when the block ends well.

@@ -40,7 +40,6 @@ from convsim_init.settings import Settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
 NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
-NOT_FINITE = "left as it was: its weight holds infinities or NaN"
 
 
 @torch.no_grad()
@@ -265,12 +264,9 @@ def plan(
         report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
         if layer.obstacle is None:
             own, why = decided[layer.name]
-            bank = layer.bank(own.compared_channels)
-            obstacle = _obstacle(bank, own)
-            report = replace(report, outcome=Outcome.SKIPPED if obstacle else Outcome.PLANNED, reason=obstacle or why)
-            if not all_finite(bank):
-                report = replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
-            report = replace(report, channels=own.compared_channels)
+            channels = own.compared_channels
+            outcome, reason = _hindrance(layer.bank(channels), own) or (Outcome.PLANNED, why)
+            report = replace(report, outcome=outcome, reason=reason, channels=channels)
         reports.append(replace(report, reason=layer.explained(report.reason)))
     remarks = [*model_remarks(model, layers), *unknown]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
@@ -304,11 +300,10 @@ def _lower(
     channels = settings.compared_channels
     report = replace(report, channels=channels)
     bank = layer.bank(channels, device)
-    if not all_finite(bank):
-        return replace(report, outcome=Outcome.FAILED, reason=NOT_FINITE)
-    obstacle = _obstacle(bank, settings)
-    if obstacle:
-        return replace(report, reason=obstacle)
+    hindrance = _hindrance(bank, settings)
+    if hindrance is not None:
+        outcome, reason = hindrance
+        return replace(report, outcome=outcome, reason=reason)
     before, norms = measure_bank(bank, channels), filter_norms(bank)
     mask = layer.mask(channels, device)
     descent = descend(bank, settings, mask=mask, on_step=on_step)
@@ -347,6 +342,14 @@ def _lower(
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
     remark = ": ".join(filter(None, [why, within, difference])) or None
     return replace(report, outcome=outcome, reason=remark, before=before, after=after)
+
+
+def _hindrance(bank: Tensor, settings: Settings) -> tuple[Outcome, str] | None:
+    """What becomes of a layer with a bank ``[G, M, C, *kernel_size]`` that cannot be treated, and why."""
+    if not all_finite(bank):
+        return Outcome.FAILED, "left as it was: its weight holds infinities or NaN"
+    obstacle = _obstacle(bank, settings)
+    return (Outcome.SKIPPED, obstacle) if obstacle else None
 
 
 def _obstacle(bank: Tensor, settings: Settings) -> str | None:

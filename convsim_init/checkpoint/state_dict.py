@@ -15,7 +15,7 @@ from convsim_init.functional.bank import all_finite
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.memory import is_sharded
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.report.report import Report
+from convsim_init.report.report import Report, unmatched_pattern
 from convsim_init.report.text import alternatives, quoted, shown
 
 MODEL_PREFIX = "model."
@@ -67,10 +67,10 @@ def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[
     Raises:
         InputError: If a pattern matches no key.
     """
-    for pattern in exclude:
-        if not any(fnmatchcase(key, pattern) for key in entries):
-            among = alternatives(pattern, entries)
-            raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {among}")
+    pattern = unmatched_pattern("exclude", exclude, entries)
+    if pattern is not None:
+        among = alternatives(pattern, entries)
+        raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {among}")
     return {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
 
 

@@ -130,7 +130,6 @@ class ForwardWeight(Weight):
             return obstacle
         kind = type(self.module).__name__
         try:
-            self.choose_call()
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
             depends = describe_mismatch("class", used, self._given(self._noise()))  # it may be rounded anew

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from convsim_init.files import check_target, replacing
+from convsim_init.files import write_text
 from convsim_init.report.record import run_record
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, printable
@@ -120,11 +120,7 @@ def save_page(
         InputError: If the path cannot be written.
         RunError: If writing fails; a file that was there is still there.
     """
-    target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
-    text = page(report, pictures)
-    with replacing(target, overwrite=overwrite) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return target
+    return write_text(path, page(report, pictures), suffixes=SUFFIXES, overwrite=overwrite)
 
 
 def page(report: Report, pictures: Mapping[str, Mapping[str, str]]) -> str:

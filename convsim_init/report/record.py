@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from convsim_init.files import check_target, replacing
+from convsim_init.files import write_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__, installed_version
 
@@ -43,11 +43,8 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
         InputError: If the path cannot be written.
         RunError: If writing fails; a file that was there is still there.
     """
-    target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
     text = json.dumps(run_record(report), indent=1, allow_nan=False)
-    with replacing(target, overwrite=overwrite) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return target
+    return write_text(path, text + "\n", suffixes=SUFFIXES, overwrite=overwrite)
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -253,8 +253,17 @@ def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -
     Raises:
         InputError: With some of the layers that there are, and the nearest.
     """
+    pattern = unmatched_pattern(option, patterns, names)
+    if pattern is not None:
+        raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {alternatives(pattern, names)}")
+
+
+def unmatched_pattern(option: str, patterns: Sequence[str], names: Collection[str]) -> str | None:
+    """The first of these shell patterns that matches no name.
+
+    Raises:
+        InputError: If it is a string in place of a list of patterns.
+    """
     if isinstance(patterns, str):
         raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {alternatives(pattern, names)}")
+    return next((one for one in patterns if not any(fnmatchcase(name, one) for name in names)), None)
