@@ -12,11 +12,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import convsim_init as ci
 
 Start = Callable[[nn.Module, Tensor], object]
+Term = Callable[[nn.Module], Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,18 @@ class Arm:
     Attributes:
         about: In a few words.
         start: Changes the convolutions of a network in place, given inputs for training.
-        penalty: Weight of the Convolutional Similarity added to the loss.
-        normalized: Whether the penalty is the normalized similarity.
+        term: Given the network, what gives the term to add to the loss; None for no term.
+        weight: Factor on the term.
+        until: Share of the steps after which the term is left out.
+        decay: Factor on the optimizer's weight decay.
     """
 
     about: str
     start: Start = lambda model, images: None
-    penalty: float = 0.0
-    normalized: bool = False
+    term: Term | None = None
+    weight: float = 1.0
+    until: float = 1.0
+    decay: float = 1.0
 
 
 def draw_base(model: nn.Module, fan: str) -> None:
@@ -197,10 +203,84 @@ def he(model: nn.Module, images: Tensor, fan: str) -> None:
     draw_base(model, fan)
 
 
+@torch.no_grad()
+def scrambled(model: nn.Module, images: Tensor) -> None:
+    """Convsim's weights, the taps of every kernel in another order: its values and channels without its patterns."""
+    ci.initialize_(model)
+    for conv in convolutions(model):
+        taps = conv.weight.flatten(2)
+        conv.weight.copy_(taps.gather(2, torch.rand_like(taps).argsort(2)).view_as(conv.weight))
+
+
+@torch.no_grad()
+def assigned(model: nn.Module, images: Tensor) -> None:
+    """Convsim, but a 1x1 layer's filters keep one channel each, equally many a channel, as much of each as can be.
+
+    For filters of one norm no weights have less similarity over matched channels: with p the shares of the filters'
+    squared norms, [M, C], it goes with the sum over channels of (sum_i p_ic)^2 - sum_i p_ic^2, which is linear in each
+    filter's shares: the least is at a corner, one channel a filter, and there at equal numbers.
+    """
+    drawn = {conv: conv.weight.clone() for conv in convolutions(model) if conv.kernel_size == (1, 1)}
+    ci.initialize_(model)
+    for conv, weight in drawn.items():
+        rounds = -(-len(weight) // weight.shape[1])
+        squares = weight.flatten(1).square().repeat(1, rounds)  # each channel so many times
+        _, chosen = linear_sum_assignment(squares.numpy(), maximize=True)
+        channels = torch.as_tensor(chosen) % weight.shape[1]
+        conv.weight.copy_(with_norms_of(weight, weight * F.one_hot(channels, weight.shape[1])[:, :, None, None]))
+
+
+def natural(weight: Tensor) -> Tensor:
+    """Filters that are dissimilar for inputs of power 1/|f|^2: matched channels, L-BFGS, norms kept."""
+    sizes = [2 * size for size in weight.shape[2:]]  # room for every shift
+    frequencies = torch.meshgrid(*(torch.fft.fftfreq(size) for size in sizes), indexing="ij")
+    power = 1 / sum(f.square() for f in frequencies).clamp_min((0.5 / max(sizes)) ** 2)
+    free = weight.detach().clone().requires_grad_()
+    search = torch.optim.LBFGS([free], max_iter=30, line_search_fn="strong_wolfe")
+
+    def similarity() -> Tensor:
+        search.zero_grad()
+        maps = torch.fft.fft2(with_norms_of(weight, free), s=sizes).abs().square() * power / power.mean()
+        loss = (maps.sum(0).square() - maps.square().sum(0)).sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        search.step(similarity)
+    return free.detach()
+
+
+def similarity_term(model: nn.Module, normalized: bool = True) -> Callable[[], Tensor]:
+    """Convolutional Similarity, mean over layers if normalized."""
+    return ci.ConvolutionalSimilarity(model, normalized=normalized)
+
+
+def orthogonality_term(model: nn.Module, spectral: bool) -> Callable[[], Tensor]:
+    """Distance of each layer's Gram matrix of filters from the identity, summed (Bansal et al., arXiv 1810.09102).
+
+    Squared and by Frobenius norm ("soft"), or by spectral norm after two steps of the power method (SRIP).
+    """
+
+    def distance(conv: nn.Conv2d) -> Tensor:
+        filters = conv.weight.flatten(1)
+        excess = filters @ filters.T - torch.eye(len(filters), device=filters.device)
+        if not spectral:
+            return excess.square().sum()
+        vector = torch.ones(len(filters), device=filters.device)
+        for _ in range(2):
+            vector = F.normalize(excess @ vector, dim=0)
+        return (excess @ vector).norm()
+
+    return lambda: torch.stack([distance(conv) for conv in convolutions(model)]).sum()
+
+
 LONG = ci.Settings(steps=200, tolerance=0)
 orthogonal = _each(lambda weight: nn.init.orthogonal_(torch.empty(weight.shape)))
 matched_channels = partial(convsim, settings=ci.Settings(channels="matched"))
 all_channels = partial(convsim, settings=ci.Settings(channels="all"))
+raw_similarity = partial(similarity_term, normalized=False)
+soft = partial(orthogonality_term, spectral=False)
+srip = partial(orthogonality_term, spectral=True)
 
 ARMS: dict[str, Arm] = {
     "base": Arm("He's normal distribution"),
@@ -219,9 +299,24 @@ ARMS: dict[str, Arm] = {
     "convsim, not 1x1": Arm("1×1 layers left as they are", partial(convsim, ones=False)),
     "paper": Arm("about norms: the paper's recipe, 100 steps", partial(convsim, settings=ci.Settings.paper())),
     "paper, rescaled": Arm("the paper's recipe at the base's norms", paper_rescaled),
-    "regularizer": Arm("normalized similarity added to the loss, weight 1", penalty=1.0, normalized=True),
-    "regularizer, raw": Arm("raw similarity added to the loss, weight 0.001", penalty=1e-3),
-    "convsim, regularizer": Arm("both", convsim, penalty=1.0, normalized=True),
+    "convsim, scrambled": Arm("control: convsim's kernels, the taps of each in another order", scrambled),
+    "convsim, assigned 1x1": Arm("1×1 layers by assignment in place of a descent", assigned),
+    "natural spectrum": Arm("similarity for inputs of power 1/|f|²", _each(natural)),
+    "regularizer": Arm("normalized similarity added to the loss, weight 1", term=similarity_term),
+    "regularizer, 0.1": Arm("the same, weight 0.1", term=similarity_term, weight=0.1),
+    "regularizer, 10": Arm("the same, weight 10", term=similarity_term, weight=10),
+    "regularizer, first third": Arm("the same, weight 1, in the first third", term=similarity_term, until=1 / 3),
+    "regularizer, raw": Arm("raw similarity added to the loss, weight 0.001", term=raw_similarity, weight=1e-3),
+    "convsim, regularizer": Arm("both", convsim, similarity_term),
+    "convsim, regularizer, 0.1": Arm("both, weight 0.1", convsim, similarity_term, weight=0.1),
+    "soft orthogonality, 0.001": Arm("as a term of the loss", term=soft, weight=1e-3),
+    "soft orthogonality, 0.01": Arm("the same, weight 0.01", term=soft, weight=1e-2),
+    "soft orthogonality, 0.1": Arm("the same, weight 0.1", term=soft, weight=1e-1),
+    "SRIP, 0.001": Arm("as a term of the loss", term=srip, weight=1e-3),
+    "SRIP, 0.01": Arm("the same, weight 0.01", term=srip, weight=1e-2),
+    "SRIP, 0.1": Arm("the same, weight 0.1", term=srip, weight=1e-1),
+    "base, a tenth of the decay": Arm("weight decay of 0.005 with AdamW", decay=0.1),
+    "base, ten times the decay": Arm("weight decay of 0.5 with AdamW", decay=10),
     "PyTorch's default": Arm("about norms: what `nn.Conv2d` draws", pytorch_default),
     "fan in": Arm("about norms: He's distribution, fan in", partial(he, fan="fan_in")),
     "fan out": Arm("about norms: He's distribution, fan out, as in torchvision's ResNets", partial(he, fan="fan_out")),

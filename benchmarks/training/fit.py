@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import convsim_init as ci
 from benchmarks.training.arms import Arm, draw_base
 from benchmarks.training.tasks.data import Data
 
@@ -45,16 +44,17 @@ def fit(
     inputs = data.augment(data.images[:STATISTICS], distortion)
     torch.manual_seed(10_000 + seed)
     arm.start(model.train(), inputs)
-    term = ci.ConvolutionalSimilarity(model, normalized=arm.normalized) if arm.penalty else None
+    term = arm.term(model) if arm.term is not None else None
     algorithm = OPTIMIZERS[optimizer](decayed_apart(model), lr=rate)
+    algorithm.param_groups[0]["weight_decay"] *= arm.decay
     accuracies, batches, wanted = [], batches_of(len(data.images), batch, order), points(steps)
     for step in range(steps):
         for group in algorithm.param_groups:
             group["lr"] = rate * schedule(step / steps)
         chosen = next(batches).to(data.images.device)
         loss = F.cross_entropy(model(data.augment(data.images[chosen], distortion)), data.labels[chosen])
-        if term is not None:
-            loss = loss + arm.penalty * term()
+        if term is not None and step < arm.until * steps:
+            loss = loss + arm.weight * term()
         if not math.isfinite(loss.item()):
             break
         algorithm.zero_grad()

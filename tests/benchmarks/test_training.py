@@ -1,5 +1,6 @@
 """The training benchmark's parts: what its numbers rest on."""
 
+import copy
 import csv
 import importlib
 import math
@@ -17,7 +18,7 @@ import convsim_init as ci
 
 pytest.importorskip("sklearn")
 
-from benchmarks.training.arms import ARMS, Arm, convolutions, draw_base, signed_permutations
+from benchmarks.training.arms import ARMS, Arm, convolutions, draw_base, natural, signed_permutations, with_norms_of
 from benchmarks.training.fit import OPTIMIZERS, batches_of, decayed_apart, fit, points, schedule
 from benchmarks.training.networks import NETWORKS
 from benchmarks.training.records import Case, Record, Records
@@ -233,7 +234,7 @@ def test_arms_change_filters_and_keep_their_norms(name):
     before = [conv.weight.detach().clone() for conv in convolutions(model)]
     ARMS[name].start(model, torch.randn(64, 1, 16, 16))
     after = [conv.weight.detach() for conv in convolutions(model)]
-    same = name in {"base", "regularizer", "regularizer, raw"}
+    same = name.startswith(("base", "regularizer", "soft", "SRIP"))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == same
     norms, old = ([weight.flatten(1).norm(dim=1) for weight in weights] for weights in (after, before))
     kept = all(torch.allclose(n, o, rtol=1e-4) for n, o in zip(norms, old, strict=True))
@@ -389,8 +390,69 @@ def test_inputs_are_made_anew_for_every_batch_and_alike_for_every_arm():
     assert [noise.sum().item() for noise in seen] == made
 
 
-def test_a_penalty_counts():
-    assert run(Arm("", penalty=100.0, normalized=True)) != run(ARMS["base"])
+@pytest.mark.parametrize("name", ["regularizer", "regularizer, first third", "soft orthogonality, 0.01", "SRIP, 0.01"])
+def test_a_term_of_the_loss_counts(name):
+    assert run(replace(ARMS[name], weight=100.0)) != run(ARMS["base"])
+
+
+def test_a_term_counts_only_as_long_as_it_is_wanted():
+    assert run(replace(ARMS["regularizer"], weight=100.0, until=0.0)) == run(ARMS["base"])
+
+
+def test_orthogonality_is_lost_by_its_definition():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.Conv2d(3, 3, 1, bias=False))
+    excesses = [conv.weight.flatten(1) @ conv.weight.flatten(1).T - torch.eye(3) for conv in model]
+    soft = ARMS["soft orthogonality, 0.01"].term(model)
+    torch.testing.assert_close(soft(), sum(excess.square().sum() for excess in excesses))
+    spectral = sum(torch.linalg.matrix_norm(excess, 2) for excess in excesses)
+    assert 0.5 * spectral < ARMS["SRIP, 0.01"].term(model)() <= 1.001 * spectral
+    for conv in model:
+        nn.init.orthogonal_(conv.weight)
+    assert soft() < 1e-8
+
+
+def test_an_assignment_is_the_least_similarity_of_a_1x1_layer():
+    for filters, channels in [(8, 8), (4, 9), (12, 4)]:
+        model = nn.Conv2d(channels, filters, 1)
+        with torch.no_grad():
+            model.weight.copy_(with_norms_of(torch.ones_like(model.weight), model.weight))  # norms of one value
+        before = model.weight.detach().clone()
+        norms = before.flatten(1).norm(dim=1)
+        ARMS["convsim, assigned 1x1"].start(nn.Sequential(model), torch.empty(0))
+        assert ((model.weight != 0).flatten(1).sum(1) == 1).all()
+        torch.testing.assert_close(model.weight.flatten(1).norm(dim=1), norms)
+        found, lowered = (float(ci.convolutional_similarity(w)) for w in (model.weight.detach(), ci.convsim_(before)))
+        assert found <= lowered + 1e-5
+        load = filters / channels
+        assert found == pytest.approx(max(0.0, filters * (load - 1)) / 2 * float(norms[0]) ** 4, abs=1e-4)
+
+
+def test_a_scrambled_kernel_keeps_its_values():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    lowered = copy.deepcopy(model)
+    ci.initialize_(lowered)
+    ARMS["convsim, scrambled"].start(model, torch.empty(0))
+    kernels, other = model[0].weight.flatten(2), lowered[0].weight.flatten(2)
+    assert not torch.equal(kernels, other)
+    assert torch.equal(kernels.sort(2).values, other.sort(2).values)
+
+
+def test_similarity_for_natural_inputs_falls_by_its_own_measure():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 2, 3, 3)
+    frequency = torch.fft.fftfreq(6)
+    power = 1 / (frequency[:, None] ** 2 + frequency**2).clamp_min((0.5 / 6) ** 2)
+
+    def measured(filters):
+        maps = torch.fft.fft2(filters, s=(6, 6))
+        pairs = torch.einsum("ichw,jchw->ijchw", maps, maps.conj()).abs() * power
+        return float(pairs.square().sum() - pairs.diagonal().square().sum())
+
+    found = natural(weight)
+    found = with_norms_of(weight, found)
+    assert measured(found) < 0.6 * measured(weight)
+    assert measured(found) < measured(ci.convsim_(weight.clone(), settings=ci.Settings(channels="matched")))
 
 
 def test_a_run_that_diverges_counts_as_guessing():

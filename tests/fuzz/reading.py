@@ -31,7 +31,7 @@ import torch
 from seeds import HEAD, KINDS, TENSORS, seeds, write_distributed
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-MORE_MEMORY = 256 * 1024  # KiB that all runs together may take beyond the first ones
+MORE_MEMORY = 64 * 1024  # KiB that all runs together may take beyond the first ones; no file is larger than 64 KiB
 BESIDE = 20_000  # bytes of files beside an index
 peak = 0
 runs = 0
