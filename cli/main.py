@@ -22,6 +22,7 @@ from .signals import DONE, FAILED, WRONG_USAGE, Terminated, exit_on_signal, fail
 if _interrupt is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupt)
 with exit_on_signal():  # from here on a signal shows no traceback, so nothing that takes long comes before
+    import errno
     import os
     from collections.abc import Iterator, Sequence
     from contextlib import contextmanager, redirect_stdout
@@ -113,6 +114,9 @@ for other in (inspect, compare, verify, list_models, env, completion):
     cli.add_command(by_one_rank(other))
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
     try:
@@ -156,4 +160,6 @@ def _run(arguments: Sequence[str]) -> int:
             return fail(str(error), WRONG_USAGE)
         if isinstance(error, RunError):
             return fail(str(error), FAILED)
+        if isinstance(error, OSError) and error.errno in FULL:  # what is written to files is told by RunError
+            return fail(f"could not write to stdout: {error.strerror}; send it elsewhere", FAILED)
         return fail(f"{type(error).__name__}: {error} (--debug shows where)", FAILED)

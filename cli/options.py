@@ -18,6 +18,7 @@ from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
+from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.report.text import PATH, shown, some
 
 from .completion import complete_models
@@ -144,8 +145,8 @@ key_option = click.option(
 
 
 def is_file(spec: str) -> bool:
-    """Whether it names a checkpoint, a file or a folder, and not a model."""
-    return is_source(spec)
+    """Whether it names a checkpoint, a file or a folder, and not a model; a built-in's folder is written ./resnet18."""
+    return spec not in MODELS and is_source(spec)
 
 
 def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from string import Formatter
 
 from convsim_init.errors import InputError
-from convsim_init.files import is_source
 from convsim_init.report.text import PATH, shown
+
+from .options import is_file
 
 MAX_SEED = 2**63 - 1  # that torch takes
 MAX_SEEDS = 100_000  # in one command
@@ -126,7 +127,7 @@ def file_safe(model: str) -> str:
 
     The last part of a path counts, without its suffix; letters, digits, ``._-`` stay.
     """
-    if is_source(model):
+    if is_file(model):
         text = Path(model).name.partition(".")[0] if model.endswith(".tar") else Path(model).stem
     else:
         place, colon, name = model.rpartition(":")
@@ -138,7 +139,7 @@ def _check_apart(runs: Sequence[Run]) -> None:
     (model, _), times = Counter((run.model, run.seed) for run in runs).most_common(1)[0]
     if times > 1:
         raise InputError(f"expected each MODEL once, got {model!r} {times} times: name it once")
-    sources = {os.path.realpath(run.model) for run in runs if is_source(run.model)}
+    sources = {os.path.realpath(run.model) for run in runs if is_file(run.model)}
     writers: dict[str, Run] = {}
     for run in runs:
         for path in run.files.values():

@@ -106,20 +106,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffi
             file, or it exists and may not be replaced.
     """
     target = _with_suffix(path, suffixes)
-    try:
-        real = _real(target)
-        folder = str(real.parent)
-        if not real.parent.is_dir():
-            raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
-        mode = real.lstat().st_mode
-    except FileNotFoundError:
+    mode = _mode_at(target)
+    if mode is None:
         return target
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
     if stat.S_ISDIR(mode):
         raise InputError(f"expected a file to write, got the folder {str(target)!r}: name a file in it")
     if not stat.S_ISREG(mode):
@@ -180,10 +169,7 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
         InputError: If the folder around it is missing or read-only, or something is there already.
     """
     target = Path(path)
-    around = _real(target).parent
-    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
-        raise InputError(f"expected a folder that can be written to, got {str(around)!r}: choose another")
-    if os.path.lexists(target):
+    if _mode_at(target) is not None or target.is_symlink():
         advice = "remove it first: a whole folder is not replaced" if overwrite else "choose another name"
         raise ExistsError(f"{str(target)!r} exists already: {advice}")
     return target
@@ -248,6 +234,24 @@ def _rename_to_free_name(path: Path, new: Path) -> None:
             raise FileExistsError from error
         # A file system without hard links. A file made since the line above is replaced.
         path.rename(new)
+
+
+def _mode_at(target: Path) -> int | None:
+    """The mode of what a path that is to be written leads to; None if nothing is there, but could be."""
+    try:
+        real = _real(target)
+        folder = str(real.parent)
+        if not real.parent.is_dir():
+            raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
+        return real.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
 
 
 def _exists(target: Path) -> ExistsError:

@@ -69,7 +69,16 @@ def test_a_folder_that_is_there_is_not_replaced(command, tmp_path):
     status, _, err = command("cifar_resnet18", *QUICK, "--out", "other/")
     assert (status, "expected a model of timm or transformers" in err) == (2, True)
     status, _, err = command("timm:resnet10t", *QUICK, "--out", "missing/net/")
-    assert (status, "expected a folder that can be written to" in err) == (2, True)
+    assert (status, "expected an existing folder to write to" in err) == (2, True)
+
+
+def test_a_built_in_model_is_not_its_folder(command, tmp_path):
+    pytest.importorskip("timm")
+    assert command("timm:resnet18", *QUICK, "--out", "resnet18/")[0] == 0
+    status, _, err = command("resnet18", "--num-classes", "7", "--dry-run")
+    assert (status, err) == (0, "")
+    status, _, err = command("./resnet18", "--num-classes", "7", "--dry-run")
+    assert (status, "a file has its weights already" in err) == (2, True)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
