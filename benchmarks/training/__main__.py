@@ -29,9 +29,9 @@ from benchmarks.machine import cpu_name
 from benchmarks.training.arms import ARMS
 from benchmarks.training.fit import OPTIMIZERS, fit
 from benchmarks.training.networks import NETWORKS
-from benchmarks.training.pictures import draw
+from benchmarks.training.pictures import draw, draw_lengths
 from benchmarks.training.records import Case, Record, Records
-from benchmarks.training.summary import comparisons, rows_of, table
+from benchmarks.training.summary import BASE, OURS, comparisons, rows_of, table
 from benchmarks.training.tasks import TASKS, Task, cifar_task
 from benchmarks.training.tasks.data import Data
 from convsim_init.devices import describe_environment
@@ -176,8 +176,19 @@ def write(records: Records, folder: Path) -> None:
             lines += table(runs, case, rate)
         if rows:
             draw(runs, case, folder / f"{case.file_name}.png")
+    for several in of_several_lengths(runs):
+        draw_lengths(runs, several, folder / f"{several[0].file_name}-and-longer.png")
     (folder / "training.md").write_text("\n".join(lines))
     print("\n".join(lines))
+
+
+def of_several_lengths(runs: list[Record]) -> list[list[Case]]:
+    """The cases that differ in nothing but steps and have runs of base and convsim, the shortest first."""
+    groups: dict[Case, list[Case]] = {}
+    for case in sorted({run.case for run in runs}):
+        if {BASE, OURS} <= {row.arm for row in rows_of(runs, case)[1]}:
+            groups.setdefault(replace(case, steps=0), []).append(case)
+    return [cases for cases in groups.values() if len(cases) > 1]
 
 
 def on_device(data: Data, device: str) -> Data:

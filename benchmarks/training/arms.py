@@ -235,7 +235,7 @@ def natural(weight: Tensor) -> Tensor:
     sizes = [2 * size for size in weight.shape[2:]]  # room for every shift
     frequencies = torch.meshgrid(*(torch.fft.fftfreq(size) for size in sizes), indexing="ij")
     power = 1 / sum(f.square() for f in frequencies).clamp_min((0.5 / max(sizes)) ** 2)
-    free = weight.detach().clone().requires_grad_()
+    free = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     search = torch.optim.LBFGS([free], max_iter=30, line_search_fn="strong_wolfe")
 
     def similarity() -> Tensor:

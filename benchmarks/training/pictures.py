@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.training.fit import points
 from benchmarks.training.records import Case, Record
-from benchmarks.training.summary import BASE, rows_of, standard_error
+from benchmarks.training.summary import BASE, OURS, rows_of, standard_error
 
-CURVES = (BASE, "convsim", "one channel", "orthogonal", "patch-whitened", "convsim, matched channels")
+CURVES = (BASE, OURS, "one channel", "orthogonal", "patch-whitened", "convsim, matched channels")
 
 
 def draw(records: list[Record], case: Case, path: Path) -> None:
@@ -33,6 +33,23 @@ def draw(records: list[Record], case: Case, path: Path) -> None:
         right.set_yticks(range(len(compared)), [row.arm for row in compared])
         right.set(xlabel="final accuracy over the base, points, 95 % interval")
         figure.suptitle(str(case))
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def draw_lengths(records: list[Record], cases: list[Case], path: Path) -> None:
+    """Write one picture of runs of several lengths side by side: base and convsim, each gain above its panel."""
+    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "convsim"}):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+        for axes, case in zip(panels, cases, strict=True):
+            rows = {row.arm: row for row in rows_of(records, case)[1]}
+            for arm in (BASE, OURS):
+                _curve(axes, arm, rows[arm].runs, points(case.steps))
+            gain = rows[OURS].gain
+            assert gain is not None
+            axes.set(xlabel="steps", title=f"{case.steps} steps: {gain.mean:+.1f} ± {gain.half:.1f} points")
+        panels[0].set_ylabel("test accuracy, %, mean ± standard error")
+        panels[0].legend(frameon=False)
         figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

@@ -229,7 +229,7 @@ ABOUT_NORMS |= {f"convsim, {which}unit variance" for which in ("", "matched chan
 @pytest.mark.parametrize("name", ARMS)
 def test_arms_change_filters_and_keep_their_norms(name):
     torch.manual_seed(0)
-    model = NETWORKS["resnet"](1, 10, 0.5)
+    model = NETWORKS["resnet"](1, 10, 0.5).to(memory_format=torch.channels_last)  # as the trainer has it
     draw_base(model, "fan_out")
     before = [conv.weight.detach().clone() for conv in convolutions(model)]
     ARMS[name].start(model, torch.randn(64, 1, 16, 16))

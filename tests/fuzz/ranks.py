@@ -85,8 +85,8 @@ def one(path: Path, delay: float, rank: int) -> tuple[int | None, float, float, 
         try:
             time.sleep(delay)
             ranks = children(process.pid)
-            used = sum(cpu_time(each) or 0.0 for each in (process.pid, *ranks))
-            if len(ranks) < 2 or process.poll() is not None:
+            used = [cpu_time(each) for each in (process.pid, *ranks)]
+            if len(ranks) < 2 or None in used:
                 return None
             os.kill(ranks[rank], signal.SIGKILL)
             killed = time.perf_counter()
@@ -100,7 +100,7 @@ def one(path: Path, delay: float, rank: int) -> tuple[int | None, float, float, 
         seconds = time.perf_counter() - killed
         left = sum(cpu_time(each) is not None for each in ranks)
         stderr.seek(0)
-        return status, seconds, max(0.0, used_by_children() - before - used), stderr.read(), left
+        return status, seconds, max(0.0, used_by_children() - before - sum(filter(None, used))), stderr.read(), left
 
 
 def children(process: int) -> list[int]:
