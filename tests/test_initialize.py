@@ -104,7 +104,7 @@ def test_a_weight_that_is_no_parameter_is_skipped():
     module.register_buffer("weight", weight)
     (layer,) = ci.initialize_(module, settings=QUICK).layers
     assert layer.outcome is ci.Outcome.SKIPPED
-    assert "no parameter" in layer.reason
+    assert layer.reason == "its weight is a buffer, which is not trained"
 
 
 def test_zero_filters():

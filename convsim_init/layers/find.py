@@ -106,10 +106,16 @@ def find_layers(
     return layers
 
 
-def used_weight(module: _ConvNd, owner: nn.Module | None = None) -> Weight:
-    """The weight that a convolution's forward pass uses, or that of the module around it, its owner."""
+def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "") -> Weight:
+    """The weight that a convolution's forward pass uses, or that of the module around it, its owner.
+
+    Args:
+        module: The convolution.
+        owner: Module with a forward pass that it is in; None for none.
+        name: Name of the convolution in it.
+    """
     weight = stored_weight(module)
-    if owner is not None and (within := weight_within(owner, module, weight)) is not None:
+    if owner is not None and (within := weight_within(owner, name, module, weight)) is not None:
         return within
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
     needs_trial = has_forward_of_its_own(module) or hooked
@@ -153,8 +159,11 @@ def _module_layers(model: nn.Module) -> list[Layer]:
         if name.startswith(within):
             continue
         if isinstance(module, _ConvNd):
-            owner = owners.get(name.rpartition(".")[0]) if name else None
-            weight, kind = used_weight(module, owner), type(module).__name__
+            above = name.rpartition(".")[0]
+            while isinstance(owners.get(above), (nn.ModuleList, nn.ModuleDict)) and above:
+                above = above.rpartition(".")[0]
+            owner, inner = owners[above] if name else None, name[len(above) :].lstrip(".")
+            weight, kind = used_weight(module, owner, inner), type(module).__name__
             layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
             layer.strides = math.prod(module.stride)
             layers.append(layer)

@@ -1,19 +1,22 @@
 """Which channels are compared: it depends on whether a normalization follows before another layer.
 
-That is told by a symbolic trace of the model (`torch.fx`), which needs no input. Traced is a copy on the meta
-device without hooks, so that nothing of the model itself is run or changed. Where the whole cannot be
-traced its parts are, one by one; of a layer whose output leaves such a part nothing is known.
+That is told by a symbolic trace of the model (`torch.fx`), which needs no input; arguments with a default have
+it. Traced is a copy on the meta device without hooks, so that nothing of the model itself is changed. Where the
+whole cannot be traced its parts are, one by one; of a layer whose output leaves such a part nothing is known.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import permutations
 from types import MethodType
 from typing import Any
 
@@ -26,14 +29,20 @@ from torch.nn.parameter import is_lazy
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.trial import LIVE, random_states
+from convsim_init.layers.trial import LIVE, copied, random_states
 from convsim_init.settings import Settings
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-NORMALIZING = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}  # names of functions
+NAMED = re.compile(r"(?<!No)Norm(alization)?(?![a-z]|Free)")  # such as LayerNorm2d, but no NormalNoise
+NORMALIZING = {f"{kind}_norm" for kind in ("batch", "layer", "group", "instance", "rms")}  # names of functions
+NORMALIZING |= {"native_batch_norm", "native_layer_norm", "native_group_norm", "normalize"}
+STATISTICS = {"var", "std", "var_mean", "std_mean", "sqrt", "rsqrt", "norm", "vector_norm"}
+SCALING = {"mul", "multiply", "div", "divide", "truediv", "true_divide"}
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 SHAPE = {"size", "dim", "shape", "ndim"}  # what is asked of a tensor without its values
 USING = {"linear", "bilinear", *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))}
+LONGEST = 20_000  # calls in a trace
 NOT_NORMALIZED = "channels all: no normalization follows"
 NOT_TOLD = "channels matched: whether a normalization follows could not be told"
 
@@ -88,20 +97,20 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have no data, without hooks; what is no part of the model it shares with it."""
+    """A copy whose tensors have no data, without hooks; attributes that cannot be copied it shares with the model."""
     memo: dict[int, Any] = {}
-    for part in model.modules():
+    parts = list(model.modules())
+    for part in parts:
         for name, value in vars(part).items():
             if "hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()
-            elif isinstance(value, torch.Generator):
-                memo[id(value)] = value.clone_state()
-            elif not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)):
-                memo[id(value)] = value
         for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
             if isinstance(tensor, Tensor) and not is_lazy(tensor):
                 empty = torch.empty_like(tensor, device="meta")
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    for value in (value for part in parts for value in vars(part).values()):
+        if not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)) and id(value) not in memo:
+            memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
     for part in clone.modules():
         vars(part)["training"] = False
@@ -111,8 +120,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _followed(part: nn.Module, path: str, *, whole: bool) -> Iterator[tuple[str, bool]]:
     """The convolutions of a part of the model of which it is known, by their names; and whether one follows."""
     try:
-        nodes = list(_Tracer().trace(part).nodes)
-    except Exception:  # of any kind: what its code does with values that are not there
+        nodes = list(_Tracer().trace(part, _defaults(part) if whole else None).nodes)
+    except (Exception, SystemExit):  # of any kind: what its code does with values that are not there
         for name, child in part.named_children():
             yield from _followed(child, f"{path}{name}.", whole=False)
         return
@@ -143,14 +152,48 @@ def _end(node: fx.Node, part: nn.Module, *, whole: bool) -> set[bool | None]:
             return {False}
         inner = any(isinstance(one, USERS) for one in module.modules())
         return {True} if _is_normalization(module) else {None} if inner else set()
-    name = getattr(node.target, "__name__", node.target)
-    return {True} if name in NORMALIZING else {False} if name in USING else set()
+    name = _name(node)
+    if name in NORMALIZING or (name in SCALING and _scales_by_a_statistic(node)):
+        return {True}
+    learned = name in PRODUCTS and any(one.op == "get_attr" for one in _origins(node))
+    return {False} if learned or name in USING else set()
+
+
+def _scales_by_a_statistic(node: fx.Node) -> bool:
+    """Whether one factor is a statistic of what the other is computed from, as in ``x / x.std()``."""
+    factors = [_origins(one) for one in node.all_input_nodes]
+    return any(
+        any(_name(origin) in STATISTICS for origin in one) and one & other for one, other in permutations(factors, 2)
+    )
+
+
+def _origins(node: fx.Node) -> set[fx.Node]:
+    """What a value is computed from by functions, itself among it, back to the modules and weights that begin it."""
+    found, pending = {node}, [node]
+    for one in pending:
+        if one.op in ("call_function", "call_method") and _name(one) not in USING:
+            new = {before for before in one.all_input_nodes if before.op != "placeholder"} - found
+            found |= new
+            pending += new
+    return found
+
+
+def _name(node: fx.Node) -> object:
+    return getattr(node.target, "__name__", node.target)
+
+
+def _defaults(part: nn.Module) -> dict[str, Any]:
+    """The arguments of a forward pass that have a plain default, with it."""
+    parameters = inspect.signature(part.forward).parameters.values()
+    return {one.name: one.default for one in parameters if isinstance(one.default, (bool, int, float, str, type(None)))}
 
 
 def _is_normalization(module: nn.Module) -> bool:
     """Whether it is a normalization of PyTorch or, by its name, of somebody else."""
-    named = "Norm" in type(module).__name__ and not any(isinstance(one, _ConvNd) for one in module.modules())
-    return isinstance(module, NORMALIZATIONS) or (named and not isinstance(module, nn.LocalResponseNorm))
+    if isinstance(module, (nn.LocalResponseNorm, nn.Identity)):
+        return False
+    named = NAMED.search(type(module).__name__) and not any(isinstance(one, USERS) for one in module.modules())
+    return isinstance(module, NORMALIZATIONS) or bool(named)
 
 
 class _Tracer(fx.Tracer):
@@ -159,6 +202,12 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note a call; a trace of too many ends, which may be a loop without end."""
+        if len(self.graph.nodes) > LONGEST:
+            raise RuntimeError(f"more than {LONGEST} calls")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether what happens inside it is of no interest."""

@@ -14,12 +14,9 @@ from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.standardized import forward_names
-from convsim_init.layers.trial import CONVOLUTIONS
+from convsim_init.layers.standardized import CALLS, forward_names
 from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
-
-CALLS = {call.__name__ for call in CONVOLUTIONS}
 
 
 def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:

@@ -7,7 +7,9 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,20 +17,28 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
+from convsim_init.layers.trial import (
+    CONVOLUTIONS,
+    Call,
+    NoConvolutionError,
+    convolution_calls,
+    weight_given_to_convolution,
+)
 from convsim_init.layers.weights import (
     KERNEL_RANKS,
     Weight,
     backup_tensors,
     describe_mismatch,
     has_unknown_hook,
+    is_random,
     stored_weight,
     to_float64,
 )
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("forward", "_conv_forward")
-LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
+CALLS = {call.__name__ for call in CONVOLUTIONS}
+ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
 
 
 def has_forward_of_its_own(module: _ConvNd) -> bool:
@@ -41,8 +51,42 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
 
 def forward_names(module: nn.Module) -> set[str]:
     """The names of attributes and functions in the code of a module's forward pass."""
-    code = getattr(getattr(type(module), "forward", None), "__code__", None)
-    return set(getattr(code, "co_names", ()))
+    return {name for code in _forward_code(module) for name in code.co_names}
+
+
+def _forward_code(module: nn.Module) -> list[CodeType]:
+    """The code of a forward pass, of the functions in it, and of the module's methods and functions that it names."""
+    found: list[CodeType] = []
+    pending = [getattr(type(module), "forward", None)]
+    for function in pending:
+        code = getattr(function, "__code__", None)
+        if code is None or code in found:
+            continue
+        inner = [code]
+        for one in inner:
+            inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+            for name in one.co_names:
+                known = getattr(type(module), name, None) or getattr(function, "__globals__", {}).get(name)
+                if getattr(known, "__module__", None) == getattr(function, "__module__", None):
+                    pending.append(known)
+        found += inner
+    return found
+
+
+def _reads_weight(owner: nn.Module, name: str) -> bool:
+    """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
+
+    Its dtype, device and shape do not count. What is read of a variable may be of any, if a convolution is called.
+    """
+    any_of_them = bool(CALLS & forward_names(owner))
+    others = dict(owner.named_children()).keys() - {name}
+    for code in _forward_code(owner):
+        steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname != "CACHE"]
+        for (_, before), (opcode, attribute), (_, after) in zip(steps, steps[1:], steps[2:], strict=False):
+            read = attribute == "weight" and opcode.startswith("LOAD") and after not in ASKED
+            if read and (before == name or (any_of_them and before not in others)):
+                return True
+    return False
 
 
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
@@ -64,10 +108,17 @@ def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
         return None
 
 
-def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight) -> ForwardWeight | None:
+def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) -> ForwardWeight | None:
     """The weight of a convolution as the module around it uses it, where that does more than to call it.
 
-    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells.
+    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells. Where that
+    cannot be made, and the code reads the weight, its `ForwardWeight.obstacle` says so.
+
+    Args:
+        owner: Module with a forward pass around the convolution.
+        name: Name of the convolution in it.
+        module: The convolution.
+        stored: Weight that it holds.
     """
     if "weight" not in forward_names(owner) and not has_unknown_hook(owner):
         return None
@@ -75,7 +126,7 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight) -> ForwardW
     try:
         return None if weight.is_stored() else weight
     except Exception:  # whatever its own code raises at an input that is not what it is made for
-        return None
+        return weight if _reads_weight(owner, name) else None
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -111,6 +162,7 @@ class ForwardWeight(Weight):
         self._mask = stored.mask
         self._centred, self._known = False, True
         self._index: int | None = None
+        self.call: Call | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -133,13 +185,13 @@ class ForwardWeight(Weight):
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
             depends = describe_mismatch("class", used, self._given(self._noise()))  # it may be rounded anew
-            spread = torch.linalg.vector_norm(to_float64(used - self._given(redraw=True)))
+            random = is_random(used, self._given(redraw=True))
         except Exception as error:  # whatever the class's own code raises
             text = " ".join(str(error).split())
             return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
         if depends and not used.isnan().any():
             return f"the weight that {kind} uses depends on its input"
-        if spread > LARGEST_SPREAD * torch.linalg.vector_norm(to_float64(used)):
+        if random:
             return f"the weight that {kind} uses is random, in evaluation mode too"
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
@@ -162,7 +214,7 @@ class ForwardWeight(Weight):
         made = [call for call in same if self._sources() & _leaves(call.weight)]
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
-        chosen = (made or same)[0]
+        self.call = chosen = (made or same)[0]
         self._index = [call is chosen for call in same].index(True)
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self._sources() | {id(one) for one in parameters}

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import random
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -108,11 +109,16 @@ def weight_given_to_convolution(
         if probe is not None:
             stored.data.copy_(probe)
         if redraw:
-            random.random(), np.random.random(), torch.rand(1, device=stored.device)
+            draw_numbers(stored.device)
         module(x)
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
     return capture.calls[index].weight
+
+
+def draw_numbers(device: torch.device) -> None:
+    """Move the random states on."""
+    random.random(), np.random.random(), torch.rand(1, device=device)
 
 
 @contextmanager
@@ -125,14 +131,15 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
-    with LIVE, random_states(tensors):
+    with LIVE, random_states(tensors), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
         noted = [_noted(tensor) for tensor in tensors]
         try:
             memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
             for part in parts:
-                vars(part).update({name: _copied(value, memo) for name, value in vars(part).items()})
+                vars(part).update({name: copied(value, memo) for name, value in vars(part).items()})
                 vars(part)["training"] = False
             vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
             yield
@@ -178,7 +185,7 @@ def _tensors(part: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of an attribute, but for the modules and tensors in the memo; itself where it cannot be copied."""
     if isinstance(value, torch.Generator):
         return value.clone_state()
@@ -186,10 +193,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, dict(memo))
     except Exception:  # of any kind: a lock, an open file, a tensor that was computed
         if isinstance(value, dict):
-            copied = copy.copy(value)
-            copied.update({key: _copied(one, memo) for key, one in value.items()})
-            return copied
-        return [_copied(one, memo) for one in value] if type(value) is list else value
+            twin = copy.copy(value)
+            twin.update({key: copied(one, memo) for key, one in value.items()})
+            return twin
+        return [copied(one, memo) for one in value] if type(value) is list else value
 
 
 @contextmanager

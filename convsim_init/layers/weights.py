@@ -15,9 +15,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from convsim_init.layers.memory import is_sharded, overlaps_itself
-from convsim_init.layers.trial import isolated, random_states
+from convsim_init.layers.trial import draw_numbers, isolated, random_states
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
+LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -67,8 +68,10 @@ class Weight:
             return "its entries share memory, as after expand(): clone it first"
         if not read_only and any(s.is_inference() for s in self.sources) and not torch.is_inference_mode_enabled():
             return "made under torch.inference_mode, and cannot be changed outside of it: make it outside"
-        if self._trained and not read_only and not any(source.requires_grad for source in self.sources):
-            return "frozen: requires_grad is False"
+        frozen = [source for source in self.sources if not source.requires_grad]
+        if self._trained and not read_only and frozen:
+            part = "" if len(frozen) == len(self.sources) else " of a part of its weight"
+            return f"frozen: requires_grad{part} is False"
         if any(source.dtype not in TREATED_DTYPES for source in self.sources):
             return f"its dtype {self.sources[0].dtype} is not treated"
         return "its weight is empty" if 0 in self.shape else None
@@ -130,11 +133,16 @@ class ParametrizedWeight(Weight):
             return "parametrized without a parameter of its own"
         if self._error:
             return f"its parametrization ended with {self._error}"
-        return super().obstacle(read_only=read_only)
+        obstacle = super().obstacle(read_only=read_only)
+        if obstacle is None and is_random(self.read(), self.compute(redraw=True).detach()):
+            return "the weight that its parametrization computes is random, in evaluation mode too"
+        return obstacle
 
-    def compute(self) -> Tensor:
+    def compute(self, *, redraw: bool = False) -> Tensor:
         """The weight that is computed, in evaluation mode: spectral_norm's would change its buffers in training."""
         with isolated(self._module):
+            if redraw:
+                draw_numbers(self.sources[0].device)
             weight: Tensor = self._module.weight.clone()
         return weight
 
@@ -264,7 +272,7 @@ def stored_weight(module: Any) -> Weight:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
-    if "weight" in module._parameters:
+    if module._parameters.get("weight") is weight:
         return Weight(weight)
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
@@ -275,6 +283,10 @@ def stored_weight(module: Any) -> Weight:
                 return PrunedWeight(module, parameter, mask)
     compute = _hooked(module) or (lambda: module.weight)
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
+    if "weight" in module._parameters:
+        reason = "its weight is no parameter: its class computes it"
+    if "weight" in module._buffers:
+        reason = "its weight is a buffer, which is not trained"
     return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
 
 
@@ -317,6 +329,12 @@ def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
     return f"its {what} keeps a weight that differs by {relative:.1%} from the one it was given"
+
+
+def is_random(weight: Tensor, again: Tensor) -> bool:
+    """Whether a weight that was computed from other random numbers is another one than by rounding."""
+    spread: Tensor = torch.linalg.vector_norm(to_float64(weight - again))
+    return bool(spread > LARGEST_SPREAD * torch.linalg.vector_norm(to_float64(weight)))
 
 
 def to_float64(tensor: Tensor) -> Tensor:

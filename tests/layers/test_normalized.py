@@ -1,8 +1,11 @@
 """Which channels are compared: told by whether a normalization follows, without a change to the model."""
 
 import copy
+import pickle
 import random
 import threading
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +66,32 @@ class Stubborn(nn.Module):
         return self.last(self.part(x)) if x.sum() > 0 else x
 
 
+class Function(nn.Module):
+    """A function of its input and itself."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.scale = function, nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def named(name):
+    return type(name, (nn.Module,), {"forward": lambda self, x: x + 1})()
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x, style=None, *, raw=False):
+        x = self.conv(x)
+        x = x if raw else self.norm(x)
+        return x if style is None else self.last(self.conv(x) * style)
+
+
 FUSED = torch.ao.nn.intrinsic.qat.ConvBn2d(4, 4, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
 MODELS = {
     "batch norm": (conv(nn.BatchNorm2d(4)), {"0": True}),
@@ -73,6 +102,21 @@ MODELS = {
     "none": (conv(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(2)), {"0": False, "2": False}),
     "local response": (conv(nn.LocalResponseNorm(2)), {"0": False}),
     "by its name": (conv(LayerNorm2d()), {"0": True}),
+    "by a name that says something else": (
+        nn.Sequential(*conv(named("NoNorm")), *conv(named("NormFreeAct")), *conv(named("NormalNoise"))),
+        {"0": False, "2": False, "4": False},
+    ),
+    "written out": (conv(Function(lambda m, x: (x - x.mean(1, True)) / (x.var(1, True) + 1e-5).sqrt())), {"0": True}),
+    "by the root of the mean square": (
+        conv(Function(lambda m, x: x * torch.rsqrt(x.square().mean(1, keepdim=True)))),
+        {"0": True},
+    ),
+    "scaled by another's": (conv(Function(lambda m, x: x * m.scale.std())), {"0": False}),
+    "behind a product": (
+        conv(Function(lambda m, x: F.layer_norm(x.mean((2, 3)) @ m.scale, (4,)))),
+        {"0": False},
+    ),
+    "by default": (Optional(), {"conv": True}),
     "of another layer": (conv(nn.Conv2d(4, 4, 3), nn.RMSNorm(4)), {"0": False, "1": True}),
     "first": (
         nn.Sequential(*conv(), Residual(), Residual(), nn.BatchNorm2d(4)),
@@ -132,6 +176,44 @@ def test_nothing_of_the_model_is_touched(capsys):
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(states[2], torch.get_rng_state())
     assert capsys.readouterr().out == ""
+
+
+def test_nothing_that_a_model_holds_is_touched():
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.history, self.cache = nn.Conv2d(4, 4, 3), deque(maxlen=3), SimpleNamespace(steps=0)
+            self.numbers, self.chance = np.zeros(3), np.random.default_rng(0)
+
+        def forward(self, x):
+            self.cache.steps += 1
+            self.cache.features = x
+            self.numbers += self.chance.random()
+            self.history.append(x)
+            return self.conv(x)
+
+    model = Recording()
+    before = pickle.dumps(model.__dict__)
+    assert normalization_follows(model) == {"conv": False}
+    assert pickle.dumps(model.__dict__) == before
+
+
+def test_a_forward_pass_that_leaves_or_never_ends_is_not_told():
+    class Leaving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            raise SystemExit
+
+    class Endless(Leaving):
+        def forward(self, x):
+            while True:
+                x = x + 1
+
+    for model in (Leaving(), Endless()):
+        assert normalization_follows(model) == {}
 
 
 def test_other_threads_run_their_modules_meanwhile():

@@ -702,3 +702,116 @@ def test_trials_of_several_threads_do_not_disturb_each_other():
     for module, old in zip(model, before, strict=True):
         assert not torch.equal(module.small.weight, old)
         assert module.small.training
+
+
+class Mixing(Around):
+    """Mixes its filters by an orthogonal matrix, with a forward pass that no trial input fits."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.linalg.qr(torch.randn(8, 8))[0]
+
+    def mixed(self):
+        return torch.einsum("ij,jchw->ichw", self.mix, self.conv.weight)
+
+    def forward(self, x, scale):
+        return F.conv2d(x, self.mixed()) * scale
+
+
+class MixingListed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs, self.mix = nn.ModuleList([nn.Conv2d(4, 8, 3)]), Mixing().mix
+
+    def forward(self, inputs):
+        for conv in self.convs:
+            inputs["x"] = F.conv2d(inputs["x"], torch.einsum("ij,jchw->ichw", self.mix, conv.weight))
+        return inputs
+
+
+def mixed_by(conv, x, mix):
+    return F.conv2d(x, torch.einsum("ij,jchw->ichw", mix, conv.weight))
+
+
+class MixingByAFunction(Mixing):
+    def forward(self, x, scale):
+        return mixed_by(self.conv, x, self.mix) * scale
+
+
+@pytest.mark.parametrize("build", [Mixing, MixingListed, MixingByAFunction])
+def test_a_weight_that_another_forward_pass_reads_is_not_known_where_no_trial_can_be_made(build):
+    model = build()
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    before = conv.weight.detach().clone()
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert layer.reason.startswith(f"which weight {build.__name__} uses is not known: a trial pass ended with ")
+    assert torch.equal(conv.weight, before)
+
+
+def test_another_modules_weight_or_a_dtype_that_is_read_is_no_obstacle():
+    class Tied(Around):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, inputs):
+            x = self.conv(inputs["x"].to(self.conv.weight.dtype))
+            return F.linear(x.mean((2, 3)), self.head.weight)
+
+    (layer,) = ci.initialize_(Tied(), settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+
+
+def test_a_loss_that_falls_with_the_norms_alone_is_no_gain():
+    class Binary(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight.sign() * self.weight.abs().mean((1, 2, 3), keepdim=True))
+
+    torch.manual_seed(0)
+    module = Binary(16, 32, 3)
+    before = module.weight.detach().clone()
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert (layer.outcome, torch.equal(module.weight, before)) == (ci.Outcome.SKIPPED, True)
+    assert layer.reason.endswith("and is no better")
+
+
+@pytest.mark.parametrize("frozen", ["original0", "original1"])
+def test_a_weight_that_is_frozen_in_part_is_left_alone(frozen):
+    module = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+    getattr(module.parametrizations.weight, frozen).requires_grad_(False)
+    before = copy.deepcopy(module.state_dict())
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (
+        ci.Outcome.SKIPPED,
+        "frozen: requires_grad of a part of its weight is False",
+    )
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_a_parametrization_that_is_random_is_left_alone():
+    class Dropped(nn.Module):
+        def forward(self, weight):
+            return F.dropout(weight, 0.5)
+
+        def right_inverse(self, weight):
+            return weight
+
+    module = nn.Conv2d(3, 8, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Dropped())
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert layer.reason == "the weight that its parametrization computes is random, in evaluation mode too"
+
+
+def test_a_weight_that_a_class_computes_is_no_parameter():
+    class Doubled(nn.Conv2d):
+        def __getattr__(self, name):
+            value = super().__getattr__(name)
+            return value * 2 if name == "weight" else value
+
+    (layer,) = ci.initialize_(nn.Sequential(Doubled(3, 8, 3)), settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (
+        ci.Outcome.SKIPPED,
+        "its weight is no parameter: its class computes it",
+    )
