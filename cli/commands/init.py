@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -261,9 +261,15 @@ def init(
         del ctx.params["seeds" if is_by_hand("seed") else "seed"]
     starts = _starts(models, how, seeds, drawn=base != "model")
     folder = out is not None and out.endswith(("/", os.sep))
+    if folder:
+        _check_whole(
+            {"--convs-only": convs_only, "--head drop": head == "drop", "--without": without, "--prefix": prefix}
+        )
+    to_stdout = out == str(STDOUT)
+    if out is not None and Path(out) == STDOUT and not (to_stdout or folder):  # ./- is a file
+        check_target(out)
     runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
-    to_stdout = out == str(STDOUT)
     if to_stdout and (as_json or not alone):
         raise click.UsageError("--out -: expected one run and no --json, which goes to stdout too: name a file")
     launch = launched()
@@ -349,6 +355,14 @@ def _check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
             check_found([first], None)
         except UnknownModelError as error:
             raise click.UsageError(f"{first!r} is neither a command nor a model{hint}") from error
+
+
+def _check_whole(options: Mapping[str, object]) -> None:
+    """Refuse options that leave out or rename entries of a folder, which from_pretrained would then draw at random."""
+    given = [option for option, value in options.items() if value]
+    if given:
+        advice = "--num-classes N builds another classifier" if "--head drop" in given else "name a file for less"
+        raise click.UsageError(f"{', '.join(given)}: expected a folder of all weights, for from_pretrained: {advice}")
 
 
 def _starts(
