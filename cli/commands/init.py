@@ -34,7 +34,7 @@ from ..options import ModelOptions, Whole, check_found, check_sources, is_file, 
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
-from ..terminal import show_table, tell
+from ..terminal import needs_stdout, show_table, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -206,7 +206,9 @@ class MainCommand(click.Command):
 )
 @click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")
+@click.option(
+    "--json", "as_json", is_flag=True, callback=needs_stdout, help="Print the result as JSON; of several, a line each."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
