@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from convsim_init.report.table import shape_text
 from convsim_init.report.text import PATH, did_you_mean, quoted, shown
 
 from .terminal import tell
@@ -63,7 +64,7 @@ def origins(ctx: click.Context) -> list[str]:
         if value is None or value is False or source not in (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP):
             continue
         where = _variable(option) if source is ParameterSource.ENVIRONMENT else ctx.meta[WHERE][name]
-        values = value if isinstance(value, tuple) else [value]
+        values = value if option.multiple else [shape_text(value) if isinstance(value, tuple) else value]
         found.setdefault(where, []).extend(f"--{key}" if option.is_flag else f"--{key} {one}" for one in values)
     return [f"from {where}: {', '.join(map(shown, options))}" for where, options in found.items()]
 

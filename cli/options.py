@@ -161,6 +161,8 @@ def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, 
     files = [spec for spec in specs if is_file(spec)]
     for spec in specs:
         _check_source(spec, how)
+    if not files and is_by_hand("key"):
+        raise click.UsageError("--key: expected a FILE that has that entry, got none: leave it out")
     if like is None:
         unused = how.given if len(files) == len(specs) else []
     elif not files:

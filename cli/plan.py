@@ -64,16 +64,15 @@ def plan_runs(starts: Iterable[tuple[str, int | None]], files: Mapping[str, Path
         files: Patterns of what each writes, by what it is, as in `Run`.
 
     Raises:
-        InputError: If two runs are the same or would write the same file, one would write what a
-            run starts from, or a pattern is none.
+        InputError: If two runs are the same, two files have the same name, one of several runs would
+            write what a run starts from, or a pattern is none.
     """
     patterns = {kind: str(path) for kind, path in files.items() if path is not None}
     runs = [
         Run(model, seed, **{kind: Path(fill(text, model=model, seed=seed)) for kind, text in patterns.items()})
         for model, seed in starts
     ]
-    if len(runs) > 1:
-        _check_apart(runs)
+    _check_apart(runs)
     return runs
 
 
@@ -139,14 +138,16 @@ def _check_apart(runs: Sequence[Run]) -> None:
     (model, _), times = Counter((run.model, run.seed) for run in runs).most_common(1)[0]
     if times > 1:
         raise InputError(f"expected each MODEL once, got {model!r} {times} times: name it once")
-    sources = {os.path.realpath(run.model) for run in runs if is_file(run.model)}
-    writers: dict[str, Run] = {}
+    sources = {os.path.realpath(run.model) for run in runs if len(runs) > 1 and is_file(run.model)}
+    writers: dict[str, tuple[Run, str]] = {}
     for run in runs:
-        for path in run.files.values():
+        for kind, path in run.files.items():
             real = os.path.realpath(path)
             if real in sources:
                 raise InputError(f"expected new files to write, got {str(path)!r}, which a run starts from: rename it")
-            other = writers.setdefault(real, run)
+            other, first = writers.setdefault(real, (run, kind))
+            if first != kind:
+                raise InputError(f"expected another name for each kind of file, got {str(path)!r} twice: rename one")
             if other is not run:
                 raise InputError(
                     f"expected a file of its own for each run, got {str(path)!r} for {other.name} and for {run.name}: "

@@ -71,14 +71,14 @@ class Result:
         return printable("  ".join(cells))
 
 
-def summary(results: Sequence[Result], runs: int) -> str:
-    """The remarks of all results, each once, and how many of so many runs ended in which way."""
+def summary(results: Sequence[Result], runs: int, *, folders: bool = False) -> str:
+    """The remarks of all results, each once, and how many of so many runs, into folders or not, ended in which way."""
     remarks = dict.fromkeys(remark for result in results if result.report for remark in result.report.remarks)
     counts = Counter(result.status for result in results)
     parts = [f"{counts[status]} {status.value}" for status in Status if counts[status]]
     if len(results) < runs:
         parts.append(f"{runs - len(results)} not run")
-    redo = "; --force redoes what was kept" if counts[Status.KEPT] else ""
+    redo = "; --force redoes what was kept" if counts[Status.KEPT] and not folders else ""
     return "\n".join(map(printable, [*remarks, f"{runs} runs: {', '.join(parts)}{redo}"]))
 
 

@@ -84,7 +84,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like, choices.key)
     network = start.content
-    head = _classifier(start, choices)
+    head = _classifier(run, start, choices)
     exclude = (*choices.exclude, *map(glob.escape, head.layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
     before = after = checkpoint = config = None
@@ -145,7 +145,7 @@ class Classifier:
     remarks: list[str] = field(default_factory=list)
 
 
-def _classifier(start: Loaded, choices: Choices) -> Classifier:
+def _classifier(run: Run, start: Loaded, choices: Choices) -> Classifier:
     from convsim_init.models.classifier import pointwise_convolutions
 
     drop = choices.head == "drop"
@@ -162,7 +162,7 @@ def _classifier(start: Loaded, choices: Choices) -> Classifier:
         return Classifier()
     layers = sorted({key.rpartition(".")[0] for key in keys} & convolutions)
     remarks = [f"left alone, as linear classifiers are: {some(map(shown, layers))}"] if layers else []
-    if drop:
+    if drop and run.out is not None:
         remarks.append(f"left out of the file, for they depend on the number of classes: {some(map(shown, keys))}")
     return Classifier(layers, keys if drop else [], remarks)
 

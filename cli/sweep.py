@@ -52,10 +52,10 @@ def sweep(
                 show(json.dumps(result.to_dict()) if as_json else result.line(width) if show_table else None)
         except KeyboardInterrupt:
             if show_table:
-                show(summary(results, len(runs)))
+                show(summary(results, len(runs), folders=choices.folder))
             raise
     if show_table:
-        click.echo(summary(results, len(runs)))
+        click.echo(summary(results, len(runs), folders=choices.folder))
     failed = failures(results)
     if failed is not None:
         raise RunError(failed)

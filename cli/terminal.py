@@ -9,13 +9,17 @@ from collections.abc import Iterable
 
 import click
 
+from convsim_init.errors import RunError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.table import Table
 
 SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
     "Source": ("num_classes", "in_chans", "model_args", "seed", "seeds", "like", "key", "config"),
-    "Method": ("base", "preset", "pairs", "channels", "norm", "steps", "include", "exclude", "device"),
-    "Output": ("out", "convs_only", "prefix", "dtype", "record", "plot", "plot_layer", "force", "dry_run"),
+    "Method": ("base", "calibrate", "preset", "pairs", "channels", "norm", "steps", "include", "exclude", "device"),
+    "Output": (
+        *("out", "convs_only", "head", "without", "prefix", "dtype"),
+        *("record", "plot", "plot_layer", "force", "dry_run"),
+    ),
 }
 REST = "Display"
 UNBROKEN = "‑"  # U+2011, a hyphen that no line is broken after
@@ -32,6 +36,13 @@ def tell(*lines: str) -> None:
     """Print lines on stderr, in the first process alone of those that torchrun started."""
     if launched().leads:
         click.echo("\n".join(lines), err=True)
+
+
+def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Refuse, before any work, an option whose result would be lost, for stdout is closed."""
+    if value and sys.stdout is None:
+        raise RunError(f"{parameter.opts[0]}: expected stdout to print to, got a closed one: send it to a file")
+    return value
 
 
 def show_table(table: Table, *, err: bool = False) -> None:

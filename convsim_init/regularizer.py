@@ -28,9 +28,8 @@ class ConvolutionalSimilarity:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
         pairs: Filter pairs that count, as in `convolutional_similarity`.
         channels: Kernels compared, as in `convolutional_similarity`.
-        normalized: Sum the layers' mean similarities of two filters, each from 0 to 1 and blind to scale, instead of
-            the raw ones. The raw sum grows with the square of the filters and falls when weights shrink: it is also a
-            weight decay.
+        normalized: Sum the layers' mean similarities of two filters, each blind to scale, instead of the raw ones. The
+            raw sum grows with the square of the filters and falls when weights shrink: it is also a weight decay.
         include: Shell patterns of layer names; where any are given, layers that match none are left out.
         exclude: Shell patterns of layer names to leave out.
 

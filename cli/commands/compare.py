@@ -12,7 +12,7 @@ from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_fi
 from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
-from ..terminal import show_table
+from ..terminal import needs_stdout, show_table
 
 EPILOG = """\b
 Examples:
@@ -26,7 +26,7 @@ Examples:
 @model_options
 @like_option
 @key_option
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print the comparison as JSON.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
 )

@@ -9,10 +9,11 @@ import click
 from convsim_init.devices import describe_environment
 
 from ..signals import exit_on_signal
+from ..terminal import needs_stdout
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print it as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def env(as_json: bool) -> None:
     """Show versions and devices: what a bug report needs."""

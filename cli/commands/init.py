@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from ..options import ModelOptions, Whole, check_found, check_sources, is_file, 
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
-from ..terminal import show_table, tell
+from ..terminal import needs_stdout, show_table, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -206,7 +206,9 @@ class MainCommand(click.Command):
 )
 @click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
 @click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; of several, a line each.")
+@click.option(
+    "--json", "as_json", is_flag=True, callback=needs_stdout, help="Print the result as JSON; of several, a line each."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -261,9 +263,15 @@ def init(
         del ctx.params["seeds" if is_by_hand("seed") else "seed"]
     starts = _starts(models, how, seeds, drawn=base != "model")
     folder = out is not None and out.endswith(("/", os.sep))
+    if folder:
+        _check_whole(
+            {"--convs-only": convs_only, "--head drop": head == "drop", "--without": without, "--prefix": prefix}
+        )
+    to_stdout = out == str(STDOUT)
+    if out is not None and Path(out) == STDOUT and not (to_stdout or folder):  # ./- is a file
+        check_target(out)
     runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
-    to_stdout = out == str(STDOUT)
     if to_stdout and (as_json or not alone):
         raise click.UsageError("--out -: expected one run and no --json, which goes to stdout too: name a file")
     launch = launched()
@@ -349,6 +357,14 @@ def _check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
             check_found([first], None)
         except UnknownModelError as error:
             raise click.UsageError(f"{first!r} is neither a command nor a model{hint}") from error
+
+
+def _check_whole(options: Mapping[str, object]) -> None:
+    """Refuse options that leave out or rename entries of a folder, which from_pretrained would then draw at random."""
+    given = [option for option, value in options.items() if value]
+    if given:
+        advice = "--num-classes N builds another classifier" if "--head drop" in given else "name a file for less"
+        raise click.UsageError(f"{', '.join(given)}: expected a folder of all weights, for from_pretrained: {advice}")
 
 
 def _starts(

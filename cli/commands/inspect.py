@@ -13,7 +13,7 @@ from convsim_init.report.table import COLUMNS, as_csv
 from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
-from ..terminal import show_table
+from ..terminal import needs_stdout, show_table
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
@@ -51,8 +51,14 @@ Examples:
     metavar="GLOB",
     help="Show only layers whose name matches. Repeatable.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all measures as JSON.")
-@click.option("--csv", "comma_separated", is_flag=True, help="Print all measures as comma-separated values.")
+@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print all measures as JSON.")
+@click.option(
+    "--csv",
+    "comma_separated",
+    is_flag=True,
+    callback=needs_stdout,
+    help="Print all measures as comma-separated values.",
+)
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
 )

@@ -13,6 +13,7 @@ from convsim_init.models.libraries import resolve
 from ..completion import complete_models
 from ..options import ModelOptions, is_file, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
+from ..terminal import needs_stdout
 
 HELP = """
 Check that a file loads into a model strictly, every key accounted for.
@@ -34,7 +35,7 @@ Examples:
 @click.argument("model", shell_complete=complete_models)
 @model_options
 @key_option
-@click.option("--json", "as_json", is_flag=True, help="Print every key's match as JSON.")
+@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print every key's match as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: bool, quiet: bool) -> int:

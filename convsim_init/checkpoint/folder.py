@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from convsim_init.checkpoint.save import Contents, write_checkpoint
@@ -27,7 +27,7 @@ def write_folder(
     report: Report,
     picture: tuple[str, Callable[[Path], object]] | None = None,
 ) -> Path:
-    """Write a new folder, whole or not at all.
+    """Write a new folder, whole or not at all; the same arguments give the same bytes.
 
     Args:
         contents: Weights.
@@ -55,7 +55,10 @@ def write_folder(
 
 def _card(report: Report, config: str, picture: str | None) -> str:
     library = "transformers" if '"model_type"' in config else "timm"
+    table = report.table
+    table = replace(table, summary=table.summary[:-1])  # less the time, which would differ each time, and the file
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(report.settings).items())
+    seed = "" if report.seed is None else f" with seed {report.seed}"
     image = f"![Similarity of the filters before and after]({picture})\n\n" if picture else ""
     return f"""---
 library_name: {library}
@@ -65,7 +68,7 @@ tags:
 
 # {printable(report.model or "model")}, to be trained from scratch
 
-These weights are **not trained**. They are {printable(report.model or "a model")} with seed {report.seed}, whose
+These weights are **not trained**. They are {printable(report.model or "a model")}{seed}, whose
 convolutions were decorrelated by [convsim-init](https://arxiv.org/abs/2411.03226) {__version__}.
 
 ```python
@@ -78,6 +81,6 @@ convolutions were decorrelated by [convsim-init](https://arxiv.org/abs/2411.0322
 {settings}
 
 ```text
-{report.table.text()}
+{table.text()}
 ```
 """

@@ -110,10 +110,12 @@ def checkpoint_contents(
     Raises:
         InputError: If the weights hold other than finite tensors, or a pattern matches no key.
     """
-    entries = without_keys(state_entries(model_or_state_dict), exclude)
+    entries = state_entries(model_or_state_dict)
+    kept = without_keys(entries, exclude)
     if convs_only:
-        entries = changed_entries(entries, report)
-    tensors = {prefix + key: tensor for key, tensor in plain_tensors(entries, dtype).items()}
+        changed = changed_entries(entries, report)
+        kept = {key: value for key, value in kept.items() if key in changed}
+    tensors = {prefix + key: tensor for key, tensor in plain_tensors(kept, dtype).items()}
     return Contents(tensors, module_versions(model_or_state_dict, prefix), _metadata(report))
 
 

@@ -50,7 +50,9 @@ def convolutional_similarity(
             pair; with ``channels="all"`` every pair of the layer counts.
         transposed: Whether the weight is that of a transposed convolution, whose filters lie along dimension 1.
         normalized: Return the mean over pairs of ``CS(i, j) / (||W_i||^2 ||W_j||^2)`` instead of the sum: blind to
-            scale. Filters that are zero form no pair; a layer without pairs has similarity 0.
+            scale, and from 0 to the number of a kernel's taps. Weights drawn independently from a symmetric
+            distribution have on average 1 over the number of a group's input channels, or 1 with ``channels="all"``.
+            Filters that are zero form no pair; a layer without pairs has similarity 0.
 
     Returns:
         A scalar, float64 for float64 weights, else float32.

@@ -38,9 +38,9 @@ from convsim_init.settings import Channels, Settings
 def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
     """How redundant the filters of every convolution are; nothing is changed.
 
-    Measured are, over the pairs of filters within a group, ``similarity`` (raw) and ``normalized_similarity`` (0 to 1,
-    blind to scale) of `convolutional_similarity`; ``feature_correlation_white`` and ``feature_correlation_natural`` (0
-    to 1): the mean absolute correlation of two feature maps, expected over a random input of that spectrum; and
+    Measured are, over the pairs of filters within a group, ``similarity`` (raw) and ``normalized_similarity`` (blind to
+    scale) of `convolutional_similarity`; ``feature_correlation_white`` and ``feature_correlation_natural`` (0 to 1):
+    the mean absolute correlation of two feature maps, expected over a random input of that spectrum; and
     ``effective_rank_white`` and ``effective_rank_natural`` (0 to 1): of the covariance of all feature maps of the
     layer, over their number. Filters that are zero form no pair, but they do count as feature maps.
 

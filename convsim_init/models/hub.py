@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsim_init.errors import InputError
+from convsim_init.models.libraries import import_errors
 from convsim_init.models.spec import CONFIG, Source, Spec
 from convsim_init.models.user_code import user_errors
 from convsim_init.report.text import quoted, shown
@@ -47,7 +48,7 @@ def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Modu
         InputError: If there is no such class or config, or its library cannot be imported.
     """
     if spec.source is Source.TRANSFORMERS:
-        found: Any = getattr(_load("transformers", spec.text), spec.name, None)
+        found = _transformers_class(spec.name, spec.text)
         if getattr(found, "config_class", None) is None:
             raise InputError(f"expected a model's class of transformers with a config, got {quoted(spec.name)}")
         return partial(_build_transformers, spec.text, found, found.config_class)
@@ -57,7 +58,7 @@ def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Modu
         with user_errors(spec.text):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         name = next(iter(config.architectures or ()), "")
-        found = getattr(transformers, name, None)
+        found = _transformers_class(name, spec.text)
         if found is None:
             raise InputError(f"{spec.text}: expected a config that names a class of transformers, got {quoted(name)}")
         return partial(_build_transformers, spec.text, found, partial(_changed, config))
@@ -148,5 +149,11 @@ def _require(package: str, text: str) -> None:
 
 def _load(package: str, text: str) -> Any:
     _require(package, text)
-    with user_errors(f"importing {package}"):
+    with import_errors(package):
         return import_module(package)
+
+
+def _transformers_class(name: str, text: str) -> Any:
+    transformers = _load("transformers", text)
+    with import_errors("transformers"):  # the class's module is imported now
+        return getattr(transformers, name, None)

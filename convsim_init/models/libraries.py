@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -191,14 +192,26 @@ def _build(text: str, builder: Callable[..., torch.nn.Module], arguments: Mappin
 
 @cache
 def _load(library: Source) -> ModuleType:
-    try:
+    with import_errors(library.value):
         return import_module("torchvision.models" if library is Source.TORCHVISION else library.value)
+
+
+@contextmanager
+def import_errors(package: str) -> Iterator[None]:
+    """Turn whatever the import of a library raises into one line, which has the remedy for a torchvision that misfits.
+
+    Raises:
+        InputError: In place of what the import raises.
+    """
+    try:
+        yield
     except Exception as error:  # a build for another torch fails in many ways
-        cause = f"{type(error).__name__}: {error}"
-        if "torchvision" not in cause or isinstance(error, ModuleNotFoundError):
-            raise InputError(
-                f"cannot import {library.value}: {cause}; pip install 'convsim-init[{library.value}]'"
-            ) from error
+        first: BaseException = error
+        while first.__cause__ is not None:  # transformers raises an error of its own, which does not say why
+            first = first.__cause__
+        cause = f"{type(first).__name__}: {first}"
+        if "torchvision" not in cause or isinstance(first, ModuleNotFoundError):
+            raise InputError(f"cannot import {package}: {cause}; pip install --upgrade {package}") from error
         own, of_torch = (installed_version(name) or "of an unknown version" for name in ("torchvision", "torch"))
         raise InputError(
             f"torchvision {own} does not fit torch {of_torch} ({cause}): install both "

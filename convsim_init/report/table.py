@@ -80,7 +80,7 @@ class Table:
 def report_table(data: Mapping[str, Any]) -> Table:
     """One row a convolution, then the totals, of what `Report.to_dict` returns.
 
-    Similarity is the normalized one: blind to scale.
+    Similarity is the normalized one: blind to scale. The last line of the summary has the time and the file.
     """
     layers, note = data["layers"], None
     if any(layer["after"] for layer in layers):

@@ -110,6 +110,14 @@ def test_a_variable_that_cannot_be_taken_is_named(command, monkeypatch):
     assert (status, err) == (2, f"Error: {message}\n")
 
 
+def test_a_shape_is_told_as_it_is_typed_and_a_head_is_not_left_out_of_no_file(command, monkeypatch):
+    monkeypatch.setenv("CONVSIM_INIT_CALIBRATE", "3x16x16")
+    monkeypatch.setenv("CONVSIM_INIT_HEAD", "drop")
+    report, _ = dry(command)
+    told = ["from CONVSIM_INIT_CALIBRATE: --calibrate 3x16x16", "from CONVSIM_INIT_HEAD: --head drop"]
+    assert sorted(report["remarks"]) == told
+
+
 def test_a_variable_like_one_that_is_read_is_told_and_another_is_not(command, monkeypatch):
     monkeypatch.setenv("CONVSIM_INIT_STEP", "0")
     monkeypatch.setenv("CONVSIM_INIT_HOME", "/opt")

@@ -1,5 +1,7 @@
 """Folders for the libraries of Hugging Face: written whole or not at all, and loaded by them."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -64,12 +66,42 @@ def test_a_folder_that_is_there_is_not_replaced(command, tmp_path):
     sweep = ["timm:resnet10t", "--seeds", "0:2", "--steps", "1", "--out", "net{seed}/"]
     (tmp_path / "net1").mkdir()
     status, out, _ = command(*sweep)
-    assert (status, "1 done, 1 kept" in out) == (0, True)
+    assert (status, out.splitlines()[-1]) == (0, "2 runs: 1 done, 1 kept")  # --force would not redo it
     assert (tmp_path / "net0" / "config.json").is_file()
     status, _, err = command("cifar_resnet18", *QUICK, "--out", "other/")
     assert (status, "expected a model of timm or transformers" in err) == (2, True)
     status, _, err = command("timm:resnet10t", *QUICK, "--out", "missing/net/")
     assert (status, "expected an existing folder to write to" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--prefix", "p."], "name a file"),
+        (["--convs-only"], "name a file"),
+        (["--without", "fc.*"], "name a file"),
+        (["--head", "drop"], "--num-classes N"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_folder_that_would_not_load_whole_is_refused(options, advice, command, tmp_path):
+    (tmp_path / "net.py").write_text("raise SystemExit('it runs the code')\n")
+    status, out, err = command("net.py:net", *options, "--out", "net/")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"Error: {options[0]}")
+    assert f": expected a folder of all weights, for from_pretrained: {advice}" in err
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_same_command_writes_the_same_folder(suffix, command, tmp_path):
+    pytest.importorskip("timm")
+    for name in ("one", "two"):
+        arguments = ["--out", f"{name}/", "--plot", f"{name}.{suffix}"]
+        assert command("timm:resnet10t", "--include", "conv1.*", *QUICK, *arguments)[0] == 0
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert b"nothing written" not in one["README.md"]
+    assert not re.search(rb"[0-9] s\b", one["README.md"])
 
 
 def test_a_built_in_model_is_not_its_folder(command, tmp_path):

@@ -44,6 +44,12 @@ def test_a_head_that_cannot_be_found_is_named_by_the_user(command, tmp_path):
     status, _, err = command("nets.py:net", *QUICK, "--without", "1.*", "--out", "init.pt")
     assert (status, err) == (0, "")
     assert torch.load(tmp_path / "init.pt", weights_only=True).keys() == {"0.weight", "0.bias"}
+    (tmp_path / "two.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))\n"
+    )
+    status, _, err = command("two.py:net", *QUICK, "--convs-only", "--without", "0.*", "--out", "convs.pt")
+    assert (status, err) == (0, "")
+    assert torch.load(tmp_path / "convs.pt", weights_only=True).keys() == {"1.weight"}
     status, _, err = command("init.pt", "--head", "drop", "--out", "again.pt")
     assert (status, "a file alone does not say which entries are its classifier" in err) == (2, True)
     status, _, err = command("nets.py:net", "--without", "2.*", "--out", "again.pt")

@@ -425,6 +425,8 @@ def test_the_help_shows_every_option_and_command(arguments, command):
     titles = re.findall(r"^(\w+):$", out, re.M)
     assert titles == ["Source", "Method", "Output", "Display", "Commands"]
     assert re.search(r"^  -V, --version +Show the version and exit.$", out, re.M)
+    display = re.findall(r"^  (?:-\w, )?--([\w-]+)", out.partition("Display:")[2].partition("Commands:")[0], re.M)
+    assert display == ["json", "quiet", "verbose", "debug", "help", "version"]
 
 
 @pytest.mark.parametrize("columns", range(52, 110, 3))
@@ -502,6 +504,24 @@ GONE = "gone/init.pt"
             ["resnet18", "--out", "."],
             "expected a file name ending in .safetensors, .pt, .pth, got '.': rename it",
             id="folder-as-file",
+        ),
+        *(
+            pytest.param(
+                ["resnet18", *more, "--out", name],
+                f"expected a file name ending in .safetensors, .pt, .pth, got {name!r}: rename it",
+                id=f"not stdout {name}",
+            )
+            for more, name in [([], "./-"), (["--json"], "./-"), (["--seeds", "0:2"], "-/.")]
+        ),
+        pytest.param(
+            ["resnet18", "--out", "f.json/", "--report", "./f.json"],
+            "expected another name for each kind of file, got 'f.json' twice: rename one",
+            id="two-files-of-a-name",
+        ),
+        pytest.param(
+            ["resnet18", "--key", "model"],
+            f"--key: expected a FILE that has that entry, got none: leave it out {SEE}",
+            id="key-without-file",
         ),
         pytest.param(
             ["resnet18", "--out", "init.ckpt"],
@@ -1104,6 +1124,14 @@ def test_a_full_device_as_stdout_is_one_line(tmp_path):
     with Path("/dev/full").open("w") as full:
         status, _, err = finish(start("list", stdout=full, stderr=subprocess.PIPE))
     assert (status, err) == (1, "Error: could not write to stdout: No space left on device; send it elsewhere\n")
+
+
+@pytest.mark.parametrize("line", ["list --json", "cifar_resnet18 --json", "inspect cifar_resnet18 --csv"])
+def test_data_for_a_closed_stdout_is_not_lost_without_a_word(line):
+    done = subprocess.run(f"'{SCRIPT}' {line} >&-", shell=True, capture_output=True, text=True)
+    option = line.split()[-1]
+    message = f"Error: {option}: expected stdout to print to, got a closed one: send it to a file\n"
+    assert (done.returncode, done.stderr) == (1, message)
 
 
 @pytest.mark.parametrize(

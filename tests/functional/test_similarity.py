@@ -1,6 +1,7 @@
 """The definition: value and gradient against direct loops, and the properties the mathematics promises."""
 
 import itertools
+import math
 
 import naive
 import pytest
@@ -116,6 +117,18 @@ def test_disjoint_channels_are_dissimilar_and_equal_filters_are_not():
     impulses = torch.zeros(2, 1, 3, 3)
     impulses[:, :, 1, 1] = 1
     torch.testing.assert_close(convolutional_similarity(impulses, normalized=True), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("kernel_size", [(1,), (4,), (3, 3), (2, 3, 2)])
+@pytest.mark.parametrize("channels", ["matched", "all"])
+def test_normalized_has_the_range_and_the_mean_of_its_documentation(channels, kernel_size):
+    weight = torch.randn(512, 4, *kernel_size)
+    expected = 1 / 4 if channels == "matched" else 1.0
+    similarity = convolutional_similarity(weight, channels=channels, normalized=True)
+    assert similarity.item() == pytest.approx(expected, rel=0.02)
+    taps, alike = math.prod(kernel_size), torch.ones(2, 1, *kernel_size)
+    similarity = convolutional_similarity(alike, channels=channels, normalized=True).item()
+    assert 1 < similarity < taps or similarity == pytest.approx(taps) == 1
 
 
 @pytest.mark.parametrize("kernel_size", [(1,), (4,), (3, 3), (2, 5), (1, 1), (2, 3, 2)])

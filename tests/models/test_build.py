@@ -550,9 +550,20 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("arguments", [["timm:resnet18"], ["torchvision:resnet18"], ["list", "timm:*"], ["resnet81"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["timm:resnet18"],
+        ["torchvision:resnet18"],
+        ["list", "timm:*"],
+        ["resnet81"],
+        ["transformers:ResNetForImageClassification"],
+    ],
+    ids=" ".join,
+)
 def test_a_torchvision_that_does_not_fit_torch_is_named_with_the_remedy(arguments, tmp_path):
     pytest.importorskip("timm")
+    pytest.importorskip("transformers")
     process = [sys.executable, "-c", MISFIT, *arguments]
     done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
