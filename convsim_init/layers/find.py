@@ -57,7 +57,7 @@ def find_layers(
     exclude: Sequence[str] = (),
     *,
     read_only: bool = False,
-    obstacle: Callable[[str], str | None] = lambda _: None,
+    obstacle: Callable[[Layer], str | None] = lambda _: None,
 ) -> list[Layer]:
     """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
@@ -66,7 +66,7 @@ def find_layers(
         include: Shell patterns of layer names; where any are given, layers that match none are left alone.
         exclude: Shell patterns of layer names to leave alone.
         read_only: Whether layers that cannot or must not be set will do, because nothing is to be changed.
-        obstacle: Why a layer of that name is to be left alone for another reason; None if it is not.
+        obstacle: Why a layer is to be left alone for another reason; None if it is not.
 
     Raises:
         InputError: If there is no convolution, a pattern matches none of them, or the source is something else.
@@ -86,7 +86,7 @@ def find_layers(
     for layer in layers:
         layer.obstacle = (
             unselected(layer.name, include, exclude)
-            or obstacle(layer.name)
+            or obstacle(layer)
             or layer.weight.obstacle(read_only=read_only)
             or _ungrouped(layer.shape[0], layer.groups)
         )
