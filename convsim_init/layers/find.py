@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.layers.graphs import graph_layers
@@ -43,12 +44,21 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     modules = unwrap(model).named_modules()
     found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
     if not found:
-        _module_layers(unwrap(model))  # raises if there is none in a graph either
+        _module_layers(unwrap(model))  # raises if there is none of another kind either
         raise InputError(
-            "expected convolutions that are modules, got a model of TorchScript or an exported program: pass the model "
-            "that it was made from"
+            "expected convolutions that are modules of torch.nn, got calls in classes of your own or in a graph: of "
+            "TorchScript or an exported program pass the model that it was made from"
         )
     return found
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise an `InputError` if a parameter or buffer of a model is lazy, because a forward pass would change it."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"expected a model that has been run, got one whose {name} is lazy: run a forward pass first"
+            )
 
 
 def find_layers(
