@@ -12,7 +12,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from convsim_init.errors import InputError
@@ -24,13 +23,15 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
 )
-from convsim_init.layers.find import Layer, find_convolutions, find_layers, pair_obstacle, unselected, unwrap
+from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unselected, unwrap
+from convsim_init.layers.names import bare_name
 from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
-from convsim_init.models.construction import Construction, drawn_anew, is_drawn, settle
+from convsim_init.models.construction import Construction, UnmatchedError, left_alone
+from convsim_init.models.copies import History, sample_layers
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
@@ -187,11 +188,14 @@ def initializing(
 
     It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
     is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
-    begin; what is drawn anew between that and the first forward pass is treated then. Treated are the convolutions that
-    were drawn in the context. Left alone are those built before it, on the meta device, or loaded by
-    ``load_state_dict`` as pretrained weights are: a checkpoint loaded at any time replaces what was drawn. Weights that
-    are loaded in another way, such as by ``weight.data.copy_``, cannot be told from drawn ones: load them afterwards,
-    or exclude them. Processes that are started in the context are not part of it.
+    begin; what is drawn anew between that and the first forward pass of one of the models is treated then. Treated are
+    the convolutions that were drawn in the context. Left alone are those built before it, on the meta device, in a
+    context within it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint loaded at any time
+    replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was made, as in a loop
+    that trains without one. Weights that are loaded or trained in another way, such as by ``weight.data.copy_`` or
+    ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude them. A copy that is left
+    alone, such as a target network, is named in a remark where what it was copied from was treated. Processes that are
+    started in the context are not part of it.
 
     If the context ends with an exception, nothing is treated then.
 
@@ -216,28 +220,30 @@ def initializing(
         >>> [(report.model, report.totals["initialized"]) for report in reports]
         [('Sequential', 1)]
     """
-    reports: list[Report] = []
+    reports, history = list[Report](), History()
 
-    def obstacle(drawn: Mapping[str, _ConvNd], name: str) -> str | None:
-        if name not in drawn:
-            return "loaded, or built elsewhere: only what is drawn here is treated"
-        return unselected(name, include, exclude) or (None if drawn_anew(drawn[name]) else "treated before")
+    def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
+        return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
 
     def treat(models: Sequence[nn.Module], again: bool) -> None:
-        modules = [dict(find_convolutions(model)) for model in models]
-        if not reports:
-            names = [name for some in modules for name in some]
-            check_patterns("include", include if names else (), names)
-            check_patterns("exclude", exclude if names else (), names)
-        for model, named in zip(models, modules, strict=True):
-            drawn = {name: module for name, module in named.items() if is_drawn(module)}
-            layers = find_layers(model, obstacle=partial(obstacle, drawn))
+        if models and not reports:
+            names = [layer.name for model in models for layer in find_layers(model, read_only=True)]
+            try:
+                check_patterns("include", include, names)
+                check_patterns("exclude", exclude, names)
+            except InputError as error:
+                raise UnmatchedError(str(error)) from None
+        for model in models:
+            parts = {bare_name(name): part for name, part in unwrap(model).named_modules()}
+            layers = find_layers(model, obstacle=partial(obstacle, parts))
             if again and all(layer.obstacle for layer in layers):
                 continue
+            before = sample_layers(layers)
             report = _initialize(model, layers, settings or Settings(), device)
             report.model = type(unwrap(model)).__name__
-            for module in drawn.values():
-                settle(module)
+            report.remarks += history.note(report.model, layers, before, report)
+            if again and not any(layer.after for layer in report.layers):
+                continue
             reports.append(report)
             if on_report is not None:
                 on_report(report)

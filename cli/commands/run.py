@@ -69,16 +69,19 @@ def run(
         raise InputError(f"expected a Python file to run, got {script!r}, which is none: check the path")
     with exit_on_signal():
         from convsim_init.initialize import initializing
+        from convsim_init.models.construction import UnmatchedError
 
     def tell(report: Report) -> None:
         if not quiet and launched().leads:
             cells = ", ".join(" ".join(cell.split()) for cell in report_cells(report.to_dict()))
-            line = f"convsim-init: {shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
-            print(printable(line), file=sys.stderr, flush=True)
+            line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
+            for text in (line, *report.remarks):
+                print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
 
     before, reports = (sys.argv, sys.path[:]), list[Report]()
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
+    if not getattr(sys.flags, "safe_path", False):  # else the first one is somebody's own, and no folder is added
+        sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
     try:
         with (
             signals_of_python(),
@@ -90,7 +93,7 @@ def run(
             else:
                 runpy.run_path(script, run_name="__main__")
             sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
-    except InputError:
+    except UnmatchedError:
         raise
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.layers.graphs import graph_layers
@@ -43,12 +44,21 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     modules = unwrap(model).named_modules()
     found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
     if not found:
-        _module_layers(unwrap(model))  # raises if there is none in a graph either
+        _module_layers(unwrap(model))  # raises if there is none of another kind either
         raise InputError(
-            "expected convolutions that are modules, got a model of TorchScript or an exported program: pass the model "
-            "that it was made from"
+            "expected convolutions that are modules of torch.nn, got calls in classes of your own or in a graph: of "
+            "TorchScript or an exported program pass the model that it was made from"
         )
     return found
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise an `InputError` if a parameter or buffer of a model is lazy, because a forward pass would change it."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"expected a model that has been run, got one whose {name} is lazy: run a forward pass first"
+            )
 
 
 def find_layers(
@@ -57,7 +67,7 @@ def find_layers(
     exclude: Sequence[str] = (),
     *,
     read_only: bool = False,
-    obstacle: Callable[[str], str | None] = lambda _: None,
+    obstacle: Callable[[Layer], str | None] = lambda _: None,
 ) -> list[Layer]:
     """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
@@ -66,7 +76,7 @@ def find_layers(
         include: Shell patterns of layer names; where any are given, layers that match none are left alone.
         exclude: Shell patterns of layer names to leave alone.
         read_only: Whether layers that cannot or must not be set will do, because nothing is to be changed.
-        obstacle: Why a layer of that name is to be left alone for another reason; None if it is not.
+        obstacle: Why a layer is to be left alone for another reason; None if it is not.
 
     Raises:
         InputError: If there is no convolution, a pattern matches none of them, or the source is something else.
@@ -86,7 +96,7 @@ def find_layers(
     for layer in layers:
         layer.obstacle = (
             unselected(layer.name, include, exclude)
-            or obstacle(layer.name)
+            or obstacle(layer)
             or layer.weight.obstacle(read_only=read_only)
             or _ungrouped(layer.shape[0], layer.groups)
         )

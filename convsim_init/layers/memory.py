@@ -28,8 +28,9 @@ def memory(tensor: Tensor) -> Memory:
 
 
 def memories(tensors: Iterable[Tensor]) -> list[Memory]:
-    """Where the entries of those tensors lie that have any: not lazy, on the meta device, sparse or sharded ones."""
-    return [memory(one) for one in tensors if not (is_lazy(one) or one.is_meta or _is_sparse(one) or is_sharded(one))]
+    """Where the entries of those tensors lie that have any: not lazy, without data, sparse or sharded ones."""
+    without = (is_lazy, has_no_data, _is_sparse, is_sharded)
+    return [memory(one) for one in tensors if not any(is_so(one) for is_so in without)]
 
 
 def overlap(a: Memory, b: Memory) -> bool:
@@ -49,6 +50,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def _is_sparse(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided
+
+
+def has_no_data(tensor: Tensor) -> bool:
+    """Whether it is on the meta device, or a `FakeTensor`."""
+    return tensor.is_meta or type(tensor).__module__ == "torch._subclasses.fake_tensor"
 
 
 def is_sharded(tensor: Tensor) -> bool:

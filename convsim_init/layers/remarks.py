@@ -18,6 +18,8 @@ from convsim_init.layers.standardized import CALLS, forward_names
 from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
 
+COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
+
 
 def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     """Remarks on a model that its layers' reports do not make; none on a state dict."""
@@ -87,14 +89,15 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
 
 @torch.no_grad()
 def frozen_twins(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
-    """Frozen layers with the values of one that is treated, as momentum encoders have, and that one."""
+    """Frozen or loaded layers with the values of one that is treated, as momentum encoders have, and that one."""
     treated: dict[tuple[int, ...], list[Layer]] = {}
     for layer in layers:
         if layer.obstacle is None:
             treated.setdefault(tuple(layer.shape), []).append(layer)
     found = []
     for layer in layers:
-        if layer.obstacle is not None and layer.obstacle.startswith("frozen"):
+        is_copy = layer.obstacle is not None and layer.obstacle.startswith(COPIES)
+        if is_copy and layer.weight.obstacle(read_only=True) is None:
             twins = (other for other in treated.get(tuple(layer.shape), []) if _same(layer, other))
             found += [(layer, other) for other in twins][:1]
     return found
@@ -102,10 +105,15 @@ def frozen_twins(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
 
 def divergence_remarks(twins: Sequence[tuple[Layer, Layer]]) -> list[str]:
     """A remark on those twins that are no longer equal."""
-    parted = [f"{layer_name(a.name)} (of {layer_name(b.name)})" for a, b in twins if not _same(a, b)]
+    return copies_remark([(layer_name(a.name), layer_name(b.name)) for a, b in twins if not _same(a, b)])
+
+
+def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
+    """A remark on copies that are no longer equal, by their names and those of what they were copied from."""
     if not parted:
         return []
-    return [f"frozen copies that are no longer equal to what they were copied from: {some(parted)}: copy them again"]
+    names = some(f"{copy} (of {original})" for copy, original in parted)
+    return [f"copies that are no longer equal to what they were copied from: {names}: copy them again"]
 
 
 def _same(a: Layer, b: Layer) -> bool:

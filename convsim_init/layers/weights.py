@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from convsim_init.layers.memory import is_sharded, overlaps_itself
+from convsim_init.layers.memory import has_no_data, is_sharded, overlaps_itself
 from convsim_init.layers.trial import draw_numbers, isolated, random_states
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
@@ -56,7 +56,7 @@ class Weight:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
         if any(is_lazy(source) for source in self.sources):
             return "lazy, without a weight yet: run a forward pass first"
-        if any(source.is_meta for source in self.sources):
+        if any(map(has_no_data, self.sources)):
             return "on the meta device, without data: move it with to_empty and initialize it first"
         if any(map(is_sharded, self.sources)):
             return "sharded over processes: initialize the model before it is sharded"
@@ -116,7 +116,7 @@ class ParametrizedWeight(Weight):
         self._module = module
         self._shape: list[int] = []
         self._error = ""
-        if self.sources and not any(is_lazy(source) or source.is_meta for source in self.sources):
+        if self.sources and not any(is_lazy(source) or has_no_data(source) for source in self.sources):
             try:
                 self._shape = list(self.read().shape)
             except Exception as error:  # whatever the parametrization's own code raises

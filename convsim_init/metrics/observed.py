@@ -8,11 +8,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
-from convsim_init.layers.find import find_convolutions, unwrap
+from convsim_init.layers.find import find_convolutions, refuse_lazy, unwrap
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 
@@ -48,11 +47,7 @@ def measure_feature_correlation(
         True
     """
     model = unwrap(model)
-    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
-    if lazy:
-        raise InputError(
-            f"expected a model that has been run, got one whose {lazy[0]} is lazy: run a forward pass first"
-        )
+    refuse_lazy(model)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         maps: dict[str, FeatureMaps] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,10 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from convsim_init.errors import InputError
-from convsim_init.layers.find import find_convolutions, find_layers, unwrap
+from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy, unwrap
 from convsim_init.layers.layer import Layer
+from convsim_init.layers.memory import memories
 from convsim_init.layers.trial import LIVE, isolated
 from convsim_init.layers.weights import RefusedError, Weight
+from convsim_init.report.text import layer_name, some
 
 IMAGES = 16  # of noise
 
@@ -37,9 +40,11 @@ def calibrate_(
     changes the effective learning rate.
 
     Left as they are: layers on whose scale the model's output does not depend, because what follows multiplies it by
-    zero, as at the end of residual branches (zero-initialized layers, Fixup, SkipInit, a batch norm of factor zero);
-    layers that are not selected, frozen, not called, or whose weight cannot be scaled, such as a standardized one; and
-    everything that is no convolution's weight. The random state of the caller is left as well.
+    zero, as at the end of residual branches (zero-initialized layers, Fixup, SkipInit, a batch norm of factor zero), or
+    because its gradient is cut off by ``detach``; layers that are not selected, frozen, not called, or whose weight
+    cannot be scaled, such as a standardized one; convolutions of classes of one's own, with a warning; and everything
+    that is no convolution's weight. A weight that several layers share has one factor, which gives the first of them
+    that is called unit variance. The random state of the caller is left as well.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -55,7 +60,7 @@ def calibrate_(
 
     Raises:
         InputError: If not just one of ``images`` and ``input_shape`` is given, a pattern matches no layer, or the
-            model does not take such an input or gives nothing that is differentiable.
+            model has lazy parameters, does not take such an input or gives nothing that is differentiable.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
@@ -66,13 +71,21 @@ def calibrate_(
     if (images is None) == (input_shape is None):
         raise InputError("expected either images or an input_shape to calibrate on, got both or neither")
     model, modules = unwrap(model), dict(find_convolutions(model))
-    layers = [layer for layer in find_layers(model, include, exclude) if layer.name in modules and _is_scalable(layer)]
+    refuse_lazy(model)
+    found = find_layers(model, include, exclude)
+    others = [layer_name(layer.name) for layer in found if layer.name not in modules and layer.obstacle is None]
+    if others:
+        warnings.warn(f"not scaled, because they are no convolutions of torch.nn: {some(others)}", stacklevel=2)
+    layers = [layer for layer in found if layer.name in modules and _is_scalable(layer)]
     if not layers:
         return {}
     if images is None:
         assert input_shape is not None
         images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
-    factors = _find_factors(model, {layer.name: modules[layer.name] for layer in layers}, images)
+    owners = {tuple(memories(layer.weight.sources)): layer.name for layer in layers}
+    owner = {layer.name: owners.get(tuple(memories(layer.weight.sources))) for layer in found}
+    scaled = [(module, name) for key, module in modules.items() if (name := owner.get(key)) is not None]
+    factors = _find_factors(model, scaled, images)
     with LIVE, torch.no_grad():
         for layer in layers:
             if layer.name in factors:
@@ -98,8 +111,14 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     return noise
 
 
-def _find_factors(model: nn.Module, modules: dict[str, _ConvNd], images: Tensor) -> dict[str, float]:
-    """The factors, from a pass that multiplies outputs by them; the model is left as it was."""
+def _find_factors(model: nn.Module, modules: Sequence[tuple[_ConvNd, str]], images: Tensor) -> dict[str, float]:
+    """The factors, from a pass that multiplies outputs by them; the model is left as it was.
+
+    Args:
+        model: Model without wrappers.
+        modules: Convolutions, each with the name of its factor.
+        images: Input of the pass.
+    """
     scales: dict[str, Tensor] = {}
     reached: list[Tensor] = []
 
@@ -118,7 +137,7 @@ def _find_factors(model: nn.Module, modules: dict[str, _ConvNd], images: Tensor)
         reached.append(inputs[0])
 
     with isolated(model), torch.inference_mode(False), torch.enable_grad():
-        for name, module in modules.items():
+        for module, name in modules:
             module.register_forward_hook(partial(scaled, name))
         for part in model.modules():
             if isinstance(part, nn.Linear) and not part.weight.any():  # a classifier of zeros hides what enters it
@@ -138,11 +157,15 @@ def _find_factors(model: nn.Module, modules: dict[str, _ConvNd], images: Tensor)
             [(end * torch.linspace(1, 2, end.numel()).view_as(end).to(end)).sum().float() for end in ends]
         )
         gradients = torch.autograd.grad(total.sum(), list(scales.values()), allow_unused=True)
-    return {
+    factors = {
         name: float(f"{scale.item():.3e}")
         for (name, scale), slope in zip(scales.items(), gradients, strict=True)
         if slope is not None and slope.isfinite() and slope != 0
     }
+    if len(factors) in (0, len(scales)):
+        return factors
+    # Those that stay may have reached others all the same, by a way without a gradient.
+    return _find_factors(model, [(module, name) for module, name in modules if name in factors], images)
 
 
 def _is_scalable(layer: Layer) -> bool:

@@ -27,6 +27,9 @@ if __name__ == "__main__":
         os.kill(os.getpid(), signal.SIGTERM)
     if what == "raise":
         raise RuntimeError("not today")
+    if what == "refuse":
+        import convsim_init
+        raise convsim_init.InputError("not this")
     if what != "end":
         sys.exit(int(status))
 """
@@ -47,7 +50,7 @@ def run(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("what", "status", "code"),
-    [("exit", "0", 0), ("exit", "7", 7), ("end", "0", 0), ("raise", "0", 1), ("signal", "0", 9)],
+    [("exit", "0", 0), ("exit", "7", 7), ("end", "0", 0), ("raise", "0", 1), ("refuse", "0", 1), ("signal", "0", 9)],
 )
 def test_a_script_runs_as_it_would_alone(what, status, code, run):
     got, out, err = run("--steps", "2", "code/train.py", what, status)
@@ -56,6 +59,7 @@ def test_a_script_runs_as_it_would_alone(what, status, code, run):
     line, *rest = err.splitlines()
     assert line.startswith("convsim-init: Network, 2 convolutions: 2 initialized, ")
     assert ("RuntimeError: not today" in rest) == (what == "raise")
+    assert ("convsim_init.errors.InputError: not this" in rest) == (what == "refuse")
 
 
 def test_a_module_runs_too(run, tmp_path, monkeypatch):
@@ -63,6 +67,28 @@ def test_a_module_runs_too(run, tmp_path, monkeypatch):
     status, out, err = run("--exclude", "2", "-m", "train", "exit", "3")
     assert (status, out) == (3, "['exit', '3'] beside True __main__\n")
     assert "2 convolutions: 1 initialized, 1 skipped" in err
+
+
+def test_a_copy_that_is_left_alone_is_told_of(run, tmp_path):
+    (tmp_path / "agent.py").write_text(
+        "import torch\nfrom torch import nn\nonline, target = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)\n"
+        "target.load_state_dict(online.state_dict())\ntorch.optim.SGD(online.parameters(), lr=0.1)\n"
+    )
+    _, _, err = run("--steps", "2", str(tmp_path / "agent.py"))
+    assert "\nconvsim-init: copies that are no longer equal to what they were copied from: (the model itself)" in err
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no safe path")
+def test_a_safe_path_stays_as_it_is(tmp_path):
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "beside.py").write_text("")
+    (tmp_path / "script.py").write_text("import beside, sys\nprint(sys.path[0])\n")
+    path = os.pathsep.join([str(library), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "convsim_init", "run", "-q", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == f"{library}\n"
 
 
 def test_options_behind_the_script_are_its_own(run):

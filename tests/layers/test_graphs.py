@@ -127,7 +127,7 @@ def test_a_list_without_a_forward_pass_is_looked_into():
 )
 def test_what_needs_modules_says_so(call):
     graph = torch.jit.script(network())
-    with pytest.raises(ci.InputError, match="TorchScript or an exported program: pass the model that it was made from"):
+    with pytest.raises(ci.InputError, match="TorchScript or an exported program pass the model that it was made from"):
         call(graph)
     assert call(nn.Sequential(nn.Conv2d(4, 4, 1), graph)) == ["0"]
 

@@ -220,7 +220,7 @@ def test_frozen_copies_that_part_are_told():
     other = nn.Conv2d(8, 8, 3).requires_grad_(False)
     report = ci.initialize_(nn.ModuleDict({"q": query, "k": key, "other": other}), settings=SETTINGS)
     (remark,) = report.remarks
-    assert remark.startswith("frozen copies that are no longer equal")
+    assert remark.startswith("copies that are no longer equal")
     assert "k.0 (of q.0), k.1 (of q.1)" in remark
 
 

@@ -6,10 +6,13 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
+from convsim_init.initialize import plan
 
 QUICK = ci.Settings(steps=3, channels="matched")
 
@@ -77,7 +80,7 @@ def test_a_model_is_what_initialize_makes_of_it(build):
 
 
 REPLACED = [(nn.Module, "__init__"), (nn.Module, "__setstate__"), (nn.Module, "_load_from_state_dict")]
-REPLACED += [(nn.modules.conv._ConvNd, "__init__"), (torch.optim.Optimizer, "__init__")]
+REPLACED += [(nn.modules.conv._ConvNd, "__init__"), (torch.optim.Optimizer, "__init__"), (torch.autograd, "backward")]
 
 
 def build_within(error=None, **options):
@@ -97,6 +100,10 @@ def test_after_an_exception_nothing_is_treated_or_stays_replaced():
     assert_equal(caught.value.args[0], network().state_dict())
     assert [getattr(owner, name) for owner, name in REPLACED] == before
     assert nn.modules.module._global_forward_pre_hooks == {}
+    with ci.initializing(settings=QUICK):  # another one, for which they were built elsewhere
+        model = nn.Sequential(caught.value.args[0], nn.Conv2d(8, 8, 3))
+    torch.manual_seed(0)
+    assert_equal(model[0], network().state_dict())
 
 
 def test_training_starts_from_treated_weights():
@@ -125,7 +132,7 @@ def test_what_is_drawn_after_the_optimizer_is_treated_before_the_first_forward_p
         model(torch.randn(1, 3, 9, 9))
         assert torch.equal(model[0].weight, ci.convsim_(drawn, settings=QUICK))
     assert [report.totals["initialized"] for report in reports] == [2, 1]
-    assert reports[1].layers[1].reason == "treated before"
+    assert reports[1].layers[1].reason == "treated before, as 2 of Sequential"
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -216,3 +223,135 @@ def test_an_optimizer_of_another_thread_counts():
         thread.start()
         thread.join()
         assert len(reports) == 1
+
+
+class Own(nn.Module):
+    """A convolution that is none of PyTorch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("others", [(), (nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))], ids=["alone", "beside-another"])
+def test_a_convolution_of_a_class_of_ones_own_is_treated(others):
+    with ci.initializing(settings=QUICK) as reports:
+        model = nn.Sequential(Own(), *others)
+    (report,) = reports
+    assert (report.layers[0].kind, report.layers[0].outcome) == ("Own", ci.Outcome.INITIALIZED)
+    assert model is not None
+
+
+def without_data(model):
+    with FakeTensorMode():
+        return network()
+
+
+@pytest.mark.parametrize(
+    "also",
+    [
+        pytest.param(plan, id="copied-by-the-library"),
+        pytest.param(lambda model: copy.deepcopy(model).to("meta"), id="copied-to-meta"),
+        pytest.param(without_data, id="fake"),
+        pytest.param(lambda _: build_within(), id="in-a-context-within"),
+    ],
+)
+def test_models_without_data_and_other_contexts_do_not_disturb(also):
+    torch.manual_seed(0)
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        other = also(model)
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert_equal(model, expected(network))
+    assert [report.totals["initialized"] for report in reports if "initialized" in report.totals] == [2]
+    assert other is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda model: nn.init.zeros_(model[0].bias), id="bias"),
+        pytest.param(lambda model: model.bfloat16(), id="dtype"),
+        pytest.param(lambda model: model.to(memory_format=torch.channels_last), id="memory-format"),
+        pytest.param(lambda model: parametrizations.weight_norm(model[0]), id="parametrized"),
+    ],
+)
+def test_treated_weights_are_recognized_however_they_are_stored(change):
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        change(model)
+        model(torch.randn(1, 3, 9, 9, dtype=model[2].weight.dtype))
+        assert len(reports) == 1
+
+
+@pytest.mark.parametrize("share", [lambda layer: layer, copy.copy], ids=["module", "parameters"])
+def test_a_weight_of_two_models_is_treated_once(share):
+    torch.manual_seed(0)
+    with ci.initializing(settings=QUICK) as reports:
+        models = [network(), nn.Sequential(nn.Identity())]
+        models[1].append(share(models[0][0]))
+    assert_equal(models[0], expected(network))
+    assert reports[1].layers[0].reason == "treated before, as 0 of Sequential"
+
+
+@pytest.mark.parametrize("called", [lambda model: model[0], nn.Sequential], ids=["part", "wrapper"])
+def test_only_a_call_of_the_model_begins_its_training(called):
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        nn.ReLU()(torch.zeros(1))
+        draw_(model)
+        called(model)(torch.randn(1, 3, 9, 9))
+        assert [report.totals["initialized"] for report in reports] == [2, 2]
+        draw_(model)
+        state = copy.deepcopy(model.state_dict())
+        model(torch.randn(1, 3, 9, 9))
+    assert_equal(model, state)
+
+
+def test_what_was_trained_without_an_optimizer_stays():
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        model(torch.randn(1, 3, 9, 9)).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+        trained = copy.deepcopy(model.state_dict())
+        other = network()
+        torch.optim.SGD(other.parameters(), lr=0.1)
+    assert_equal(model, trained)
+    reasons = {layer.reason for layer in reports[0].layers}
+    assert reasons == {"trained already: it got a gradient before an optimizer was made"}
+    assert reports[1].totals["initialized"] == 2
+
+
+def loaded(model):
+    other = network()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def frozen(model):
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+@pytest.mark.parametrize("copied", [loaded, frozen])
+@pytest.mark.parametrize("whole", [False, True], ids=["apart", "in-one-model"])
+@pytest.mark.parametrize("first", [False, True], ids=["original-first", "copy-first"])
+def test_a_copy_that_is_left_alone_is_told_of(copied, whole, first):
+    with ci.initializing(settings=QUICK) as reports:
+        online = network()
+        target = copied(online)
+        models = [nn.Sequential(target), online] if first else [online, nn.Sequential(target)]
+        if whole:
+            models = nn.Sequential(*models)
+    remarks = [remark for report in reports for remark in report.remarks]
+    (remark,) = remarks
+    assert remark.startswith("copies that are no longer equal to what they were copied from: ")
+    assert remark.endswith(": copy them again")
+    assert models is not None

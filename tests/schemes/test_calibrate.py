@@ -92,6 +92,48 @@ def test_a_layer_that_is_called_twice_has_one_factor():
     assert list(factors) == ["0"]
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_weight_that_layers_share_has_one_factor(kind):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), kind(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model[1].weight = model[0].weight
+    assert list(ci.calibrate_(model, input_shape=(4, 8, 8))) == ["0", "2"]
+    outputs = outputs_of(model, natural_noise((4, 8, 8)))
+    assert [float(outputs[name].std()) for name in "02"] == pytest.approx([1, 1], rel=2e-3)
+
+
+def test_a_layer_behind_detach_is_scaled_for_what_reaches_it():
+    class Detached(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).detach())
+
+    model = Detached(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    assert list(ci.calibrate_(model, input_shape=SHAPE)) == ["1"]
+    assert float(outputs_of(model, natural_noise(SHAPE))["1"].std()) == pytest.approx(1, rel=2e-3)
+
+
+def test_a_lazy_model_is_refused_and_left_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(4, 3))
+    with pytest.raises(ci.InputError, match=r"whose 1\.weight is lazy: run a forward pass first"):
+        ci.calibrate_(model, input_shape=SHAPE)
+    model(torch.zeros(1, *SHAPE))
+    assert list(ci.calibrate_(model, input_shape=SHAPE)) == ["0", "1"]
+
+
+def test_convolutions_of_classes_of_ones_own_are_named():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    with pytest.warns(UserWarning, match="not scaled, because they are no convolutions of torch.nn: 0$"):
+        assert list(ci.calibrate_(nn.Sequential(Own(), nn.Conv2d(8, 8, 3)), input_shape=SHAPE)) == ["1"]
+    with pytest.raises(ci.InputError, match="got calls in classes of your own or in a graph"):
+        ci.calibrate_(Own(), input_shape=SHAPE)
+
+
 @pytest.mark.parametrize(
     ("layer", "scaled"),
     [

@@ -1,0 +1,85 @@
+"""Weights that are recognized by their values: those that were treated before, and copies that were not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.remarks import COPIES, copies_remark
+from convsim_init.layers.trial import LIVE
+from convsim_init.report.report import Report
+from convsim_init.report.text import layer_name, shown
+
+SAMPLES = 256  # values of a weight, by which it is recognized
+DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
+
+Samples = list[tuple[str, Tensor | None]]  # of layers by their names; None of a weight that cannot be read
+
+
+class History:
+    """What the layers of several models held before and after they were treated, or while they were left alone."""
+
+    def __init__(self) -> None:
+        self._before: Samples = []
+        self._after: Samples = []
+        self._left: Samples = []  # frozen or loaded
+
+    def obstacle(self, layer: Layer) -> str | None:
+        """That its weight was treated, in this model or in another one that has it too."""
+        owner = _find(self._after, _sample(layer)) if self._after else None
+        return owner and f"treated before, as {owner}"
+
+    def note(self, model: str, layers: Sequence[Layer], before: Sequence[Tensor | None], report: Report) -> list[str]:
+        """Note what a report says of the layers of a model.
+
+        Args:
+            model: Name of the model.
+            layers: Its layers.
+            before: Samples that `sample_layers` took before they were treated.
+            report: What became of them.
+
+        Returns:
+            A remark on copies in other models that are no longer equal.
+        """
+        treated, left, parted = Samples(), Samples(), []
+        for layer, sample, outcome in zip(layers, before, report.layers, strict=True):
+            name = f"{layer_name(layer.name)} of {shown(model)}"
+            if outcome.after:
+                treated.append((name, sample))
+                self._after.append((name, _sample(layer)))
+                parted += [(twin, name)] if (twin := _find(self._left, sample)) else []
+            elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
+                left.append((name, sample))
+                parted += [(name, twin)] if (twin := _find(self._before, sample)) else []
+        self._before += treated
+        self._left += left
+        return copies_remark(parted)
+
+
+def sample_layers(layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Some values of each layer's weight; None where it cannot be read."""
+    return [_sample(layer) for layer in layers]
+
+
+def _sample(layer: Layer) -> Tensor | None:
+    if layer.weight.obstacle(read_only=True) is not None:
+        return None
+    with LIVE:
+        values = layer.weight.read().flatten()
+    stride = len(values) // SAMPLES | 1  # odd, lest it meet one input channel alone
+    return values[::stride].float().cpu().clone()
+
+
+def _find(known: Samples, sample: Tensor | None) -> str | None:
+    """The name of the weight that has these values; None if there is none."""
+    if sample is None:
+        return None
+    alike = (
+        name
+        for name, other in known
+        if other is not None and len(other) == len(sample) and torch.dist(other, sample) <= DISTANCE * other.norm()
+    )
+    return next(alike, None)
