@@ -140,7 +140,8 @@ def test_a_folder_of_torch_distributed_checkpoint(tmp_path, command):
 def test_parts_of_tensors_that_several_processes_wrote(tmp_path):
     (tmp_path / "save.py").write_text(SHARDED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "save.py"]
-    subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True)
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "saved")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     weight = torch.arange(5 * 3 * 2 * 2.0).reshape(5, 3, 2, 2)  # three rows in one process, two in the other
     found = read_checkpoint(tmp_path / "saved").tensors
