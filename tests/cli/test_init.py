@@ -1128,7 +1128,8 @@ def test_a_full_device_as_stdout_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("line", ["list --json", "cifar_resnet18 --json", "inspect cifar_resnet18 --csv"])
 def test_data_for_a_closed_stdout_is_not_lost_without_a_word(line):
-    done = subprocess.run(f"'{SCRIPT}' {line} >&-", shell=True, capture_output=True, text=True)
+    program = f"'{sys.executable}' -m convsim_init"
+    done = subprocess.run(f"{program} {line} >&-", shell=True, capture_output=True, text=True)
     option = line.split()[-1]
     message = f"Error: {option}: expected stdout to print to, got a closed one: send it to a file\n"
     assert (done.returncode, done.stderr) == (1, message)
