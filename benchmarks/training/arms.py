@@ -251,7 +251,7 @@ def natural(weight: Tensor) -> Tensor:
 
 
 def similarity_term(model: nn.Module, normalized: bool = True) -> Callable[[], Tensor]:
-    """Convolutional Similarity, mean over layers if normalized."""
+    """Convolutional Similarity, summed over layers, of each the mean over pairs if normalized."""
     return ci.ConvolutionalSimilarity(model, normalized=normalized)
 
 

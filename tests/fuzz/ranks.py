@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from signals import ARGUMENTS, cpu_time
+from signals import ARGUMENTS, cpu_time, write_both
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COMMAND = ["-m", "convsim_init"]
@@ -44,11 +44,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "init.safetensors")
-        whole = set()
-        for arguments in ([*ARGUMENTS, str(path)], ["cifar_resnet18", "--steps", "1", "--force", "--out", str(path)]):
-            subprocess.run([sys.executable, *COMMAND, *arguments], check=True, stdout=subprocess.DEVNULL)
-            old = path.read_bytes()
-            whole.add(hashlib.sha256(old).digest())
+        old, whole = write_both([sys.executable, *COMMAND], path)
         while counts["kills"] < options.kills:
             path.write_bytes(old)
             end = one(path, chance.uniform(0, options.within), chance.randrange(2))
@@ -79,9 +75,8 @@ def one(path: Path, delay: float, rank: int) -> tuple[int | None, float, float, 
     """
     before = used_by_children()
     with tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            [*TORCHRUN, "-m", "convsim_init", *ARGUMENTS, path], stdout=subprocess.DEVNULL, stderr=stderr
-        )
+        command = [*TORCHRUN, *COMMAND, *ARGUMENTS, str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
             time.sleep(delay)
             ranks = children(process.pid)

@@ -44,11 +44,7 @@ def main() -> int:
     longest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "init.safetensors")
-        whole = set()
-        for arguments in ([*ARGUMENTS, path], ["cifar_resnet18", "--steps", "1", "--force", "--out", path]):
-            subprocess.run([SCRIPT, *arguments], check=True, stdout=subprocess.DEVNULL)
-            old = path.read_bytes()
-            whole.add(hashlib.sha256(old).digest())
+        old, whole = write_both([str(SCRIPT)], path)
         for _ in range(options.signals):
             path.write_bytes(old)
             delay = chance.uniform(0, options.within)
@@ -72,6 +68,16 @@ def main() -> int:
                 print(f"after {delay:.3f} s, {numbers}: {error}", file=sys.stderr)
     print(json.dumps(counts | {"most seconds of CPU time from signal to end": round(longest, 2)}))
     return int(any(counts[name] for name in FAULTS))
+
+
+def write_both(program: list[str], path: Path) -> tuple[bytes, set[bytes]]:
+    """The file that is there before, and the digests of that and of the one that a command writes in its place."""
+    whole = set()
+    for arguments in (ARGUMENTS, ["cifar_resnet18", "--steps", "1", "--force", "--out"]):
+        subprocess.run([*program, *arguments, str(path)], check=True, stdout=subprocess.DEVNULL)
+        old = path.read_bytes()
+        whole.add(hashlib.sha256(old).digest())
+    return old, whole
 
 
 def one(path: Path, delay: float, numbers: list[int], pause: float) -> tuple[int, str, float]:
