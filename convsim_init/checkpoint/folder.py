@@ -58,7 +58,13 @@ def _card(report: Report, config: str, picture: str | None) -> str:
     table = report.table
     table = replace(table, summary=table.summary[:-1])  # less the time, which would differ each time, and the file
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(report.settings).items())
-    seed = "" if report.seed is None else f" with seed {report.seed}"
+    drawn = report.seed is not None
+    name = printable(report.model or "a model")
+    origin = (
+        f"These weights are **not trained**. They are {name} with seed {report.seed}"
+        if drawn
+        else f"These weights were read from {name}"
+    )
     image = f"![Similarity of the filters before and after]({picture})\n\n" if picture else ""
     return f"""---
 library_name: {library}
@@ -66,10 +72,10 @@ tags:
 - convsim-init
 ---
 
-# {printable(report.model or "model")}, to be trained from scratch
+# {name}, {"to be trained from scratch" if drawn else "decorrelated"}
 
-These weights are **not trained**. They are {printable(report.model or "a model")}{seed}, whose
-convolutions were decorrelated by [convsim-init](https://arxiv.org/abs/2411.03226) {__version__}.
+{origin}, whose convolutions were
+decorrelated by [convsim-init](https://arxiv.org/abs/2411.03226) {__version__}.
 
 ```python
 {LOADS[library]}

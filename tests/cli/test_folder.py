@@ -53,6 +53,9 @@ def test_transformers_loads_a_folder_of_its_own(command, tmp_path):
     assert matched(model, tmp_path / "net" / "model.safetensors") == (50, 50, 50)
     assert model.config.num_labels == 3
     assert command("net", "--like", "net", *QUICK, "--out", "again/")[0] == 0  # from those weights
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "These weights were read from net" in card
+    assert "trained" not in card.replace("from_pretrained", "")
     status, _, err = command("net", *QUICK, "--out", "third/")
     assert (status, "expected a model for a folder, got the weights 'net': --like" in err) == (2, True)
 
