@@ -40,6 +40,7 @@ from convsim_init.report.report import LayerReport, Outcome, Report, check_patte
 from convsim_init.settings import Settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
+HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
 NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
 
 
@@ -139,9 +140,12 @@ def initialize_(
         >>> [(layer.name, layer.outcome.value, layer.reason) for layer in report.layers]
         [('0', 'initialized', None), ('3', 'skipped', 'excluded')]
     """
-    return _initialize(
-        model, find_layers(model, include, exclude), settings or Settings(), device, progress=progress, group=group
-    )
+    layers = find_layers(model, include, exclude)
+    before = sample_layers(layers) if HISTORIES else []
+    report = _initialize(model, layers, settings or Settings(), device, progress=progress, group=group)
+    for history in HISTORIES:
+        report.remarks += history.note(type(model).__name__, layers, before, report)
+    return report
 
 
 def _initialize(
@@ -190,12 +194,12 @@ def initializing(
     is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
     begin; what is drawn anew between that and the first forward pass of one of the models is treated then. Treated are
     the convolutions that were drawn in the context. Left alone are those built before it, on the meta device, in a
-    context within it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint loaded at any time
-    replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was made, as in a loop
-    that trains without one. Weights that are loaded or trained in another way, such as by ``weight.data.copy_`` or
-    ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude them. A copy that is left
-    alone, such as a target network, is named in a remark where what it was copied from was treated. Processes that are
-    started in the context are not part of it.
+    context within it, treated by `initialize_`, or loaded by ``load_state_dict`` as pretrained weights are: a
+    checkpoint loaded at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an
+    optimizer was made, as in a loop that trains without one. Weights that are loaded or trained in another way, such as
+    by ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or
+    exclude them. A copy that is left alone, such as a target network, is named in a remark where what it was copied
+    from was treated. Processes that are started in the context are not part of it.
 
     If the context ends with an exception, nothing is treated then.
 
@@ -248,8 +252,12 @@ def initializing(
             if on_report is not None:
                 on_report(report)
 
-    with Construction(treat):
-        yield reports
+    HISTORIES.append(history)
+    try:
+        with Construction(treat):
+            yield reports
+    finally:
+        HISTORIES.remove(history)
 
 
 @torch.no_grad()

@@ -355,3 +355,22 @@ def test_a_copy_that_is_left_alone_is_told_of(copied, whole, first):
     assert remark.startswith("copies that are no longer equal to what they were copied from: ")
     assert remark.endswith(": copy them again")
     assert models is not None
+
+
+@pytest.mark.parametrize("drawn_anew", [False, True])
+def test_what_initialize_treated_within_is_left_alone_unless_it_is_drawn_anew(drawn_anew):
+    with ci.initializing() as reports:
+        model = network()
+        inner = ci.initialize_(model, settings=QUICK)
+        if drawn_anew:
+            draw_(model)
+        before = copy.deepcopy(model.state_dict())
+    assert inner.totals["initialized"] == 2
+    assert len(reports) == 1
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == ({"0.weight", "2.weight"} if drawn_anew else set())
+    if not drawn_anew:
+        assert [layer.reason for layer in reports[0].layers] == [
+            "treated before, as 0 of Sequential",
+            "treated before, as 2 of Sequential",
+        ]
