@@ -72,6 +72,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         import torch
 
         from convsim_init.checkpoint.save import checkpoint_contents
+        from convsim_init.checkpoint.state_dict import state_entries, without_keys
         from convsim_init.initialize import initialize_, plan
         from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.models.hub import describe
@@ -87,6 +88,9 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     head = _classifier(run, start, choices)
     exclude = (*choices.exclude, *map(glob.escape, head.layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
+    without = [*choices.without, *map(glob.escape, head.keys)]
+    if without:
+        without_keys(state_entries(network), without)  # a pattern is refused here, not after the work
     before = after = checkpoint = config = None
     if choices.folder:
         if not isinstance(network, torch.nn.Module):
@@ -124,7 +128,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report=report,
             prefix=choices.prefix,
             convs_only=choices.convs_only,
-            exclude=[*choices.without, *map(glob.escape, head.keys)],
+            exclude=without,
             dtype=getattr(torch, choices.dtype),
         )
     return Result(run, Status.DONE, report, checkpoint=checkpoint, config=config, before=before, after=after)

@@ -65,13 +65,16 @@ def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[
     """The entries whose keys match none of these shell patterns.
 
     Raises:
-        InputError: If a pattern matches no key.
+        InputError: If a pattern matches no key, or no key is left.
     """
     pattern = unmatched_pattern("exclude", exclude, entries)
     if pattern is not None:
         among = alternatives(pattern, entries)
         raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {among}")
-    return {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
+    kept = {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
+    if entries and not kept:
+        raise InputError(f"expected patterns that leave a key, got {', '.join(map(quoted, exclude))}: all keys match")
+    return kept
 
 
 def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:

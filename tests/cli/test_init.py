@@ -782,6 +782,24 @@ def test_a_layer_that_fails_fails_the_run(where, layers, options, build, command
     assert (tmp_path / "old.pt").read_bytes() == OLD
 
 
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["nope.*"], "expected a pattern that a key matches, got 'nope.*'; there are "),
+        (["*.weight", "*"], "expected patterns that leave a key, got '*.weight', '*': all keys match"),
+    ],
+    ids=["none-matches", "all-match"],
+)
+@pytest.mark.parametrize("more", [[], ["--convs-only"]], ids=["all", "convs"])
+def test_what_to_leave_out_is_refused_before_the_work(patterns, message, more, build, command, monkeypatch, tmp_path):
+    build(small())
+    monkeypatch.setattr("convsim_init.initialize.initialize_", lambda *_, **__: pytest.fail("worked in vain"))
+    options = [word for pattern in patterns for word in ("--without", pattern)]
+    status, out, err = command("resnet18", *options, *more, "--out", "init.pt")
+    assert (status, out, err.startswith(f"Error: {message}")) == (2, "", True), err
+    assert names(tmp_path) == []
+
+
 def test_a_layer_that_fails_is_in_the_json(build, command):
     build(small(nan_in="0.weight"))
     status, out, err = command("resnet18", "--json")
