@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.training.arms import Arm, draw_base
+from benchmarks.training.arms import Arm
+from benchmarks.training.starts import draw_base
 from benchmarks.training.tasks.data import Data
 
 POINTS = 10

@@ -18,10 +18,11 @@ import convsim_init as ci
 
 pytest.importorskip("sklearn")
 
-from benchmarks.training.arms import ARMS, Arm, convolutions, draw_base, natural, signed_permutations, with_norms_of
+from benchmarks.training.arms import ARMS, Arm
 from benchmarks.training.fit import OPTIMIZERS, batches_of, decayed_apart, fit, points, schedule
 from benchmarks.training.networks import NETWORKS
 from benchmarks.training.records import Case, Record, Records
+from benchmarks.training.starts import convolutions, draw_base, natural, signed_permutations, with_norms_of
 from benchmarks.training.summary import comparisons, interval, paired, rows_of, steps_to
 from benchmarks.training.tasks import TASKS, textures
 from benchmarks.training.tasks.cifar import read_cifar
