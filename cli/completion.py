@@ -14,6 +14,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from convsim_init.models.libraries import installed, names_in_sources
 from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo.catalog import MODELS
+from convsim_init.settings import ACTIVATIONS, BASES
 
 PLAIN = re.compile(r"[\w./-]+")  # what needs no quotes in any shell; other names of a checkpoint are not offered
 MOST_BYTES = 10**7  # of a header that is read
@@ -30,6 +31,12 @@ def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: 
         *models,
         *_items((f"{one.value}:" for one in installed()), incomplete),
     ]
+
+
+def complete_bases(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Schemes to draw anew by, then the activations that may follow one."""
+    activations = (f"{base}:{activation}" for base in BASES[1:] for activation in ACTIVATIONS)
+    return _items(BASES, incomplete) or _items(activations, incomplete)
 
 
 def complete_layers(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

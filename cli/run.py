@@ -18,7 +18,7 @@ from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, s
 from convsim_init.report import html
 from convsim_init.report.record import save_record
 from convsim_init.report.text import shown, some
-from convsim_init.settings import Base, Settings
+from convsim_init.settings import Settings
 
 from .options import Loaded, ModelOptions, load
 from .signals import exit_on_signal
@@ -38,7 +38,7 @@ class Choices:
     how: ModelOptions
     like: str | None
     key: str | None
-    base: Base
+    base: str
     calibrate: tuple[int, ...] | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]

@@ -16,18 +16,7 @@ ChannelsChoice = Literal["auto", "matched", "all"]
 Norm = Literal["preserve", "free"]
 Optimizer = Literal["conjugate_gradient", "adam"]
 Preset = Literal["convsim", "paper"]
-Base = Literal[
-    "model",
-    "kaiming_normal",
-    "kaiming_normal:fan_in",
-    "kaiming_normal:fan_out",
-    "kaiming_uniform",
-    "kaiming_uniform:fan_in",
-    "kaiming_uniform:fan_out",
-    "xavier_normal",
-    "orthogonal",
-    "delta_orthogonal",
-]
+Activation = Literal["linear", "relu", "leaky_relu", "selu", "sigmoid", "tanh"]  # of torch.nn.init.calculate_gain
 
 PAIRS: tuple[Pairs, ...] = get_args(Pairs)
 CHANNELS: tuple[Channels, ...] = get_args(Channels)
@@ -35,7 +24,10 @@ CHANNELS_CHOICES: tuple[ChannelsChoice, ...] = get_args(ChannelsChoice)
 NORMS: tuple[Norm, ...] = get_args(Norm)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-BASES: tuple[Base, ...] = get_args(Base)
+SCHEMES = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal", "delta_orthogonal")
+FANS = ("fan_in", "fan_out")  # of the first two
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in SCHEMES[:2] for fan in FANS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +107,24 @@ class Settings:
         """The settings called ``"convsim"`` (the defaults) or ``"paper"``."""
         check_choice("preset", name, PRESETS)
         return cls.paper() if name == "paper" else cls()
+
+
+def parse_base(base: str) -> tuple[str, str, Activation | None]:
+    """The scheme, the fan, "" for none, and the activation of a base such as ``"kaiming_normal:fan_out:tanh"``.
+
+    Raises:
+        InputError: If it is not of that form.
+    """
+    activation = next((one for one in ACTIVATIONS if str(base).endswith(f":{one}")), None)
+    start = str(base).removesuffix(f":{activation}")
+    if start not in BASES or (start == "model" and activation):
+        expected = f"to be model or one of {', '.join(SCHEMES)}"
+        if str(base).partition(":")[0] in SCHEMES:
+            ends = f"{' or '.join(FANS)} (of kaiming's) and one of {', '.join(ACTIVATIONS)}"
+            expected = f"to end in {ends}, such as kaiming_normal:fan_out:tanh"
+        raise InputError(f"expected base {expected}, got {base!r}")
+    scheme, _, fan = start.partition(":")
+    return scheme, fan, activation
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ import click
 from convsim_init.cli.plan import Run, parse_seeds, plan_runs
 from convsim_init.cli.results import notes
 from convsim_init.devices import check_device_name, describe_environment, find_device
-from convsim_init.errors import RunError
+from convsim_init.errors import InputError, RunError
 from convsim_init.files import STDOUT, SUFFIXES, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
@@ -26,9 +26,19 @@ from convsim_init.plotting.figure import check_plot
 from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.text import did_you_mean
-from convsim_init.settings import BASES, CHANNELS_CHOICES, NORMS, PAIRS, PRESETS, Base, Preset, Settings
+from convsim_init.settings import (
+    ACTIVATIONS,
+    CHANNELS_CHOICES,
+    NORMS,
+    PAIRS,
+    PRESETS,
+    SCHEMES,
+    Preset,
+    Settings,
+    parse_base,
+)
 
-from ..completion import complete_layers, complete_models
+from ..completion import complete_bases, complete_layers, complete_models
 from ..config import config_option, is_by_hand, origins
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
 from ..run import Choices, make, write
@@ -96,6 +106,14 @@ def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) 
     return tuple(map(int, sizes))
 
 
+def _base(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    try:
+        parse_base(value)
+    except InputError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    return value
+
+
 class MainCommand(click.Command):
     """A command that is run by its group's name alone, and so shares the group's help."""
 
@@ -120,12 +138,13 @@ class MainCommand(click.Command):
 @key_option
 @click.option(
     "--base",
-    type=click.Choice(BASES),
+    callback=_base,
+    shell_complete=complete_bases,
     metavar="SCHEME",
     default="model",
     help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
-    {", ".join(base for base in BASES[1:] if ":" not in base)}; the first two also with :fan_in or
-    :fan_out. Default: {BASES[0]}, as they are.""",
+    {", ".join(SCHEMES)}; the first two also with :fan_in or :fan_out, and all with the gain of an activation,
+    such as :tanh ({", ".join(ACTIVATIONS)}). Default: model, as they are.""",
 )
 @click.option(
     "--calibrate",
@@ -222,7 +241,7 @@ def init(
     seeds: str | None,
     like: str | None,
     key: str | None,
-    base: Base,
+    base: str,
     calibrate: tuple[int, ...] | None,
     preset: Preset,
     include: tuple[str, ...],

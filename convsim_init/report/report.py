@@ -13,7 +13,7 @@ from typing import Any
 from convsim_init.errors import InputError
 from convsim_init.report.table import Table, report_table, shape_text
 from convsim_init.report.text import alternatives, quoted
-from convsim_init.settings import Base, Channels, ChannelsChoice, Settings
+from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
 
@@ -110,7 +110,7 @@ class Report:
     seconds: float = 0.0
     model: str | None = None
     seed: int | None = None
-    base: Base = "model"
+    base: str = "model"
     file: str | None = None
     file_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)

@@ -13,7 +13,7 @@ from convsim_init.functional.bank import bank_weight
 from convsim_init.layers.find import Layer, find_layers
 from convsim_init.layers.weights import RefusedError
 from convsim_init.report.text import layer_name
-from convsim_init.settings import BASES, Base, check_choice
+from convsim_init.settings import parse_base
 
 
 def delta_orthogonal_(filters: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -25,7 +25,7 @@ def delta_orthogonal_(filters: Tensor, *, generator: torch.Generator) -> Tensor:
     return filters
 
 
-SCHEMES: Mapping[str, Callable[..., Tensor]] = {
+DRAWS: Mapping[str, Callable[..., Tensor]] = {
     "kaiming_normal": nn.init.kaiming_normal_,
     "kaiming_uniform": nn.init.kaiming_uniform_,
     "xavier_normal": nn.init.xavier_normal_,
@@ -37,26 +37,29 @@ SCHEMES: Mapping[str, Callable[..., Tensor]] = {
 @torch.no_grad()
 def draw_base_(
     model: nn.Module | Mapping[str, object],
-    base: Base,
+    base: str,
     *,
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> list[str]:
-    """Draw the weights of a model's convolutions anew, in place, with the default arguments of `torch.nn.init`.
+    """Draw the weights of a model's convolutions anew, in place, by a scheme of `torch.nn.init`.
 
     Unlike there, the fans of grouped, depthwise and transposed convolutions are those of their filters, and neither
     memory format, device nor dtype changes what is drawn: it is drawn in float32 on the CPU. ``kaiming_normal`` and
     ``kaiming_uniform`` divide by the fan in, or by the one named, such as ``kaiming_normal:fan_out``; a stride divides
     the fan out, since a value reaches that many fewer outputs, and the fan in of a transposed convolution (strides of
-    state dicts and of graphs are not known). ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal
+    state dicts and of graphs are not known). An activation, as in ``orthogonal:tanh``, multiplies by its
+    `torch.nn.init.calculate_gain`; without one it is ReLU's for the two Kaiming schemes, and 1 for the others, as in
+    `torch.nn.init` by default. ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal
     matrix at the middle tap and zero elsewhere. Left as they are: layers that are not selected, that are frozen or
     cannot be set, and those of zeros, which a model's author has meant so.
 
     Args:
         model: Any module, wrapped or not, or a state dict.
         base: ``"kaiming_normal"``, ``"kaiming_uniform"``, each with ``":fan_in"`` or ``":fan_out"`` or neither,
-            ``"xavier_normal"``, ``"orthogonal"`` or ``"delta_orthogonal"``; ``"model"`` draws nothing.
+            ``"xavier_normal"``, ``"orthogonal"`` or ``"delta_orthogonal"``; then perhaps ``":linear"``, ``":relu"``,
+            ``":leaky_relu"``, ``":selu"``, ``":sigmoid"`` or ``":tanh"``. ``"model"`` draws nothing.
         seed: Seed of the draws; the caller's random state is left as it was.
         include: Shell patterns of layer names; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
@@ -72,28 +75,31 @@ def draw_base_(
         >>> ci.draw_base_(model, "orthogonal", seed=1, exclude=["0"])
         ['1']
     """
-    check_choice("base", base, BASES)
+    parse_base(base)
     if base == "model":
         return []
     generator = torch.Generator().manual_seed(seed)
     return [layer.name for layer in find_layers(model, include, exclude) if _draw(layer, base, generator)]
 
 
-def _draw(layer: Layer, base: Base, generator: torch.Generator) -> bool:
+def _draw(layer: Layer, base: str, generator: torch.Generator) -> bool:
     if layer.obstacle is not None:
         return False
     bank = layer.bank()  # [G, M, C, *kernel_size]
     if not bank.any():
         return False
     drawn = torch.empty(bank.shape, dtype=torch.float32, device="cpu")
-    scheme, _, fan = base.partition(":")
+    scheme, fan, activation = parse_base(base)
     for group in drawn:
-        SCHEMES[scheme](group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
-    if scheme.startswith("kaiming"):
+        DRAWS[scheme](group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
+    by_fan = scheme.startswith("kaiming")
+    if by_fan:
         fan_in, fan_out = bank.shape[2], bank.shape[1]  # over the number of taps
         wanted = fan_out if fan == "fan_out" else fan_in
         strided = layer.transposed != (fan == "fan_out")
         drawn *= math.sqrt(fan_in / wanted * (layer.strides if strided else 1))
+    if activation:  # in place of the gain that it is drawn with
+        drawn *= nn.init.calculate_gain(activation) / nn.init.calculate_gain("relu" if by_fan else "linear")
     try:
         layer.weight.write(bank_weight(drawn, groups=layer.groups, transposed=layer.transposed))
     except RefusedError as error:

@@ -51,6 +51,7 @@ def complete(line: str, shell: str = "bash") -> list[str]:
         ),
         ("convsim-init inspect cifar_resnet18 --plot-layer conv", ["conv1"]),
         ("convsim-init compare cifar_resnet18 vgg11 --plot-layer conv", ["conv1"]),
+        ("convsim-init resnet18 --base ortho", ["orthogonal"]),
         ("convsim-init completion ", ["bash", "zsh", "fish"]),
         ("convsim-init --exclude con", []),
     ],
@@ -60,10 +61,11 @@ def test_a_shell_completes_options_models_and_layers(line, offered, shell):
     assert complete(line, shell) == offered
 
 
-@pytest.mark.parametrize("line", ["timm:convnext_at", "cifar_resnet18 --exclude=conv"])
+@pytest.mark.parametrize("line", ["timm:convnext_at", "cifar_resnet18 --exclude=conv", "resnet18 --base orthogonal:s"])
 def test_bash_replaces_only_what_stands_after_a_colon_or_an_equals_sign(line):
     pytest.importorskip("timm")
-    expected = {"t": ["convnext_atto", "convnext_atto_ols", "convnext_atto_rms"], "c": ["conv1"]}[line[0]]
+    timm = ["convnext_atto", "convnext_atto_ols", "convnext_atto_rms"]
+    expected = {"t": timm, "c": ["conv1"], "r": ["selu", "sigmoid"]}[line[0]]
     assert complete(f"convsim-init {line}") == expected
 
 

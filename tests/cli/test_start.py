@@ -165,7 +165,7 @@ def test_base_weights_for_a_file_take_a_seed(command, weights):
         (["weights.safetensors", "--like", "nothing_like_it"], "expected the name of a model"),
         (["resnet18", "--like", "resnet18"], "--like: expected a FILE that is like that model"),
         (["inspect", "resnet18", "--like", "resnet18"], "--like: expected a FILE"),
-        (["resnet18", "--base", "he"], "'he' is not one of"),
+        (["resnet18", "--base", "he"], "'--base': expected base to be model or one of kaiming_normal"),
         (["missing.safetensors"], "cannot read 'missing.safetensors'"),
         (["truncated.safetensors"], "damaged or of another kind"),
         (["empty.pt"], "got an empty state dict"),

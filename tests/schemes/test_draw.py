@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
-from convsim_init.schemes.draw import SCHEMES
-from convsim_init.settings import BASES
+from convsim_init.schemes.draw import DRAWS
+from convsim_init.settings import ACTIVATIONS, BASES, SCHEMES
 
 LAYERS = {
     "plain": nn.Conv2d(64, 96, 3),
@@ -25,7 +25,34 @@ LAYERS = {
 
 
 def test_there_is_a_scheme_for_every_name():
-    assert {"model", *SCHEMES} == {base.partition(":")[0] for base in BASES}
+    assert set(DRAWS) == set(SCHEMES)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("base", BASES[1:])
+def test_the_gain_is_the_activations(base, activation):
+    plain, scaled = nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 3)
+    ci.draw_base_(plain, base)
+    ci.draw_base_(scaled, f"{base}:{activation}")
+    own = math.sqrt(2) if base.startswith("kaiming") else 1
+    torch.testing.assert_close(scaled.weight, plain.weight * (nn.init.calculate_gain(activation) / own))
+    if base == "kaiming_normal":
+        torch.manual_seed(0)
+        nn.init.kaiming_normal_(plain.weight, nonlinearity=activation, generator=torch.Generator().manual_seed(0))
+        slope = nn.init.calculate_gain(activation) / nn.init.calculate_gain(activation, 0)
+        torch.testing.assert_close(scaled.weight, plain.weight * slope)
+
+
+@pytest.mark.parametrize("base", ["", "Orthogonal", "he", "model:relu", ":relu", None])
+def test_what_is_no_base_is_refused(base):
+    with pytest.raises(ci.InputError, match="expected base to be model or one of kaiming_normal, "):
+        ci.draw_base_(nn.Conv2d(3, 8, 3), base)
+
+
+@pytest.mark.parametrize("base", ["orthogonal:gelu", "orthogonal:fan_in", "kaiming_normal:relu:fan_in"])
+def test_what_cannot_follow_a_scheme_is_refused(base):
+    with pytest.raises(ci.InputError, match="expected base to end in fan_in or fan_out "):
+        ci.draw_base_(nn.Conv2d(3, 8, 3), base)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -137,9 +164,3 @@ def test_a_state_dict_is_drawn_in_place():
     before = {key: value.clone() for key, value in state.items()}
     assert ci.draw_base_(state, "kaiming_normal") == ["0"]
     assert {key for key in state if not torch.equal(state[key], before[key])} == {"0.weight"}
-
-
-@pytest.mark.parametrize("base", ["", "Orthogonal", "he", None])
-def test_an_unknown_scheme(base):
-    with pytest.raises(ci.InputError, match="expected base to be one of model, kaiming_normal"):
-        ci.draw_base_(nn.Conv2d(3, 4, 3), base)
