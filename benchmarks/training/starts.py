@@ -160,6 +160,12 @@ def convsim(model: nn.Module, images: Tensor, settings: ci.Settings | None = Non
     ci.initialize_(model, settings=settings, exclude=exclude)
 
 
+def first_layer(model: nn.Module, images: Tensor) -> None:
+    """Convolutional Similarity lowered in the layer that sees the images, and in no other."""
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    ci.initialize_(model, include=[first])
+
+
 @torch.no_grad()
 def paper_rescaled(model: nn.Module, images: Tensor) -> None:
     """The paper's recipe, its filters then rescaled to their first norms."""
