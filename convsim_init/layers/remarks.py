@@ -27,7 +27,7 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
         return []
     inner = unwrap(model)
     names = [layer.name for layer in layers]
-    return [*_other_kernels(inner, names), *_changes_around(inner), *_ties(inner, layers)]
+    return [*_other_kernels(inner, names), *_hooks_around(inner), *_ties(inner, layers)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -61,19 +61,17 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
 
 
-def _changes_around(model: nn.Module) -> list[str]:
-    """Remarks on what may change the weights of convolutions further inside than a trial pass is made."""
-    around = [
-        (layer_name(bare_name(name)), module)
+def _hooks_around(model: nn.Module) -> list[str]:
+    """A remark on hooks that may change the weights of convolutions further inside than a trial pass is made."""
+    found = [
+        layer_name(bare_name(name))
         for name, module in model.named_modules()
-        if any(isinstance(one, _ConvNd) for child in module.children() for one in list(child.modules())[1:])
+        if has_unknown_hook(module)
+        and any(isinstance(one, _ConvNd) for child in module.children() for one in list(child.modules())[1:])
     ]
-    hooked = [name for name, module in around if has_unknown_hook(module)]
-    calling = [name for name, module in around if "functional_call" in forward_names(module)]
-    found = {"hooks before the forward pass of": hooked, "functional_call in the forward pass of": calling}
-    return [
-        f"not tried, though they may change weights: {what} {some(names)}" for what, names in found.items() if names
-    ]
+    if not found:
+        return []
+    return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
 
 
 def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:

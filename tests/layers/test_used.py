@@ -673,21 +673,6 @@ def test_a_hook_on_every_module_counts_and_one_further_out_is_told():
     assert ci.measure(model).remarks == [remark]
 
 
-def test_a_call_with_other_weights_further_out_is_told():
-    class Perturbed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(4, 8, 3))
-
-        def forward(self, x):
-            return torch.func.functional_call(
-                self.net, {name: -value for name, value in self.net.named_parameters()}, x
-            )
-
-    remark = "not tried, though they may change weights: functional_call in the forward pass of (the model itself)"
-    assert ci.measure(Perturbed()).remarks == [remark]
-
-
 def test_a_second_weight_may_be_of_another_shape():
     class Difference(nn.Conv2d):
         def forward(self, x):
