@@ -38,7 +38,6 @@ from convsim_init.layers.weights import (
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("forward", "_conv_forward")
 CALLS = {call.__name__ for call in CONVOLUTIONS}
-READS = {"weight", "parameters", "named_parameters", "functional_call", *CALLS}
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
 
 
@@ -121,7 +120,7 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         module: The convolution.
         stored: Weight that it holds.
     """
-    if not READS & forward_names(owner) and not has_unknown_hook(owner):
+    if "weight" not in forward_names(owner) and not has_unknown_hook(owner):
         return None
     weight = ForwardWeight(owner, stored, module)
     try:
