@@ -60,7 +60,6 @@ class ConvolutionalSimilarity:
         check_choice("channels", channels, CHANNELS)
         self.skipped: dict[str, str] = {}
         self._modules = dict(find_convolutions(model))
-        self._layouts: list[Layout] = []
         for layer in find_layers(model, include, exclude):
             module = self._modules.get(layer.name)
             if module is None:
@@ -71,11 +70,9 @@ class ConvolutionalSimilarity:
                 continue
             if isinstance(layer.weight, ForwardWeight) and layer.weight.module is not module:
                 layer.obstacle = layer.obstacle or "the module around it uses another weight, which does not count here"
-            groups = layer.groups if channels == "matched" else 1  # that compare their filters apart
-            reason = layer.obstacle or count_obstacle(layer.filters * layer.groups // groups, layer.groups)
-            if reason is None:
-                self._layouts.append(Layout(layer.groups, layer.transposed))
-            else:
+            filters = module.out_channels // (module.groups if channels == "matched" else 1)
+            reason = layer.obstacle or count_obstacle(filters, module.groups)
+            if reason is not None:
                 self.skipped[layer.name] = reason
                 del self._modules[layer.name]
         if not self._modules:
@@ -92,9 +89,10 @@ class ConvolutionalSimilarity:
 
     def __call__(self) -> Tensor:
         """The sum, a scalar on the device of the first layer that counts; differentiable once."""
+        modules = self._modules.values()
         return summed_similarity(
-            [used_weight(module).compute() for module in self._modules.values()],
-            self._layouts,
+            [used_weight(module).compute() for module in modules],
+            [Layout(module.groups, module.transposed) for module in modules],
             self._pairs,
             self._channels,
             normalized=self._normalized,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -129,12 +128,8 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "")
     if owner is not None and (within := weight_within(owner, name, module, weight)) is not None:
         return within
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
-    if not (has_forward_of_its_own(module) or hooked):
-        return weight
-    forward_weight = ForwardWeight(module, weight)
-    with suppress(Exception):  # whatever its own code raises: its obstacle says so
-        forward_weight.choose_call()
-    return forward_weight
+    needs_trial = has_forward_of_its_own(module) or hooked
+    return ForwardWeight(module, weight) if needs_trial else weight
 
 
 def count_obstacle(filters: int, groups: int) -> str | None:
@@ -179,8 +174,7 @@ def _module_layers(model: nn.Module) -> list[Layer]:
                 above = above.rpartition(".")[0]
             owner, inner = owners[above] if name else None, name[len(above) :].lstrip(".")
             weight, kind = used_weight(module, owner, inner), type(module).__name__
-            call = (isinstance(weight, ForwardWeight) and weight.call) or module  # as a forward pass convolves
-            layer = Layer(bare_name(name), kind, weight, groups=call.groups, transposed=call.transposed)
+            layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
             layer.strides = math.prod(module.stride)
             layers.append(layer)
         elif found := find_call(module):

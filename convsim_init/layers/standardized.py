@@ -124,7 +124,7 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         return None
     weight = ForwardWeight(owner, stored, module)
     try:
-        return None if weight.is_stored(module) else weight
+        return None if weight.is_stored() else weight
     except Exception:  # whatever its own code raises at an input that is not what it is made for
         return weight if _reads_weight(owner, name) else None
 
@@ -226,17 +226,15 @@ class ForwardWeight(Weight):
             self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
         return chosen
 
-    def is_stored(self, conv: _ConvNd) -> bool:
-        """Whether the weight that is used is the stored one, whatever its values are, and used as a convolution says.
+    def is_stored(self) -> bool:
+        """Whether the weight that is used is the stored one, whatever its values are.
 
         Raises:
             Exception: Whatever the module's own code raises.
         """
-        call = self.choose_call()
-        if type(self._stored) is not Weight or (call.groups, call.transposed) != (conv.groups, conv.transposed):
-            return False
+        self.choose_call()
         probe = _probe(self._stored.read())
-        return torch.equal(self._given(probe=probe), probe)
+        return type(self._stored) is Weight and torch.equal(self._given(probe=probe), probe)
 
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""

@@ -815,38 +815,3 @@ def test_a_weight_that_a_class_computes_is_no_parameter():
         ci.Outcome.SKIPPED,
         "its weight is no parameter: its class computes it",
     )
-
-
-class _Regrouped(nn.Conv2d):
-    def forward(self, x):
-        return F.conv2d(x, self.weight, self.bias, groups=2)
-
-
-class _Turned(nn.Conv2d):
-    def forward(self, x):
-        return F.conv_transpose2d(x, self.weight)
-
-
-class _Around(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(4, 16, 3)
-
-    def forward(self, x):
-        return F.conv2d(x, self.conv.weight, groups=2)
-
-
-@pytest.mark.parametrize(
-    ("model", "groups", "transposed"),
-    [(_Regrouped(4, 16, 3), 2, False), (_Turned(8, 16, 3), 1, True), (_Around(), 2, False)],
-)
-def test_groups_are_those_that_the_forward_pass_passes(model, groups, transposed):
-    report = ci.initialize_(model, settings=ci.Settings(channels="matched"))
-    weight = next(p for p in model.parameters() if p.dim() == 4)
-    how = {"groups": groups, "transposed": transposed}
-    expected = ci.convolutional_similarity(weight, **how)
-    assert report.layers[0].after["similarity"] == pytest.approx(expected.item(), rel=1e-4)
-    assert report.layers[0].after["normalized_similarity"] < 0.8 * report.layers[0].before["normalized_similarity"]
-    if not isinstance(model, _Around):
-        term = ci.ConvolutionalSimilarity(model)()
-        torch.testing.assert_close(term, expected)
