@@ -44,6 +44,7 @@ class Choices:
     exclude: tuple[str, ...]
     device: str
     convs_only: bool
+    writes: bool
     folder: bool
     head: str
     without: tuple[str, ...]
@@ -89,7 +90,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     exclude = (*choices.exclude, *map(glob.escape, head.layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
     without = [*choices.without, *map(glob.escape, head.keys)]
-    if without:
+    if without and choices.writes:
         without_keys(state_entries(network), without)  # a pattern is refused here, not after the work
     before = after = checkpoint = config = None
     if choices.folder:

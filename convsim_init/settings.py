@@ -115,12 +115,13 @@ def parse_base(base: str) -> tuple[str, str, Activation | None]:
     Raises:
         InputError: If it is not of that form.
     """
-    activation = next((one for one in ACTIVATIONS if str(base).endswith(f":{one}")), None)
-    start = str(base).removesuffix(f":{activation}")
+    text = base if isinstance(base, str) else ""
+    activation = next((one for one in ACTIVATIONS if text.endswith(f":{one}")), None)
+    start = text.removesuffix(f":{activation}") if activation else text
     if start not in BASES or (start == "model" and activation):
         expected = f"to be model or one of {', '.join(SCHEMES)}"
-        if str(base).partition(":")[0] in SCHEMES:
-            ends = f"{' or '.join(FANS)} (of kaiming's) and one of {', '.join(ACTIVATIONS)}"
+        if text.partition(":")[0] in SCHEMES:
+            ends = f"at most {' or '.join(FANS)}, after kaiming's alone, and then one of {', '.join(ACTIVATIONS)}"
             expected = f"to end in {ends}, such as kaiming_normal:fan_out:tanh"
         raise InputError(f"expected base {expected}, got {base!r}")
     scheme, _, fan = start.partition(":")

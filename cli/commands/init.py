@@ -106,12 +106,18 @@ def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) 
     return tuple(map(int, sizes))
 
 
-def _base(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    try:
-        parse_base(value)
-    except InputError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
-    return value
+class BaseType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """What the convolutions are drawn anew by, as in `parse_base`."""
+
+    name = "scheme"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, if it is one."""
+        try:
+            parse_base(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+        return value
 
 
 class MainCommand(click.Command):
@@ -138,7 +144,7 @@ class MainCommand(click.Command):
 @key_option
 @click.option(
     "--base",
-    callback=_base,
+    type=BaseType(),
     shell_complete=complete_bases,
     metavar="SCHEME",
     default="model",
@@ -312,6 +318,7 @@ def init(
         exclude=exclude,
         device=device,
         convs_only=convs_only,
+        writes=out is not None,
         folder=folder,
         head=head,
         without=without,

@@ -1161,3 +1161,10 @@ def test_data_for_a_closed_stdout_is_not_lost_without_a_word(line):
 def test_closed_streams_are_no_error(line, status):
     done = subprocess.run(f"'{SCRIPT}' {line}", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_a_pattern_of_a_config_file_counts_only_where_something_is_written(build, command, tmp_path):
+    build(small())
+    (tmp_path / "run.toml").write_text('without = ["nope.*"]\n')
+    assert command("resnet18", "--config", "run.toml", "--steps", "2")[0] == 0
+    assert command("resnet18", "--config", "run.toml", "--out", "init.pt")[0] == 2

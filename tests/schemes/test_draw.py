@@ -1,6 +1,7 @@
 """Base weights drawn anew: the schemes of torch.nn.init with the right fans, for every kind of convolution."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,15 +44,17 @@ def test_the_gain_is_the_activations(base, activation):
         torch.testing.assert_close(scaled.weight, plain.weight * slope)
 
 
-@pytest.mark.parametrize("base", ["", "Orthogonal", "he", "model:relu", ":relu", None])
+@pytest.mark.parametrize("base", ["", "Orthogonal", "model:relu", "model:None", ":relu", None, Path("orthogonal")])
 def test_what_is_no_base_is_refused(base):
     with pytest.raises(ci.InputError, match="expected base to be model or one of kaiming_normal, "):
         ci.draw_base_(nn.Conv2d(3, 8, 3), base)
 
 
-@pytest.mark.parametrize("base", ["orthogonal:gelu", "orthogonal:fan_in", "kaiming_normal:relu:fan_in"])
+@pytest.mark.parametrize(
+    "base", ["orthogonal:gelu", "orthogonal:None", "xavier_normal:fan_in", "kaiming_normal:relu:fan_in"][:]
+)
 def test_what_cannot_follow_a_scheme_is_refused(base):
-    with pytest.raises(ci.InputError, match="expected base to end in fan_in or fan_out "):
+    with pytest.raises(ci.InputError, match="expected base to end in at most fan_in or fan_out, "):
         ci.draw_base_(nn.Conv2d(3, 8, 3), base)
 
 
