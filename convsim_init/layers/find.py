@@ -14,7 +14,7 @@ from convsim_init.errors import InputError
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
-from convsim_init.layers.memory import memories, overlap
+from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.layers.standardized import ForwardWeight, find_call, has_forward_of_its_own, weight_within
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
@@ -125,6 +125,8 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "")
         name: Name of the convolution in it.
     """
     weight = stored_weight(module)
+    if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
+        return weight
     if owner is not None and (within := weight_within(owner, name, module, weight)) is not None:
         return within
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)

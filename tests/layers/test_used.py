@@ -1,6 +1,8 @@
 """What is reported is what the convolution is given: masked, tied, quantized, expanded, pruned and computed weights."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -815,3 +817,24 @@ def test_a_weight_that_a_class_computes_is_no_parameter():
         ci.Outcome.SKIPPED,
         "its weight is no parameter: its class computes it",
     )
+
+
+SHARDED = """
+import os, torch, torch.distributed as dist, convsim_init as ci
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3))
+mesh = dist.init_device_mesh("cpu", (1,))
+for part in (*model, model):
+    fully_shard(part, mesh=mesh)
+reasons = {layer.reason for layer in (*ci.measure(model).layers, *ci.initialize_(model).layers)}
+model(torch.zeros(1, 4, 9, 9)).sum().backward()
+print(reasons, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_sharded_model_still_runs_after_it_was_looked_at():
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
+    assert done.stdout == "{'sharded over processes: initialize the model before it is sharded'}\n", done.stderr
