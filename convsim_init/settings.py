@@ -25,9 +25,10 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 SCHEMES = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal", "delta_orthogonal")
-FANS = ("fan_in", "fan_out")  # of the first two
+FAN_SCHEMES = SCHEMES[:2]
+FANS = ("fan_in", "fan_out")  # that these may name
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in SCHEMES[:2] for fan in FANS))
+BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in FAN_SCHEMES for fan in FANS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from convsim_init.functional.bank import bank_weight
 from convsim_init.layers.find import Layer, find_layers
 from convsim_init.layers.weights import RefusedError
 from convsim_init.report.text import layer_name
-from convsim_init.settings import parse_base
+from convsim_init.settings import FAN_SCHEMES, Activation, parse_base
 
 
 def delta_orthogonal_(filters: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -75,24 +75,25 @@ def draw_base_(
         >>> ci.draw_base_(model, "orthogonal", seed=1, exclude=["0"])
         ['1']
     """
-    parse_base(base)
-    if base == "model":
+    scheme, fan, activation = parse_base(base)
+    if scheme == "model":
         return []
     generator = torch.Generator().manual_seed(seed)
-    return [layer.name for layer in find_layers(model, include, exclude) if _draw(layer, base, generator)]
+    return [
+        layer.name for layer in find_layers(model, include, exclude) if _draw(layer, scheme, fan, activation, generator)
+    ]
 
 
-def _draw(layer: Layer, base: str, generator: torch.Generator) -> bool:
+def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, generator: torch.Generator) -> bool:
     if layer.obstacle is not None:
         return False
     bank = layer.bank()  # [G, M, C, *kernel_size]
     if not bank.any():
         return False
     drawn = torch.empty(bank.shape, dtype=torch.float32, device="cpu")
-    scheme, fan, activation = parse_base(base)
     for group in drawn:
         DRAWS[scheme](group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
-    by_fan = scheme.startswith("kaiming")
+    by_fan = scheme in FAN_SCHEMES
     if by_fan:
         fan_in, fan_out = bank.shape[2], bank.shape[1]  # over the number of taps
         wanted = fan_out if fan == "fan_out" else fan_in
