@@ -143,8 +143,9 @@ def initialize_(
     layers = find_layers(model, include, exclude)
     before = sample_layers(layers) if HISTORIES else []
     report = _initialize(model, layers, settings or Settings(), device, progress=progress, group=group)
-    for history in HISTORIES:
-        report.remarks += history.note(type(model).__name__, layers, before, report)
+    name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
+    remarks = [one for history in HISTORIES for one in history.note(name, layers, before, report, chosen=True)]
+    report.remarks += dict.fromkeys(remarks)
     return report
 
 
@@ -194,12 +195,12 @@ def initializing(
     is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
     begin; what is drawn anew between that and the first forward pass of one of the models is treated then. Treated are
     the convolutions that were drawn in the context. Left alone are those built before it, on the meta device, in a
-    context within it, treated by `initialize_`, or loaded by ``load_state_dict`` as pretrained weights are: a
-    checkpoint loaded at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an
-    optimizer was made, as in a loop that trains without one. Weights that are loaded or trained in another way, such as
-    by ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or
-    exclude them. A copy that is left alone, such as a target network, is named in a remark where what it was copied
-    from was treated. Processes that are started in the context are not part of it.
+    context within it, treated by `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained
+    weights are: a checkpoint loaded at any time replaces what was drawn. So are those that got a gradient by
+    ``backward`` before an optimizer was made, as in a loop that trains without one. Weights that are loaded or trained
+    in another way, such as by ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load
+    them afterwards, or exclude them. A copy that is left alone, such as a target network, is named in a remark where
+    what it was copied from was treated. Processes that are started in the context are not part of it.
 
     If the context ends with an exception, nothing is treated then.
 

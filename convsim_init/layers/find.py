@@ -21,6 +21,7 @@ from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
 
+UNSELECTED = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
 
@@ -198,5 +199,5 @@ def _ungrouped(channels: int, groups: int) -> str | None:
 def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """Why a layer of that name is not chosen by these patterns; None if it is."""
     if include and not any(fnmatchcase(name, pattern) for pattern in include):
-        return "not included"
-    return "excluded" if any(fnmatchcase(name, pattern) for pattern in exclude) else None
+        return NOT_INCLUDED
+    return EXCLUDED if any(fnmatchcase(name, pattern) for pattern in exclude) else None

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
+TRYING = ContextVar("trying", default=False)  # whether the forward passes that run are trials
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 
 
@@ -136,6 +138,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
         noted = [_noted(tensor) for tensor in tensors]
+        trying = TRYING.set(True)
         try:
             memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
             for part in parts:
@@ -144,6 +147,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
             vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
             yield
         finally:
+            TRYING.reset(trying)
             for part, before in zip(parts, attributes, strict=True):
                 vars(part).clear()
                 vars(part).update(before)

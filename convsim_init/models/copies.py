@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from convsim_init.layers.find import UNSELECTED
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.remarks import COPIES, copies_remark
 from convsim_init.layers.trial import LIVE
@@ -16,7 +17,7 @@ from convsim_init.report.text import layer_name, shown
 SAMPLES = 256  # values of a weight, by which it is recognized
 DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
 
-Samples = list[tuple[str, Tensor | None]]  # of layers by their names; None of a weight that cannot be read
+Samples = list[tuple[str, Tensor | None]]  # of layers, with their names; None of a weight that cannot be read
 
 
 class History:
@@ -24,15 +25,25 @@ class History:
 
     def __init__(self) -> None:
         self._before: Samples = []
-        self._after: Samples = []
+        self._after: Samples = []  # directions alone, by why their layers are to be left
         self._left: Samples = []  # frozen or loaded
 
     def obstacle(self, layer: Layer) -> str | None:
-        """That its weight was treated, in this model or in another one that has it too."""
-        owner = _find(self._after, _sample(layer)) if self._after else None
-        return owner and f"treated before, as {owner}"
+        """That its weight was treated, or chosen to be left, in this model or in another one that has it too.
 
-    def note(self, model: str, layers: Sequence[Layer], before: Sequence[Tensor | None], report: Report) -> list[str]:
+        It is recognized at another scale too, because `calibrate_` may have scaled it since.
+        """
+        return _find(self._after, _direction(_sample(layer))) if self._after else None
+
+    def note(
+        self,
+        model: str,
+        layers: Sequence[Layer],
+        before: Sequence[Tensor | None],
+        report: Report,
+        *,
+        chosen: bool = False,
+    ) -> list[str]:
         """Note what a report says of the layers of a model.
 
         Args:
@@ -40,6 +51,7 @@ class History:
             layers: Its layers.
             before: Samples that `sample_layers` took before they were treated.
             report: What became of them.
+            chosen: Whether those that were not selected are to be left from now on.
 
         Returns:
             A remark on copies in other models that are no longer equal.
@@ -49,8 +61,10 @@ class History:
             name = f"{layer_name(layer.name)} of {shown(model)}"
             if outcome.after:
                 treated.append((name, sample))
-                self._after.append((name, _sample(layer)))
+                self._after.append((f"treated before, as {name}", _direction(_sample(layer))))
                 parted += [(twin, name)] if (twin := _find(self._left, sample)) else []
+            elif layer.obstacle in UNSELECTED and chosen:
+                self._after.append((f"{layer.obstacle} before, as {name}", _direction(sample)))
             elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
                 left.append((name, sample))
                 parted += [(name, twin)] if (twin := _find(self._before, sample)) else []
@@ -73,13 +87,17 @@ def _sample(layer: Layer) -> Tensor | None:
     return values[::stride].float().cpu().clone()
 
 
+def _direction(sample: Tensor | None) -> Tensor | None:
+    return None if sample is None else nn.functional.normalize(sample, dim=0)
+
+
 def _find(known: Samples, sample: Tensor | None) -> str | None:
-    """The name of the weight that has these values; None if there is none."""
+    """What is known of the weight that has these values; None if there is none, or they are zeros."""
     if sample is None:
         return None
     alike = (
-        name
-        for name, other in known
-        if other is not None and len(other) == len(sample) and torch.dist(other, sample) <= DISTANCE * other.norm()
+        what
+        for what, other in known
+        if other is not None and len(other) == len(sample) and torch.dist(other, sample) < DISTANCE * other.norm()
     )
     return next(alike, None)

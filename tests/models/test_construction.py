@@ -357,20 +357,53 @@ def test_a_copy_that_is_left_alone_is_told_of(copied, whole, first):
     assert models is not None
 
 
-@pytest.mark.parametrize("drawn_anew", [False, True])
-def test_what_initialize_treated_within_is_left_alone_unless_it_is_drawn_anew(drawn_anew):
+def nothing(model):
+    pass
+
+
+def scaled(model):
+    assert len(ci.calibrate_(model, input_shape=(3, 16, 16))) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": ["0"]}, {"include": ["2"]}], ids=["all", "exclude", "include"])
+@pytest.mark.parametrize("then", [nothing, scaled, draw_])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
+def test_what_initialize_treated_or_left_within_stays_unless_it_is_drawn_anew(options, then, wrap):
     with ci.initializing() as reports:
         model = network()
-        inner = ci.initialize_(model, settings=QUICK)
-        if drawn_anew:
-            draw_(model)
+        inner = ci.initialize_(wrap(model), settings=QUICK, **options)
+        then(model)
         before = copy.deepcopy(model.state_dict())
-    assert inner.totals["initialized"] == 2
+    assert inner.totals["initialized"] == (1 if options else 2)
     assert len(reports) == 1
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == ({"0.weight", "2.weight"} if drawn_anew else set())
-    if not drawn_anew:
+    assert changed == ({"0.weight", "2.weight"} if then is draw_ else set())
+    if then is not draw_:
+        how = "excluded" if "exclude" in options else "not included" if options else "treated"
         assert [layer.reason for layer in reports[0].layers] == [
-            "treated before, as 0 of Sequential",
+            f"{how} before, as 0 of Sequential",
             "treated before, as 2 of Sequential",
         ]
+
+
+@pytest.mark.parametrize("look", [ci.measure, lambda model: ci.calibrate_(model, input_shape=(3, 16, 16))])
+def test_a_look_at_a_model_is_not_its_first_forward_pass(look):
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), 0.1)
+        look(model)
+        draw_(model)
+        drawn = copy.deepcopy(model.state_dict())
+        model(torch.zeros(1, 3, 16, 16))
+    assert len(reports) == 2
+    assert not torch.equal(model.state_dict()["2.weight"], drawn["2.weight"])
+
+
+def test_a_copy_is_told_of_once_in_contexts_within_each_other():
+    with ci.initializing(), ci.initializing():
+        online = network()
+        target = frozen(online)
+        report = ci.initialize_(online, settings=QUICK)
+        assert report.remarks == []
+        (remark,) = ci.initialize_(target, settings=QUICK).remarks
+    assert remark.startswith("copies that are no longer equal")
