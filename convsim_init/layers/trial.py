@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import random
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -133,8 +134,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
-    with LIVE, random_states(tensors), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
+    with unnoticed(tensors):
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
         noted = [_noted(tensor) for tensor in tensors]
@@ -201,6 +201,17 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
             twin.update({key: copied(one, memo) for key, one in value.items()})
             return twin
         return [copied(one, memo) for one in value] if type(value) is list else value
+
+
+@contextmanager
+def unnoticed(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context for code of a model that runs on values it is not made for: nothing of what it prints, warns of or draws.
+
+    One thread at a time.
+    """
+    with LIVE, random_states(tensors), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -189,6 +189,40 @@ def test_a_file_goes_to_stdout_and_the_table_to_stderr(buffering, tmp_path):
     assert (status, err) == (1, "Error: could not write to stdout: No space left on device; send it elsewhere\n")
 
 
+TALKING = """
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        print("in a forward pass")
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        print("in a parametrization")
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        print("in an assignment")
+        return weight / 2
+
+def model():
+    parametrized = parametrize.register_parametrization(nn.Conv2d(8, 8, 3), "weight", Doubled())
+    return nn.Sequential(Standardized(3, 8, 3), parametrized)
+"""
+
+
+def test_what_a_model_prints_is_not_in_the_file_on_stdout(tmp_path):
+    (tmp_path / "talking.py").write_text(TALKING)
+    arguments = ["talking.py:model", "--calibrate", "3x16x16", "-q"]
+    with (tmp_path / "piped.safetensors").open("wb") as piped:
+        assert finish(start(*arguments, "--out", "-", stdout=piped, stderr=subprocess.PIPE, cwd=tmp_path))[0] == 0
+    assert run_process(*arguments, "--out", "named.safetensors", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "piped.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
