@@ -21,7 +21,7 @@ from convsim_init.report.record import save_record
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
-from .options import Loaded, ModelOptions, load
+from .options import Loaded, ModelOptions, is_file, load
 from .signals import exit_on_signal
 
 if TYPE_CHECKING:
@@ -189,7 +189,14 @@ def write(result: Result, choices: Choices) -> Result:
             from convsim_init.checkpoint.folder import write_folder
 
             picture = (f"plot{run.plot.suffix}", partial(save_figure, figure)) if run.plot and figure else None
-            write_folder(result.checkpoint, run.out, config=result.config, report=report, picture=picture)
+            write_folder(
+                result.checkpoint,
+                run.out,
+                config=result.config,
+                report=report,
+                drawn=not is_file(run.model),
+                picture=picture,
+            )
             report.file, report.file_bytes = str(run.out), sum(path.stat().st_size for path in run.out.iterdir())
         else:
             from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint

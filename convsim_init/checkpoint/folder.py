@@ -25,6 +25,7 @@ def write_folder(
     *,
     config: str,
     report: Report,
+    drawn: bool,
     picture: tuple[str, Callable[[Path], object]] | None = None,
 ) -> Path:
     """Write a new folder, whole or not at all; the same arguments give the same bytes.
@@ -34,6 +35,7 @@ def write_folder(
         path: Where there is nothing yet.
         config: Content of ``config.json``, as `models.hub.describe` returns it.
         report: Report of the run that made the weights.
+        drawn: Whether all of the weights were drawn, and none read from a file.
         picture: Name of a picture that the card shows, and what writes it to a path.
 
     Returns:
@@ -47,23 +49,23 @@ def write_folder(
     with new_folder(target) as folder:
         write_checkpoint(contents, folder / WEIGHTS)
         (folder / CONFIG).write_text(config, encoding="utf-8")
-        (folder / CARD).write_text(_card(report, config, picture and picture[0]), encoding="utf-8")
+        (folder / CARD).write_text(_card(report, config, drawn, picture and picture[0]), encoding="utf-8")
         if picture is not None:
             picture[1](folder / picture[0])
     return target
 
 
-def _card(report: Report, config: str, picture: str | None) -> str:
+def _card(report: Report, config: str, drawn: bool, picture: str | None) -> str:
     library = "transformers" if '"model_type"' in config else "timm"
     table = report.table
     table = replace(table, summary=table.summary[:-1])  # less the time, which would differ each time, and the file
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(report.settings).items())
-    drawn = report.seed is not None
+    anew = "" if report.seed is None else f", drawn anew by {report.base} with seed {report.seed}"
     name = printable(report.model or "a model")
     origin = (
-        f"These weights are **not trained**. They are {name} with seed {report.seed}"
+        f"These weights are **not trained**. They are {name} with seed {report.seed}, whose convolutions"
         if drawn
-        else f"These weights were read from {name}"
+        else f"These weights were read from {name}, whose convolutions{anew},"
     )
     image = f"![Similarity of the filters before and after]({picture})\n\n" if picture else ""
     return f"""---
@@ -74,7 +76,7 @@ tags:
 
 # {name}, {"to be trained from scratch" if drawn else "decorrelated"}
 
-{origin}, whose convolutions were
+{origin} were
 decorrelated by [convsim-init](https://arxiv.org/abs/2411.03226) {__version__}.
 
 ```python

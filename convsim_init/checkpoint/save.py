@@ -64,8 +64,8 @@ def save_checkpoint(
         The path given.
 
     Raises:
-        InputError: If the path cannot be written, the weights hold other than finite tensors, or a pattern matches no
-            key.
+        InputError: If the path cannot be written, the weights hold other than finite tensors, a pattern matches no
+            key, or none is left.
         RunError: If writing fails, for instance on a full disk; the file that was there is still there.
 
     Examples:
@@ -108,13 +108,15 @@ def checkpoint_contents(
     """What `save_checkpoint` would write with the same arguments.
 
     Raises:
-        InputError: If the weights hold other than finite tensors, or a pattern matches no key.
+        InputError: If the weights hold other than finite tensors, a pattern matches no key, or none is left.
     """
     entries = state_entries(model_or_state_dict)
     kept = without_keys(entries, exclude)
     if convs_only:
         changed = changed_entries(entries, report)
         kept = {key: value for key, value in kept.items() if key in changed}
+        if not kept:
+            raise InputError("convs_only: expected a changed convolution to write, got all of them excluded")
     tensors = {prefix + key: tensor for key, tensor in plain_tensors(kept, dtype).items()}
     return Contents(tensors, module_versions(model_or_state_dict, prefix), _metadata(report))
 

@@ -782,6 +782,12 @@ NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: noth
         ),
         pytest.param(
             small(),
+            {"convs_only": True, "report": changed(small()), "exclude": ["[02].*"]},
+            "convs_only: expected a changed convolution to write, got all of them excluded",
+            id="no convolution left",
+        ),
+        pytest.param(
+            small(),
             {"convs_only": True, "report": changed(Holder())},
             "convs_only: the report's layer 'module.0' is not here: pass this model's own report",
             id="report-of-another-model",

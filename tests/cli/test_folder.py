@@ -56,6 +56,10 @@ def test_transformers_loads_a_folder_of_its_own(command, tmp_path):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "These weights were read from net" in card
     assert "trained" not in card.replace("from_pretrained", "")
+    assert command("net", "--like", "net", "--base", "orthogonal", *QUICK, "--out", "drawn/")[0] == 0
+    card = (tmp_path / "drawn" / "README.md").read_text()
+    assert "read from net, whose convolutions, drawn anew by orthogonal with seed 0, were\ndecorrelated" in card
+    assert "**not trained**" not in card  # the rest of them may be
     status, _, err = command("net", *QUICK, "--out", "third/")
     assert (status, "expected a model for a folder, got the weights 'net': --like" in err) == (2, True)
 
