@@ -6,13 +6,14 @@ about norms each filter ends with the norm that it had there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import convsim_init as ci
 
@@ -87,6 +88,13 @@ def signed_permutations(weight: Tensor) -> Tensor:
     return weight * F.one_hot(torch.cat(rounds)[:filters], channels)[:, :, None, None]
 
 
+def run_hooked(model: nn.Module, images: Tensor, hooks: Sequence[RemovableHandle]) -> None:
+    """A forward pass over some images, after which the hooks are removed."""
+    model(images[:256])
+    for hook in hooks:
+        hook.remove()
+
+
 @torch.no_grad()
 def patch_whitened(model: nn.Module, images: Tensor) -> None:
     """Orthogonal filters for whitened patches: feature maps of training images do not correlate before activations.
@@ -105,10 +113,7 @@ def patch_whitened(model: nn.Module, images: Tensor) -> None:
         filters = filters @ (vectors / values.sqrt()) @ vectors.T
         conv.weight.copy_(with_norms_of(conv.weight, filters.view_as(conv.weight)))
 
-    handles = [conv.register_forward_pre_hook(whiten) for conv in convolutions(model)]
-    model(images[:256])
-    for handle in handles:
-        handle.remove()
+    run_hooked(model, images, [conv.register_forward_pre_hook(whiten) for conv in convolutions(model)])
 
 
 @torch.no_grad()
@@ -123,10 +128,7 @@ def unit_variance(model: nn.Module, images: Tensor) -> None:
         conv.weight /= deviation
         return output / deviation  # the biases are zero
 
-    handles = [conv.register_forward_hook(scale) for conv in convolutions(model)]
-    model(images[:256])
-    for handle in handles:
-        handle.remove()
+    run_hooked(model, images, [conv.register_forward_hook(scale) for conv in convolutions(model)])
 
 
 @torch.no_grad()
