@@ -48,14 +48,11 @@ class TorchBlock:
         here = self._workspace()
         weights.mul_(keep).addcmul_(direction, add)
         self._fourier.full.forward(self._weights, out=here.spectrum)
-        # The shift is subtracted from the partners' power, [F, g, 1, M], where it costs nothing.
-        lift = self._fourier.identity * shift / 2
-        power = here.lifted_power(lift)  # [F, g, c, M]
-        lifts = partner_power(lift, self._pairs) + lift
-        if self._pairs == "all":  # then the lifts are equal for all filters
-            partners = torch.sub(power.sum(-1, keepdim=True) - lifts[..., :1], power, out=power)
-        else:
-            partners = partner_power(power, self._pairs).sub_(lifts)
+        power = here.power()  # [F, g, c, M]
+        partners = partner_power(power, self._pairs, out=power if self._pairs == "all" else None)
+        # The shift is subtracted from the partners' power, before anything cancels. To a filter's own power, of which
+        # it is M times as much, it must not be added: that would leave M times the rounding.
+        partners.sub_(self._fourier.identity * shift / 2)
         here.spectrum.first.mul_(partners)
         here.spectrum.second.mul_(partners[1:])
         self._differentiate(here.spectrum)
@@ -139,15 +136,12 @@ class _Workspace:
         self.coarse_weights = Halves(memory[3 * coarse : 3 * coarse + seen])
         self.coarse_direction = Halves(memory[3 * coarse + seen : 3 * coarse + 2 * seen])
 
-    def lifted_power(self, lift: Tensor) -> Tensor:
-        """The power of the spectrum plus ``lift`` ``[F, g, 1, M]``; summed over channels where they are."""
+    def power(self) -> Tensor:
+        """The power of the spectrum, ``[F, g, c, M]``; summed over channels where they are."""
         first, second = self.spectrum.first, self.spectrum.second
-        if self._summed:
-            torch.mul(first, first, out=self._power)
-        else:
-            torch.addcmul(lift, first, first, out=self._power)
+        torch.mul(first, first, out=self._power)
         self._power_rest.addcmul_(second, second)
-        return self._power.sum(2, keepdim=True).add_(lift) if self._summed else self._power
+        return self._power.sum(2, keepdim=True) if self._summed else self._power
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products ``[g, M]`` of the filters' parts ``[T, g, c, M]``."""

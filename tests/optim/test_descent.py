@@ -8,6 +8,7 @@ import naive
 import pytest
 import torch
 
+from convsim_init.backends import compiled
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.functional.bank import bank_weight, filter_bank, filter_norms, per_filter
@@ -292,6 +293,15 @@ def test_a_loss_that_overflows_leaves_the_weights_as_they_were():
     assert descent.bank is bank
 
 
+@pytest.mark.parametrize("switch", ["1", "0"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("shape", [(2048, 32, 3, 3), (1024, 256, 3, 3), (1024, 1024, 1, 1)])
+def test_rounding_hides_no_step_of_a_wide_layer(shape, switch, monkeypatch):
+    monkeypatch.setenv(compiled.SWITCH, switch)
+    bank = filter_bank(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    found, exact = (descend(one, Settings(steps=8)).losses for one in (bank, bank.double()))
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * exact[0])
+
+
 @pytest.mark.parametrize("optimizer", ["conjugate_gradient", "adam"])
 def test_a_caller_can_end_it(optimizer):
     calls = []
@@ -310,6 +320,6 @@ def test_a_caller_can_end_it(optimizer):
 @pytest.mark.parametrize("shape", [(64, 3, 7, 7), (128, 64, 3, 3), (256, 128, 1, 1)])
 def test_cuda_agrees_with_the_cpu(shape):
     bank = filter_bank(torch.nn.init.kaiming_normal_(torch.empty(shape)))
-    cpu, cuda = descend(bank, Settings()), descend(bank.cuda(), Settings())
+    cpu, cuda = descend(bank.double(), Settings()), descend(bank.cuda(), Settings())
     assert cuda.bank.is_cuda
     torch.testing.assert_close(cuda.losses[:10], cpu.losses[:10], rtol=1e-4, atol=0)
