@@ -1,19 +1,25 @@
 """What a GPU makes of the descent and of the regularizer: first that it is right, then how fast.
 
-    PYTHONPATH=. python -m benchmarks.speed.gpu [--write]    # a few minutes
+    python setup.py build_ext --inplace     # the compiled step, which the CPU is timed by
+    PYTHONPATH=. python -m benchmarks.speed.gpu --out benchmarks/results    # a few minutes
 
 Each time is one of the host, to the end of the GPU's work; the CPU's are of the same machine. With
-``--write`` the table goes to ``benchmarks/results/``, to a file named for the card. If a result is
-wrong nothing is timed.
+``--out`` the table goes to that folder, to a file named for the card, row by row. If a result is
+wrong nothing is timed. If a part fails the others are run, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import math
+import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +34,7 @@ from benchmarks.speed import peers, scale_model
 from benchmarks.speed.descents import time_step
 from benchmarks.speed.roofline import step_bytes
 from benchmarks.speed.shapes import Shape, draw, text
+from convsim_init.backends import compiled
 from convsim_init.backends.block import cut_into_blocks
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.devices import describe_environment
@@ -38,36 +45,62 @@ from convsim_init.settings import Settings
 
 Row = tuple[str, str, str, str]  # what, value, compared with, goal
 DEVICE = "cuda"
-RESULTS = Path(__file__).parents[1] / "results"
 SMALL = [(130, 20, 3, 3), (256, 600, 1, 1), (64, 33, 2, 2), (20, 9, 5), (12, 8, 2, 2, 2), (64, 3, 7, 7)]
 LARGE, HUGE = (512, 512, 3, 3), (2048, 2048, 3, 3)
 BATCH, SIDE = 128, 224
 COPIED = 2**32  # bytes
 REPEATS = 5
+FUSED_TAPS = 9  # of the largest kernels that the fused ones are for; Triton is not everywhere
+FAILED = "failed"
+FIRST = """
+import time
+import convsim_init as ci
+network = ci.build_model("resnet50", seed=0)
+started = time.perf_counter()
+ci.initialize_(network, device="cuda")
+print(time.perf_counter() - started)
+"""
 TOLERANCE = 5e-6  # of a sum or a vector, against float64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the table there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
             f"expected a CUDA device and a PyTorch built for it, got PyTorch {torch.__version__} without: no result"
         )
+    if compiled.library() is None:
+        sys.exit(
+            f"expected the compiled step, which the CPU is timed by, got a step {compiled.describe()}: "
+            "build it with python setup.py build_ext --inplace, or copy convsim_init/backends/_step.so here"
+        )
     card = torch.cuda.get_device_name()
-    lines = [f"# Speed on {card}, {datetime.date.today()}", "", "Made by `python -m benchmarks.speed.gpu --write`.", ""]
+    lines = [f"# Speed on {card}, {datetime.date.today()}", "", "Made by `python -m benchmarks.speed.gpu`.", ""]
     lines += [f"- {name}: {value}" for name, value in describe_environment().items()]
     lines += [f"- cpu: {cpu_name()}", "", "| what | result | compared with | goal |", "|---|---|---|---|"]
     print("\n".join(lines))
-    for part in (correctness_rows, step_rows, network_rows, regularizer_rows):
-        for row in part():
+    failed = False
+    for part in (correctness_rows, step_rows, network_rows, billion_rows, regularizer_rows, graph_rows):
+        for row in rows_or_failure(part):
+            failed |= row[1] == FAILED
             lines.append("| " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
-    if options.write:
-        target = RESULTS / f"gpu-{file_name(card)}.md"
-        target.write_text("\n".join(lines) + "\n")
-        print(f"written to {target}")
+            if options.out is not None:
+                (options.out / f"gpu-{file_name(card)}.md").write_text("\n".join(lines) + "\n")
+    sys.exit(int(failed))
+
+
+def rows_or_failure(part: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a part; if it fails one that says how."""
+    try:
+        yield from part()
+    except Exception as error:  # of any kind: the time on a machine with a GPU is short
+        traceback.print_exc()
+        yield part.__name__, FAILED, " ".join(f"{type(error).__name__}: {error}".split()), ""
+    finally:
+        torch.cuda.empty_cache()
 
 
 def correctness_rows() -> Iterator[Row]:
@@ -78,6 +111,8 @@ def correctness_rows() -> Iterator[Row]:
     """
     for shape in SMALL:
         kind, error = worst_error(shape)
+        if DEVICE == "cuda" and math.prod(shape[2:]) <= FUSED_TAPS and kind != "FusedBlock":
+            sys.exit(f"{text(shape)}: expected the fused kernels, got {kind}: has it Triton and a C compiler?")
         exact, found = (
             descend(filter_bank(weight), Settings()) for weight in (draw(shape).double(), draw(shape).to(DEVICE))
         )
@@ -122,7 +157,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def step_rows() -> Iterator[Row]:
     """A step of large layers against a copy, the CPU and the plain port of the published recipe."""
-    source = torch.zeros(COPIED // 4, device=DEVICE)
+    source = torch.randn(COPIED // 4, device=DEVICE)
     target = torch.empty_like(source)
     copied = 2 * COPIED / min(seconds(partial(target.copy_, source)) for _ in range(REPEATS))
     del source, target
@@ -151,7 +186,23 @@ def network_rows() -> Iterator[Row]:
         networks = (ci.build_model("resnet50", seed=seed) for seed in range(4))
         times = [seconds(partial(ci.initialize_, network, device=device)) for network in networks]
         what = f"ResNet-50, weights on the CPU, computed on the {'GPU' if device else 'CPU'}"
-        yield what, f"{min(times[1:]):.2f} s", f"{times[0]:.2f} s the first time", "≤ 0.5 s" if device else ""
+        yield what, f"{min(times[1:]):.2f} s", f"{times[0]:.2f} s the first of four", "≤ 0.5 s" if device else ""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TRITON_CACHE_DIR": folder}
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST], env=environment, capture_output=True, text=True, check=True
+        )
+    yield (
+        "the same on the GPU, as a process's first",
+        f"{float(done.stdout):.2f} s",
+        "kernels compiled, CUDA started",
+        "",
+    )
+
+
+def billion_rows() -> Iterator[Row]:
+    """A network of a billion weights that are on the GPU."""
+    torch.cuda.reset_peak_memory_stats()
     weights = {
         f"{index}.weight": torch.nn.init.kaiming_normal_(torch.empty(shape, device=DEVICE))
         for index, shape in enumerate(scale_model.network())
@@ -162,7 +213,7 @@ def network_rows() -> Iterator[Row]:
 
 
 def regularizer_rows() -> Iterator[Row]:
-    """What the regularizer adds to a training step of ResNet-50, and whether a CUDA graph can hold it."""
+    """What the regularizer adds to a training step of ResNet-50."""
     model = ci.build_model("resnet50").to(DEVICE).to(memory_format=torch.channels_last)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE, device=DEVICE), torch.randint(1000, (BATCH,), device=DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -181,11 +232,26 @@ def regularizer_rows() -> Iterator[Row]:
         more = median(second - first for first, second in rounds[REPEATS:])
         what = f"regularizer, {'normalized' if normalized else 'raw'}, batch {BATCH}, bfloat16: {1e3 * more:.2f} ms"
         yield what, f"{more / without:+.1%}", f"a step without, {1e3 * without:.1f} ms", "≤ 3 %"
+
+
+def graph_rows() -> Iterator[Row]:
+    """The regularizer of ResNet-50 and its gradient in a CUDA graph."""
+    model = ci.build_model("resnet50").to(DEVICE)
+    for normalized in (False, True):
+        term = ci.ConvolutionalSimilarity(model, normalized=normalized)
+
+        def gradients(term: Callable[[], torch.Tensor] = term) -> tuple[torch.Tensor | None, ...]:
+            return torch.autograd.grad(term(), list(model.parameters()), allow_unused=True)
+
+        for _ in range(REPEATS):
+            gradients()
+        eager = min(seconds(gradients) for _ in range(REPEATS))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            torch.autograd.grad(term(), list(model.parameters()), allow_unused=True)
+            gradients()
         replayed = min(seconds(graph.replay) for _ in range(REPEATS))
-        yield f"{what}, alone", f"{1e3 * replayed:.2f} ms in a CUDA graph", "", ""
+        what = f"regularizer, {'normalized' if normalized else 'raw'}, alone, with its gradient, in a CUDA graph"
+        yield what, f"{1e3 * replayed:.2f} ms", f"{1e3 * eager:.2f} ms without", ""
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -2,7 +2,9 @@
 
 A program takes some channels of a group with all of their filters, because the sum over pairs is one
 over the filters of a channel. A thread holds whole columns: all frequencies of a kernel's spectrum.
-Taps are the rows of ``[T, g, c, M]``, so threads side by side read filters side by side.
+Taps are the rows of ``[T, g, c, M]``, so threads side by side read filters side by side. All taps are read
+before the first is written: no compiler moves a load ahead of a store that may be to the same place, and
+then each tap would wait for the memory anew.
 
 A step must move 9 values a weight: here it moves them, and 5 sums for each filter and program. No
 atomics: each program writes its own sums in float32, and these are added in float64 in a fixed order.
@@ -23,8 +25,8 @@ from convsim_init.functional.fourier import Basis, Fourier
 from convsim_init.settings import Settings
 
 MAX_TAPS = 9  # a thread's registers hold the spectra of no larger kernel
-MIN_PROGRAMS, MAX_CHANNELS = 512, 16  # some programs for each of a GPU's processors; channels of one
-OLDEST = 80  # compute capability 8.0
+MIN_PROGRAMS, MAX_CHANNELS = 1024, 16  # some programs for each of a GPU's processors; channels of one
+OLDEST, OLDEST_TRITON = 80, (3, 3)  # compute capability 8.0; kernels with tuples
 TILE: constexpr = constexpr(128)  # filters at a time, one a thread
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fused multiply and add
 SIZES = ["channels", "filters", "span"]  # with Triton's special cases each would compile anew
@@ -66,12 +68,14 @@ def _evaluate(
             factor = tl.load(keep + own, mask=here, other=0.0)
             step = tl.load(add + own, mask=here, other=0.0)
             cosines, sines = nothing, nothing
+            moved = ()
             for t in tl.static_range(taps):
                 at = t * taps_stride + row + start + lane
                 w = factor * tl.load(weights + at, mask=here, other=0.0)
-                w += step * tl.load(direction + at, mask=here, other=0.0)
-                tl.store(weights + at, w, mask=here)
-                cosines, sines = _add_tap(cosines, sines, basis, w, t, taps, freqs)
+                moved += (w + step * tl.load(direction + at, mask=here, other=0.0),)
+            for t in tl.static_range(taps):
+                tl.store(weights + t * taps_stride + row + start + lane, moved[t], mask=here)
+                cosines, sines = _add_tap(cosines, sines, basis, moved[t], t, taps, freqs)
             power += cosines * cosines + sines * sines
         total = tl.sum(power, 1)
         tl.debug_barrier()  # what is read below may have been written by another thread
@@ -109,21 +113,9 @@ def _evaluate(
             _add_to(to + 4 * filters, dot_prev, known, here)
 
 
-@triton.jit(do_not_specialize=["beta", "weight_coefficient", "curvature", *SIZES])
+@triton.jit(do_not_specialize=["beta", "turn", "bend", *SIZES])
 def _turn(
-    weights,
-    direction,
-    grad,
-    beta,
-    weight_coefficient,
-    curvature,
-    basis,
-    sums,
-    channels,
-    filters,
-    span,
-    taps: constexpr,
-    freqs: constexpr,
+    weights, direction, grad, beta, turn, bend, basis, sums, channels, filters, span, taps: constexpr, freqs: constexpr
 ):
     """`Block.turn`: each program's part of c01, c02, c11, c12 and c22."""
     program, parts = tl.program_id(0), tl.cdiv(channels, span)
@@ -141,20 +133,23 @@ def _turn(
         for start in range(0, filters, TILE):
             here = start + lane < filters
             own = group * filters + start + lane
-            factor = tl.load(weight_coefficient + own, mask=here, other=0.0)
-            bend = tl.load(curvature + own, mask=here, other=0.0)
+            factor = tl.load(turn + own, mask=here, other=0.0)
+            curvature = tl.load(bend + own, mask=here, other=0.0)
             w_cosines, w_sines, d_cosines, d_sines = nothing, nothing, nothing, nothing
+            ws, ds = (), ()
             for t in tl.static_range(taps):
                 at = t * taps_stride + row + start + lane
                 w = tl.load(weights + at, mask=here, other=0.0)
                 d = tl.load(grad + at, mask=here, other=0.0) + factor * w
-                d += beta * tl.load(direction + at, mask=here, other=0.0)
-                tl.store(direction + at, d, mask=here)
-                w_cosines, w_sines = _add_tap(w_cosines, w_sines, basis, w, t, taps, freqs)
-                d_cosines, d_sines = _add_tap(d_cosines, d_sines, basis, d, t, taps, freqs)
+                ws += (w,)
+                ds += (d + beta * tl.load(direction + at, mask=here, other=0.0),)
+            for t in tl.static_range(taps):
+                tl.store(direction + t * taps_stride + row + start + lane, ds[t], mask=here)
+                w_cosines, w_sines = _add_tap(w_cosines, w_sines, basis, ws[t], t, taps, freqs)
+                d_cosines, d_sines = _add_tap(d_cosines, d_sines, basis, ds[t], t, taps, freqs)
             p0 = w_cosines * w_cosines + w_sines * w_sines
             p1 = w_cosines * d_cosines + w_sines * d_sines
-            p2 = d_cosines * d_cosines + d_sines * d_sines + bend[None, :] * p0
+            p2 = d_cosines * d_cosines + d_sines * d_sines + curvature[None, :] * p0
             power0 += p0
             power1 += p1
             power2 += p2
@@ -217,7 +212,8 @@ class FusedBlock:
                 target = triton.runtime.driver.active.get_current_target()
         except Exception:  # whatever Triton raises where it finds no C compiler or no driver
             return False
-        return bool(target.backend == "cuda" and target.arch >= OLDEST)
+        known = tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON
+        return bool(known and target.backend == "cuda" and target.arch >= OLDEST)
 
     def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
         """As `Block.evaluate`."""

@@ -38,6 +38,7 @@ BANKS = {  # [G, M, C, *kernel_size], and channels of a program
     "3d": ((1, 6, 2, 2, 2, 2), 1),
     "two filters": ((1, 2, 2, 3, 3), 1),
 }
+ROUNDING = 1e-6 if DEVICE.type == "cpu" else 5e-6  # a GPU sums in another order, and fuses products and sums
 UPPER = torch.ones(3, 3).triu().bool()
 UPPER[0, 0] = False
 
@@ -66,17 +67,17 @@ def test_a_block_does_what_torchs_operations_do_in_float64(shape, span, monkeypa
         arguments = keep, add / length, shift
         sums, overlap = exact.evaluate(*arguments)
         found_sums, found_overlap = block_.evaluate(*(each.to(DEVICE, torch.float32) for each in arguments))
-        assert relative(block_.weights, exact.weights) < 1e-6
-        assert relative(block_._gradient, exact._gradient.whole) < 1e-6
+        assert relative(block_.weights, exact.weights) < ROUNDING
+        assert relative(block_._gradient, exact._gradient.whole) < ROUNDING
         for found, wanted in zip(found_sums, sums, strict=True):
-            assert relative(found, wanted) < 1e-6 or not wanted.any()
+            assert relative(found, wanted) < ROUNDING or not wanted.any()
         length = float(sums[1].sum()) ** 0.5  # of the gradient
-        assert found_overlap == pytest.approx(overlap, rel=1e-6, abs=1e-6 * length**2)
+        assert found_overlap == pytest.approx(overlap, rel=ROUNDING, abs=ROUNDING * length**2)
         arguments = weight_coefficient / 8, -curvature
         wanted = exact.turn(0.3, *arguments)[UPPER]
         found = block_.turn(0.3, *(each.to(DEVICE, torch.float32) for each in arguments))[UPPER]
-        assert relative(block_._direction, exact._direction.whole) < 1e-6
-        assert relative(found / found.norm(), wanted / wanted.norm()) < 1e-6
+        assert relative(block_._direction, exact._direction.whole) < ROUNDING
+        assert relative(found / found.norm(), wanted / wanted.norm()) < ROUNDING
 
 
 @pytest.fixture
@@ -157,6 +158,12 @@ def no_compiler():
 def test_which_gpus_it_is_for(current_target, kind, card, monkeypatch):
     answer_with(monkeypatch, current_target)
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is kind
+
+
+def test_a_triton_without_tuples_is_passed_over(fused_card, monkeypatch):
+    assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is FusedBlock
+    monkeypatch.setattr(fused.triton, "__version__", "3.2.0+git1")
+    assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
 
 
 def test_without_triton_torch_does_it(card, monkeypatch):

@@ -31,5 +31,16 @@ def test_what_is_wrong_ends_it_before_anything_is_timed(on_cpu, monkeypatch):
         list(gpu.correctness_rows())
 
 
+def test_a_part_that_fails_does_not_end_the_others():
+    def fails():
+        yield "a step", "1 ms", "", ""
+        raise RuntimeError("CUDA error:\nout of memory")
+
+    assert list(gpu.rows_or_failure(fails)) == [
+        ("a step", "1 ms", "", ""),
+        ("fails", gpu.FAILED, "RuntimeError: CUDA error: out of memory", ""),
+    ]
+
+
 def test_a_step_can_be_timed():
     assert descents.time_step(draw((64, 32, 3, 3))) > 0

@@ -304,8 +304,8 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch):
 
 @pytest.mark.cuda
 def test_on_the_gpu_its_random_state_stays_too():
-    model = Net().cuda()
+    model, images = Net().cuda(), torch.randn(5, 3, 12, 12, device="cuda")
     state = torch.cuda.get_rng_state()
-    found = ci.measure_feature_correlation(model, torch.randn(5, 3, 12, 12, device="cuda"))
+    found = ci.measure_feature_correlation(model, images)
     assert list(found) == ["stem", "body.2"]
     assert torch.equal(torch.cuda.get_rng_state(), state)
