@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -106,14 +105,14 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             before = take_snapshot("before", network, copy=True)
             if choices.plot_layer is not None:
                 choose_layer([before], choices.plot_layer)
-        with cuda_errors(), redirect_stdout(sys.stderr):  # what the model's own code prints
+        with cuda_errors():
             report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
-            if choices.calibrate is not None:
-                if not isinstance(network, torch.nn.Module):
-                    raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
-                factors = calibrate_(network, input_shape=choices.calibrate, include=choices.include, exclude=exclude)
-                report = report.with_factors(factors)
-                report.calibrated = list(choices.calibrate)
+        if choices.calibrate is not None:
+            if not isinstance(network, torch.nn.Module):
+                raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
+            factors = calibrate_(network, input_shape=choices.calibrate, include=choices.include, exclude=exclude)
+            report = report.with_factors(factors)
+            report.calibrated = list(choices.calibrate)
         if before is not None:
             after = take_snapshot("after", network)
             report = report.with_measures(before.report, after.report)

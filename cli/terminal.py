@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, redirect_stdout
 
 import click
 
@@ -43,6 +44,11 @@ def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) ->
     if value and sys.stdout is None:
         raise RunError(f"{parameter.opts[0]}: expected stdout to print to, got a closed one: send it to a file")
     return value
+
+
+def stdout_for_results() -> AbstractContextManager[object]:
+    """Context in which what a model's own code prints goes to stderr."""
+    return redirect_stdout(sys.stderr)
 
 
 def show_table(table: Table, *, err: bool = False) -> None:

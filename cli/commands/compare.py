@@ -12,7 +12,7 @@ from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_fi
 from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_table
+from ..terminal import needs_stdout, show_table, stdout_for_results
 
 EPILOG = """\b
 Examples:
@@ -63,8 +63,9 @@ def compare(
     with exit_on_signal():
         from convsim_init.metrics import compare as comparison
 
-    loaded = [load(spec, how, like, key) for spec in specs]
-    compared = comparison.compare([(one.name, one.content) for one in loaded])
+    with stdout_for_results():
+        loaded = [load(spec, how, like, key) for spec in specs]
+        compared = comparison.compare([(one.name, one.content) for one in loaded])
     if picture is not None:
         figure = figure_of(
             compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(picture)

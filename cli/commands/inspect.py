@@ -13,7 +13,7 @@ from convsim_init.report.table import COLUMNS, as_csv
 from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_table
+from ..terminal import needs_stdout, show_table, stdout_for_results
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
@@ -95,15 +95,14 @@ def inspect(
         from convsim_init.metrics.measure import measure
         from convsim_init.metrics.snapshot import take_snapshot
 
-    loaded = load(spec, how, like, key)
-    if picture is None:
-        report = measure(loaded.content).select(include)
-    else:
-        snapshot = take_snapshot(loaded.name, loaded.content).select(include)
+    with stdout_for_results():
+        loaded = load(spec, how, like, key)
+        snapshot = None if picture is None else take_snapshot(loaded.name, loaded.content).select(include)
+        report = measure(loaded.content).select(include) if snapshot is None else snapshot.report
+    if picture is not None and snapshot is not None:
         save_figure(
             figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(picture)), picture, overwrite=force
         )
-        report = snapshot.report
     report.model, report.seed = loaded.name, loaded.seed
     report.remarks += loaded.remarks
     if sort is not None:

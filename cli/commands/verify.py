@@ -13,7 +13,7 @@ from convsim_init.models.libraries import resolve
 from ..completion import complete_models
 from ..options import ModelOptions, is_file, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
-from ..terminal import needs_stdout
+from ..terminal import needs_stdout, stdout_for_results
 
 HELP = """
 Check that a file loads into a model strictly, every key accounted for.
@@ -49,7 +49,8 @@ def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: 
         from convsim_init.checkpoint.load import verify_checkpoint
 
     name = resolve(model).spec.text
-    report = verify_checkpoint(how.build(name), file, name=name, key=key)
+    with stdout_for_results():
+        report = verify_checkpoint(how.build(name), file, name=name, key=key)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

@@ -60,12 +60,12 @@ def _card(report: Report, config: str, drawn: bool, picture: str | None) -> str:
     table = report.table
     table = replace(table, summary=table.summary[:-1])  # less the time, which would differ each time, and the file
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(report.settings).items())
-    anew = "" if report.seed is None else f", drawn anew by {report.base} with seed {report.seed}"
+    anew = "" if report.seed is None else f", drawn anew by {report.base} with seed {report.seed},"
     name = printable(report.model or "a model")
     origin = (
         f"These weights are **not trained**. They are {name} with seed {report.seed}, whose convolutions"
         if drawn
-        else f"These weights were read from {name}, whose convolutions{anew},"
+        else f"These weights were read from {name}, whose convolutions{anew}"
     )
     image = f"![Similarity of the filters before and after]({picture})\n\n" if picture else ""
     return f"""---

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import permutations
 from types import MethodType
@@ -26,7 +29,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.trial import copied, unnoticed
+from convsim_init.layers.trial import LIVE, copied, random_states
 from convsim_init.settings import Settings
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -84,7 +87,9 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
         By the layer's name; layers of which it cannot be told are left out, as is a model that is a
         convolution itself, since what it is used in is not known.
     """
-    with unnoticed(()), torch.no_grad():  # a trace replaces `nn.Module.__call__` for its time
+    # A trace replaces `nn.Module.__call__` for its time, and what is printed then tells of values that are not there.
+    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             return {bare_name(name): known for name, known in _followed(_on_meta(model), "", whole=True)}
         except Exception:  # of any kind: what cannot be copied

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import random
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from contextvars import ContextVar
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
-TRYING = ContextVar("trying", default=False)  # whether the forward passes that run are trials
+TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 
 
@@ -134,11 +132,12 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
-    with unnoticed(tensors):
+    with LIVE, random_states(tensors), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
         noted = [_noted(tensor) for tensor in tensors]
-        trying = TRYING.set(True)
+        TRIALS.append(module)
         try:
             memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
             for part in parts:
@@ -147,7 +146,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
             vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
             yield
         finally:
-            TRYING.reset(trying)
+            TRIALS.pop()
             for part, before in zip(parts, attributes, strict=True):
                 vars(part).clear()
                 vars(part).update(before)
@@ -201,17 +200,6 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
             twin.update({key: copied(one, memo) for key, one in value.items()})
             return twin
         return [copied(one, memo) for one in value] if type(value) is list else value
-
-
-@contextmanager
-def unnoticed(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context for code of a model that runs on values it is not made for: nothing of what it prints, warns of or draws.
-
-    One thread at a time.
-    """
-    with LIVE, random_states(tensors), redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

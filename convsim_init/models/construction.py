@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from convsim_init.errors import InputError
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.standardized import find_call
-from convsim_init.layers.trial import TRYING
+from convsim_init.layers.trial import TRIALS
 
 MARK = "_drawn_within"  # an attribute of the module itself, so that its copies have it too: None, or why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
@@ -103,10 +103,13 @@ class Construction:
         def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
             self._window.close()
             self._tell()
-            parts = {id(part) for model in self._told.values() for part in model.modules()}
+            named = [named for model in self._told.values() for named in model.named_modules()]
+            parts = {
+                id(part) for name, part in named if "parametrizations" not in name.split(".")
+            }  # those run on a look
 
             def before_call(module: nn.Module, _: object) -> None:
-                if not (self._telling or TRYING.get()) and any(id(part) in parts for part in module.modules()):
+                if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
                     self._window.close()
                     self._tell_again()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,19 @@ from convsim_init.layers.trial import LIVE
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 
-SAMPLES = 256  # values of a weight, by which it is recognized
+SAMPLES = 256  # sums of a weight's values with random signs, by which it is recognized: distances are nearly kept
+FEW = 16  # values, of which several weights may have the same direction
 DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
 
-Samples = list[tuple[str, Tensor | None]]  # of layers, with their names; None of a weight that cannot be read
+
+class Sample(NamedTuple):
+    """What a weight is recognized by."""
+
+    shape: list[int]
+    sums: Tensor
+
+
+Samples = list[tuple[str, Sample | None]]  # of layers, with their names; None of a weight that cannot be read
 
 
 class History:
@@ -39,7 +50,7 @@ class History:
         self,
         model: str,
         layers: Sequence[Layer],
-        before: Sequence[Tensor | None],
+        before: Sequence[Sample | None],
         report: Report,
         *,
         chosen: bool = False,
@@ -73,31 +84,37 @@ class History:
         return copies_remark(parted)
 
 
-def sample_layers(layers: Sequence[Layer]) -> list[Tensor | None]:
-    """Some values of each layer's weight; None where it cannot be read."""
+def sample_layers(layers: Sequence[Layer]) -> list[Sample | None]:
+    """Some sums of each layer's weight; None where it cannot be read."""
     return [_sample(layer) for layer in layers]
 
 
-def _sample(layer: Layer) -> Tensor | None:
+def _sample(layer: Layer) -> Sample | None:
     if layer.weight.obstacle(read_only=True) is not None:
         return None
     with LIVE:
-        values = layer.weight.read().flatten()
-    stride = len(values) // SAMPLES | 1  # odd, lest it meet one input channel alone
-    return values[::stride].float().cpu().clone()
+        values = layer.weight.read().flatten().float().cpu()
+    rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
+    signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
+    return Sample(layer.shape, rows @ signs.to(rows))
 
 
-def _direction(sample: Tensor | None) -> Tensor | None:
-    return None if sample is None else nn.functional.normalize(sample, dim=0)
+def _direction(sample: Sample | None) -> Sample | None:
+    """The same for all multiples of a weight, but for very small ones."""
+    if sample is None or math.prod(sample.shape) < FEW:
+        return sample
+    return sample._replace(sums=nn.functional.normalize(sample.sums, dim=0))
 
 
-def _find(known: Samples, sample: Tensor | None) -> str | None:
+def _find(known: Samples, sample: Sample | None) -> str | None:
     """What is known of the weight that has these values; None if there is none, or they are zeros."""
     if sample is None:
         return None
     alike = (
         what
         for what, other in known
-        if other is not None and len(other) == len(sample) and torch.dist(other, sample) < DISTANCE * other.norm()
+        if other is not None
+        and other.shape == sample.shape
+        and torch.dist(other.sums, sample.sums) < DISTANCE * other.sums.norm()
     )
     return next(alike, None)

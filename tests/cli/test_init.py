@@ -208,19 +208,34 @@ class Doubled(nn.Module):
         print("in an assignment")
         return weight / 2
 
+class Net(nn.Sequential):
+    def state_dict(self, *arguments, **options):
+        print("in a state dict")
+        return super().state_dict(*arguments, **options)
+
 def model():
     parametrized = parametrize.register_parametrization(nn.Conv2d(8, 8, 3), "weight", Doubled())
-    return nn.Sequential(Standardized(3, 8, 3), parametrized)
+    return Net(Standardized(3, 8, 3), parametrized)
 """
 
 
-def test_what_a_model_prints_is_not_in_the_file_on_stdout(tmp_path):
+def test_what_a_model_prints_is_not_in_the_results_on_stdout(tmp_path):
     (tmp_path / "talking.py").write_text(TALKING)
-    arguments = ["talking.py:model", "--calibrate", "3x16x16", "-q"]
+    arguments = ["talking.py:model", "--calibrate", "3x16x16", "--base", "orthogonal", "-q"]
     with (tmp_path / "piped.safetensors").open("wb") as piped:
         assert finish(start(*arguments, "--out", "-", stdout=piped, stderr=subprocess.PIPE, cwd=tmp_path))[0] == 0
     assert run_process(*arguments, "--out", "named.safetensors", cwd=tmp_path)[0] == 0
     assert (tmp_path / "piped.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
+    for command in (
+        ["talking.py:model"],
+        ["talking.py:model", "--seeds", "0:1"],
+        ["inspect", "talking.py:model"],
+        ["compare", "talking.py:model", "talking.py:model"],
+        ["verify", "named.safetensors", "talking.py:model"],
+    ):
+        _, out, err = run_process(*command, "--json", cwd=tmp_path)
+        assert isinstance(json.loads(out), dict)
+        assert "in a parametrization" in err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Models that are built in a context are treated once what draws their weights is over, and what is loaded stays."""
 
+import concurrent.futures
 import copy
 import io
 import threading
@@ -397,6 +398,63 @@ def test_a_look_at_a_model_is_not_its_first_forward_pass(look):
         model(torch.zeros(1, 3, 16, 16))
     assert len(reports) == 2
     assert not torch.equal(model.state_dict()["2.weight"], drawn["2.weight"])
+
+
+def test_a_trial_pass_in_other_threads_is_none_either():
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return sum(branch.result() for branch in [pool.submit(part, x) for part in (self.a, self.b)])
+
+    def look():
+        with ci.initializing(settings=QUICK) as reports:
+            model = Branches()
+            torch.optim.SGD(model.parameters(), 0.1)
+            ci.calibrate_(model, input_shape=(3, 16, 16))
+            finished.append(len(reports))
+
+    finished = []
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert finished == [1]
+
+
+@pytest.mark.parametrize("draw", ["delta_orthogonal", "dirac"])
+def test_a_sparse_weight_is_known_again(draw):
+    with ci.initializing(settings=QUICK):
+        model = network(nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3))
+        ci.draw_base_(model, "delta_orthogonal", seed=0)
+        if draw == "dirac":
+            nn.init.dirac_(model[6].weight)
+        before = model[6].weight.clone()
+        ci.initialize_(model, settings=QUICK, exclude=["6"])
+    assert torch.equal(model[6].weight, before)
+
+
+def test_small_weights_of_one_direction_are_no_copies():
+    with ci.initializing(settings=QUICK) as reports:
+        models = [nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 4, 3)) for _ in range(2)]
+        with torch.no_grad():
+            models[1][0].weight.copy_(2 * models[0][0].weight)
+        ci.initialize_(models[0], settings=QUICK, exclude=["0"])
+    (report,) = [report for report in reports if report.layers[1].after]
+    assert report.layers[0].reason is None or "before" not in report.layers[0].reason
+
+
+def test_to_read_a_parametrized_weight_is_not_its_first_forward_pass():
+    with ci.initializing(settings=QUICK) as reports:
+        model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8))
+        torch.optim.SGD(model.parameters(), 0.1)
+        assert model[0].weight.norm() > 0
+        model[0].weight = nn.init.kaiming_normal_(torch.empty(8, 3, 3, 3))
+        model(torch.zeros(1, 3, 8, 8))
+    assert len(reports) == 2
 
 
 def test_a_copy_is_told_of_once_in_contexts_within_each_other():
