@@ -31,7 +31,7 @@ from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.construction import Construction, UnmatchedError, left_alone
-from convsim_init.models.copies import History, sample_layers
+from convsim_init.models.copies import History, Sample, sample_layers
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
@@ -143,10 +143,16 @@ def initialize_(
     layers = find_layers(model, include, exclude)
     before = sample_layers(layers) if HISTORIES else []
     report = _initialize(model, layers, settings or Settings(), device, progress=progress, group=group)
-    name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
-    remarks = [one for history in HISTORIES for one in history.note(name, layers, before, report, chosen=True)]
-    report.remarks += dict.fromkeys(remarks)
+    _note(type(unwrap(model) if isinstance(model, nn.Module) else model).__name__, layers, before, report)
     return report
+
+
+def _note(
+    name: str, layers: Sequence[Layer], before: Sequence[Sample | None], report: Report, own: History | None = None
+) -> None:
+    """Let the open contexts know what became of a model; in all but the one that did it its choice counts too."""
+    noted = [history.note(name, layers, before, report, chosen=history is not own) for history in HISTORIES]
+    report.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
 
 
 def _initialize(
@@ -246,7 +252,7 @@ def initializing(
             before = sample_layers(layers)
             report = _initialize(model, layers, settings or Settings(), device)
             report.model = type(unwrap(model)).__name__
-            report.remarks += history.note(report.model, layers, before, report)
+            _note(report.model, layers, before, report, own=history)
             if again and not any(layer.after for layer in report.layers):
                 continue
             reports.append(report)

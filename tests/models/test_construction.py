@@ -457,6 +457,19 @@ def test_to_read_a_parametrized_weight_is_not_its_first_forward_pass():
     assert len(reports) == 2
 
 
+def test_what_an_inner_context_treats_or_excludes_stays_in_the_outer_one():
+    with ci.initializing(settings=QUICK) as outer:
+        model = network()
+        drawn = copy.deepcopy(model.state_dict())
+        with ci.initializing(settings=QUICK, exclude=["0.0"]) as inner:
+            wrapped = nn.Sequential(model, nn.Conv2d(8, 8, 3))
+        before = copy.deepcopy(wrapped.state_dict())
+    assert [layer.reason for layer in inner[0].layers] == ["excluded", None, None]
+    assert_equal(wrapped, before)
+    assert torch.equal(model[0].weight, drawn["0.weight"])
+    assert all(layer.outcome.value == "skipped" for report in outer for layer in report.layers)
+
+
 def test_a_copy_is_told_of_once_in_contexts_within_each_other():
     with ci.initializing(), ci.initializing():
         online = network()

@@ -158,7 +158,7 @@ from pathlib import Path
 def busy(*_, **__):
     with replacing(Path(sys.argv[1])) as unfinished:
         unfinished.write_bytes(b"half of")
-        print("busy", flush=True)
+        print("busy", file=sys.__stdout__, flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C code, deaf to signals
 
 initialize.initialize_ = busy
@@ -195,7 +195,7 @@ from convsim_init.cli.main import main
 from convsim_init.optim import descent
 begin = descent._adam
 def adam(*arguments):
-    print("begun", flush=True)
+    print("begun", file=sys.__stdout__, flush=True)
     return begin(*arguments)
 descent._adam = adam
 main(["cifar_resnet18", "--preset", "paper", "--steps", "1000000", "--out", sys.argv[1]])
