@@ -22,6 +22,7 @@ from convsim_init.settings import Settings
 
 from .options import Loaded, ModelOptions, is_file, load
 from .signals import exit_on_signal
+from .terminal import stdout_for_results
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -56,6 +57,7 @@ class Choices:
     origins: tuple[str, ...] = ()
 
 
+@stdout_for_results()
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
     """Do all of the run but the writing, of which there is none if a layer failed.
 

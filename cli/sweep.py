@@ -17,7 +17,7 @@ from convsim_init.files import ExistsError
 
 from .options import check_found
 from .run import Choices, make, write
-from .terminal import stdout_for_results, tell
+from .terminal import tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -90,8 +90,7 @@ def _made(run: Run | Result, choices: Choices, debug: bool) -> Result:
     if isinstance(run, Result):
         return run
     try:
-        with stdout_for_results():
-            return make(run, choices)
+        return make(run, choices)
     except Exception as error:
         return _failed(run, error, debug)
 

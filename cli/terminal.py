@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 
 import click
 
@@ -46,9 +46,11 @@ def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) ->
     return value
 
 
-def stdout_for_results() -> AbstractContextManager[object]:
-    """Context in which what a model's own code prints goes to stderr."""
-    return redirect_stdout(sys.stderr)
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Context in which what a model's own code prints goes to stderr; also a decorator."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def show_table(table: Table, *, err: bool = False) -> None:

@@ -31,7 +31,7 @@ from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.construction import Construction, UnmatchedError, left_alone
-from convsim_init.models.copies import History, Sample, sample_layers
+from convsim_init.models.copies import History, sample_layers
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
@@ -141,18 +141,7 @@ def initialize_(
         [('0', 'initialized', None), ('3', 'skipped', 'excluded')]
     """
     layers = find_layers(model, include, exclude)
-    before = sample_layers(layers) if HISTORIES else []
-    report = _initialize(model, layers, settings or Settings(), device, progress=progress, group=group)
-    _note(type(unwrap(model) if isinstance(model, nn.Module) else model).__name__, layers, before, report)
-    return report
-
-
-def _note(
-    name: str, layers: Sequence[Layer], before: Sequence[Sample | None], report: Report, own: History | None = None
-) -> None:
-    """Let the open contexts know what became of a model; in all but the one that did it its choice counts too."""
-    noted = [history.note(name, layers, before, report, chosen=history is not own) for history in HISTORIES]
-    report.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
+    return _initialize(model, layers, settings or Settings(), device, progress=progress, group=group)
 
 
 def _initialize(
@@ -163,8 +152,11 @@ def _initialize(
     *,
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
+    within: History | None = None,
 ) -> Report:
+    """Treat the layers, and let the open contexts know; in all but the one that does it its choice counts too."""
     started = time.perf_counter()
+    before = sample_layers(layers) if HISTORIES else []
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
     twins = frozen_twins(layers)
@@ -183,7 +175,11 @@ def _initialize(
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
     seconds = time.perf_counter() - started
     remarks = [*model_remarks(model, layers), *unknown, *divergence_remarks(twins)]
-    return Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
+    result = Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
+    name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
+    noted = [history.note(name, layers, before, result, chosen=history is not within) for history in HISTORIES]
+    result.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
+    return result
 
 
 @contextmanager
@@ -249,10 +245,8 @@ def initializing(
             layers = find_layers(model, obstacle=partial(obstacle, parts))
             if again and all(layer.obstacle for layer in layers):
                 continue
-            before = sample_layers(layers)
-            report = _initialize(model, layers, settings or Settings(), device)
+            report = _initialize(model, layers, settings or Settings(), device, within=history)
             report.model = type(unwrap(model)).__name__
-            _note(report.model, layers, before, report, own=history)
             if again and not any(layer.after for layer in report.layers):
                 continue
             reports.append(report)

@@ -31,6 +31,10 @@ def compiled_or_not(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.usefixtures("compiled_or_not")
 def test_its_similarity_is_the_definition(shape, groups, normalized, pairs, channels, dtype):
+    assert_is_the_definition(shape, groups, normalized, pairs, channels, dtype)
+
+
+def assert_is_the_definition(shape, groups, normalized, pairs, channels, dtype):
     weight = torch.randn(2 * shape[0], *shape[1:], dtype=dtype, requires_grad=True)
     actual = summed_similarity([weight], [Layout(groups)], pairs, channels, normalized=normalized)
     expected = ci.convolutional_similarity(weight, groups=groups, pairs=pairs, channels=channels, normalized=normalized)
@@ -53,7 +57,7 @@ def test_gradcheck(pairs, channels, normalized):
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_layer_of_several_blocks(normalized, monkeypatch):
     monkeypatch.setattr("convsim_init.backends.torch_ops.CACHED", 1)
-    test_its_similarity_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched", torch.float64)
+    assert_is_the_definition((4, 3, 3, 3), 2, normalized, "all", "matched", torch.float64)
 
 
 @choices

@@ -44,7 +44,7 @@ from ..options import ModelOptions, Whole, check_found, check_sources, is_file, 
 from ..run import Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
-from ..terminal import needs_stdout, show_table, stdout_for_results, tell
+from ..terminal import needs_stdout, show_table, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -343,9 +343,7 @@ def init(
             sweep(runs, options, ranks, as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, debug=debug)
             return
         run = runs[0] if launch.leads else Run(runs[0].model, runs[0].seed)
-        with stdout_for_results():
-            result = make(run, options, progress=progress, group=ranks.group if ranks else None)
-        result = write(result, options)
+        result = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
         assert result.report is not None
         if verbose:
             tell(*notes(result.report))

@@ -97,12 +97,13 @@ def inspect(
 
     with stdout_for_results():
         loaded = load(spec, how, like, key)
-        snapshot = None if picture is None else take_snapshot(loaded.name, loaded.content).select(include)
-        report = measure(loaded.content).select(include) if snapshot is None else snapshot.report
-    if picture is not None and snapshot is not None:
-        save_figure(
-            figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(picture)), picture, overwrite=force
-        )
+        if picture is None:
+            report = measure(loaded.content).select(include)
+        else:
+            snapshot = take_snapshot(loaded.name, loaded.content).select(include)
+            figure = figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(picture))
+            save_figure(figure, picture, overwrite=force)
+            report = snapshot.report
     report.model, report.seed = loaded.name, loaded.seed
     report.remarks += loaded.remarks
     if sort is not None:

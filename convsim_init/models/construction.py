@@ -104,9 +104,8 @@ class Construction:
             self._window.close()
             self._tell()
             named = [named for model in self._told.values() for named in model.named_modules()]
-            parts = {
-                id(part) for name, part in named if "parametrizations" not in name.split(".")
-            }  # those run on a look
+            # Parametrizations run whenever their weight is looked at.
+            parts = {id(part) for name, part in named if "parametrizations" not in name.split(".")}
 
             def before_call(module: nn.Module, _: object) -> None:
                 if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
