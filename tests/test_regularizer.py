@@ -1,5 +1,6 @@
 """The regularization term: the definition's value and gradient, for the weights that are used; and training with it."""
 
+import copy
 import itertools
 
 import pytest
@@ -335,3 +336,45 @@ def test_under_distributed_data_parallel_every_process_adds_the_same_gradient(tm
         torch.testing.assert_close(gradients(nn.parallel.DistributedDataParallel), expected)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"),
+    [
+        (torch.float32, torch.contiguous_format),
+        (torch.float32, torch.channels_last),
+        (torch.bfloat16, torch.channels_last),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_it_is_the_same_also_in_a_captured_training_step(dtype, memory_format, normalized):
+    layers = nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 12, 3, groups=2), nn.Conv2d(12, 8, 5), nn.Conv2d(8, 8, 1)
+    model = nn.Sequential(*layers).to(dtype)
+    exact = copy.deepcopy(model).double()
+    model.to("cuda", memory_format=memory_format)
+    wanted = ci.ConvolutionalSimilarity(exact, normalized=normalized)()
+    wanted.backward()
+    term, images = ci.ConvolutionalSimilarity(model, normalized=normalized), torch.randn(2, 3, 16, 16).to("cuda", dtype)
+
+    def step() -> torch.Tensor:
+        model.zero_grad()
+        total = term()
+        (total + 0 * model(images).sum()).backward()
+        return total
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):  # as torch.cuda.graph wants its first runs
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = step()
+    graph.replay()
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
+    for found, expected in zip(model.parameters(), exact.parameters(), strict=True):
+        if expected.grad is not None:
+            error = 1e-4 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(found.grad.cpu().double(), expected.grad, rtol=error, atol=error)

@@ -36,6 +36,8 @@ from benchmarks.speed.roofline import step_bytes
 from benchmarks.speed.shapes import Shape, draw, text
 from convsim_init.backends import compiled
 from convsim_init.backends.block import cut_into_blocks
+from convsim_init.backends.gpu import MAX_TAPS
+from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.devices import describe_environment
 from convsim_init.functional.bank import filter_bank
@@ -50,7 +52,6 @@ LARGE, HUGE = (512, 512, 3, 3), (2048, 2048, 3, 3)
 BATCH, SIDE = 128, 224
 COPIED = 2**32  # bytes
 REPEATS = 5
-FUSED_TAPS = 9  # of the largest kernels that the fused ones are for; Triton is not everywhere
 FAILED = "failed"
 FIRST = """
 import time
@@ -111,7 +112,7 @@ def correctness_rows() -> Iterator[Row]:
     """
     for shape in SMALL:
         kind, error = worst_error(shape)
-        if DEVICE == "cuda" and math.prod(shape[2:]) <= FUSED_TAPS and kind != "FusedBlock":
+        if DEVICE == "cuda" and math.prod(shape[2:]) <= MAX_TAPS and kind != "FusedBlock":
             sys.exit(f"{text(shape)}: expected the fused kernels, got {kind}: has it Triton and a C compiler?")
         exact, found = (
             descend(filter_bank(weight), Settings()) for weight in (draw(shape).double(), draw(shape).to(DEVICE))
@@ -121,7 +122,14 @@ def correctness_rows() -> Iterator[Row]:
         yield what, f"{error:.1e}", "the CPU in float64", f"≤ {TOLERANCE:.0e}"
         steps = f"{found.steps} steps, the loss ends {apart:.1e} of the start apart"
         yield f"{text(shape)}: whole descent", steps, f"{exact.steps} steps", "≤ 1e-3"
-        if not (error <= TOLERANCE and apart <= 1e-3):
+        off = regularizer_error(shape)
+        yield (
+            f"{text(shape)}: largest error of the regularizer and its gradient",
+            f"{off:.1e}",
+            "",
+            f"≤ {TOLERANCE:.0e}",
+        )
+        if not (max(error, off) <= TOLERANCE and apart <= 1e-3):
             sys.exit(f"{text(shape)}: a wrong result, so nothing is timed")
 
 
@@ -149,6 +157,18 @@ def worst_error(shape: Shape) -> tuple[str, float]:
         )
         errors += [relative(found / found.norm(), wanted / wanted.norm()), relative(block.weights, exact.weights)]
     return type(block).__name__, max(errors)
+
+
+def regularizer_error(shape: Shape) -> float:
+    """The largest relative error of the regularizer, raw or normalized, and of its gradient."""
+    exact, errors = draw(shape).double().requires_grad_(), list[float]()
+    weight = exact.detach().to(DEVICE, torch.float32).requires_grad_()
+    for normalized in (False, True):
+        wanted = ci.convolutional_similarity(exact, normalized=normalized)
+        found = summed_similarity([weight], [Layout()], "all", "matched", normalized=normalized)
+        pairs = zip(torch.autograd.grad(found, weight), torch.autograd.grad(wanted, exact), strict=True)
+        errors += [relative(found.detach(), wanted.detach()), *(relative(own, other) for own, other in pairs)]
+    return max(errors)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

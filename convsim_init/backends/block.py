@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from convsim_init.backends import gpu
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import MaskedBlock, TorchBlock
 from convsim_init.functional.fourier import Fourier
@@ -88,11 +89,8 @@ def cut_into_blocks(
 def _kind(bank: Tensor, settings: Settings) -> type[CompiledBlock | FusedBlock | TorchBlock]:
     if CompiledBlock.fits(bank, settings):
         return CompiledBlock
-    if bank.is_cuda:
-        try:  # Triton comes with torch's builds for CUDA, on Linux
-            from convsim_init.backends.fused import FusedBlock
-        except ImportError:
-            return TorchBlock
-        if FusedBlock.fits(bank, settings):
-            return FusedBlock
+    if gpu.fits(bank.shape, bank.dtype, bank.device, settings.pairs, settings.compared_channels):
+        from convsim_init.backends.fused import FusedBlock
+
+        return FusedBlock
     return TorchBlock

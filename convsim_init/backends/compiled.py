@@ -141,7 +141,7 @@ class CompiledSimilarity:
         self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
 
     def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float | None:
-        """The similarity of kernels ``[K, T]``, in the order of the bank, whose gradient is written to ``out``.
+        """The similarity of kernels, contiguous in the order of the bank, whose gradient is written to ``out``.
 
         Returns:
             The raw one, or the mean of the pairs' normalized ones; None where a norm is too small or

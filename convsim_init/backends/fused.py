@@ -21,12 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
+from convsim_init.backends.gpu import MAX_WEIGHTS
 from convsim_init.functional.fourier import Basis, Fourier
 from convsim_init.settings import Settings
 
-MAX_TAPS = 9  # a thread's registers hold the spectra of no larger kernel
 MIN_PROGRAMS, MAX_CHANNELS = 1024, 16  # some programs for each of a GPU's processors; channels of one
-OLDEST, OLDEST_TRITON = 80, (3, 3)  # compute capability 8.0; kernels with tuples
 TILE: constexpr = constexpr(128)  # filters at a time, one a thread
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fused multiply and add
 SIZES = ["channels", "filters", "span"]  # with Triton's special cases each would compile anew
@@ -178,7 +177,7 @@ class FusedBlock:
     A step waits for the GPU twice, for the sums of either pass.
     """
 
-    max_weights = 2**31  # offsets are int32
+    max_weights = MAX_WEIGHTS
 
     def __init__(
         self,
@@ -193,27 +192,12 @@ class FusedBlock:
         self.weights = weights  # [T, g, c, M]
         self._direction, self._gradient = torch.zeros_like(weights), torch.zeros_like(weights)
         taps, group_count, channel_count, filters = weights.shape
-        span = min(MAX_CHANNELS, max(1, group_count * channel_count // MIN_PROGRAMS))
-        parts = triton.cdiv(channel_count, span)
+        span, parts = programs(group_count, channel_count)
         self._grid, self._sizes = (group_count * parts,), (channel_count, filters, span)
         self._basis, self._coarse_basis = _rows(fourier.full, taps), _rows(fourier.coarse, taps)
         self._basis[taps, : len(fourier.identity)] = fourier.identity.flatten()
         self._sums = weights.new_empty(group_count, parts, 5, filters)
         self._coefficients = weights.new_empty(group_count * parts, 5)
-
-    @classmethod
-    def fits(cls, bank: Tensor, settings: Settings) -> bool:
-        """Whether a bank on a GPU can be a fused block, and Triton can compile for that GPU."""
-        usual = settings.pairs == "all" and settings.compared_channels == "matched" and bank.dtype == torch.float32
-        if not usual or bank.shape[3:].numel() > MAX_TAPS or bank.numel() >= cls.max_weights:
-            return False
-        try:
-            with torch.cuda.device_of(bank):
-                target = triton.runtime.driver.active.get_current_target()
-        except Exception:  # whatever Triton raises where it finds no C compiler or no driver
-            return False
-        known = tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON
-        return bool(known and target.backend == "cuda" and target.arch >= OLDEST)
 
     def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
         """As `Block.evaluate`."""
@@ -232,6 +216,12 @@ class FusedBlock:
         state, taps = (self.weights, self._direction, self._gradient), len(self.weights)
         with torch.cuda.device_of(basis):
             kernel[self._grid](*state, *factors, basis, sums, *self._sizes, taps, basis.shape[1], **OPTIONS)
+
+
+def programs(groups: int, channels: int) -> tuple[int, int]:
+    """How many channels a program takes, and how many programs a group has."""
+    span = min(MAX_CHANNELS, max(1, groups * channels // MIN_PROGRAMS))
+    return span, triton.cdiv(channels, span)
 
 
 def _rows(basis: Basis, taps: int) -> Tensor:

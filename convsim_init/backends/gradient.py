@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convsim_init.backends.compiled import CompiledSimilarity, fits
+from convsim_init.backends import compiled, gpu
+from convsim_init.backends.compiled import CompiledSimilarity
 from convsim_init.backends.torch_ops import value_and_gradient
 from convsim_init.functional.bank import accumulation_dtype, bank_weight, filter_bank, full_precision
 from convsim_init.settings import Channels, Pairs
@@ -42,22 +43,21 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
-        ctx.specs = [WeightSpec(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
         ctx.weights = weights  # not saved for the backward pass: they may change until then
-        values, gradients = [], []
-        for spec, weight in zip(ctx.specs, weights, strict=True):
-            value, gradient = _value_and_gradient(spec, weight, pairs, channels, normalized)
-            values.append(value)
-            gradients.append(gradient)
-        ctx.save_for_backward(*gradients)
-        return _total(values, weights[0])
+        specs = [WeightSpec(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
+        found = [
+            _value_and_gradient(spec, weight, pairs, channels, normalized)
+            for spec, weight in zip(specs, weights, strict=True)
+        ]
+        ctx.save_for_backward(*(gradient for _, gradient in found))
+        return _total([value for value, _ in found], weights[0])
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = [
-                spec.weight((outer.to(spec.device) * gradient).to(spec.dtype))
-                for spec, gradient in zip(ctx.specs, ctx.saved_tensors, strict=True)
+                gradient.to(weight.dtype)
+                for gradient, weight in zip(_scaled(list(ctx.saved_tensors), outer), ctx.weights, strict=True)
             ]
         if torch.is_grad_enabled():  # a second derivative may follow
             gradients = list(map(_Once.apply, gradients, ctx.weights))
@@ -86,45 +86,62 @@ class WeightSpec(NamedTuple):
     device: torch.device
     layout: Layout
 
-    def kernels(self, weight: Tensor) -> Tensor:
-        """Its kernels ``[K, T]``, in the order of its filters."""
-        if self.layout.transposed:
-            weight = filter_bank(weight, groups=self.layout.groups, transposed=True)
-        return weight.reshape(-1, self.shape[2:].numel())
+    def in_order(self, weight: Tensor) -> Tensor:
+        """The weight with its kernels in the order of its filters; of another shape, perhaps."""
+        return filter_bank(weight, **self.layout._asdict()) if self.layout.transposed else weight
 
-    def weight(self, kernels: Tensor) -> Tensor:
-        """The weight that has these kernels."""
+    def weight(self, ordered: Tensor) -> Tensor:
+        """The weight whose entries these are, in the order of its filters."""
         if self.layout.transposed:
-            bank = kernels.view(_bank_shape(self, "matched"))
+            bank = ordered.view(_bank_shape(self, "matched"))
             return bank_weight(bank, groups=self.layout.groups, transposed=True)
-        return kernels.view(self.shape)
+        return ordered if ordered.shape == self.shape else ordered.view(self.shape)
 
 
 def _value_and_gradient(
     spec: WeightSpec, weight: Tensor, pairs: Pairs, channels: Channels, normalized: bool
 ) -> tuple[float | Tensor, Tensor]:
-    """The similarity of one weight, and its gradient by kernels ``[K, T]``."""
-    kernels = spec.kernels(weight)
-    # What only stands for a tensor, as under torch.compile, has no memory that C code could read.
-    real = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
-    if real and fits(spec.dtype, spec.device, pairs, channels):
-        kernels = kernels.resolve_neg().contiguous()
-        gradient = torch.empty_like(kernels)
-        value = _compiled(_bank_shape(spec, channels))(kernels, gradient, normalized=normalized)
+    """The similarity of one weight, and its gradient, of the weight's shape."""
+    ordered, shape, real = spec.in_order(weight), _bank_shape(spec, channels), _has_memory(weight)
+    if real and compiled.fits(spec.dtype, spec.device, pairs, channels):
+        ordered = ordered.resolve_neg().contiguous()
+        gradient = torch.empty_like(ordered)
+        value = _compiled(shape)(ordered, gradient, normalized=normalized)
         if value is not None:
-            return value, gradient
+            return value, spec.weight(gradient)
     with full_precision(spec.device):
-        kernels = kernels.to(accumulation_dtype(spec.dtype))
-        return value_and_gradient(kernels, _bank_shape(spec, channels), pairs, channels, normalized=normalized)
+        kernels = ordered.reshape(-1, spec.shape[2:].numel()).to(accumulation_dtype(spec.dtype))  # [K, T]
+        if real and _has_fused(shape, kernels.dtype, spec.device, pairs, channels):
+            from convsim_init.backends import fused_similarity
+
+            kernels = kernels.resolve_neg().contiguous()
+            total, gradient = fused_similarity.value_and_gradient(kernels, shape, normalized=normalized)
+        else:
+            total, gradient = value_and_gradient(kernels, shape, pairs, channels, normalized=normalized)
+        return total, spec.weight(gradient)
+
+
+def _has_memory(weight: Tensor) -> bool:
+    """Whether there is memory that a kernel could read: what only stands for a tensor has none."""
+    return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
+
+
+def _scaled(gradients: list[Tensor], outer: Tensor) -> Sequence[Tensor]:
+    """The gradients times that of the sum: in one launch, if they lie on one device."""
+    if {gradient.device for gradient in gradients} == {outer.device}:
+        return torch._foreach_mul(gradients, outer)
+    return [gradient * outer.to(gradient.device) for gradient in gradients]
 
 
 def _total(values: Sequence[float | Tensor], first: Tensor) -> Tensor:
     """The sum of similarities, in the precision and on the device of the first weight's."""
+    dtype, device = accumulation_dtype(first.dtype), first.device
+    tensors = [value.to(device) for value in values if isinstance(value, Tensor)]
     numbers = sum(value for value in values if isinstance(value, float))
-    tensors = [value.to(first.device) for value in values if isinstance(value, Tensor)]
     if len(tensors) < len(values):
-        tensors.append(torch.tensor(numbers, dtype=accumulation_dtype(first.dtype), device=first.device))
-    return sum(tensors[1:], tensors[0])
+        tensors.append(torch.tensor(numbers, dtype=dtype, device=device))
+    total = tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum()
+    return total.to(dtype)
 
 
 @lru_cache(maxsize=256)
@@ -137,3 +154,6 @@ def _bank_shape(spec: WeightSpec, channels: Channels) -> torch.Size:
 @lru_cache(maxsize=256)
 def _compiled(shape: torch.Size) -> CompiledSimilarity:
     return CompiledSimilarity(shape)
+
+
+_has_fused = lru_cache(maxsize=256)(gpu.fits)

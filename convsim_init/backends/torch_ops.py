@@ -178,21 +178,29 @@ def value_and_gradient(
 
 
 def _raw(kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
-    """Raw similarity of kernels ``[G M C, T]`` and its gradient: CS = <P, Q P> / 2, dCS/dx = 2 Q P x."""
+    """Raw similarity of kernels ``[G M C, T]`` and its gradient."""
     basis = real_fourier_basis(shape[3:], kernels.dtype, kernels.device)  # [N, T]
-    bank, gradients = kernels.view(*shape[:3], -1), torch.empty_like(kernels)
-    out, values = gradients.view_as(bank), []
-    whole = channels == "all" or kernels.device.type != "cpu"
-    for groups, some in cuts(shape, kernels.numel() if whole else CACHED):
-        block = bank[groups, :, some]  # [g, M, c, T]
-        spectrum = torch.mm(basis, block.reshape(-1, block.shape[-1]).T).view(-1, *block.shape[:3])  # [N, g, M, c]
-        cosines, sines = spectrum[: len(basis) // 2 + 1], spectrum[len(basis) // 2 + 1 :]
-        power = cosines.square()  # [F, g, M, c]
-        power[1:].addcmul_(sines, sines)
-        power = power.sum(-1, keepdim=True) if channels == "all" else power
-        partners = partner_power(power, pairs, dim=2)
-        values.append(torch.sum(power * partners) / 2)
-        cosines.mul_(partners)
-        sines.mul_(partners[1:])
-        out[groups, :, some] = torch.mm(spectrum.flatten(1).T, basis).view_as(block).mul_(2)
-    return torch.stack(values).sum(), gradients
+    bank = kernels.view(*shape[:3], -1)
+    if channels == "all" or kernels.device.type != "cpu":
+        value, gradients = _raw_block(bank, basis, pairs, channels)
+        return value, gradients.view_as(kernels)
+    values, gradients = list[Tensor](), torch.empty_like(bank)
+    for groups, some in cuts(shape, CACHED):
+        value, gradients[groups, :, some] = _raw_block(bank[groups, :, some], basis, pairs, channels)
+        values.append(value)
+    return torch.stack(values).sum(), gradients.view_as(kernels)
+
+
+def _raw_block(bank: Tensor, basis: Tensor, pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
+    """What some channels ``[g, M, c, T]`` contribute, and its gradient: CS = <P, Q P> / 2, dCS/dx = 2 Q P x."""
+    spectrum = torch.mm(basis, bank.reshape(-1, bank.shape[-1]).T).view(-1, *bank.shape[:3])  # [N, g, M, c]
+    cosines, sines = spectrum[: len(basis) // 2 + 1], spectrum[len(basis) // 2 + 1 :]
+    power = cosines.square()  # [F, g, M, c]
+    power[1:].addcmul_(sines, sines)
+    power = power.sum(-1, keepdim=True) if channels == "all" else power
+    partners = partner_power(power, pairs, dim=2)
+    value = torch.sum(power * partners) / 2
+    cosines.mul_(partners)
+    sines.mul_(partners[1:])
+    gradient = torch.addmm(basis[0], spectrum.flatten(1).T, basis, beta=0, alpha=2)  # in one launch
+    return value, gradient.view(bank.shape)

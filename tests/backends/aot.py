@@ -14,24 +14,37 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convsim_init.backends import fused
+from convsim_init.backends import fused, fused_similarity
 
-KERNELS = {"evaluate": (fused._evaluate, {1: 2, 9: 16}), "turn": (fused._turn, {1: 2, 9: 8})}  # frequencies, by taps
+FULL, COARSE = {1: 2, 9: 16}, {1: 2, 9: 8}  # frequencies, by taps
+KERNELS = [  # with their constants
+    *((fused, "evaluate", {"taps": taps, "freqs": freqs}) for taps, freqs in FULL.items()),
+    *((fused, "turn", {"taps": taps, "freqs": freqs}) for taps, freqs in COARSE.items()),
+    *(
+        (fused_similarity, "differentiate", {"taps": taps, "freqs": freqs, "normalized": normalized})
+        for normalized in (False, True)
+        for taps, freqs in FULL.items()
+    ),
+    (fused_similarity, "scale", {}),
+    (fused_similarity, "project", {}),
+]
 
 
-def usage(kernel, taps: int, frequencies: int, capability: int) -> dict[str, int]:
+def usage(kernel, options: dict[str, object], constants: dict[str, int], capability: int) -> dict[str, int]:
     """Registers, and bytes spilled, of a thread."""
-    constants = {"taps": taps, "freqs": frequencies}
-    kinds = dict.fromkeys(fused.SIZES, "i32") | {"beta": "fp32"} | dict.fromkeys(constants, "constexpr")
+    kinds = dict.fromkeys([*fused.SIZES, "groups", "size"], "i32")
+    kinds |= {"beta": "fp32"} | dict.fromkeys(["scales", "value"], "*fp64") | dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
+    if "value" in names:
+        kinds["shares"] = "*fp64"
     source = ASTSource(
         fn=kernel,
         signature={name: kinds.get(name, "*fp32") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index("basis"),): [["tt.divisibility", 16]]},  # read as vectors
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if name == "basis"},  # read as vectors
     )
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused.OPTIONS)
+        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     told = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads[^$]*Used (\d+) registers", log.getvalue())
     stores, loads, registers = map(int, told.groups())
     return {"registers": registers, "spilled": max(stores, loads)}
@@ -39,7 +52,6 @@ def usage(kernel, taps: int, frequencies: int, capability: int) -> dict[str, int
 
 if __name__ == "__main__":
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
-    for name, (kernel, sizes) in KERNELS.items():
-        for taps, frequencies in sizes.items():
-            used = usage(kernel, taps, frequencies, int(sys.argv[1]))
-            print(json.dumps({"kernel": name, "taps": taps, **used}))
+    for module, name, constants in KERNELS:
+        used = usage(getattr(module, f"_{name}"), module.OPTIONS, constants, int(sys.argv[1]))
+        print(json.dumps({"kernel": name, **constants, **used}))

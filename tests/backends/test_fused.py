@@ -1,6 +1,5 @@
-"""The fused step, without a GPU: by Triton's interpreter against torch's operations, and compiled ahead of time."""
+"""The fused kernels without a GPU: by Triton's interpreter against torch's operations, and compiled ahead of time."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -13,7 +12,9 @@ import pytest
 import torch
 from card import OnCard
 
-from convsim_init.backends import block
+import convsim_init as ci
+from convsim_init.backends import block, gradient, torch_ops
+from convsim_init.backends.gradient import Layout, WeightSpec
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.functional.fourier import Fourier
 from convsim_init.optim.descent import descend
@@ -21,7 +22,7 @@ from convsim_init.settings import Settings
 
 pytest.importorskip("triton", reason="without Triton: pip install --no-deps triton")
 
-from convsim_init.backends import fused
+from convsim_init.backends import fused, fused_similarity
 from convsim_init.backends.fused import FusedBlock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU Triton interprets
@@ -78,20 +79,6 @@ def test_a_block_does_what_torchs_operations_do_in_float64(shape, span, monkeypa
         found = block_.turn(0.3, *(each.to(DEVICE, torch.float32) for each in arguments))[UPPER]
         assert relative(block_._direction, exact._direction.whole) < ROUNDING
         assert relative(found / found.norm(), wanted / wanted.norm()) < ROUNDING
-
-
-@pytest.fixture
-def fused_card(card, monkeypatch):
-    """The pretended GPU, on which the kernels are interpreted."""
-    for name in ("_evaluate", "_turn"):
-        monkeypatch.setattr(fused, name, card.launcher(getattr(fused, name)))
-    answer_with(monkeypatch, lambda: SimpleNamespace(backend="cuda", arch=90))
-    return card
-
-
-def answer_with(monkeypatch, current_target) -> None:
-    active = SimpleNamespace(get_current_target=current_target)
-    monkeypatch.setattr(fused.triton.runtime, "driver", SimpleNamespace(active=active))
 
 
 @pytest.mark.parametrize(
@@ -155,20 +142,87 @@ def no_compiler():
     ],
     ids=["new", "old", "of AMD", "no compiler"],
 )
-def test_which_gpus_it_is_for(current_target, kind, card, monkeypatch):
-    answer_with(monkeypatch, current_target)
+@pytest.mark.usefixtures("card")
+def test_which_gpus_it_is_for(current_target, kind, answer_with):
+    answer_with(current_target)
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is kind
 
 
-def test_a_triton_without_tuples_is_passed_over(fused_card, monkeypatch):
+@pytest.mark.usefixtures("fused_card")
+def test_a_triton_without_tuples_is_passed_over(monkeypatch):
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is FusedBlock
-    monkeypatch.setattr(fused.triton, "__version__", "3.2.0+git1")
+    monkeypatch.setattr("triton.__version__", "3.2.0+git1")
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
 
 
 def test_without_triton_torch_does_it(card, monkeypatch):
-    monkeypatch.setitem(sys.modules, "convsim_init.backends.fused", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
+
+
+normalized_or_not = pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
+
+
+@normalized_or_not
+@pytest.mark.parametrize(("shape", "span"), BANKS.values(), ids=BANKS.keys())
+def test_the_regularizer_is_what_torchs_operations_compute_in_float64(shape, span, normalized, monkeypatch):
+    monkeypatch.setattr(fused, "MIN_PROGRAMS", shape[0] * shape[2] // span)
+    assert_regularizer_is_right(torch.randn(shape, dtype=torch.float64), normalized)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-41, 1e-25, 1e20])
+@pytest.mark.parametrize("shape", [(1, 20, 6, 3, 3), (3, 2, 5, 1, 1)], ids=str)
+def test_filters_of_very_different_norms(shape, scale):
+    bank = torch.randn(shape, dtype=torch.float64)
+    bank[0, 1] *= scale
+    assert_regularizer_is_right(bank, normalized=True)
+
+
+def assert_regularizer_is_right(bank, normalized) -> None:
+    kernels = bank.flatten(0, 2).flatten(1).float()
+    exact, wanted = torch_ops.value_and_gradient(kernels.double(), bank.shape, "all", "matched", normalized=normalized)
+    torch.use_deterministic_algorithms(True)  # then memory that nobody has written is NaN
+    try:
+        found, actual = fused_similarity.value_and_gradient(kernels.to(DEVICE), bank.shape, normalized=normalized)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert float(found) == pytest.approx(float(exact), rel=ROUNDING)
+    filters = bank.shape[0] * bank.shape[1]
+    for own, other in zip(actual.cpu().view(filters, -1), wanted.view(filters, -1), strict=True):
+        if other.abs().max() < torch.finfo(torch.float32).max:
+            assert relative(own, other) < 10 * ROUNDING or not (own.any() or other.any())
+
+
+LAYERS = {
+    "3x3": ((20, 6, 3, 3), torch.float32, Layout()),
+    "half precision": ((20, 6, 3, 3), torch.bfloat16, Layout()),
+    "transposed": ((6, 10, 3, 3), torch.float32, Layout(2, transposed=True)),
+    "1x1": ((12, 5, 1, 1), torch.float32, Layout()),
+    "groups, 1d": ((12, 5, 3), torch.float32, Layout(3)),
+}
+
+
+@normalized_or_not
+@pytest.mark.parametrize(("shape", "dtype", "layout"), LAYERS.values(), ids=LAYERS.keys())
+def test_on_a_gpu_it_computes_the_regularizer_in_a_handful_of_launches(
+    shape, dtype, layout, normalized, fused_card, monkeypatch
+):
+    monkeypatch.setattr(gradient, "_has_memory", lambda weight: True)
+    weight = torch.randn(shape).to(dtype)
+    spec = WeightSpec(weight.shape, dtype, OnCard.device, layout)
+    arguments = OnCard(weight), "all", "matched", normalized
+    gradient._value_and_gradient(spec, *arguments)  # the basis is copied to the GPU
+    fused_card.launches = fused_card.waits = 0
+    value, found = gradient._value_and_gradient(spec, *arguments)
+    copies = (dtype != torch.float32) + 2 * layout.transposed  # of the weight, and of the gradient
+    assert fused_card.launches == (4 if normalized else 2) + copies
+    assert fused_card.waits == 0
+    exact = weight.double().requires_grad_()
+    expected = ci.convolutional_similarity(exact, **layout._asdict(), normalized=normalized)
+    (wanted,) = torch.autograd.grad(expected, exact)
+    assert float(value.held) == pytest.approx(expected.item(), rel=ROUNDING)
+    assert found.shape == weight.shape
+    assert relative(found.held, wanted) < ROUNDING
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -177,6 +231,7 @@ def test_a_thread_has_registers_enough(capability):
     command = [sys.executable, str(Path(__file__).parent / "aot.py"), str(capability)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     used = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(each["kernel"], each["taps"]) for each in used] == list(itertools.product(["evaluate", "turn"], [1, 9]))
+    kernels = dict.fromkeys(each["kernel"] for each in used)
+    assert list(kernels) == ["evaluate", "turn", "differentiate", "scale", "project"]
     assert max(each["registers"] for each in used) <= 168  # three programs share a processor
     assert max(each["spilled"] for each in used) <= 16
