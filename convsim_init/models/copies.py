@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,27 +25,49 @@ DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a des
 class Sample(NamedTuple):
     """What a weight is recognized by."""
 
-    shape: list[int]
+    shape: tuple[int, ...]
     sums: Tensor
 
 
-Samples = list[tuple[str, Sample | None]]  # of layers, with their names; None of a weight that cannot be read
+class Known:
+    """What is known of weights, by their samples."""
+
+    def __init__(self) -> None:
+        self._facts = defaultdict[tuple[int, ...], list[str]](list)  # by shape
+        self._sums = defaultdict[tuple[int, ...], list[Tensor]](list)
+
+    def __bool__(self) -> bool:
+        return bool(self._facts)
+
+    def add(self, fact: str, sample: Sample | None) -> None:
+        """Know a fact of a weight; nothing of one that could not be read."""
+        if sample is not None:
+            self._facts[sample.shape].append(fact)
+            self._sums[sample.shape].append(sample.sums)
+
+    def find(self, sample: Sample | None) -> str | None:
+        """What is known of the weight that has these values; None if there is none, or they are zeros."""
+        if sample is None or sample.shape not in self._sums:
+            return None
+        sums = torch.stack(self._sums[sample.shape])
+        alike = (sums - sample.sums).norm(dim=1) < DISTANCE * sums.norm(dim=1)
+        return self._facts[sample.shape][int(alike.int().argmax())] if alike.any() else None
 
 
 class History:
     """What the layers of several models held before and after they were treated, or while they were left alone."""
 
     def __init__(self) -> None:
-        self._before: Samples = []
-        self._after: Samples = []  # directions alone, by why their layers are to be left
-        self._left: Samples = []  # frozen or loaded
+        self._before = Known()
+        self._after = Known()  # directions alone, by why their layers are to be left
+        self._left = Known()  # frozen or loaded
 
     def obstacle(self, layer: Layer) -> str | None:
         """That its weight was treated, or chosen to be left, in this model or in another one that has it too.
 
         It is recognized at another scale too, because `calibrate_` may have scaled it since.
         """
-        return _find(self._after, _direction(_sample(layer))) if self._after else None
+        return self._after.find(_direction(_sample(layer))) if self._after else None
 
     def note(
         self,
@@ -67,20 +90,21 @@ class History:
         Returns:
             A remark on copies in other models that are no longer equal.
         """
-        treated, left, parted = Samples(), Samples(), []
+        treated, left, parted = [], [], []
         for layer, sample, outcome in zip(layers, before, report.layers, strict=True):
             name = f"{layer_name(layer.name)} of {shown(model)}"
             if outcome.after:
                 treated.append((name, sample))
-                self._after.append((f"treated before, as {name}", _direction(_sample(layer))))
-                parted += [(twin, name)] if (twin := _find(self._left, sample)) else []
+                self._after.add(f"treated before, as {name}", _direction(_sample(layer)))
+                parted += [(twin, name)] if (twin := self._left.find(sample)) else []
             elif layer.obstacle in UNSELECTED and chosen:
-                self._after.append((f"{layer.obstacle} before, as {name}", _direction(sample)))
+                self._after.add(f"{layer.obstacle} before, as {name}", _direction(sample))
             elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
                 left.append((name, sample))
-                parted += [(name, twin)] if (twin := _find(self._before, sample)) else []
-        self._before += treated
-        self._left += left
+                parted += [(name, twin)] if (twin := self._before.find(sample)) else []
+        for known, new in ((self._before, treated), (self._left, left)):  # copies within the model are not parted
+            for name, sample in new:
+                known.add(name, sample)
         return copies_remark(parted)
 
 
@@ -96,7 +120,7 @@ def _sample(layer: Layer) -> Sample | None:
         values = layer.weight.read().flatten().float().cpu()
     rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
     signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
-    return Sample(layer.shape, rows @ signs.to(rows))
+    return Sample(tuple(layer.shape), rows @ signs.to(rows))
 
 
 def _direction(sample: Sample | None) -> Sample | None:
@@ -104,17 +128,3 @@ def _direction(sample: Sample | None) -> Sample | None:
     if sample is None or math.prod(sample.shape) < FEW:
         return sample
     return sample._replace(sums=nn.functional.normalize(sample.sums, dim=0))
-
-
-def _find(known: Samples, sample: Sample | None) -> str | None:
-    """What is known of the weight that has these values; None if there is none, or they are zeros."""
-    if sample is None:
-        return None
-    alike = (
-        what
-        for what, other in known
-        if other is not None
-        and other.shape == sample.shape
-        and torch.dist(other.sums, sample.sums) < DISTANCE * other.sums.norm()
-    )
-    return next(alike, None)
