@@ -79,6 +79,17 @@ class Block(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
+def resnet20(in_chans: int, classes: int, width: float) -> nn.Module:
+    """ResNet-20 for CIFAR (He et al., arXiv 1512.03385), with 1x1 layers where the width changes."""
+    a, b, c = _scaled((16, 32, 64), width)
+    blocks = [
+        Block(before, after, 1 if before == after else 2, nn.BatchNorm2d, nn.BatchNorm2d)
+        for before, after in pairwise((a, a, a, a, b, b, b, c, c, c))
+    ]
+    stem = [nn.Conv2d(in_chans, a, 3, padding=1, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
+
+
 class Shift(nn.Module):
     """A learned number added to every channel."""
 
@@ -178,6 +189,7 @@ NETWORKS: dict[str, Callable[[int, int, float], nn.Module]] = {
     "plain": plain,
     "plain10": partial(plain, filters=(16,) * 4 + (32,) * 4 + (64,) * 2, per_stage=4),
     "resnet": ResNet,
+    "resnet20": resnet20,
     "skipinit": partial(ResNet, norm=Shift, last=SkipInit),
     "vgg": vgg,
     "convmixer": convmixer,
