@@ -84,6 +84,7 @@ class Loaded:
         seed: Seed of the drawn weights; None for a file.
         remarks: Remarks on how it was found.
         built: Spec that a model was built of; None if there is none.
+        filled: Names of the modules that the model's own code filled by ``load_state_dict``.
     """
 
     content: torch.nn.Module | Mapping[str, torch.Tensor]
@@ -91,6 +92,7 @@ class Loaded:
     seed: int | None = None
     remarks: list[str] = field(default_factory=list)
     built: str | None = None
+    filled: frozenset[str] = frozenset()
 
     @property
     def in_library(self) -> bool:
@@ -192,7 +194,19 @@ def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None 
         return _load_file(spec, key) if like is None else _load_like(spec, like, how, key)
     found = resolve(spec)
     name, remarks = found.spec.text, [found.remark] if found.remark else []
-    return Loaded(how.build(name), name, how.seed or 0, remarks, built=name)
+    model, filled = _build_noting_loaded(name, how)
+    return Loaded(model, name, how.seed or 0, remarks, built=name, filled=filled)
+
+
+def _build_noting_loaded(spec: str, how: ModelOptions) -> tuple[torch.nn.Module, frozenset[str]]:
+    from convsim_init.layers.names import bare_name
+    from convsim_init.models.construction import noting_loaded
+
+    loaded: list[torch.nn.Module] = []
+    with noting_loaded(loaded.append):
+        model = how.build(spec)
+    parts = set(map(id, loaded))
+    return model, frozenset(bare_name(name) for name, part in model.named_modules() if id(part) in parts)
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:

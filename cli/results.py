@@ -38,6 +38,7 @@ class Result:
         error: Why it failed.
         checkpoint: Checkpoint that is to be written.
         config: Config to write beside it in a folder.
+        drawn: Whether all of the weights were drawn, and none read from a file.
         before: Convolutions before, if they are to be recorded or drawn.
         after: Convolutions after.
     """
@@ -48,6 +49,7 @@ class Result:
     error: str | None = None
     checkpoint: Contents | None = None
     config: str | None = None
+    drawn: bool = True
     before: Snapshot | None = None
     after: Snapshot | None = None
 

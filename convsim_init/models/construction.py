@@ -55,7 +55,7 @@ class Construction:
         self._undo.enter_context(_replaced(nn.Module, "__init__", self._marking))
         self._undo.enter_context(_replaced(nn.Module, "__setstate__", self._recording))  # of a copy
         self._undo.enter_context(_replaced(_ConvNd, "__init__", _unmarking_meta))
-        self._undo.enter_context(_replaced(nn.Module, "_load_from_state_dict", _unmarking_loaded))
+        self._undo.enter_context(noting_loaded(lambda module: _unmark([module])))
         self._undo.enter_context(_replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
         self._undo.enter_context(_replaced(torch.autograd, "backward", self._marking_trained))
         return self
@@ -164,14 +164,21 @@ def _unmarking_meta(init: Callable[..., None]) -> Callable[..., None]:
     return unmarked
 
 
-def _unmarking_loaded(load: Callable[..., None]) -> Callable[..., None]:
-    @wraps(load)
-    def unmarked(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        load(module, state_dict, prefix, *args, **kwargs)
-        if any(key.startswith(prefix) for key in state_dict):
-            _unmark([module])
+@contextmanager
+def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Context in which a function is called with each module that ``load_state_dict`` fills."""
 
-    return unmarked
+    def noting(load: Callable[..., None]) -> Callable[..., None]:
+        @wraps(load)
+        def noted(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+            load(module, state_dict, prefix, *args, **kwargs)
+            if any(key.startswith(prefix) for key in state_dict):
+                note(module)
+
+        return noted
+
+    with _replaced(nn.Module, "_load_from_state_dict", noting):
+        yield
 
 
 @contextmanager

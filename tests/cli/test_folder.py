@@ -45,6 +45,30 @@ def test_timm_and_transformers_load_a_folder_of_timm(command, tmp_path):
         assert text in card
 
 
+def test_what_a_models_own_code_loaded_is_told(command, tmp_path):
+    """Filters that have learned something lose it."""
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "trained.pt")
+    (tmp_path / "own.py").write_text(
+        "import timm, torch\n"
+        "def network(load=True):\n"
+        "    model = timm.create_model('resnet10t')\n"
+        "    if load:\n"
+        "        state = {k: v for k, v in torch.load('trained.pt').items() if not k.startswith('layer4.')}\n"
+        "        model.load_state_dict(state, strict=False)\n"
+        "    return model\n"
+    )
+    told = "loaded by the model's own code: conv1.0, conv1.3, conv1.6, layer1.0.conv1 and 7 more; if they are trained"
+    status, out, _ = command("own.py:network", *QUICK, "--out", "net/")
+    assert (status, told in out) == (0, True)
+    assert "These weights were read from own.py:network" in (tmp_path / "net" / "README.md").read_text()
+    for apart in (["--model-arg", "load=False"], ["--base", "orthogonal"], ["--include", "layer4.*"]):
+        status, out, _ = command("own.py:network", *apart, *QUICK)
+        assert (status, "own code" in out) == (0, False)
+    status, out, _ = command("own.py:network", "--dry-run")
+    assert (status, told in out) == (0, True)
+
+
 def test_transformers_loads_a_folder_of_its_own(command, tmp_path):
     transformers = pytest.importorskip("transformers")
     status, _, err = command(*CLASS, *QUICK, "--out", "net/")
