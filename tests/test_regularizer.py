@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
+from convsim_init.backends import gpu
 from convsim_init.backends.compiled import SWITCH
 from convsim_init.backends.gradient import Layout, summed_similarity
 
@@ -51,7 +52,9 @@ def test_gradcheck(pairs, channels, normalized):
     weights = [torch.randn(4, 2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     layouts = [Layout(2), Layout(2, transposed=True)]
     assert torch.autograd.gradcheck(
-        lambda *ws: summed_similarity(ws, layouts, pairs, channels, normalized=normalized), weights
+        lambda *ws: summed_similarity(ws, layouts, pairs, channels, normalized=normalized),
+        weights,
+        check_batched_grad=True,
     )
 
 
@@ -132,6 +135,29 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
             torch.autograd.grad(gradient.square().sum(), weight, retain_graph=True)
         with pytest.raises(RuntimeError, match="differentiable once"):
             gradient.sum().backward(retain_graph=True)
+
+
+def test_what_inference_mode_made_is_no_obstacle_to_training():
+    weight = torch.randn(4, 3, 7, 6, requires_grad=True)  # of a size that no other test has
+    with torch.inference_mode():
+        expected = ci.convolutional_similarity(weight)
+    for value in (
+        ci.convolutional_similarity(weight),
+        summed_similarity([weight], [Layout()], "all", "all", normalized=False),
+    ):
+        value.backward()
+    torch.testing.assert_close(ci.convolutional_similarity(weight), expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(1, transposed=True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_in_any_order_of_memory(layout, dtype):
+    storage = torch.randn(5, 4, 6, dtype=dtype)
+    for order in itertools.permutations(range(3)):
+        weight = storage.permute(order)
+        for used in (weight, weight[::2], weight[:1].expand(3, -1, -1)):
+            actual = summed_similarity([used], [layout], "all", "matched", normalized=True)
+            torch.testing.assert_close(actual, ci.convolutional_similarity(used, **layout._asdict(), normalized=True))
 
 
 def test_a_weight_may_change_before_the_backward_pass():
@@ -357,6 +383,7 @@ def test_on_a_gpu_it_is_the_same_also_in_a_captured_training_step(dtype, memory_
     wanted = ci.ConvolutionalSimilarity(exact, normalized=normalized)()
     wanted.backward()
     term, images = ci.ConvolutionalSimilarity(model, normalized=normalized), torch.randn(2, 3, 16, 16).to("cuda", dtype)
+    assert gpu.fits(torch.Size([1, 16, 3, 3, 3]), torch.float32, torch.device("cuda", 0), "all", "matched")
 
     def step() -> torch.Tensor:
         model.zero_grad()
@@ -373,6 +400,7 @@ def test_on_a_gpu_it_is_the_same_also_in_a_captured_training_step(dtype, memory_
     with torch.cuda.graph(graph):
         total = step()
     graph.replay()
+    assert total.dtype == torch.float32
     assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
     for found, expected in zip(model.parameters(), exact.parameters(), strict=True):
         if expected.grad is not None:

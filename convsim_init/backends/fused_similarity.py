@@ -85,7 +85,7 @@ def _differentiate(
                 even = tl.sum(tl.load(row)[:, None] * cosines, 0)
                 odd = tl.sum(tl.load(row + freqs)[:, None] * sines, 0)  # 0 in the middle
                 tl.store(grad + at + t, even + odd, mask=here)
-                tl.store(grad + at + taps - 1 - t, even - odd, mask=here)
+                tl.store(grad + at + taps - 1 - t, even - odd, mask=here & (2 * t + 1 < taps))
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -112,7 +112,7 @@ def _project(kernels, scales, grad, shares, value, groups, filters, size):
         active = tl.zeros([TILE], tl.float64)
         for start in range(0, filters, TILE):
             here, at = start + lane < filters, group * filters + start + lane
-            active += tl.where(tl.load(scales + at, mask=here, other=0.0) == 0, 0.0, 1.0)
+            active += tl.where(tl.load(scales + at, mask=here, other=0.0) > 0, 1.0, 0.0)
             total += tl.load(shares + at, mask=here, other=0.0)
         pairs += tl.sum(active) * (tl.sum(active) - 1) / 2
     pairs = tl.maximum(pairs, 1.0)
@@ -126,29 +126,33 @@ def _project(kernels, scales, grad, shares, value, groups, filters, size):
 
 
 def value_and_gradient(kernels: Tensor, shape: Sequence[int], *, normalized: bool) -> tuple[Tensor, Tensor]:
-    """As in `torch_ops.py`, for all pairs and matched channels where `fused.has_kernels`; the value is in float64."""
+    """As in `torch_ops.py`, for all pairs and matched channels where `gpu.fits`; the value is in float64."""
     (groups, filters, channels), size = shape[:3], math.prod(shape[2:])
     span, parts = programs(groups, channels)
     basis, gradient = _basis(tuple(shape[3:]), kernels.device), torch.empty_like(kernels)
-    shares, scales = kernels.new_empty(groups, parts, filters), kernels.new_empty(groups, filters, dtype=torch.float64)
+    shares = kernels.new_empty(groups, parts, filters, dtype=torch.float64)
+    scales = kernels.new_empty(groups, filters, dtype=torch.float64) if normalized else shares
     state, constants = (kernels, scales, gradient), (len(basis), basis.shape[-1], normalized)
     with torch.cuda.device_of(kernels):
         if normalized:
             _scale[groups * filters,](kernels, scales, size, **OPTIONS)
         _differentiate[groups * parts,](*state, basis, shares, channels, filters, span, *constants, **OPTIONS)
         if not normalized:
-            return shares.sum(dtype=torch.float64), gradient
-        shares, value = shares.sum(1, dtype=torch.float64), scales.new_empty(())
+            return shares.sum(), gradient
+        shares, value = shares.sum(1), scales.new_empty(())
         _project[groups * filters,](*state, shares, value, groups, filters, size, **OPTIONS)
         return value, gradient
 
 
 @lru_cache(maxsize=256)
 def _basis(kernel_size: tuple[int, ...], device: torch.device) -> Tensor:
-    """Cosines and sines of each tap, ``[T, 2, F]``; F is padded to a power of 2."""
-    basis = real_fourier_basis(kernel_size, torch.float32, device)  # [N, T]
+    """Cosines and sines of each tap, ``[T, 2, F]``; F is padded to a power of 2.
+
+    Made on the CPU, from where the copy is waited for: whatever stream uses it next, it is there.
+    """
+    basis = real_fourier_basis(kernel_size, torch.float32, torch.device("cpu"))  # [N, T]
     frequencies = len(basis) // 2 + 1
     padded = basis.new_zeros(basis.shape[1], 2, max(2, triton.next_power_of_2(frequencies)))
     padded[:, 0, :frequencies] = basis[:frequencies].T
     padded[:, 1, 1:frequencies] = basis[frequencies:].T
-    return padded
+    return padded.to(device)

@@ -6,6 +6,7 @@ Letters: G groups, M filters of a group, C input channels of a group, T taps, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from convsim_init.backends.compiled import CompiledSimilarity
 from convsim_init.backends.torch_ops import value_and_gradient
 from convsim_init.functional.bank import accumulation_dtype, bank_weight, filter_bank, full_precision
 from convsim_init.settings import Channels, Pairs
+
+MAX_GROUPS = 64  # of a fused layer: some of its programs run through all groups one after the other
 
 
 class Layout(NamedTuple):
@@ -110,11 +113,12 @@ def _value_and_gradient(
         if value is not None:
             return value, spec.weight(gradient)
     with full_precision(spec.device):
-        kernels = ordered.reshape(-1, spec.shape[2:].numel()).to(accumulation_dtype(spec.dtype))  # [K, T]
-        if real and _has_fused(shape, kernels.dtype, spec.device, pairs, channels):
+        kernels = ordered.reshape(-1, spec.shape[2:].numel()).to(accumulation_dtype(spec.dtype)).contiguous()  # [K, T]
+        few = shape[0] <= MAX_GROUPS
+        if real and few and _has_fused(shape, kernels.dtype, spec.device, pairs, channels):
             from convsim_init.backends import fused_similarity
 
-            kernels = kernels.resolve_neg().contiguous()
+            kernels = kernels.resolve_neg()
             total, gradient = fused_similarity.value_and_gradient(kernels, shape, normalized=normalized)
         else:
             total, gradient = value_and_gradient(kernels, shape, pairs, channels, normalized=normalized)
@@ -127,9 +131,10 @@ def _has_memory(weight: Tensor) -> bool:
 
 
 def _scaled(gradients: list[Tensor], outer: Tensor) -> Sequence[Tensor]:
-    """The gradients times that of the sum: in one launch, if they lie on one device."""
-    if {gradient.device for gradient in gradients} == {outer.device}:
-        return torch._foreach_mul(gradients, outer)
+    """The gradients times that of the sum; on a GPU together, which saves launches."""
+    if outer.is_cuda and all(gradient.device == outer.device for gradient in gradients):
+        with suppress(RuntimeError):  # where vmap batches the outer gradient
+            return torch._foreach_mul(gradients, outer)
     return [gradient * outer.to(gradient.device) for gradient in gradients]
 
 

@@ -155,6 +155,7 @@ def _parity_rotation(taps: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)  # on its device: to copy it there anew would make the host wait
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training afterwards
 def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     points = math.prod(lattice)
     # In this order the last frequency mirrors the first, and so on: one half, from the zero in the middle, is enough.

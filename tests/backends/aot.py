@@ -33,10 +33,10 @@ KERNELS = [  # with their constants
 def usage(kernel, options: dict[str, object], constants: dict[str, int], capability: int) -> dict[str, int]:
     """Registers, and bytes spilled, of a thread."""
     kinds = dict.fromkeys([*fused.SIZES, "groups", "size"], "i32")
-    kinds |= {"beta": "fp32"} | dict.fromkeys(["scales", "value"], "*fp64") | dict.fromkeys(constants, "constexpr")
+    kinds |= (
+        {"beta": "fp32"} | dict.fromkeys(["scales", "shares", "value"], "*fp64") | dict.fromkeys(constants, "constexpr")
+    )
     names = kernel.arg_names
-    if "value" in names:
-        kinds["shares"] = "*fp64"
     source = ASTSource(
         fn=kernel,
         signature={name: kinds.get(name, "*fp32") for name in names},
