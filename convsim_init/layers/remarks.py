@@ -14,7 +14,7 @@ from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.standardized import CALLS, forward_names
+from convsim_init.layers.standardized import CALLS, forward_names, reads_further_inside
 from convsim_init.layers.weights import has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
 
@@ -27,7 +27,7 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
         return []
     inner = unwrap(model)
     names = [layer.name for layer in layers]
-    return [*_other_kernels(inner, names), *_hooks_around(inner), *_ties(inner, layers)]
+    return [*_other_kernels(inner, names), *_hooks_around(inner), *_read_above(inner), *_ties(inner, layers)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -72,6 +72,12 @@ def _hooks_around(model: nn.Module) -> list[str]:
     if not found:
         return []
     return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
+
+
+def _read_above(model: nn.Module) -> list[str]:
+    """A remark on forward passes that may use other weights of convolutions further inside than is tried."""
+    found = [layer_name(bare_name(name)) for name, module in model.named_modules() if reads_further_inside(module)]
+    return [f"not tried, though they may use other weights: the forward passes of {some(found)}"] if found else []
 
 
 def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:

@@ -8,8 +8,11 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 from __future__ import annotations
 
 import dis
+import sys
 from collections.abc import Callable
-from types import CodeType
+from contextlib import suppress
+from functools import lru_cache, partial, partialmethod
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -38,6 +41,9 @@ from convsim_init.layers.weights import (
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("forward", "_conv_forward")
 CALLS = {call.__name__ for call in CONVOLUTIONS}
+MOST_CODE = 1000  # functions that a forward pass is followed into
+HANDED_OUT = {"weight", "parameters", "named_parameters"}  # what may take a weight out of a convolution
+WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
 
 
@@ -50,43 +56,95 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
 
 
 def forward_names(module: nn.Module) -> set[str]:
-    """The names of attributes and functions in the code of a module's forward pass."""
-    return {name for code in _forward_code(module) for name in code.co_names}
+    """The names of attributes and functions in the code of a module's forward pass, and strings that may be names."""
+    codes = _forward_code(module)
+    texts = {one for code in codes for one in code.co_consts if isinstance(one, str) and one.isidentifier()}
+    return texts.union(*(code.co_names for code in codes))
 
 
-def _forward_code(module: nn.Module) -> list[CodeType]:
-    """The code of a forward pass, of the functions in it, and of the module's methods and functions that it names."""
+def _forward_code(module: nn.Module) -> tuple[CodeType, ...]:
+    """The code of a forward pass, of the functions in it, and of the methods and functions that it names."""
+    kind: Any = type(module)
+    own = vars(module).get("forward")  # not kept in the cache: it may hold the module
+    return _code.__wrapped__(kind, own) if own is not None else _code(kind, getattr(kind, "forward", None))
+
+
+@lru_cache(maxsize=1024)
+def _code(kind: Any, forward: Any) -> tuple[CodeType, ...]:
     found: list[CodeType] = []
-    pending = [getattr(type(module), "forward", None)]
+    pending = _functions(forward)
     for function in pending:
-        code = getattr(function, "__code__", None)
-        if code is None or code in found:
+        if function.__code__ in found or len(found) > MOST_CODE:
             continue
-        inner = [code]
+        inner = [function.__code__]
         for one in inner:
             inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+            known = [function.__globals__.get(name) for name in one.co_names]
+            modules = [one for one in known if isinstance(one, ModuleType)]
             for name in one.co_names:
-                known = getattr(type(module), name, None) or getattr(function, "__globals__", {}).get(name)
-                if getattr(known, "__module__", None) == getattr(function, "__module__", None):
-                    pending.append(known)
+                known += [getattr(kind, name, None), *(vars(module).get(name) for module in modules)]
+            pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
         found += inner
+    return tuple(found)
+
+
+def _functions(value: object) -> list[FunctionType]:
+    """The functions in a function, a method, a partial one, or whatever a decorator made of them."""
+    found, pending = list[FunctionType](), [value]
+    for one in pending:
+        if isinstance(one, (partial, partialmethod)):
+            pending.append(one.func)
+        elif isinstance(one, MethodType):
+            pending.append(one.__func__)
+        elif isinstance(one, FunctionType) and one not in found:
+            found.append(one)
+            pending.append(getattr(one, "__wrapped__", None))
+            with suppress(ValueError):  # a cell that is empty yet
+                pending += [cell.cell_contents for cell in one.__closure__ or ()]
     return found
+
+
+def _is_librarys(function: FunctionType) -> bool:
+    """Whether it is one of torch's or of Python's own, whose names say nothing of a model."""
+    return function.__module__ is None or function.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}
 
 
 def _reads_weight(owner: nn.Module, name: str) -> bool:
     """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
 
-    Its dtype, device and shape do not count. What is read of a variable may be of any, if a convolution is called.
+    What is read of a variable may be of any, if a convolution is called.
     """
     any_of_them = bool(CALLS & forward_names(owner))
     others = dict(owner.named_children()).keys() - {name}
-    for code in _forward_code(owner):
+    return any(read == name or (any_of_them and read not in others) for read in _weights_read(_forward_code(owner)))
+
+
+def reads_further_inside(module: nn.Module) -> bool:
+    """Whether a forward pass seems to read or change weights of convolutions that are no children of the module."""
+    children = dict(module.named_children())
+    inside = {name.rpartition(".")[2] for name, one in module.named_modules() if isinstance(one, _ConvNd)}
+    inside -= {name for name, child in children.items() if not list(child.children())}
+    names = forward_names(module)
+    if inside and "weight" in names and WALKS & names:
+        return True
+    return any(read in inside for read in _weights_read(_forward_code(module)))
+
+
+@lru_cache(maxsize=1024)
+def _weights_read(codes: tuple[CodeType, ...]) -> frozenset[str | None]:
+    """Of what some code reads the attribute ``weight``: names, of an item its index; None of anything else.
+
+    Its dtype, device and shape do not count.
+    """
+    found = set[str | None]()
+    for code in codes:
         steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname != "CACHE"]
-        for (_, before), (opcode, attribute), (_, after) in zip(steps, steps[1:], steps[2:], strict=False):
-            read = attribute == "weight" and opcode.startswith("LOAD") and after not in ASKED
-            if read and (before == name or (any_of_them and before not in others)):
-                return True
-    return False
+        for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
+            if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
+                subscript = steps[index - 1][0].startswith("BINARY")
+                of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
+                found.add(None if of is None else str(of))
+    return frozenset(found)
 
 
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
@@ -120,7 +178,7 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         module: The convolution.
         stored: Weight that it holds.
     """
-    if "weight" not in forward_names(owner) and not has_unknown_hook(owner):
+    if not HANDED_OUT & forward_names(owner) and not has_unknown_hook(owner):
         return None
     weight = ForwardWeight(owner, stored, module)
     try:

@@ -3,7 +3,9 @@
 import copy
 import subprocess
 import sys
+import types
 import warnings
+from functools import partialmethod
 
 import pytest
 import torch
@@ -612,7 +614,69 @@ def hooked_around():
     return model
 
 
-@pytest.mark.parametrize("build", [MaskedAround, MaskedInPlaceAround, hooked_around])
+elsewhere = types.ModuleType("elsewhere")  # as another file of the project
+exec(
+    """
+import torch.nn.functional as F
+
+def masked(conv, x, mask):
+    return F.conv2d(x, conv.weight * mask)
+
+class Method:
+    def masked(self, x):
+        return masked(self.conv, x, self.mask)
+""",
+    vars(elsewhere),
+)
+
+
+class MaskedElsewhere(Around):
+    def forward(self, x):
+        return elsewhere.masked(self.conv, x, self.mask)
+
+
+class MaskedByAMethod(Around, elsewhere.Method):
+    def forward(self, x):
+        return self.masked(x)
+
+
+class MaskedDecorated(Around):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight * self.mask)
+
+
+class MaskedPartly(Around):
+    def run(self, x, again):
+        return F.conv2d(x, self.conv.weight * self.mask)
+
+    forward = partialmethod(run, again=False)
+
+
+class MaskedByName(Around):
+    def forward(self, x):
+        return F.conv2d(x, getattr(self.conv, "weight") * self.mask)  # noqa: B009
+
+
+class MaskedAmongParameters(Around):
+    def forward(self, x):
+        weight, _ = self.conv.parameters()
+        return F.conv2d(x, weight * self.mask)
+
+
+def masked_by_a_patch():
+    model = Around()
+    model.forward = types.MethodType(MaskedAround.forward, model)
+    return model
+
+
+MASKED = [
+    *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
+    *(MaskedAmongParameters, masked_by_a_patch, hooked_around),
+]
+
+
+@pytest.mark.parametrize("build", MASKED)
 def test_a_module_around_a_convolution_may_mask_its_weight(build):
     model = build()
     conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -628,6 +692,50 @@ def test_a_module_around_a_convolution_may_mask_its_weight(build):
     )
     with pytest.raises(ci.InputError, match="the module around it uses another weight"):
         ci.ConvolutionalSimilarity(model)
+
+
+class MaskedFurtherOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Around()
+
+    def forward(self, x):
+        return F.conv2d(x, self.body.conv.weight * self.body.mask)
+
+
+class MaskedListFurtherOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 8, 3))])
+
+    def forward(self, x):
+        return F.conv2d(x, self.body[0][0].weight * 2)
+
+
+class MaskedInALoop(MaskedFurtherOut):
+    def forward(self, x):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data *= self.body.mask
+        return self.body.conv(x)
+
+
+@pytest.mark.parametrize("build", [MaskedFurtherOut, MaskedListFurtherOut, MaskedInALoop])
+def test_a_forward_pass_further_out_that_may_use_another_weight_is_told(build):
+    report = ci.measure(nn.Sequential(build()))
+    assert report.remarks == ["not tried, though they may use other weights: the forward passes of 0"]
+
+
+def test_a_forward_pass_further_out_that_reads_another_modules_weight_is_not():
+    class Tied(MaskedFurtherOut):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten()), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return F.linear(self.body(x), self.head.weight)
+
+    assert ci.measure(Tied()).remarks == []
 
 
 def test_a_module_around_a_convolution_that_only_asks_for_its_dtype_changes_nothing():
