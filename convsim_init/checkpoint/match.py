@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.checkpoint.load_report import LoadReport
 from convsim_init.checkpoint.prefixes import find_prefixes
 from convsim_init.checkpoint.read import Checkpoint
-from convsim_init.checkpoint.state_dict import state_entries
+from convsim_init.checkpoint.state_dict import is_finite, state_entries
 from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import name_of, narrows, same_kind
 from convsim_init.layers.find import unwrap
@@ -84,7 +84,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         renamed={raw[old]: new for old, new in _renamed(unexpected, absent, theirs, own)},
         tied=tied,
         conflicting=_conflicting(twins, tensors),
-        non_finite=[key for key, (_, dtype) in dtypes.items() if not _finite(tensors[key].to(dtype))],
+        non_finite=[key for key, (_, dtype) in dtypes.items() if not is_finite(key, tensors[key].to(dtype))],
         retyped={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if not same_kind(a, b)},
         narrowed={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if narrows(a, b)},
     )
@@ -141,8 +141,3 @@ def _renamed(
             for best in get_close_matches(key, candidates, n=1, cutoff=0.0 if only else 0.6):
                 candidates.remove(best)
                 yield key, best
-
-
-def _finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot tell for float8
-    return bool(wide.isfinite().all())

@@ -114,7 +114,7 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in entries.items():
-        tensor = _finite(key, _dense(key, value), dtype)
+        tensor = _converted(key, _dense(key, value), dtype)
         tensor = tensor.reshape(-1).view(tensor.shape)  # contiguous() keeps odd strides where a dimension is 1
         # What shares memory with another entry, or with more than itself, would be written as an alias or in excess.
         storage = tensor.untyped_storage()
@@ -162,7 +162,17 @@ def _dense(key: str, value: object) -> Tensor:
     return value.detach().cpu()
 
 
-def _finite(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def is_finite(key: str, tensor: Tensor) -> bool:
+    """Whether an entry holds neither infinities nor NaN, or only zeros and infinities where it is no weight.
+
+    Those are masks of attention, and the ranges of observers that have seen nothing yet.
+    """
+    if _all_finite(tensor):
+        return True
+    return key.rpartition(".")[2] not in ("weight", "bias") and bool((tensor.isinf() | (tensor == 0)).all())
+
+
+def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     converted = tensor.to(dtype or tensor.dtype)
@@ -177,9 +187,13 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         raise InputError(
             f"{shown(key)}: expected numbers in the range of {converted.dtype}, got larger ones: choose float32"
         )
-    raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: nothing was written")
+    if not is_finite(key, tensor):
+        raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: nothing was written")
+    return converted
 
 
 def _all_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return bool(tensor.isfinite().all())
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot tell for float8
     return tensor.numel() == 0 or all_finite(wide)

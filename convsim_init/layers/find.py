@@ -16,7 +16,14 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.layers.standardized import ForwardWeight, find_call, has_forward_of_its_own, weight_within
+from convsim_init.layers.standardized import (
+    CALLS,
+    ForwardWeight,
+    find_call,
+    forward_names,
+    has_forward_of_its_own,
+    weight_within,
+)
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
@@ -188,7 +195,13 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             layers += in_graph
             within += (f"{name}." if name else "",)
     if not layers:
-        raise InputError(f"expected a model with convolutions, got {type(model).__name__}, which has none")
+        calling = next((type(module).__name__ for module in owners.values() if CALLS & forward_names(module)), None)
+        why = (
+            "has none"
+            if calling is None
+            else f"has none that is known: the code of {shown(calling)} seems to call some"
+        )
+        raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers
 
 

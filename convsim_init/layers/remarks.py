@@ -14,8 +14,8 @@ from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.standardized import CALLS, forward_names, reads_further_inside
-from convsim_init.layers.weights import has_unknown_hook
+from convsim_init.layers.standardized import CALLS, HANDED_OUT, forward_names, reads_further_inside
+from convsim_init.layers.weights import KERNEL_RANKS, has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
 
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
@@ -46,11 +46,17 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        own = [one for key, one in module._parameters.items() if one is not None and "weight" in key]
-        own = [one for one in own if not is_lazy(one) and (hasattr(module, "kernel_size") or 3 <= one.dim() <= 5)]
-        calls = CALLS & forward_names(module) and not any(isinstance(one, _ConvNd) for one in module.modules())
-        if calls and not own:
-            own = [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1]
+        called = forward_names(module)
+        own = [
+            one for key, one in module._parameters.items() if one is not None and ("weight" in key or CALLS & called)
+        ]
+        own = [one for one in own if not is_lazy(one) and (hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS)]
+        convolutions = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
+        # Where it calls a convolution without taking the weight of one inside it, it takes another.
+        if CALLS & called and not own and not (convolutions and HANDED_OUT & called):
+            own = [
+                one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in convolutions
+            ]
         if own:
             found[type(module).__name__] += 1
             weights |= {id(one): one.numel() for one in own}

@@ -116,7 +116,14 @@ def _reads_weight(owner: nn.Module, name: str) -> bool:
     """
     any_of_them = bool(CALLS & forward_names(owner))
     others = dict(owner.named_children()).keys() - {name}
+    if hasattr(owner, "weight"):
+        others |= _own_names(owner)
     return any(read == name or (any_of_them and read not in others) for read in _weights_read(_forward_code(owner)))
+
+
+def _own_names(module: nn.Module) -> set[str]:
+    """What the code of a module's forward pass calls the module."""
+    return {code.co_varnames[0] for code in _forward_code(module) if code.co_name == "forward" and code.co_argcount}
 
 
 def reads_further_inside(module: nn.Module) -> bool:
@@ -182,7 +189,10 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         return None
     weight = ForwardWeight(owner, stored, module)
     try:
-        return None if weight.is_stored() else weight
+        if not weight.is_stored():
+            return weight
+        stored.note = stored.note or weight.note
+        return None
     except Exception:  # whatever its own code raises at an input that is not what it is made for
         return weight if _reads_weight(owner, name) else None
 

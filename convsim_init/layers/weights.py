@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -18,6 +18,7 @@ from convsim_init.layers.memory import has_no_data, is_sharded, overlaps_itself
 from convsim_init.layers.trial import draw_numbers, isolated, random_states
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
+ITERATIONS = 15  # as torch's spectral_norm makes when it is put on
 LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -159,15 +160,31 @@ class ParametrizedWeight(Weight):
             if source.data.data_ptr() != memory.data_ptr() and source.shape == memory.shape:
                 memory.copy_(source.data)
                 source.data = memory
+        self._follow()
         return describe_mismatch("parametrization", weight, self.read())
+
+    def _follow(self) -> None:
+        """Let spectral_norm estimate the norm of the weight that is there now; a training pass iterates once alone."""
+        parts = list(self._module.parametrizations["weight"])
+        norms = [part for part in parts if isinstance(part, getattr(parametrizations, "_SpectralNorm", ()))]
+        if norms:
+            modes = [(part, part.training) for part in parts]
+            try:
+                for part in parts:
+                    part.training = part in norms
+                for _ in range(ITERATIONS):
+                    self._module.weight  # noqa: B018
+            finally:
+                for part, training in modes:
+                    part.training = training
 
     def backup(self) -> Callable[[], None]:
         """What gives the parametrization back its parameters and buffers, which it may have made anew."""
-        parametrizations: nn.ModuleDict = self._module.parametrizations
-        state = {key: value.clone() for key, value in parametrizations.state_dict().items()}
+        parts: nn.ModuleDict = self._module.parametrizations
+        state = {key: value.clone() for key, value in parts.state_dict().items()}
 
         def restore() -> None:
-            parametrizations.load_state_dict(state)
+            parts.load_state_dict(state)
 
         return restore
 

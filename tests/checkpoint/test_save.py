@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from convsim_init import __version__, build_model, initialize_, save_checkpoint
+from convsim_init import __version__, build_model, initialize_, load_checkpoint, save_checkpoint
 from convsim_init.errors import InputError, RunError
 from convsim_init.settings import Settings
 
@@ -695,6 +695,20 @@ def with_entry(value: object) -> dict[str, object]:
 def meta() -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(nn.Conv2d(2, 2, 1))
+
+
+@formats
+def test_masks_of_infinities_are_written(name, tmp_path):
+    """Those of attention, and the ranges of observers that have seen nothing."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1))
+    model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    model.register_buffer("min_val", torch.tensor(torch.inf))
+    path = save_checkpoint(model, tmp_path / name)
+    assert_holds(path, model.state_dict())
+    assert load_checkpoint(model, path, strict=True).complete
+    model.mask[0, 0] = 1
+    with pytest.raises(InputError, match="mask: expected finite numbers"):
+        save_checkpoint(model, tmp_path / f"other{name}")
 
 
 NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: nothing was written"

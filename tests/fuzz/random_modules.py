@@ -467,7 +467,10 @@ def differences(before: dict[str, object], after: dict[str, object]) -> list[str
 
 
 def may_change(model: nn.Module, report: ci.Report) -> Callable[[str], bool]:
-    """Whether a trace is that of a treated layer's weight, or of what a weight in the same memory is."""
+    """Whether a trace is that of a treated layer's weight, or of what a weight in the same memory is.
+
+    spectral_norm's vectors belong to the weight: they are estimates of its norm.
+    """
     treated = {layer.name for layer in report.layers if layer.after}
     owners, memory = set(), set()
     for name, module in model.named_modules():
@@ -480,7 +483,8 @@ def may_change(model: nn.Module, report: ci.Report) -> Callable[[str], bool]:
         for key, value in module._parameters.items()
         if value is not None and value.untyped_storage().data_ptr() in memory
     }
-    return lambda key: key in shared or key.removesuffix(".weight") in owners
+    owned = {f"{name}.parametrizations.weight.0.{vector}" for name in owners for vector in ("_u", "_v")}
+    return lambda key: key in shared | owned or key.removesuffix(".weight") in owners
 
 
 def convolutions_name(name: str) -> str:

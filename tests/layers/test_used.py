@@ -772,8 +772,14 @@ def test_a_second_weight_may_be_of_another_shape():
         def forward(self, x):
             return F.conv2d(x, self.weight) - F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
 
-    (layer,) = ci.measure(Difference(4, 8, 3)).layers
-    assert layer.reason == "one of several weights that Difference convolves with: the others count for nothing here"
+    class DifferenceAround(Around):
+        def forward(self, x):
+            return self.conv(x) - F.conv2d(x, self.conv.weight.sum((2, 3), keepdim=True))
+
+    for model in (Difference(4, 8, 3), DifferenceAround()):
+        (layer,) = ci.measure(model).layers
+        kind = type(model).__name__
+        assert layer.reason == f"one of several weights that {kind} convolves with: the others count for nothing here"
 
 
 def test_a_home_made_convolution_may_be_masked_normalized_frozen_and_changed_by_its_forward_pass():
@@ -857,6 +863,54 @@ def test_a_weight_that_another_forward_pass_reads_is_not_known_where_no_trial_ca
     assert layer.outcome is ci.Outcome.SKIPPED
     assert layer.reason.startswith(f"which weight {build.__name__} uses is not known: a trial pass ended with ")
     assert torch.equal(conv.weight, before)
+
+
+def test_a_modules_own_weight_is_not_that_of_a_convolution_inside_it():
+    class Two(Around):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+
+        def forward(self, x, scale):
+            return self.conv(x) + scale * F.conv2d(x, self.weight)
+
+    report = ci.initialize_(Two(), settings=SETTINGS)
+    assert report.layers[0].outcome is ci.Outcome.INITIALIZED
+    assert report.remarks == ["not looked at, though they may convolve: 1 Two, with 49% of the parameters"]
+
+
+def test_a_convolution_with_another_weight_beside_one_that_is_a_module_is_told():
+    class Kernel(Around):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(8, 4, 3, 3))
+
+        def forward(self, x):
+            return self.conv(x) + F.conv2d(x, self.kernel)
+
+    class Hyper(Around):
+        def __init__(self):
+            super().__init__()
+            self.code, self.make = nn.Parameter(torch.randn(4)), nn.Linear(4, 8 * 4 * 9)
+
+        def forward(self, x):
+            return self.conv(x) + F.conv2d(x, self.make(self.code).view(8, 4, 3, 3))
+
+    for build, share in ((Kernel, 49), (Hyper, 66)):
+        (remark,) = ci.measure(build()).remarks
+        assert remark == f"not looked at, though they may convolve: 1 {build.__name__}, with {share}% of the parameters"
+    with pytest.raises(ci.InputError, match="has none that is known: the code of Alone seems to call some"):
+        ci.measure(type("Alone", (nn.Module,), {"forward": lambda self, x: F.conv2d(x, self.kernel)})())
+
+
+def test_spectral_norm_estimates_the_norm_of_the_new_weight():
+    model = parametrizations.spectral_norm(nn.Conv2d(16, 32, 3)).train()
+    generator = torch.get_rng_state()
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(part.training for part in model.modules())
+    assert torch.linalg.matrix_norm(model.eval().weight.detach().flatten(1), 2) == pytest.approx(1, rel=0.1)
+    assert layer.after["norm_ratio"] < 2
 
 
 def test_another_modules_weight_or_a_dtype_that_is_read_is_no_obstacle():
