@@ -76,6 +76,8 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True  # [M, k, k, C]
     if max(extents) <= USUAL_EXTENT:
         return False
+    if weight.shape[0] == inputs <= USUAL_EXTENT < min(extents) and not has_bias:
+        return True  # [k, k, C, C]
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
         return True  # [k, k, C, M]
     square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs

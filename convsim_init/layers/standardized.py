@@ -39,7 +39,7 @@ from convsim_init.layers.weights import (
 )
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-METHODS = ("forward", "_conv_forward")
+METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {call.__name__ for call in CONVOLUTIONS}
 MOST_CODE = 1000  # functions that a forward pass is followed into
 HANDED_OUT = {"weight", "parameters", "named_parameters"}  # what may take a weight out of a convolution

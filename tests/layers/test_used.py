@@ -61,6 +61,11 @@ class MaskedCopy(Masked):
         return F.conv2d(x, self.weight * self.mask, self.bias)
 
 
+class MaskedInCall(Masked):
+    def __call__(self, x):
+        return F.conv2d(x, self.weight * self.mask, self.bias)
+
+
 def hooked():
     module = nn.Conv2d(3, 16, 5)
     mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -78,6 +83,7 @@ def pruned(times=1):
 MASKS = {
     "in place": lambda: Masked(3, 16, 5),
     "multiplied": lambda: MaskedCopy(3, 16, 5),
+    "in its call": lambda: MaskedInCall(3, 16, 5),
     "by a hook": hooked,
     "pruned": pruned,
     "twice pruned": lambda: pruned(2),
@@ -322,6 +328,8 @@ def test_modules_that_may_convolve_are_told_with_their_share():
         ("spconv 2 by name", (16, 3, 3, 3, 32), {}, False),
         ("spconv 1", (3, 3, 3, 32, 16), {}, False),
         ("tensorflow", (3, 3, 32, 64), {}, False),
+        ("tensorflow, as many filters as channels", (3, 3, 16, 16), {}, False),
+        ("large kernels", (3, 3, 16, 16), {"large kernels.bias": 3}, True),
         ("channels last", (16, 3, 3, 32), {}, False),
         ("pair.bilinear", (16, 8, 6), {"pair.bilinear.bias": 16}, False),
         ("pair", (16, 8, 8), {"pair.bias": 16}, False),
