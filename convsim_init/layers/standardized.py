@@ -11,7 +11,7 @@ import dis
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, partial, partialmethod
+from functools import cached_property, lru_cache, partial, partialmethod
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -89,11 +89,13 @@ def _code(kind: Any, forward: Any) -> tuple[CodeType, ...]:
 
 
 def _functions(value: object) -> list[FunctionType]:
-    """The functions in a function, a method, a partial one, or whatever a decorator made of them."""
+    """The functions in a function, a method, a property, a partial one, or whatever a decorator made of them."""
     found, pending = list[FunctionType](), [value]
     for one in pending:
-        if isinstance(one, (partial, partialmethod)):
+        if isinstance(one, (partial, partialmethod, cached_property)):
             pending.append(one.func)
+        elif isinstance(one, property):
+            pending.append(one.fget)
         elif isinstance(one, MethodType):
             pending.append(one.__func__)
         elif isinstance(one, FunctionType) and one not in found:

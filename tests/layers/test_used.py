@@ -661,6 +661,15 @@ class MaskedPartly(Around):
     forward = partialmethod(run, again=False)
 
 
+class MaskedByAProperty(Around):
+    @property
+    def kernel(self):
+        return self.conv.weight * self.mask
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel)
+
+
 class MaskedByName(Around):
     def forward(self, x):
         return F.conv2d(x, getattr(self.conv, "weight") * self.mask)  # noqa: B009
@@ -680,7 +689,7 @@ def masked_by_a_patch():
 
 MASKED = [
     *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
-    *(MaskedAmongParameters, masked_by_a_patch, hooked_around),
+    *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around),
 ]
 
 
