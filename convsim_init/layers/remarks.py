@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
@@ -52,8 +52,10 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
         ]
         own = [one for one in own if not is_lazy(one) and (hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS)]
         convolutions = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
-        # Where it calls a convolution without taking the weight of one inside it, it takes another.
-        if CALLS & called and not own and not (convolutions and HANDED_OUT & called):
+        # Where it calls a convolution without taking the weight of one inside it, it takes another; a graph's calls are
+        # known.
+        in_graph = isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)) and bool(names)
+        if CALLS & called and not (own or in_graph or (convolutions and HANDED_OUT & called)):
             own = [
                 one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in convolutions
             ]

@@ -66,6 +66,7 @@ def test_weights_that_are_parameters_are_treated_as_in_the_module(kind, part, tm
 
     names = [f"{prefix}{name}" for name in ("0", "1.0", "2", "3")]
     assert [layer.name for layer in report.layers] == (["0"] if part else []) + names
+    assert not any("not looked at" in remark for remark in report.remarks)
     for layer in report.layers[part:]:
         module = expected[layer.name.removeprefix(prefix)]
         assert layer.shape == module.shape
