@@ -21,12 +21,16 @@ def on_cpu(monkeypatch):
 
 
 def test_what_is_right_passes(on_cpu):
-    rows = list(gpu.correctness_rows())
-    assert [what for what, *_ in rows][1::2] == ["20×9×5: whole descent", "9×4×3×3: whole descent"]
+    whats = [what for what, *_ in gpu.correctness_rows()]
+    assert whats[1::3] == ["20×9×5: whole descent", "9×4×3×3: whole descent"]
+    assert whats[2] == "20×9×5: largest error of the regularizer and its gradient"
 
 
-def test_what_is_wrong_ends_it_before_anything_is_timed(on_cpu, monkeypatch):
-    monkeypatch.setattr(gpu, "TOLERANCE", 0)
+@pytest.mark.parametrize(
+    ("name", "value"), [("TOLERANCE", 0), ("regularizer_error", lambda shape: 1e-4)], ids=["step", "regularizer"]
+)
+def test_what_is_wrong_ends_it_before_anything_is_timed(name, value, on_cpu, monkeypatch):
+    monkeypatch.setattr(gpu, name, value)
     with pytest.raises(SystemExit, match="20×9×5: a wrong result, so nothing is timed"):
         list(gpu.correctness_rows())
 
