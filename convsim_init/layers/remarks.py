@@ -46,19 +46,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        called = forward_names(module)
-        own = [
-            one for key, one in module._parameters.items() if one is not None and ("weight" in key or CALLS & called)
-        ]
-        own = [one for one in own if not is_lazy(one) and (hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS)]
-        convolutions = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
-        # Where it calls a convolution without taking the weight of one inside it, it takes another; a graph's calls are
-        # known.
-        in_graph = isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)) and bool(names)
-        if CALLS & called and not (own or in_graph or (convolutions and HANDED_OUT & called)):
-            own = [
-                one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in convolutions
-            ]
+        own = _convolved_with(module)
         if own:
             found[type(module).__name__] += 1
             weights |= {id(one): one.numel() for one in own}
@@ -67,6 +55,19 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     share = sum(weights.values()) / sum(one.numel() for one in model.parameters() if not is_lazy(one))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
     return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
+
+
+def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
+    calls = bool(CALLS & forward_names(module))
+    found = [one for key, one in module._parameters.items() if one is not None and ("weight" in key or calls)]
+    found = [one for one in found if not is_lazy(one) and (hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS)]
+    if found or not calls or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):  # a graph's calls are known
+        return found
+    known = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
+    if known and HANDED_OUT & forward_names(module):
+        return []  # it calls a convolution with the weight of one inside it
+    return [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
 
 
 def _hooks_around(model: nn.Module) -> list[str]:
