@@ -17,7 +17,7 @@ from convsim_init.files import STDOUT
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
 from convsim_init.report.record import save_record
-from convsim_init.report.report import Outcome
+from convsim_init.report.report import Outcome, Report
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
@@ -121,13 +121,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
     report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
-    moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
-    filled = [shown(name) for name in moved if name in start.filled]
-    if filled and choices.base == "model":
-        report.remarks.append(
-            f"loaded by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters "
-            "have learned is lost when they are moved"
-        )
+    report.remarks += _loaded_remarks(report, start, choices)
     error = failure(report)
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
@@ -143,7 +137,20 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             dtype=getattr(torch, choices.dtype),
         )
     drawn = not (is_file(run.model) or start.filled)
-    return Result(run, Status.DONE, report, None, checkpoint, config, drawn, before, after)
+    return Result(
+        run, Status.DONE, report, checkpoint=checkpoint, config=config, drawn=drawn, before=before, after=after
+    )
+
+
+def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str]:
+    moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
+    filled = [shown(name) for name in moved if name in start.filled]
+    if not filled or choices.base != "model":
+        return []
+    return [
+        f"loaded by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters have "
+        "learned is lost when they are moved"
+    ]
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,7 @@ def _value_and_gradient(
             return value, spec.weight(gradient)
     with full_precision(spec.device):
         kernels = ordered.reshape(-1, spec.shape[2:].numel()).to(accumulation_dtype(spec.dtype)).contiguous()  # [K, T]
-        few = shape[0] <= MAX_GROUPS
-        if real and few and _has_fused(shape, kernels.dtype, spec.device, pairs, channels):
+        if real and _has_fused(shape, kernels.dtype, spec.device, pairs, channels):
             from convsim_init.backends import fused_similarity
 
             kernels = kernels.resolve_neg()
@@ -161,4 +160,6 @@ def _compiled(shape: torch.Size) -> CompiledSimilarity:
     return CompiledSimilarity(shape)
 
 
-_has_fused = lru_cache(maxsize=256)(gpu.fits)
+@lru_cache(maxsize=256)
+def _has_fused(shape: torch.Size, dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
+    return shape[0] <= MAX_GROUPS and gpu.fits(shape, dtype, device, pairs, channels)

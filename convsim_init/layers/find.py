@@ -17,10 +17,9 @@ from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
 from convsim_init.layers.standardized import (
-    CALLS,
     ForwardWeight,
     find_call,
-    forward_names,
+    forward_code,
     has_forward_of_its_own,
     weight_within,
 )
@@ -195,12 +194,8 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             layers += in_graph
             within += (f"{name}." if name else "",)
     if not layers:
-        calling = next((type(module).__name__ for module in owners.values() if CALLS & forward_names(module)), None)
-        why = (
-            "has none"
-            if calling is None
-            else f"has none that is known: the code of {shown(calling)} seems to call some"
-        )
+        calling = next((type(module).__name__ for module in owners.values() if forward_code(module).convolves), None)
+        why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers
 

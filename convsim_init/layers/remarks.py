@@ -14,7 +14,7 @@ from convsim_init.layers.find import unwrap
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.standardized import CALLS, HANDED_OUT, forward_names, reads_further_inside
+from convsim_init.layers.standardized import forward_code, reads_further_inside
 from convsim_init.layers.weights import KERNEL_RANKS, has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
 
@@ -59,13 +59,13 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
-    calls = bool(CALLS & forward_names(module))
-    found = [one for key, one in module._parameters.items() if one is not None and ("weight" in key or calls)]
+    code = forward_code(module)
+    found = [one for key, one in module._parameters.items() if one is not None and ("weight" in key or code.convolves)]
     found = [one for one in found if not is_lazy(one) and (hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS)]
-    if found or not calls or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):  # a graph's calls are known
-        return found
+    if found or not code.convolves or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
+        return found  # a graph's calls are known
     known = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
-    if known and HANDED_OUT & forward_names(module):
+    if known and code.takes_weights:
         return []  # it calls a convolution with the weight of one inside it
     return [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
 

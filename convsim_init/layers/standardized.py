@@ -55,37 +55,76 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
     )
 
 
-def forward_names(module: nn.Module) -> set[str]:
-    """The names of attributes and functions in the code of a module's forward pass, and strings that may be names."""
-    codes = _forward_code(module)
-    texts = {one for code in codes for one in code.co_consts if isinstance(one, str) and one.isidentifier()}
-    return texts.union(*(code.co_names for code in codes))
-
-
-def _forward_code(module: nn.Module) -> tuple[CodeType, ...]:
-    """The code of a forward pass, of the functions in it, and of the methods and functions that it names."""
+def forward_code(module: nn.Module) -> ForwardCode:
+    """The code of a module's forward pass."""
     kind: Any = type(module)
     own = vars(module).get("forward")  # not kept in the cache: it may hold the module
-    return _code.__wrapped__(kind, own) if own is not None else _code(kind, getattr(kind, "forward", None))
+    return ForwardCode(kind, own) if own is not None else _code_of(kind, getattr(kind, "forward", None))
 
 
-@lru_cache(maxsize=1024)
-def _code(kind: Any, forward: Any) -> tuple[CodeType, ...]:
-    found: list[CodeType] = []
-    pending = _functions(forward)
-    for function in pending:
-        if function.__code__ in found or len(found) > MOST_CODE:
-            continue
-        inner = [function.__code__]
-        for one in inner:
-            inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
-            known = [function.__globals__.get(name) for name in one.co_names]
-            modules = [one for one in known if isinstance(one, ModuleType)]
-            for name in one.co_names:
-                known += [getattr(kind, name, None), *(vars(module).get(name) for module in modules)]
-            pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
-        found += inner
-    return tuple(found)
+class ForwardCode:
+    """The code of a forward pass, of the functions in it, and of the methods and functions that it names.
+
+    Args:
+        kind: Class of the module.
+        forward: Its forward pass.
+    """
+
+    def __init__(self, kind: Any, forward: Any) -> None:
+        self._codes: list[CodeType] = []
+        pending = _functions(forward)
+        for function in pending:
+            if function.__code__ in self._codes or len(self._codes) > MOST_CODE:
+                continue
+            inner = [function.__code__]
+            for one in inner:
+                inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+                known = [function.__globals__.get(name) for name in one.co_names]
+                modules = [one for one in known if isinstance(one, ModuleType)]
+                for name in one.co_names:
+                    known += [getattr(kind, name, None), *(vars(module).get(name) for module in modules)]
+                pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
+            self._codes += inner
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The names of attributes and functions in it, and strings that may be names."""
+        texts = {one for code in self._codes for one in code.co_consts if isinstance(one, str) and one.isidentifier()}
+        return texts.union(*(code.co_names for code in self._codes))
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it names a function that convolves."""
+        return not CALLS.isdisjoint(self.names)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it names what may take a weight out of a convolution."""
+        return not HANDED_OUT.isdisjoint(self.names)
+
+    @cached_property
+    def weights_read(self) -> set[str | None]:
+        """Of what it reads the attribute ``weight``: names, of an item its index; None of anything else.
+
+        Its dtype, device and shape do not count.
+        """
+        found = set[str | None]()
+        for code in self._codes:
+            steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname != "CACHE"]
+            for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
+                if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
+                    subscript = steps[index - 1][0].startswith("BINARY")
+                    of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
+                    found.add(None if of is None else str(of))
+        return found
+
+    @property
+    def selves(self) -> set[str]:
+        """What it calls the module."""
+        return {code.co_varnames[0] for code in self._codes if code.co_name == "forward" and code.co_argcount}
+
+
+_code_of = lru_cache(maxsize=1024)(ForwardCode)
 
 
 def _functions(value: object) -> list[FunctionType]:
@@ -116,44 +155,22 @@ def _reads_weight(owner: nn.Module, name: str) -> bool:
 
     What is read of a variable may be of any, if a convolution is called.
     """
-    any_of_them = bool(CALLS & forward_names(owner))
+    code = forward_code(owner)
     others = dict(owner.named_children()).keys() - {name}
     if hasattr(owner, "weight"):
-        others |= _own_names(owner)
-    return any(read == name or (any_of_them and read not in others) for read in _weights_read(_forward_code(owner)))
-
-
-def _own_names(module: nn.Module) -> set[str]:
-    """What the code of a module's forward pass calls the module."""
-    return {code.co_varnames[0] for code in _forward_code(module) if code.co_name == "forward" and code.co_argcount}
+        others |= code.selves
+    return any(read == name or (code.convolves and read not in others) for read in code.weights_read)
 
 
 def reads_further_inside(module: nn.Module) -> bool:
     """Whether a forward pass seems to read or change weights of convolutions that are no children of the module."""
-    children = dict(module.named_children())
+    code = forward_code(module)
+    walks = "weight" in code.names and not WALKS.isdisjoint(code.names)
+    if not (walks or code.weights_read):
+        return False
     inside = {name.rpartition(".")[2] for name, one in module.named_modules() if isinstance(one, _ConvNd)}
-    inside -= {name for name, child in children.items() if not list(child.children())}
-    names = forward_names(module)
-    if inside and "weight" in names and WALKS & names:
-        return True
-    return any(read in inside for read in _weights_read(_forward_code(module)))
-
-
-@lru_cache(maxsize=1024)
-def _weights_read(codes: tuple[CodeType, ...]) -> frozenset[str | None]:
-    """Of what some code reads the attribute ``weight``: names, of an item its index; None of anything else.
-
-    Its dtype, device and shape do not count.
-    """
-    found = set[str | None]()
-    for code in codes:
-        steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname != "CACHE"]
-        for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
-            if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
-                subscript = steps[index - 1][0].startswith("BINARY")
-                of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
-                found.add(None if of is None else str(of))
-    return frozenset(found)
+    inside -= {name for name, child in module.named_children() if not list(child.children())}
+    return bool(inside) and (walks or not inside.isdisjoint(code.weights_read))
 
 
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
@@ -187,7 +204,7 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         module: The convolution.
         stored: Weight that it holds.
     """
-    if not HANDED_OUT & forward_names(owner) and not has_unknown_hook(owner):
+    if not forward_code(owner).takes_weights and not has_unknown_hook(owner):
         return None
     weight = ForwardWeight(owner, stored, module)
     try:

@@ -33,25 +33,24 @@ class Known:
     """What is known of weights, by their samples."""
 
     def __init__(self) -> None:
-        self._facts = defaultdict[tuple[int, ...], list[str]](list)  # by shape
-        self._sums = defaultdict[tuple[int, ...], list[Tensor]](list)
+        self._known = defaultdict[tuple[int, ...], list[tuple[str, Tensor]]](list)  # facts and sums, by shape
 
     def __bool__(self) -> bool:
-        return bool(self._facts)
+        return bool(self._known)
 
     def add(self, fact: str, sample: Sample | None) -> None:
         """Know a fact of a weight; nothing of one that could not be read."""
         if sample is not None:
-            self._facts[sample.shape].append(fact)
-            self._sums[sample.shape].append(sample.sums)
+            self._known[sample.shape].append((fact, sample.sums))
 
     def find(self, sample: Sample | None) -> str | None:
         """What is known of the weight that has these values; None if there is none, or they are zeros."""
-        if sample is None or sample.shape not in self._sums:
+        if sample is None or sample.shape not in self._known:
             return None
-        sums = torch.stack(self._sums[sample.shape])
-        alike = (sums - sample.sums).norm(dim=1) < DISTANCE * sums.norm(dim=1)
-        return self._facts[sample.shape][int(alike.int().argmax())] if alike.any() else None
+        facts, sums = zip(*self._known[sample.shape], strict=True)
+        known = torch.stack(sums)
+        alike = (known - sample.sums).norm(dim=1) < DISTANCE * known.norm(dim=1)
+        return facts[int(alike.int().argmax())] if alike.any() else None
 
 
 class History:
