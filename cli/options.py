@@ -84,7 +84,7 @@ class Loaded:
         seed: Seed of the drawn weights; None for a file.
         remarks: Remarks on how it was found.
         built: Spec that a model was built of; None if there is none.
-        filled: Names of the modules that the model's own code filled by ``load_state_dict``.
+        filled: Names of the modules that the model's own code filled, as by ``load_state_dict``.
     """
 
     content: torch.nn.Module | Mapping[str, torch.Tensor]

@@ -148,7 +148,7 @@ def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str
     if not filled or choices.base != "model":
         return []
     return [
-        f"loaded by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters have "
+        f"filled by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters have "
         "learned is lost when they are moved"
     ]
 

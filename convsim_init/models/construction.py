@@ -54,7 +54,6 @@ class Construction:
     def __enter__(self) -> Construction:
         self._undo.enter_context(_replaced(nn.Module, "__init__", self._marking))
         self._undo.enter_context(_replaced(nn.Module, "__setstate__", self._recording))  # of a copy
-        self._undo.enter_context(_replaced(_ConvNd, "__init__", _unmarking_meta))
         self._undo.enter_context(noting_loaded(lambda module: _unmark([module])))
         self._undo.enter_context(_replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
         self._undo.enter_context(_replaced(torch.autograd, "backward", self._marking_trained))
@@ -154,19 +153,13 @@ def _unmark(modules: Iterable[nn.Module]) -> None:
         vars(module).pop(MARK, None)
 
 
-def _unmarking_meta(init: Callable[..., None]) -> Callable[..., None]:
-    @wraps(init)
-    def unmarked(module: _ConvNd, *args: Any, **kwargs: Any) -> None:
-        init(module, *args, **kwargs)
-        if module.weight.is_meta:
-            _unmark([module])
-
-    return unmarked
-
-
 @contextmanager
 def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Context in which a function is called with each module that ``load_state_dict`` fills."""
+    """Context in which a function is called with each module that something else than its constructor fills.
+
+    That is what ``load_state_dict`` fills, and a convolution that is made without data, as transformers makes it to load
+    a file.
+    """
 
     def noting(load: Callable[..., None]) -> Callable[..., None]:
         @wraps(load)
@@ -177,7 +170,16 @@ def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
 
         return noted
 
-    with _replaced(nn.Module, "_load_from_state_dict", noting):
+    def noting_meta(init: Callable[..., None]) -> Callable[..., None]:
+        @wraps(init)
+        def noted(module: _ConvNd, *args: Any, **kwargs: Any) -> None:
+            init(module, *args, **kwargs)
+            if module.weight.is_meta:
+                note(module)
+
+        return noted
+
+    with _replaced(nn.Module, "_load_from_state_dict", noting), _replaced(_ConvNd, "__init__", noting_meta):
         yield
 
 

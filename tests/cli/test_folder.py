@@ -58,7 +58,7 @@ def test_what_a_models_own_code_loaded_is_told(command, tmp_path):
         "        model.load_state_dict(state, strict=False)\n"
         "    return model\n"
     )
-    told = "loaded by the model's own code: conv1.0, conv1.3, conv1.6, layer1.0.conv1 and 7 more; if they are trained"
+    told = "filled by the model's own code: conv1.0, conv1.3, conv1.6, layer1.0.conv1 and 7 more; if they are trained"
     status, out, _ = command("own.py:network", *QUICK, "--out", "net/")
     assert (status, told in out) == (0, True)
     assert "These weights were read from own.py:network" in (tmp_path / "net" / "README.md").read_text()
@@ -67,6 +67,24 @@ def test_what_a_models_own_code_loaded_is_told(command, tmp_path):
         assert (status, "own code" in out) == (0, False)
     status, out, _ = command("own.py:network", "--dry-run")
     assert (status, told in out) == (0, True)
+
+
+def test_what_a_models_own_code_loads_by_transformers_is_told(command, tmp_path):
+    """It builds the model without data and sets the parameters, with no ``load_state_dict``."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "saved")
+    (tmp_path / "own.py").write_text(
+        "import torch, transformers\n"
+        "def network(load=True):\n"
+        "    cls = transformers.ResNetModel\n"
+        "    body = cls.from_pretrained('saved') if load else cls(transformers.AutoConfig.from_pretrained('saved'))\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), body)\n"
+    )
+    status, out, _ = command("own.py:network", "--dry-run")
+    assert (status, "own code: 1.embedder.embedder.convolution, " in out, "and 4 more; if they are" in out) == (0, 1, 1)
+    status, out, _ = command("own.py:network", "--model-arg", "load=False", "--dry-run")
+    assert (status, "own code" in out) == (0, False)
 
 
 def test_transformers_loads_a_folder_of_its_own(command, tmp_path):
