@@ -26,7 +26,10 @@ from .signals import exit_on_signal
 from .terminal import stdout_for_results
 
 if TYPE_CHECKING:
+    import torch
     import torch.distributed as dist
+
+    from convsim_init.checkpoint.save import Contents
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             exclude=without,
             dtype=getattr(torch, choices.dtype),
         )
+        report.remarks += _rounded_remarks(network, checkpoint, choices)
     drawn = not (is_file(run.model) or start.filled)
     return Result(
         run, Status.DONE, report, checkpoint=checkpoint, config=config, drawn=drawn, before=before, after=after
@@ -151,6 +155,19 @@ def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str
         f"filled by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters have "
         "learned is lost when they are moved"
     ]
+
+
+def _rounded_remarks(
+    network: torch.nn.Module | Mapping[str, torch.Tensor], checkpoint: Contents, choices: Choices
+) -> list[str]:
+    from convsim_init.checkpoint.state_dict import state_entries
+
+    if choices.dtype != "float32":  # what was asked for needs no remark
+        return []
+    own = {choices.prefix + key: getattr(value, "dtype", None) for key, value in state_entries(network).items()}
+    rounded = [key for key in checkpoint.tensors if str(own[key]) == "torch.float64"]
+    text = f"float64 in the model, float32 in the file: {some(map(shown, rounded))}; --dtype float64 keeps them"
+    return [text] if rounded else []
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,8 @@ def _unmark(modules: Iterable[nn.Module]) -> None:
 def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
     """Context in which a function is called with each module that something else than its constructor fills.
 
-    That is what ``load_state_dict`` fills, and a convolution that is made without data, as transformers makes it to load
-    a file.
+    That is what ``load_state_dict`` fills, and a convolution that is made without data, as transformers makes those
+    that it loads.
     """
 
     def noting(load: Callable[..., None]) -> Callable[..., None]:

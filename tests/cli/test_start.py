@@ -202,3 +202,18 @@ def test_a_run_that_treats_nothing_says_so(command, tmp_path, weights):
     assert (status, err) == (0, "")
     assert "no convolution was treated: the weights are as they were" in out
     assert torch.equal(load_file(tmp_path / "same.safetensors")["0.weight"], weights[0].weight)
+
+
+def test_float64_that_is_rounded_is_told(command, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def network():\n"
+        "    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))\n"
+        "    model.register_buffer('grid', torch.arange(3).double() / 3)\n"
+        "    return model\n"
+    )
+    status, out, _ = command("own.py:network", "--out", "one.safetensors", "--prefix", "p.")
+    assert (status, "float64 in the model, float32 in the file: p.grid; --dtype float64 keeps them" in out) == (0, True)
+    for apart in (["--dtype", "float64"], ["--without", "grid"]):
+        status, out, _ = command("own.py:network", "--out", "two.safetensors", "--force", *apart)
+        assert (status, "float64 in the model" in out) == (0, False)
