@@ -24,10 +24,10 @@ from convsim_init.functional.bank import (
     full_precision,
 )
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unselected, unwrap
+from convsim_init.layers.forward.trial import LIVE
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
-from convsim_init.layers.trial import LIVE
 from convsim_init.layers.weights import RefusedError
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.construction import Construction, UnmatchedError, left_alone

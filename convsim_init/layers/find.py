@@ -11,18 +11,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
+from convsim_init.layers.forward.code import forward_code, has_forward_of_its_own
+from convsim_init.layers.forward.standardized import ForwardWeight, find_call, weight_within
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.layers.standardized import (
-    ForwardWeight,
-    find_call,
-    forward_code,
-    has_forward_of_its_own,
-    weight_within,
-)
 from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown

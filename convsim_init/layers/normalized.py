@@ -27,9 +27,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.forward.trial import LIVE, copied, random_states
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.trial import LIVE, copied, random_states
 from convsim_init.settings import Settings
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

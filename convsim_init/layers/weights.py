@@ -14,8 +14,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from convsim_init.layers.forward.trial import draw_numbers, isolated, random_states
 from convsim_init.layers.memory import has_no_data, is_sharded, overlaps_itself
-from convsim_init.layers.trial import draw_numbers, isolated, random_states
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 ITERATIONS = 15  # as torch's spectral_norm makes when it is put on

@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from convsim_init.errors import InputError
+from convsim_init.layers.forward.standardized import find_call
+from convsim_init.layers.forward.trial import TRIALS
 from convsim_init.layers.memory import has_no_data
-from convsim_init.layers.standardized import find_call
-from convsim_init.layers.trial import TRIALS
 
 MARK = "_drawn_within"  # an attribute of the module itself, so that its copies have it too: None, or why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"

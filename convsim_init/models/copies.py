@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.layers.find import UNSELECTED
+from convsim_init.layers.forward.trial import LIVE
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.remarks import COPIES, copies_remark
-from convsim_init.layers.trial import LIVE
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from convsim_init.errors import InputError
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy, unwrap
+from convsim_init.layers.forward.trial import LIVE, isolated
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import memories
-from convsim_init.layers.trial import LIVE, isolated
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.report.text import layer_name, some
 

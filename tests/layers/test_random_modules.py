@@ -6,7 +6,7 @@ from random_modules import draw, violations
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.layers import trial
+from convsim_init.layers.forward import trial
 
 SEEDS = range(10**6, 10**6 + 60)
 

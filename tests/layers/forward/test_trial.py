@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convsim_init.layers.find import find_layers
-from convsim_init.layers.trial import NoConvolutionError, isolated, weight_given_to_convolution
+from convsim_init.layers.forward.trial import NoConvolutionError, isolated, weight_given_to_convolution
 
 
 class Everything(nn.Conv2d):

@@ -1,0 +1,1 @@
+"""What the forward pass of a module uses as the weight of a convolution."""

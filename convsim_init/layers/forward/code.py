@@ -1,0 +1,149 @@
+"""What the code of a forward pass says of the weights that it uses: from the names in it, nothing is run."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from contextlib import suppress
+from functools import cached_property, lru_cache, partial, partialmethod
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from convsim_init.layers.forward.trial import CONVOLUTIONS
+
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+METHODS = ("__call__", "forward", "_conv_forward")
+CALLS = {call.__name__ for call in CONVOLUTIONS}
+MOST_CODE = 1000  # functions that a forward pass is followed into
+HANDED_OUT = {"weight", "parameters", "named_parameters"}  # what may take a weight out of a convolution
+WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
+ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
+
+
+def has_forward_of_its_own(module: _ConvNd) -> bool:
+    """Whether its class, or the module itself, may use another weight than PyTorch's convolutions do."""
+    base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
+    return base is None or any(
+        name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None) for name in METHODS
+    )
+
+
+def forward_code(module: nn.Module) -> ForwardCode:
+    """The code of a module's forward pass."""
+    kind: Any = type(module)
+    own = vars(module).get("forward")  # not kept in the cache: it may hold the module
+    return ForwardCode(kind, own) if own is not None else _code_of(kind, getattr(kind, "forward", None))
+
+
+class ForwardCode:
+    """The code of a forward pass, of the functions in it, and of the methods and functions that it names.
+
+    Args:
+        kind: Class of the module.
+        forward: Its forward pass.
+    """
+
+    def __init__(self, kind: Any, forward: Any) -> None:
+        self._codes: list[CodeType] = []
+        pending = _functions(forward)
+        for function in pending:
+            if function.__code__ in self._codes or len(self._codes) > MOST_CODE:
+                continue
+            inner = [function.__code__]
+            for one in inner:
+                inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+                known = [function.__globals__.get(name) for name in one.co_names]
+                modules = [one for one in known if isinstance(one, ModuleType)]
+                for name in one.co_names:
+                    known += [getattr(kind, name, None), *(vars(module).get(name) for module in modules)]
+                pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
+            self._codes += inner
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The names of attributes and functions in it, and strings that may be names."""
+        texts = {one for code in self._codes for one in code.co_consts if isinstance(one, str) and one.isidentifier()}
+        return texts.union(*(code.co_names for code in self._codes))
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it names a function that convolves."""
+        return not CALLS.isdisjoint(self.names)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it names what may take a weight out of a convolution."""
+        return not HANDED_OUT.isdisjoint(self.names)
+
+    @cached_property
+    def weights_read(self) -> set[str | None]:
+        """Of what it reads the attribute ``weight``: names, of an item its index; None of anything else.
+
+        Its dtype, device and shape do not count.
+        """
+        found = set[str | None]()
+        for code in self._codes:
+            steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname != "CACHE"]
+            for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
+                if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
+                    subscript = steps[index - 1][0].startswith("BINARY")
+                    of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
+                    found.add(None if of is None else str(of))
+        return found
+
+    @property
+    def selves(self) -> set[str]:
+        """What it calls the module."""
+        return {code.co_varnames[0] for code in self._codes if code.co_name == "forward" and code.co_argcount}
+
+
+_code_of = lru_cache(maxsize=1024)(ForwardCode)
+
+
+def _functions(value: object) -> list[FunctionType]:
+    """The functions in a function, a method, a property, a partial one, or whatever a decorator made of them."""
+    found, pending = list[FunctionType](), [value]
+    for one in pending:
+        if isinstance(one, (partial, partialmethod, cached_property)):
+            pending.append(one.func)
+        elif isinstance(one, property):
+            pending.append(one.fget)
+        elif isinstance(one, MethodType):
+            pending.append(one.__func__)
+        elif isinstance(one, FunctionType) and one not in found:
+            found.append(one)
+            pending.append(getattr(one, "__wrapped__", None))
+            with suppress(ValueError):  # a cell that is empty yet
+                pending += [cell.cell_contents for cell in one.__closure__ or ()]
+    return found
+
+
+def _is_librarys(function: FunctionType) -> bool:
+    """Whether it is one of torch's or of Python's own, whose names say nothing of a model."""
+    return function.__module__ is None or function.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}
+
+
+def reads_weight(owner: nn.Module, name: str) -> bool:
+    """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
+
+    What is read of a variable may be of any, if a convolution is called.
+    """
+    code = forward_code(owner)
+    others = dict(owner.named_children()).keys() - {name}
+    if hasattr(owner, "weight"):
+        others |= code.selves
+    return any(read == name or (code.convolves and read not in others) for read in code.weights_read)
+
+
+def reads_further_inside(module: nn.Module) -> bool:
+    """Whether a forward pass seems to read or change weights of convolutions that are no children of the module."""
+    code = forward_code(module)
+    walks = "weight" in code.names and not WALKS.isdisjoint(code.names)
+    if not (walks or code.weights_read):
+        return False
+    inside = {name.rpartition(".")[2] for name, one in module.named_modules() if isinstance(one, _ConvNd)}
+    inside -= {name for name, child in module.named_children() if not list(child.children())}
+    return bool(inside) and (walks or not inside.isdisjoint(code.weights_read))
