@@ -36,7 +36,8 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         name: Name of the model in the report. Default: its class.
 
     Raises:
-        InputError: If the model is lazy: its shapes are not known yet; or the file holds several copies of it.
+        InputError: If the model is lazy: its shapes are not known yet; or the file holds several copies of it, or it
+            several of what is in the file.
     """
     entries = state_entries(model)
     lazy = next((key for key, value in entries.items() if isinstance(value, Tensor) and is_lazy(value)), None)
@@ -56,14 +57,21 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
             f"expected one copy of the model in {file!r}, got {len(copies)}: choose one with key (--key NAME in the "
             f"shell): {some(map(shown, keys))}"
         )
-    removed, added = choices[0] if len(choices) == 1 else ("", "")
+    twins = _twins(model)
+    (removed, added), *others = choices
+    parts = [added, *(other for _, other in others if not _is_tied(added, other, own, twins))]
+    if len(parts) > 1:
+        names = [part.removesuffix(".") for part in parts]
+        raise InputError(
+            f"expected a file that fits one part of the model, got {file!r}, which fits {len(parts)}: "
+            f"{some(map(shown, names))}; load_checkpoint(model.get_submodule({names[0]!r}), ...) loads it into one"
+        )
     sources = _sources(theirs, own, removed, added)
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}
     absent = [key for key in own if key not in sources]
     used = set(sources.values())
     unexpected = [key for key in theirs if key not in used]
-    twins = _twins(model)
     tied = {key: twin for key in absent for twin in twins.get(key, ()) if twin in matched}
     dtypes = {
         key: (tensors[key].dtype, value.dtype)
@@ -112,6 +120,12 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
     ):
         names[id(tensor)].append(bare_name(name))
     return {name: [other for other in group if other != name] for group in names.values() for name in group}
+
+
+def _is_tied(one: str, other: str, own: Shapes, twins: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the model's keys with one prefix stand for the tensors of those with another."""
+    keys = [key for key in own if key.startswith(one)]
+    return all(other + key.removeprefix(one) in twins.get(key, ()) for key in keys)
 
 
 def _conflicting(twins: Mapping[str, Sequence[str]], tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -146,6 +146,21 @@ def test_a_backbone_is_found_in_a_larger_model_and_in_a_larger_file():
     assert "--prefix backbone." in str(report)
 
 
+def test_a_file_that_fits_two_parts_of_a_model_names_them():
+    file, model = saved(small(1)), nn.ModuleDict({"student": small(2), "teacher": small(3)})
+    before = values(model)
+    expected = r"part of the model, got 'a.pt', which fits 2: student, teacher; .*get_submodule\('student'\), \.\.\.\)"
+    for act in (ci.load_checkpoint, verify_checkpoint):
+        with pytest.raises(ci.InputError, match=expected):
+            act(model, file)
+    assert_equal(model, before)
+    shared = small(2)
+    twice = nn.ModuleDict({"student": shared, "teacher": shared})
+    report = ci.load_checkpoint(twice, file)
+    assert_equal(twice["teacher"], values(small(1)))
+    assert (report.complete, report.exact, report.tied["teacher.0.weight"]) == (True, False, "student.0.weight")
+
+
 @pytest.mark.parametrize(
     ("file", "model", "expected"),
     [
