@@ -124,7 +124,8 @@ def _try_out(
     # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
     own = inner.state_dict()
     real = {bare_name(key): key for key in own}
-    moved = {source: _moved(source, report) for source in report.unexpected}
+    taken = {real[key] for key in (*report.matched, *report.mismatched)}  # by keys of the file that go before these
+    moved = {source: key for source in report.unexpected if (key := _moved(source, report)) not in taken}
     keys = {source: real[key] for key, source in report.matched.items()} | moved
     tensors = {key: checkpoint.tensors[source] for source, key in keys.items()}
     # The file's own versions say which conversions it needs; some modules refuse a file without any.
@@ -134,8 +135,8 @@ def _try_out(
         if not isinstance(outcome, Exception):
             missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
             if missing is not None and unexpected is not None:
-                left = {source for source, key in moved.items() if key in unexpected}
-                report = _settled(report, {bare_name(key) for key in missing}, left)
+                left = {source for source in checkpoint.tensors if keys.get(source) in {None, *unexpected}}
+                report = _settled(report, dict.fromkeys(map(bare_name, missing)), left)
             break
     return report, state
 
@@ -163,14 +164,17 @@ def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool)
 def _settled(report: LoadReport, missing: Collection[str], unexpected: Collection[str]) -> LoadReport:
     """The report, given what the model's own loading says is missing and which keys of the file it leaves over."""
     absent = [*report.missing, *report.tied, *report.mismatched]
+    matched = {key: source for key, source in report.matched.items() if key not in missing and source not in unexpected}
+    lost = [source for key, source in report.matched.items() if key not in matched and source in unexpected]
     return replace(
         report,
+        matched=matched,
         supplied=[key for key in absent if key not in missing],
         converted=[key for key in report.unexpected if key not in unexpected],
-        missing=[key for key in report.missing if key in missing],
+        missing=[*(key for key in report.missing if key in missing), *(key for key in missing if key not in absent)],
         tied={key: twin for key, twin in report.tied.items() if key in missing},
         mismatched={key: shapes for key, shapes in report.mismatched.items() if key in missing},
-        unexpected=[key for key in report.unexpected if key in unexpected],
+        unexpected=[*(key for key in report.unexpected if key in unexpected), *lost],
         renamed={old: new for old, new in report.renamed.items() if old in unexpected and new in missing},
     )
 

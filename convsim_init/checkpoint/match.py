@@ -60,13 +60,16 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     twins = _twins(model)
     (removed, added), *others = choices
     parts = [added, *(other for _, other in others if not _is_tied(added, other, own, twins))]
-    if len(parts) > 1:
+    sources = _sources(theirs, own, removed, added)
+    fitting = [key for key, source in sources.items() if theirs[source] == own[key]]
+    if len(parts) > 1 and 2 * len(fitting) > len(theirs):
         names = [part.removesuffix(".") for part in parts]
         raise InputError(
             f"expected a file that fits one part of the model, got {file!r}, which fits {len(parts)}: "
             f"{some(map(shown, names))}; load_checkpoint(model.get_submodule({names[0]!r}), ...) loads it into one"
         )
-    sources = _sources(theirs, own, removed, added)
+    if len(parts) > 1:
+        removed, added, sources = "", "", _sources(theirs, own, "", "")
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}
     absent = [key for key in own if key not in sources]

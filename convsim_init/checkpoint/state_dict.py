@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
+from convsim_init.functional.dtypes import name_of
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.memory import is_sharded
 from convsim_init.layers.names import bare_entries, bare_name
@@ -19,6 +20,7 @@ from convsim_init.report.report import Report, unmatched_pattern
 from convsim_init.report.text import alternatives, quoted, shown
 
 MODEL_PREFIX = "model."
+LEAVE_OUT = "leave it out with exclude (--without in the shell)"
 
 
 def state_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]:
@@ -144,10 +146,10 @@ def _dense(key: str, value: object) -> Tensor:
         if f".{key}".endswith("._extra_state"):
             raise InputError(
                 f"{shown(key)}: expected only tensors in the state dict, got a module's extra state of type "
-                f"{type(value).__name__}, which no file of tensors holds: save the state dict without it"
+                f"{type(value).__name__}, which no file of tensors holds: {LEAVE_OUT}"
             )
-        hint = ": pass the state dict inside it" if isinstance(value, Mapping) else ""
-        raise InputError(f"{shown(key)}: expected a tensor in the state dict, got {type(value).__name__}{hint}")
+        hint = "pass the state dict inside it" if isinstance(value, Mapping) else LEAVE_OUT
+        raise InputError(f"{shown(key)}: expected a tensor in the state dict, got {type(value).__name__}: {hint}")
     if is_lazy(value):
         raise InputError(f"{shown(key)}: expected a tensor with data, got a lazy one: run a forward pass first")
     if value.is_meta:
@@ -159,7 +161,7 @@ def _dense(key: str, value: object) -> Tensor:
         )
     if value.layout is not torch.strided or value.is_quantized:
         raise InputError(f"{shown(key)}: expected a dense tensor, got a sparse or quantized one: convert it first")
-    return value.detach().cpu()
+    return value.detach().resolve_conj().resolve_neg().cpu()
 
 
 def is_finite(key: str, tensor: Tensor) -> bool:
@@ -169,7 +171,9 @@ def is_finite(key: str, tensor: Tensor) -> bool:
     """
     if _all_finite(tensor):
         return True
-    return key.rpartition(".")[2] not in ("weight", "bias") and bool((tensor.isinf() | (tensor == 0)).all())
+    return key.rpartition(".")[2] not in ("weight", "bias", "running_mean", "running_var") and bool(
+        (tensor.isinf() | (tensor == 0)).all()
+    )
 
 
 def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -180,12 +184,13 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         if tensor.any() and not converted.any():
             raise InputError(
                 f"{shown(key)}: expected numbers in the range of {converted.dtype}, got smaller ones, which "
-                f"would all be zero: choose float32 or bfloat16"
+                f"would all be zero: choose {name_of(tensor.dtype)}"
             )
         return converted
     if _all_finite(tensor):
         raise InputError(
-            f"{shown(key)}: expected numbers in the range of {converted.dtype}, got larger ones: choose float32"
+            f"{shown(key)}: expected numbers in the range of {converted.dtype}, got larger ones: choose "
+            f"{name_of(tensor.dtype)}"
         )
     if not is_finite(key, tensor):
         raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: nothing was written")

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.weights import ComputedWeight, Weight
@@ -27,6 +27,7 @@ DOUBTFUL = (
     "in the shell) settles it"
 )
 USUAL_EXTENT = 7  # of a kernel; longer ones want a bias or a norm layer as evidence
+FEW = 32  # numbers, of which the mean says nothing
 OTHER_NAMES = ("bilinear", "expert", "codebook")
 
 
@@ -63,7 +64,8 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
     """Whether a tensor may as well be no convolution's weight, or one in another library's layout.
 
     Sparse and channels-last layouts put the kernel before the channels, ``[M, k, k, k, C]`` or
-    ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be.
+    ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be, and the factors of a
+    norm over images are all about 1.
     """
     inputs, extents = weight.shape[1], weight.shape[2:]
     bias = state.get(f"{name}.bias" if name else "bias")
@@ -74,14 +76,26 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True
     if len(extents) > 1 and inputs == extents[0] != extents[-1] and len(set(extents[:-1])) == 1:
         return True  # [M, k, k, C]
+    if _is_far_from_zero(weight):
+        return True
     if max(extents) <= USUAL_EXTENT:
-        return False
+        return not has_bias and weight.shape[0] == inputs > 1 < len(set(extents))  # [k, k, C, M]
     if weight.shape[0] == inputs <= USUAL_EXTENT < min(extents) and not has_bias:
         return True  # [k, k, C, C]
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
         return True  # [k, k, C, M]
     square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs
     return square or not (has_bias or weight.shape[1] == 1 or len(set(extents)) == 1 < len(extents))
+
+
+def _is_far_from_zero(weight: Tensor) -> bool:
+    """Whether the mean of the numbers, if they can be read, is above their standard deviation."""
+    if weight.is_meta or type(weight) not in (Tensor, Parameter) or not weight.is_floating_point():
+        return False
+    if weight.layout is not torch.strided or weight.numel() < FEW:
+        return False
+    deviation, mean = torch.std_mean(weight.detach().double())
+    return bool(mean > deviation)
 
 
 def _computation(state: Mapping[str, object], prefix: str, ending: str) -> Callable[[], Tensor] | None:

@@ -146,6 +146,38 @@ def test_a_backbone_is_found_in_a_larger_model_and_in_a_larger_file():
     assert "--prefix backbone." in str(report)
 
 
+@pytest.mark.parametrize("classes", [5, 7])
+def test_what_has_the_prefix_goes_before_what_has_none(classes):
+    """As in a LightningModule with the network as ``model`` and a probe of its own by the name of a layer in it."""
+    network, probe = small(1), nn.Linear(4, classes)
+    theirs = {f"model.{key}": value for key, value in network.state_dict().items()}
+    path = saved(theirs | {f"4.{key}": value for key, value in probe.state_dict().items()})
+    model = small(2, classes)
+    head = values(model)["4.weight"]
+    report = ci.load_checkpoint(model, path)
+    assert torch.equal(model[0].weight, network[0].weight)
+    assert torch.equal(model[4].weight, network[4].weight if classes == 5 else head)
+    assert report.unexpected == ["4.weight", "4.bias"]
+    assert list(report.mismatched) == ([] if classes == 5 else ["4.weight", "4.bias"])
+    copies = saved(network.state_dict() | {f"_orig_mod.{key}": value for key, value in small(3).state_dict().items()})
+    report = ci.load_checkpoint(model := small(2), copies)
+    assert_equal(model, values(network))
+    assert len(report.unexpected) == len(network.state_dict())
+
+
+def test_what_is_saved_by_another_name_than_it_is_loaded_by_is_missing():
+    def module() -> nn.Conv2d:
+        conv = nn.Conv2d(3, 8, 3)
+        conv.register_state_dict_post_hook(lambda _, state, *__: state.__setitem__("kernel", state.pop("weight")))
+        return conv
+
+    model, path = module(), saved(module())
+    with pytest.raises(ci.InputError, match=r"1 of 2 keys matched; .*missing .*: weight; unexpected.*: kernel"):
+        ci.load_checkpoint(model, path, strict=True)
+    report = ci.load_checkpoint(model, path)
+    assert (report.missing, report.unexpected, report.complete) == (["weight"], ["kernel"], False)
+
+
 def test_a_file_that_fits_two_parts_of_a_model_names_them():
     file, model = saved(small(1)), nn.ModuleDict({"student": small(2), "teacher": small(3)})
     before = values(model)

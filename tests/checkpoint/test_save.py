@@ -158,13 +158,15 @@ def channels_last(*shape: int) -> Tensor:
         pytest.param(lambda: torch.randn(100, 3)[::50], id="every-fiftieth-row"),
         pytest.param(lambda: torch.randn(1, 3).expand(40, 3), id="expanded"),
         pytest.param(lambda: torch.randn(()), id="scalar"),
+        pytest.param(lambda: torch.randn(3, dtype=torch.complex64).conj(), id="conjugate"),
+        pytest.param(lambda: torch.randn(3, dtype=torch.complex64).conj().imag, id="negative"),
         pytest.param(lambda: torch.randn(0, 3), id="empty"),
         pytest.param(lambda: nn.Parameter(torch.randn(2, 3)), id="parameter"),
     ],
 )
 def test_the_layout_in_memory_leaves_no_trace_in_the_file(name, make, tmp_path):
     weight = make()
-    plain = torch.empty(weight.shape).copy_(weight.detach())
+    plain = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight.detach())
     path = save_checkpoint({"w": weight}, tmp_path / name)
     assert path.read_bytes() == save_checkpoint({"w": plain}, tmp_path / f"plain{path.suffix}").read_bytes()
     written = load(path)["w"]
@@ -720,6 +722,12 @@ NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: noth
     [
         pytest.param(with_entry(torch.tensor([1, float("nan")])), {}, NOT_FINITE, id="nan"),
         pytest.param(with_entry(torch.tensor([[float("inf")]])), {}, NOT_FINITE, id="infinity"),
+        pytest.param(
+            {"0.running_var": torch.tensor([torch.inf])},
+            {},
+            NOT_FINITE.replace("layer.weight", "0.running_var"),
+            id="statistics",
+        ),
         pytest.param(with_entry(torch.tensor(-float("inf"), dtype=torch.float64)), {}, NOT_FINITE, id="negative"),
         pytest.param(
             with_entry(torch.tensor(float("nan"), dtype=torch.bfloat16)), {"dtype": None}, NOT_FINITE, id="half"
@@ -736,7 +744,7 @@ NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: noth
         pytest.param(
             with_entry(torch.tensor(1e300, dtype=torch.float64)),
             {},
-            "layer.weight: expected numbers in the range of torch.float32, got larger ones: choose float32",
+            "layer.weight: expected numbers in the range of torch.float32, got larger ones: choose float64",
             id="too-large-for-float32",
         ),
         pytest.param(
@@ -758,7 +766,11 @@ NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: noth
             id="sparse",
         ),
         pytest.param(
-            with_entry(3.0), {}, "layer.weight: expected a tensor in the state dict, got float", id="no-tensor"
+            with_entry(3.0),
+            {},
+            "layer.weight: expected a tensor in the state dict, got float: leave it out with exclude (--without in the "
+            "shell)",
+            id="no-tensor",
         ),
         pytest.param(
             {"state_dict": small().state_dict(), "epoch": 3},

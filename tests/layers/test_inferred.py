@@ -73,6 +73,22 @@ def test_what_is_left_alone(entry, reason):
     assert all(torch.equal(state[key], value) for key, value in entry.items())
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(1 + torch.randn(16, 7, 7) / 4, id="factors-of-a-norm-over-images"),
+        pytest.param(torch.randn(5, 5, 1, 6), id="tensorflow"),
+        pytest.param(torch.randn(3, 3, 4, 1), id="tensorflow-depthwise"),
+    ],
+)
+def test_what_is_doubtful_is_left_alone(weight):
+    state = {"a.weight": weight.clone(), "b.weight": torch.randn(5, 3, 3, 3), "c.weight": torch.randn(64, 3, 3)}
+    layer, *convolutions = ci.initialize_(state, settings=QUICK).layers
+    assert layer.reason.startswith("doubtful whether it is a convolution's weight")
+    assert torch.equal(state["a.weight"], weight)
+    assert {one.reason for one in convolutions} == {BY_SHAPE}
+
+
 def weight_normed(new: bool, dim: int | None = 0) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
