@@ -34,13 +34,14 @@ from convsim_init.models.construction import Construction, UnmatchedError, left_
 from convsim_init.models.copies import History, sample_layers
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
-from convsim_init.parallel.processes import Ranks
+from convsim_init.parallel.processes import Ranks, of_several_processes
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report, check_patterns
 from convsim_init.settings import Settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
 HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
+RECEIVED = "changed after the optimizer was made, in this process or by another one"
 NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
 
 
@@ -195,14 +196,16 @@ def initializing(
 
     It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
     is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
-    begin; what is drawn anew between that and the first forward pass of one of the models is treated then. Treated are
-    the convolutions that were drawn in the context. Left alone are those built before it, on the meta device, in a
+    begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not where
+    several processes of `torch.distributed` run, since it may have come from another one. What ``reset_parameters``
+    draws anew later is treated before the next optimizer. Treated are the convolutions that were drawn in the context. Left alone are those built before it, on the meta device, in a
     context within it, treated by `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained
     weights are: a checkpoint loaded at any time replaces what was drawn. So are those that got a gradient by
     ``backward`` before an optimizer was made, as in a loop that trains without one. Weights that are loaded or trained
     in another way, such as by ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load
     them afterwards, or exclude them. A copy that is left alone, such as a target network, is named in a remark where
-    what it was copied from was treated. Processes that are started in the context are not part of it.
+    what it was copied from was treated. Processes that are started in the context are not part of it, and models are to
+    be built and trained by one thread.
 
     If the context ends with an exception, nothing is treated then.
 
@@ -218,7 +221,8 @@ def initializing(
         The reports, one for each model, which are there once it is treated; ``model`` is the name of its class.
 
     Raises:
-        InputError: If a pattern matches no layer of the models.
+        InputError: If a pattern matches no layer of the models: at the first forward pass after an optimizer was made,
+            or when the context ends.
 
     Examples:
         >>> with ci.initializing(exclude=["0"]) as reports:
@@ -227,14 +231,14 @@ def initializing(
         >>> [(report.model, report.totals["initialized"]) for report in reports]
         [('Sequential', 1)]
     """
-    reports, history = list[Report](), History()
+    reports, names, history = list[Report](), list[str](), History()
 
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
         return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
 
-    def treat(models: Sequence[nn.Module], again: bool) -> None:
-        if models and not reports:
-            names = [layer.name for model in models for layer in find_layers(model, read_only=True)]
+    def treat(models: Sequence[nn.Module], again: bool, last: bool) -> None:
+        names.extend(layer.name for model in models for layer in find_layers(model, read_only=True) if not again)
+        if last and names:
             try:
                 check_patterns("include", include, names)
                 check_patterns("exclude", exclude, names)
@@ -243,11 +247,15 @@ def initializing(
         for model in models:
             parts = {bare_name(name): part for name, part in unwrap(model).named_modules()}
             layers = find_layers(model, obstacle=partial(obstacle, parts))
-            if again and all(layer.obstacle for layer in layers):
+            drawn = [layer for layer in layers if layer.obstacle is None]
+            if again and not drawn:
                 continue
+            if again and of_several_processes():  # each would treat what it got from another once more
+                for layer in drawn:
+                    layer.obstacle = RECEIVED
             report = _initialize(model, layers, settings or Settings(), device, within=history)
             report.model = type(unwrap(model)).__name__
-            if again and not any(layer.after for layer in report.layers):
+            if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
                 continue
             reports.append(report)
             if on_report is not None:

@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.forward.code import is_none_of_the_forward_pass, names_of
 from convsim_init.layers.forward.trial import LIVE, copied, random_states
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
@@ -97,7 +98,10 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have no data, without hooks; attributes that cannot be copied it shares with the model."""
+    """A copy whose tensors have no data, without hooks.
+
+    Attributes that cannot be copied, or that the forward pass does not name, it shares with the model.
+    """
     memo: dict[int, Any] = {}
     parts = list(model.modules())
     for part in parts:
@@ -108,9 +112,15 @@ def _on_meta(model: nn.Module) -> nn.Module:
             if isinstance(tensor, Tensor) and not is_lazy(tensor):
                 empty = torch.empty_like(tensor, device="meta")
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    for value in (value for part in parts for value in vars(part).values()):
-        if not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)) and id(value) not in memo:
-            memo[id(value)] = copied(value, memo)
+    names = names_of(parts)
+    for part in parts:
+        for name, value in vars(part).items():
+            if id(value) in memo:
+                continue
+            if is_none_of_the_forward_pass(part, name, names):
+                memo[id(value)] = value
+            elif not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)):
+                memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
     for part in clone.modules():
         vars(part)["training"] = False

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
 from convsim_init.layers.forward.standardized import find_call
 from convsim_init.layers.forward.trial import TRIALS
 from convsim_init.layers.memory import has_no_data
 
-MARK = "_drawn_within"  # an attribute of the module itself, so that its copies have it too: None, or why to leave it
+MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
 TRAINED = "trained already: it got a gradient before an optimizer was made"
 
-Treat = Callable[[Sequence[nn.Module], bool], None]
+Treat = Callable[[Sequence[nn.Module], bool, bool], None]
+_OPEN = set[str]()  # contexts: what is loaded from a file may have been drawn in another one
+_CHANGES: dict[tuple[object, str], tuple[Any, list[Callable[..., Any]]]] = {}  # what attributes were, what changes them
 _Modules = weakref.WeakValueDictionary[int, nn.Module]  # by their ids: they need not be hashable
 
 
@@ -34,27 +38,34 @@ class Construction:
     """Context that finds the models that are built in it, and tells when they are to be treated.
 
     That is when an optimizer is made, because training is about to begin, or else when the context ends. Before the
-    first forward pass of one of them after that they are told again, for what was drawn anew in between. A model is a
-    module, built or copied in the context, that is part of no other one and has a convolution that was. Those whose
-    weights have no data do not count.
+    first forward pass of one of them after that they are told again, for what was drawn anew in between. They are also
+    told again before a later optimizer if a convolution's ``reset_parameters`` drew it anew, as between the folds of a
+    cross-validation. A model is a module, built or copied in the context, that is part of no other one and has a
+    convolution that was. Those whose weights have no data do not count.
 
     Args:
-        treat: What is called with the models, and with whether they were told before.
+        treat: What is called with the models, with whether they were told just before, and with whether no others are
+            to be expected.
     """
 
     def __init__(self, treat: Treat) -> None:
         self._treat = treat
+        self._token = uuid.uuid4().hex
         self._marked = _Modules()
         self._built = _Modules()  # and not told yet
         self._told = _Modules()  # and not trained yet
+        self._models = _Modules()  # told at any time
+        self._redrawn = _Modules()  # since an optimizer was made
         self._telling = False  # then copies that are made, and forward passes, are none of the context's
         self._window = ExitStack()  # from an optimizer to the first forward pass
         self._undo = ExitStack()
 
     def __enter__(self) -> Construction:
+        _OPEN.add(self._token)
         self._undo.enter_context(_replaced(nn.Module, "__init__", self._marking))
         self._undo.enter_context(_replaced(nn.Module, "__setstate__", self._recording))  # of a copy
-        self._undo.enter_context(noting_loaded(lambda module: _unmark([module])))
+        self._undo.enter_context(noting_loaded(self._leave))
+        self._undo.enter_context(_replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
         self._undo.enter_context(_replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
         self._undo.enter_context(_replaced(torch.autograd, "backward", self._marking_trained))
         return self
@@ -64,9 +75,10 @@ class Construction:
         self._window.close()
         try:
             if kind is None:
-                self._tell_again()
-                self._tell()
+                self._tell_again(last=False)
+                self._tell(last=True)
         finally:
+            _OPEN.remove(self._token)
             _unmark(self._marked.values())
 
     def _recording(self, make: Callable[..., None]) -> Callable[..., None]:
@@ -81,8 +93,8 @@ class Construction:
     def _marking(self, init: Callable[..., None]) -> Callable[..., None]:
         def marked(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             init(module, *args, **kwargs)
-            if not (self._telling or torch.empty(0).is_meta):
-                vars(module)[MARK] = None
+            if not (self._telling or _on_meta()):
+                self._mark(module)
 
         return self._recording(wraps(init)(marked))
 
@@ -90,26 +102,45 @@ class Construction:
         @wraps(backward)
         def marking(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
-            for module in list(self._marked.values()):
-                has_gradient = any(one is not None and one.grad is not None for one in module._parameters.values())
-                if has_gradient and MARK in vars(module):
-                    vars(module)[MARK] = TRAINED
+            for module in (*self._marked.values(), *self._redrawn.values()):
+                if any(one is not None and one.grad is not None for one in module._parameters.values()):
+                    self._redrawn.pop(id(module), None)
+                    if MARK in vars(module):
+                        self._mark(module, TRAINED)
 
         return marking
+
+    def _noting_redrawn(self, draw: Callable[..., None]) -> Callable[..., None]:
+        @wraps(draw)
+        def noted(module: _ConvNd) -> None:
+            draw(module)
+            if not self._telling:
+                self._redrawn[id(module)] = module
+
+        return noted
+
+    def _mark(self, module: nn.Module, why: str | None = None) -> None:
+        vars(module)[MARK] = (self._token, why)
+
+    def _leave(self, module: nn.Module) -> None:
+        _unmark([module])
+        self._redrawn.pop(id(module), None)
 
     def _before_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
         @wraps(init)
         def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
             self._window.close()
-            self._tell()
+            self._tell(last=False)
             named = [named for model in self._told.values() for named in model.named_modules()]
             # Parametrizations run whenever their weight is looked at.
             parts = {id(part) for name, part in named if "parametrizations" not in name.split(".")}
 
             def before_call(module: nn.Module, _: object) -> None:
+                if torch.compiler.is_compiling():  # a pass that is traced may not end the window
+                    return
                 if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
                     self._window.close()
-                    self._tell_again()
+                    self._tell_again(last=True)
 
             if parts:
                 self._window.callback(register_module_forward_pre_hook(before_call).remove)
@@ -117,22 +148,38 @@ class Construction:
 
         return after_telling
 
-    def _tell(self) -> None:
+    def _tell(self, *, last: bool) -> None:
         self._telling = True
         try:
-            models = _roots(list(self._built.values()))
+            models = self._drawn_anew()
+            known = {id(part) for model in models for part in model.modules()}
+            models += [model for model in _roots(list(self._built.values())) if id(model) not in known]
             self._built.clear()
-            self._told.update({id(model): model for model in models})
-            self._treat(models, False)
+            self._redrawn.clear()
+            told = {id(model): model for model in models}
+            self._told.update(told)
+            self._models.update(told)
+            self._treat(models, False, last)
         finally:
             self._telling = False
 
-    def _tell_again(self) -> None:
+    def _drawn_anew(self) -> list[nn.Module]:
+        """Models that were told before and hold what was drawn since, which is marked again."""
+        found = []
+        for model in list(self._models.values()) if self._redrawn else ():
+            drawn = [part for part in model.modules() if id(part) in self._redrawn and _convolves(part)]
+            for part in drawn:
+                self._mark(part)
+                self._marked[id(part)] = part
+            found += [model] if drawn else []
+        return found
+
+    def _tell_again(self, *, last: bool) -> None:
         models = list(self._told.values())
         self._told.clear()
         self._telling = True
         try:
-            self._treat(models, True)
+            self._treat(models, True, last)
         finally:
             self._telling = False
         for model in models:
@@ -143,9 +190,16 @@ class Construction:
 
 def left_alone(module: nn.Module | None) -> str | None:
     """Why a module's weight is to stay; None if it was drawn in a `Construction` that is not over."""
-    if module is None or MARK not in vars(module):
+    marks = [vars(part).get(MARK) for part in module.modules()] if module is not None else []
+    if not marks or marks[0] is None or marks[0][0] not in _OPEN:
         return ELSEWHERE
-    return next(filter(None, (vars(part).get(MARK) for part in module.modules())), None)
+    return next((why for _, why in filter(None, marks) if why), None)
+
+
+def _on_meta() -> bool:
+    """Whether modules are built without data; asked of no tracer, which would note the question."""
+    with _disable_current_modes():
+        return torch.empty(0).is_meta
 
 
 def _unmark(modules: Iterable[nn.Module]) -> None:
@@ -185,12 +239,21 @@ def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: object, name: str, change: Callable[..., Callable[..., None]]) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, change(before))
+    """Context in which an attribute is changed; contexts may overlap, as those of several threads do."""
+    original, changes = _CHANGES.setdefault((owner, name), (getattr(owner, name), []))
+
+    def install() -> None:
+        setattr(owner, name, reduce(lambda value, one: one(value), changes, original))
+
+    changes.append(change)
+    install()
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        changes.remove(change)
+        install()
+        if not changes:
+            del _CHANGES[owner, name]
 
 
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from convsim_init.layers.remarks import COPIES, copies_remark
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 
+Fact = TypeVar("Fact")
 SAMPLES = 256  # sums of a weight's values with random signs, by which it is recognized: distances are nearly kept
 FEW = 16  # values, of which several weights may have the same direction
 DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
@@ -29,21 +30,33 @@ class Sample(NamedTuple):
     sums: Tensor
 
 
-class Known:
+class Named(NamedTuple):
+    """A weight of a model.
+
+    Attributes:
+        name: Name of its layer, and of the model.
+        memory: Address of what it is stored in.
+    """
+
+    name: str
+    memory: int
+
+
+class Known(Generic[Fact]):
     """What is known of weights, by their samples."""
 
     def __init__(self) -> None:
-        self._known = defaultdict[tuple[int, ...], list[tuple[str, Tensor]]](list)  # facts and sums, by shape
+        self._known = defaultdict[tuple[int, ...], list[tuple[Fact, Tensor]]](list)  # facts and sums, by shape
 
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def add(self, fact: str, sample: Sample | None) -> None:
+    def add(self, fact: Fact, sample: Sample | None) -> None:
         """Know a fact of a weight; nothing of one that could not be read."""
         if sample is not None:
             self._known[sample.shape].append((fact, sample.sums))
 
-    def find(self, sample: Sample | None) -> str | None:
+    def find(self, sample: Sample | None) -> Fact | None:
         """What is known of the weight that has these values; None if there is none, or they are zeros."""
         if sample is None or sample.shape not in self._known:
             return None
@@ -57,9 +70,9 @@ class History:
     """What the layers of several models held before and after they were treated, or while they were left alone."""
 
     def __init__(self) -> None:
-        self._before = Known()
-        self._after = Known()  # directions alone, by why their layers are to be left
-        self._left = Known()  # frozen or loaded
+        self._before = Known[Named]()
+        self._after = Known[str]()  # directions alone, by why their layers are to be left
+        self._left = Known[Named]()  # frozen or loaded
 
     def obstacle(self, layer: Layer) -> str | None:
         """That its weight was treated, or chosen to be left, in this model or in another one that has it too.
@@ -91,20 +104,21 @@ class History:
         """
         treated, left, parted = [], [], []
         for layer, sample, outcome in zip(layers, before, report.layers, strict=True):
-            name = f"{layer_name(layer.name)} of {shown(model)}"
+            memory = layer.weight.sources[0].data_ptr() if sample is not None else 0
+            own = Named(f"{layer_name(layer.name)} of {shown(model)}", memory)
             if outcome.after:
-                treated.append((name, sample))
-                self._after.add(f"treated before, as {name}", _direction(_sample(layer)))
-                parted += [(twin, name)] if (twin := self._left.find(sample)) else []
+                treated.append((own, sample))
+                self._after.add(f"treated before, as {own.name}", _direction(_sample(layer)))
+                parted += [(twin, own)] if (twin := self._left.find(sample)) else []
             elif layer.obstacle in UNSELECTED and chosen:
-                self._after.add(f"{layer.obstacle} before, as {name}", _direction(sample))
+                self._after.add(f"{layer.obstacle} before, as {own.name}", _direction(sample))
             elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
-                left.append((name, sample))
-                parted += [(name, twin)] if (twin := self._before.find(sample)) else []
+                left.append((own, sample))
+                parted += [(own, twin)] if (twin := self._before.find(sample)) else []
         for known, new in ((self._before, treated), (self._left, left)):  # copies within the model are not parted
-            for name, sample in new:
-                known.add(name, sample)
-        return copies_remark(parted)
+            for own, sample in new:
+                known.add(own, sample)
+        return copies_remark([(a.name, b.name) for a, b in parted if a.memory != b.memory])  # else it was frozen then
 
 
 def sample_layers(layers: Sequence[Layer]) -> list[Sample | None]:

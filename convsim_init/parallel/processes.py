@@ -22,6 +22,11 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)  # of a rank that works; one that has di
 STORE = "convsim-init"
 
 
+def of_several_processes() -> bool:
+    """Whether this process is one of several in `torch.distributed`."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Ranks:
     """The ranks of a process group, this one among them.
 

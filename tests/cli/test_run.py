@@ -21,6 +21,7 @@ if __name__ == "__main__":
     model = Network(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     if what != "untrained":
         torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.zeros(1, 3, 8, 8))
     print(sys.argv[1:], beside.NAME, len(pickle.dumps(model)) > 0, type(model).__module__)
     if what == "signal":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
@@ -127,3 +128,33 @@ def test_a_signal_ends_the_script_as_it_would_alone(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.stdout.close()
     assert process.wait(60) == -signal.SIGTERM
+
+
+DATA_PARALLEL = """
+import torch, torch.distributed as dist
+from torch import nn
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before the weights of the first process are sent
+parallel = nn.parallel.DistributedDataParallel(model)
+for _ in range(2):
+    parallel(torch.randn(2, 3, 9, 9)).square().sum().backward()
+    optimizer.step()
+weights = [torch.empty_like(model[2].weight) for _ in range(2)]
+dist.all_gather(weights, model[2].weight.detach())
+if dist.get_rank() == 0:
+    print("distance", float((weights[0] - weights[1]).abs().max()))
+dist.destroy_process_group()
+"""
+
+
+def test_processes_that_draw_differently_stay_equal(tmp_path):
+    (tmp_path / "parallel.py").write_text(DATA_PARALLEL)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "convsim_init", "run", "parallel.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "distance 0.0\n")
+    assert done.stderr.count("2 convolutions: 2 initialized") == 1

@@ -264,3 +264,28 @@ def test_what_cannot_be_told_is_matched_and_said():
 def test_settings_that_name_the_channels_ask_nothing():
     report = ci.initialize_(conv(), settings=ci.Settings(steps=2, channels="matched"))
     assert [(layer.channels, layer.reason) for layer in report.layers] == [("matched", None)]
+
+
+class Held:
+    """What must not be copied, for it may fill the memory."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+class Holding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        self.data = self.first.data = Held()
+
+    def forward(self, x):
+        return F.conv2d(self.norm(self.first(x)), self.last.weight * 2)
+
+
+def test_objects_that_the_forward_pass_does_not_name_are_not_copied(monkeypatch):
+    copies = []
+    monkeypatch.setattr(Held, "__deepcopy__", lambda self, _: copies.append(self))
+    report = ci.initialize_(Holding(), settings=ci.Settings(steps=2))
+    assert [layer.channels for layer in report.layers] == ["matched", "matched"]
+    assert copies == []

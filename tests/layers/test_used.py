@@ -654,6 +654,16 @@ class MaskedDecorated(Around):
         return F.conv2d(x, self.conv.weight * self.mask)
 
 
+class MaskedAbove(MaskedAround):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class MaskedByABase(MaskedAround):
+    def forward(self, x):
+        return MaskedAround.forward(self, x) + 1
+
+
 class MaskedPartly(Around):
     def run(self, x, again):
         return F.conv2d(x, self.conv.weight * self.mask)
@@ -689,7 +699,7 @@ def masked_by_a_patch():
 
 MASKED = [
     *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
-    *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around),
+    *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around, MaskedAbove, MaskedByABase),
 ]
 
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import io
 import threading
+import warnings
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ def test_a_model_is_what_initialize_makes_of_it(build):
 
 
 REPLACED = [(nn.Module, "__init__"), (nn.Module, "__setstate__"), (nn.Module, "_load_from_state_dict")]
-REPLACED += [(nn.modules.conv._ConvNd, "__init__"), (torch.optim.Optimizer, "__init__"), (torch.autograd, "backward")]
+REPLACED += [(nn.modules.conv._ConvNd, "__init__"), (nn.modules.conv._ConvNd, "reset_parameters")]
+REPLACED += [(torch.optim.Optimizer, "__init__"), (torch.autograd, "backward")]
 
 
 def build_within(error=None, **options):
@@ -134,6 +136,106 @@ def test_what_is_drawn_after_the_optimizer_is_treated_before_the_first_forward_p
         assert torch.equal(model[0].weight, ci.convsim_(drawn, settings=QUICK))
     assert [report.totals["initialized"] for report in reports] == [2, 1]
     assert reports[1].layers[1].reason == "treated before, as 2 of Sequential"
+
+
+def test_what_is_drawn_anew_for_another_training_is_treated_again():
+    """As for the folds of a cross-validation."""
+    with ci.initializing(settings=QUICK, exclude=["0"]) as reports:
+        model = network(nn.BatchNorm2d(8))
+        for fold in range(3):
+            if fold:
+                model.apply(lambda part: part.reset_parameters() if isinstance(part, nn.Conv2d) else None)
+            drawn = copy.deepcopy(model.state_dict())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            assert not torch.equal(model[2].weight, drawn["2.weight"])
+            assert torch.equal(model[0].weight, drawn["0.weight"])
+            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+            optimizer.step()
+        model[2].reset_parameters()  # and trained by the same optimizer: none is made before
+        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+        optimizer.step()
+        trained = copy.deepcopy(model.state_dict())
+    assert_equal(model, trained)
+    assert [report.totals["initialized"] for report in reports] == [1, 1, 1]
+
+
+def test_what_changes_between_several_processes_is_left_alone_and_told(monkeypatch):
+    """It may have come from another process, which treated it."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        nn.init.kaiming_normal_(model[0].weight)
+        drawn = model[0].weight.detach().clone()
+        model(torch.randn(1, 3, 9, 9))
+    assert torch.equal(model[0].weight, drawn)
+    first, second = (layer.reason for layer in reports[1].layers)
+    assert first == "changed after the optimizer was made, in this process or by another one"
+    assert second == "treated before, as 2 of Sequential"
+
+
+@pytest.mark.parametrize("way", ["module", "function", "export"])
+def test_models_can_be_compiled_and_exported(way):
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 9, 9)
+    with ci.initializing(settings=QUICK) as reports, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of hooks of all modules
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        if way == "export":
+            found = torch.export.export(model, (x,)).module()(x)
+        elif way == "module":
+            found = torch.compile(model, backend="aot_eager")(x)
+        else:
+            found = torch.compile(lambda x: model(x), backend="aot_eager", fullgraph=True)(x)
+    assert torch.allclose(found, model(x), atol=1e-6)
+    assert [report.totals["initialized"] for report in reports] == [2]
+
+
+def test_a_pickled_model_of_another_context_was_built_elsewhere():
+    file = io.BytesIO()
+    with ci.initializing(settings=QUICK):
+        torch.save(network(), file)
+    file.seek(0)
+    with ci.initializing(settings=QUICK) as reports:
+        model = torch.load(file, weights_only=False)
+        before = copy.deepcopy(model.state_dict())
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert_equal(model, before)
+    assert {layer.reason for layer in reports[0].layers} == {
+        "loaded, or built elsewhere: only what is drawn here is treated"
+    }
+
+
+def test_contexts_may_overlap():
+    before = [getattr(owner, name) for owner, name in REPLACED]
+    one, other = ci.initializing(settings=QUICK), ci.initializing(settings=QUICK)
+    one.__enter__(), other.__enter__()
+    one.__exit__(None, None, None)
+    with torch.device("meta"):
+        network()
+    other.__exit__(None, None, None)
+    assert [getattr(owner, name) for owner, name in REPLACED] == before
+
+
+def test_patterns_may_name_models_that_are_built_after_the_first_optimizer():
+    with ci.initializing(settings=QUICK, include=["last.*"]) as reports:
+        for name in ("first", "last"):
+            model = nn.ModuleDict({name: network()})
+            torch.optim.SGD(model.parameters(), lr=0.1)
+        model["last"](torch.randn(1, 3, 9, 9))
+    assert [report.totals.get("initialized") for report in reports] == [None, 2]
+
+
+def test_what_is_unfrozen_before_training_is_no_copy():
+    with ci.initializing(settings=QUICK) as reports:
+        model = network().requires_grad_(False)
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        model.requires_grad_(True)
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(1, 3, 9, 9))
+    assert [report.remarks for report in reports] == [[], []]
 
 
 @pytest.mark.parametrize("assign", [False, True])

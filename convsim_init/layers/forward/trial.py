@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
+from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED, is_none_of_the_forward_pass, names_of
+
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
@@ -127,8 +126,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """Context in which a module can run in evaluation mode and nothing of what that changes remains.
 
     It runs where it is, because hooks and closures may know its tensors and their memory: values,
-    attributes, gradients and hooks are noted before, and put back in place at the end. Containers
-    that are attributes are copies meanwhile. One thread at a time.
+    attributes, gradients and hooks are noted before, and put back in place at the end. What attributes
+    hold and the forward pass names is a copy meanwhile. One thread at a time.
     """
     parts = list(module.modules())
     tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
@@ -137,12 +136,17 @@ def isolated(module: nn.Module) -> Iterator[None]:
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
         noted = [_noted(tensor) for tensor in tensors]
+        names, hooked = names_of(parts), any(part._forward_pre_hooks for part in parts)  # hooks may use anything
         TRIALS.append(module)
         try:
             memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
             for part in parts:
-                vars(part).update({name: copied(value, memo) for name, value in vars(part).items()})
-                vars(part)["training"] = False
+                used = {
+                    name: value
+                    for name, value in vars(part).items()
+                    if hooked or not is_none_of_the_forward_pass(part, name, names)
+                }
+                vars(part).update({name: copied(value, memo) for name, value in used.items()} | {"training": False})
             vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
             yield
         finally:
