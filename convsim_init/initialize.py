@@ -196,16 +196,17 @@ def initializing(
 
     It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
     is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
-    begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not where
-    several processes of `torch.distributed` run, since it may have come from another one. What ``reset_parameters``
-    draws anew later is treated before the next optimizer. Treated are the convolutions that were drawn in the context. Left alone are those built before it, on the meta device, in a
-    context within it, treated by `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained
-    weights are: a checkpoint loaded at any time replaces what was drawn. So are those that got a gradient by
-    ``backward`` before an optimizer was made, as in a loop that trains without one. Weights that are loaded or trained
-    in another way, such as by ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load
-    them afterwards, or exclude them. A copy that is left alone, such as a target network, is named in a remark where
-    what it was copied from was treated. Processes that are started in the context are not part of it, and models are to
-    be built and trained by one thread.
+    begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not
+    where several processes of `torch.distributed` run, since it may have come from another one. What
+    ``reset_parameters`` draws anew later is treated before the next optimizer. Treated are the convolutions that were
+    drawn in the context. Left alone are those built before it, on the meta device, in a context within it, treated by
+    `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint loaded
+    at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was made,
+    as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
+    ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude
+    them. A copy that is left alone, such as a target network, is named in a remark where what it was copied from was
+    treated. Processes that are started in the context are not part of it, and models are to be built and trained by one
+    thread.
 
     If the context ends with an exception, nothing is treated then.
 
