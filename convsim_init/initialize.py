@@ -28,7 +28,7 @@ from convsim_init.layers.forward.trial import LIVE
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
-from convsim_init.layers.weights import RefusedError
+from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.construction import Construction, UnmatchedError, left_alone
 from convsim_init.models.copies import History, sample_layers
@@ -37,7 +37,7 @@ from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks, of_several_processes
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report, check_patterns
-from convsim_init.settings import Settings
+from convsim_init.settings import Settings, check_settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
 HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
@@ -60,10 +60,13 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         settings: Optimization settings. Default: `Settings()`.
 
     Returns:
-        ``weight``. Unchanged where its filters form no pair: a single filter, one filter per group, zero filters.
+        ``weight``. Unchanged where its filters form no pair: a single filter, one filter per group, zero filters; where
+        with ``channels="all"`` its kernels have one tap, so that the norms alone fix the similarity; and where its
+        kernels are larger than some 45×45.
 
     Raises:
-        InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN.
+        InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN, or numbers so large that
+            the loss does.
 
     Examples:
         >>> weight = torch.nn.init.kaiming_normal_(torch.empty(16, 8, 3, 3))
@@ -72,7 +75,14 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         >>> bool(after < before / 5)
         True
     """
-    settings = settings or Settings()
+    settings = check_settings(settings)
+    if not isinstance(weight, Tensor):
+        raise InputError(
+            f"expected a convolution's weight, got {type(weight).__name__}: pass a tensor like conv.weight"
+        )
+    obstacle = Weight(weight, trained=False).obstacle(read_only=False)
+    if obstacle is not None:
+        raise InputError(f"expected a convolution's weight that can be changed, got one that cannot: {obstacle}")
     owner = weight._base if weight._is_view() and weight._base is not None else weight
     if owner.grad_fn is not None:
         raise InputError(
@@ -85,6 +95,8 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     if _obstacle(bank, settings) is None:
         with full_precision(bank.device), Team.for_devices(bank.device) as team:
             descent = descend(bank, settings, team=team)
+        if descent.stop is Stop.NON_FINITE:
+            raise InputError(f"expected a weight that can be optimized, got one for which {descent.stop.value}")
         weight.copy_(bank_weight(descent.bank, groups=groups, transposed=transposed))
     return weight
 
@@ -141,8 +153,9 @@ def initialize_(
         >>> [(layer.name, layer.outcome.value, layer.reason) for layer in report.layers]
         [('0', 'initialized', None), ('3', 'skipped', 'excluded')]
     """
+    settings = check_settings(settings)
     layers = find_layers(model, include, exclude)
-    return _initialize(model, layers, settings or Settings(), device, progress=progress, group=group)
+    return _initialize(model, layers, settings, device, progress=progress, group=group)
 
 
 def _initialize(
@@ -157,6 +170,7 @@ def _initialize(
 ) -> Report:
     """Treat the layers, and let the open contexts know; in all but the one that does it its choice counts too."""
     started = time.perf_counter()
+    _check_device(device)
     before = sample_layers(layers) if HISTORIES else []
     ranks = Ranks(group)
     own = own_layers(layers, ranks)
@@ -232,7 +246,7 @@ def initializing(
         >>> [(report.model, report.totals["initialized"]) for report in reports]
         [('Sequential', 1)]
     """
-    reports, names, history = list[Report](), list[str](), History()
+    checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
 
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
         return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
@@ -254,7 +268,7 @@ def initializing(
             if again and of_several_processes():  # each would treat what it got from another once more
                 for layer in drawn:
                     layer.obstacle = RECEIVED
-            report = _initialize(model, layers, settings or Settings(), device, within=history)
+            report = _initialize(model, layers, checked, device, within=history)
             report.model = type(unwrap(model)).__name__
             if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
                 continue
@@ -279,7 +293,7 @@ def plan(
     exclude: Sequence[str] = (),
 ) -> Report:
     """What `initialize_` would do, without doing it: layers to treat are reported as planned."""
-    settings = settings or Settings()
+    settings = check_settings(settings)
     started = time.perf_counter()
     reports = []
     layers = find_layers(model, include, exclude)
@@ -294,6 +308,15 @@ def plan(
         reports.append(replace(report, reason=layer.explained(report.reason)))
     remarks = [*model_remarks(model, layers), *unknown]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        usable = device is None or not torch.empty(0, device=device).is_meta
+    except Exception as error:  # of several kinds: no such device, or not one that is here
+        raise InputError(f"expected a device that is here, such as 'cpu', got {device!r}: {error}") from error
+    if not usable:
+        raise InputError(f"expected a device to compute on, got {device!r}: leave it out")
 
 
 @torch.no_grad()

@@ -58,6 +58,8 @@ class ConvolutionalSimilarity:
     ) -> None:
         check_choice("pairs", pairs, PAIRS)
         check_choice("channels", channels, CHANNELS)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"expected a module to regularize, got {type(model).__name__}")
         self.skipped: dict[str, str] = {}
         self._modules = dict(find_convolutions(model))
         for layer in find_layers(model, include, exclude):

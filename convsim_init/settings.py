@@ -110,6 +110,15 @@ class Settings:
         return cls.paper() if name == "paper" else cls()
 
 
+def check_settings(settings: object) -> Settings:
+    """The settings, or the default ones for None; InputError if they are anything else."""
+    if settings is None:
+        return Settings()
+    if not isinstance(settings, Settings):
+        raise InputError(f"expected settings of type Settings, got {type(settings).__name__}: write Settings(steps=20)")
+    return settings
+
+
 def parse_base(base: str) -> tuple[str, str, Activation | None]:
     """The scheme, the fan, "" for none, and the activation of a base such as ``"kaiming_normal:fan_out:tanh"``.
 

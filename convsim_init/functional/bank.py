@@ -5,6 +5,8 @@ Letters: G groups, M filters of a group, C input channels of a group.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,14 @@ def filter_bank(weight: Tensor, *, groups: int = 1, transposed: bool = False, ch
     Raises:
         InputError: If the weight is no real floating tensor of a convolution with that many groups.
     """
-    if not weight.is_floating_point():
-        raise InputError(f"expected a convolution weight of a floating dtype, got {weight.dtype}")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise InputError(f"expected a convolution weight of a floating dtype, got {got}")
     if weight.dim() < 2 or weight.numel() == 0:
         layout = "[in_channels, out_channels / groups" if transposed else "[out_channels, in_channels / groups"
         raise InputError(f"expected a weight of shape {layout}, *kernel_size] without zeros, got {list(weight.shape)}")
-    if groups < 1 or weight.shape[0] % groups:
-        raise InputError(f"expected groups to divide dimension 0 of the weight {list(weight.shape)}, got {groups}")
+    if not isinstance(groups, Integral) or groups < 1 or weight.shape[0] % groups:
+        raise InputError(f"expected groups to divide dimension 0 of the weight {list(weight.shape)}, got {groups!r}")
     bank = weight.reshape(groups, -1, *weight.shape[1:])
     if transposed:
         bank = bank.transpose(1, 2)

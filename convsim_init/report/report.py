@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from typing import Any
 
 from convsim_init.errors import InputError
 from convsim_init.report.table import Table, report_table, shape_text
-from convsim_init.report.text import alternatives, quoted
+from convsim_init.report.text import alternatives, quoted, shown
 from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
@@ -262,8 +262,10 @@ def unmatched_pattern(option: str, patterns: Sequence[str], names: Collection[st
     """The first of these shell patterns that matches no name.
 
     Raises:
-        InputError: If it is a string in place of a list of patterns.
+        InputError: If it is anything but a list of patterns.
     """
     if isinstance(patterns, str):
         raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
+    if not isinstance(patterns, Iterable) or not all(isinstance(one, str) for one in patterns):
+        raise InputError(f"{option}: expected a list of patterns such as ['layer4.*'], got {shown(repr(patterns))}")
     return next((one for one in patterns if not any(fnmatchcase(name, one) for name in names)), None)

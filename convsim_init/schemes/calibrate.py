@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from convsim_init.errors import InputError
+from convsim_init.functional.bank import full_precision
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy, unwrap
 from convsim_init.layers.forward.trial import LIVE, isolated
 from convsim_init.layers.layer import Layer
@@ -59,8 +60,9 @@ def calibrate_(
         depend on how a machine rounds.
 
     Raises:
-        InputError: If not just one of ``images`` and ``input_shape`` is given, a pattern matches no layer, or the
-            model has lazy parameters, does not take such an input or gives nothing that is differentiable.
+        InputError: If not just one of ``images`` and ``input_shape`` is given, the images are none or not finite, a
+            pattern matches no layer, or the model has lazy parameters, does not take such an input or gives nothing
+            that is differentiable.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
@@ -82,6 +84,8 @@ def calibrate_(
     if images is None:
         assert input_shape is not None
         images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
+    if images.numel() == 0 or not images.isfinite().all():
+        raise InputError("expected images of finite numbers, got infinities or NaN, or none at all: leave those out")
     owners = {tuple(memories(layer.weight.sources)): layer.name for layer in layers}
     owner = {layer.name: owners.get(tuple(memories(layer.weight.sources))) for layer in found}
     scaled = [(module, name) for key, module in modules.items() if (name := owner.get(key)) is not None]
@@ -101,9 +105,10 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     """
     if len(shape) < 2 or min(shape) < 1 or math.prod(shape[1:]) < 2:
         raise InputError(f"expected an input shape of channels and sizes such as (3, 224, 224), got {tuple(shape)}")
-    white = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    generator, kind = torch.Generator().manual_seed(seed), torch.float32  # whatever the defaults are
+    white = torch.randn(IMAGES, *shape, generator=generator, dtype=kind, device="cpu")
     axes = tuple(range(2, white.dim()))
-    grids = torch.meshgrid(*(torch.fft.fftfreq(size, device="cpu") for size in shape[1:]), indexing="ij")
+    grids = torch.meshgrid(*(torch.fft.fftfreq(size, dtype=kind, device="cpu") for size in shape[1:]), indexing="ij")
     frequencies = torch.stack(grids).square().sum(0).sqrt()  # [*shape[1:]]
     amplitudes = torch.where(frequencies > 0, 1 / frequencies, 0)
     noise: Tensor = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) * amplitudes, dim=axes).real
@@ -136,7 +141,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[_ConvNd, str]], imag
     def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         reached.append(inputs[0])
 
-    with isolated(model), torch.inference_mode(False), torch.enable_grad():
+    with isolated(model), torch.inference_mode(False), torch.enable_grad(), full_precision(images.device):
         for module, name in modules:
             module.register_forward_hook(partial(scaled, name))
         for part in model.modules():

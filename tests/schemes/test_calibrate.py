@@ -195,3 +195,25 @@ def test_an_output_that_is_not_differentiable_is_refused():
 
     with pytest.raises(ci.InputError, match="an output that is differentiable"):
         ci.calibrate_(Classes(nn.Conv2d(3, 4, 3)), input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 12, 10), torch.nan), torch.zeros(0, 3, 12, 10)])
+def test_images_without_numbers_are_refused(images):
+    with pytest.raises(ci.InputError, match="expected images of finite numbers, got infinities or NaN, or none at all"):
+        ci.calibrate_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), images)
+
+
+def test_factors_depend_on_neither_the_default_dtype_nor_autocast():
+    def factors() -> dict[str, float]:
+        return ci.calibrate_(copy.deepcopy(model), input_shape=SHAPE)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    expected = factors()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert factors() == expected
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert factors() == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
