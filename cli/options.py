@@ -19,7 +19,7 @@ from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.models.zoo.catalog import MODELS
-from convsim_init.report.text import PATH, shown, some
+from convsim_init.report.text import PATH, quoted, shown, some
 
 from .completion import complete_models
 from .config import is_by_hand
@@ -227,12 +227,20 @@ def _load_file(path: str, key: str | None) -> Loaded:
     from convsim_init.checkpoint.state_dict import without_model_prefix
 
     checkpoint = read_checkpoint(path, key)
-    state, prefix = without_model_prefix(bare_tensors(checkpoint, path))
+    state = without_model_prefix(bare_tensors(checkpoint, path))
     remarks = [INFERRED, *_entry_remarks(checkpoint.wrapper, checkpoint.others)]
-    if prefix:
-        name = shown(prefix)
-        remarks.append(f"'{name}' was taken off every key of {shown(path, PATH)}; --prefix {name} puts it back")
+    remarks += _prefix_remarks(list(checkpoint.tensors), list(state), path)
     return Loaded(state, path, None, remarks)
+
+
+def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list[str]:
+    if keys == bare:
+        return []
+    prefix, file = keys[0].removesuffix(bare[0]), shown(path, PATH)
+    if all(key == prefix + one for key, one in zip(keys, bare, strict=True)):
+        return [f"{quoted(prefix)} was taken off every key of {file}; --prefix {shown(prefix)} puts it back"]
+    key, one = next((key, one) for key, one in zip(keys, bare, strict=True) if key != one)
+    return [f"{file} was read without what wrappers add to its keys: {quoted(one)} for {quoted(key)}"]
 
 
 def _entry_remarks(entry: str, others: Sequence[str]) -> list[str]:

@@ -66,6 +66,8 @@ def compare(
     with stdout_for_results():
         loaded = [load(spec, how, like, key) for spec in specs]
         compared = comparison.compare([(one.name, one.content) for one in loaded])
+    for snapshot, one in zip(compared.snapshots, loaded, strict=True):
+        snapshot.report.remarks += one.remarks
     if picture is not None:
         figure = figure_of(
             compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(picture)

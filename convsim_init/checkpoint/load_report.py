@@ -22,6 +22,7 @@ class LoadReport:
         model: Name of the model: its class, or its spec where it was built by name.
         expected: Number of the model's keys.
         wrapper: Key that the file keeps its state dict under, such as ``"state_dict"``; mostly empty.
+        others: Keys of other state dicts in the file, which were not looked at.
         removed: Prefixes that were taken off the file's keys.
         added: Prefix that was put in their place; mostly empty.
         matched: The file's key for each key whose tensor is in the file in the model's shape.
@@ -52,6 +53,7 @@ class LoadReport:
     model: str
     expected: int
     wrapper: str = ""
+    others: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     added: str = ""
     matched: dict[str, str] = field(default_factory=dict)
@@ -100,7 +102,8 @@ class LoadReport:
         if 2 * len(self.matched) < min(self.expected, in_file):
             yield "most keys do not match: the file looks like another model's"
         if self.wrapper:
-            yield f"the file's tensors are under {self.wrapper!r}"
+            others = f"; key (--key in the shell) takes another: {some(map(shown, self.others))}" if self.others else ""
+            yield f"the file's tensors are under {self.wrapper!r}{others}"
         for prefix in self.removed:
             yield f"prefix: the file's keys have {quoted(prefix)}; load_checkpoint takes it off, strict loaders do not"
         if self.added:

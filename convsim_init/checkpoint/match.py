@@ -86,6 +86,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         model=name or type(unwrap(model)).__name__,
         expected=len(own),
         wrapper=checkpoint.wrapper,
+        others=list(checkpoint.others),
         removed=[*wrappers, *filter(None, [removed])],
         added=added,
         matched=matched,

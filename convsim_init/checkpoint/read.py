@@ -114,12 +114,12 @@ def _read(path: Path) -> object:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, object], int]:
-    """The tensors of all files that an index of Hugging Face names, beside it, and their size in bytes."""
+    """The tensors of all files that an index of Hugging Face names, from where it says, and their size in bytes."""
     size = index.stat().st_size
     check_room(str(index), size, JSON * size)
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     tensors: dict[str, object] = {}
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(places.values()):
         if Path(name).name != name or len(name) > NAME_LENGTH:
             raise InputError(
                 f"expected names of files beside {str(index)!r}, got {quoted(name)}: copy the folder again"
@@ -128,7 +128,14 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
         content = _read(shard)
         if not isinstance(content, Mapping):
             raise InputError(f"expected a state dict in {str(shard)!r}, got {type(content).__name__}")
-        tensors |= content
+        wanted = [key for key, place in places.items() if place == name]
+        absent = [key for key in wanted if key not in content]
+        if absent:
+            raise InputError(
+                f"expected {some(map(shown, absent))} in {str(shard)!r}, as its index says, got a file without: copy "
+                "the folder again"
+            )
+        tensors |= {key: content[key] for key in wanted}
         size += shard.stat().st_size
     return tensors, size
 
@@ -218,7 +225,8 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
                 raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")
             wanted = wanted[len(wrapper) + 1 :] or None
         else:
-            wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+            usual = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+            wrapper = next((key for key in usual if _leads_to_tensors(content[key])), None)
             if wrapper is None and found and not any(isinstance(value, Tensor) for value in content.values()):
                 if len(found) > 1:
                     raise InputError(
@@ -226,14 +234,19 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
                         f"NAME in the shell)"
                     )
                 (wrapper,) = found
-            elif wrapper is None and not found and len(content) == 1:
-                wrapper = next((key for key, value in content.items() if isinstance(value, Mapping)), None)
+            elif wrapper is None and not found:
+                alone = content if len(content) == 1 else ()
+                wrapper = next((key for key in (*usual, *alone) if isinstance(content[key], Mapping)), None)
             if wrapper is None:
                 break
         others = tuple(key for key in found if key != wrapper)
         content = content[wrapper]
         opened.append(wrapper)
     return content, ".".join(opened), others
+
+
+def _leads_to_tensors(value: object) -> bool:
+    return _holds_tensors(value) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
 
 
 def _holds_tensors(value: object) -> bool:

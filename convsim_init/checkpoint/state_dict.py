@@ -57,10 +57,11 @@ def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] 
     return state
 
 
-def without_model_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """A state dict without the ``model.`` that Lightning puts before every key, and what was taken off."""
+def without_model_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the ``model.`` that Lightning puts before every key, and what wrappers add behind it."""
     prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
-    return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
+    bare = bare_entries({key.removeprefix(prefix): value for key, value in state.items()})
+    return {key: value for key, value in bare.items() if isinstance(value, Tensor)}
 
 
 def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[str, object]:

@@ -46,6 +46,17 @@ DENSE_TENSORS = re.compile(
     re.VERBOSE,
 )
 
+PLAIN_DATA = re.compile(  # beside the weights, as trainers save what they were called with and how far they came
+    r"""argparse\.Namespace
+    | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
+    | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|dtype|ndarray)
+    | numpy\.dtypes\.\w+DType
+    | datetime\.(date|time|datetime|timedelta)
+    | torch\.torch_version\.TorchVersion
+    | mmengine\.logging\.history_buffer\.HistoryBuffer""",
+    re.VERBOSE,
+)
+
 
 @dataclass(eq=False, slots=True)
 class Storage:
@@ -70,8 +81,8 @@ class TensorReader(PickleReader):
         self.storages: dict[str, Storage] = {}
 
     def name(self, name: Name) -> Name:
-        """Refuse what dense tensors are not made of."""
-        if not DENSE_TENSORS.fullmatch(str(name)):
+        """Refuse what neither dense tensors nor plain data are made of; nothing is made of the latter either."""
+        if not (DENSE_TENSORS.fullmatch(str(name)) or PLAIN_DATA.fullmatch(str(name))):
             raise InputError(
                 f"expected a file of dense tensors alone, got {self.path!r}, which needs code to be run "
                 f"({quoted(str(name))}): where you trust it, load it and save its state_dict()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from string import ascii_uppercase
@@ -71,6 +72,7 @@ class Comparison:
             "compared": [snapshot.label for snapshot in self.snapshots],
             "layers": layers,
             "totals": [snapshot.report.totals for snapshot in self.snapshots],
+            "remarks": [snapshot.report.remarks for snapshot in self.snapshots],
             "entries": [asdict(entry) for entry in self.entries],
         }
 
@@ -85,7 +87,20 @@ class Comparison:
         totals = [measure_cells(snapshot.report.totals["before"]) for snapshot in self.snapshots]
         rows.append(["mean of the measured", "", *_side_by_side(totals), ""])
         legend = [f"{letter}  {_about(snapshot)}" for letter, snapshot in zip(letters, self.snapshots, strict=True)]
-        return Table(["layer", "shape", *COLUMNS, "weights"], rows, [*legend, *self._differences(letters)])
+        summary = [*legend, *self._remarks(letters), *self._differences(letters)]
+        return Table(["layer", "shape", *COLUMNS, "weights"], rows, summary)
+
+    def _remarks(self, letters: Sequence[str]) -> list[str]:
+        """What is said of each that is compared, once where it is said of several, and why layers were not measured."""
+        owners = defaultdict[str, list[str]](list)
+        for letter, snapshot in zip(letters, self.snapshots, strict=True):
+            left = defaultdict[str, list[str]](list)
+            for layer in snapshot.report.layers:
+                if not layer.before:
+                    left[f"{layer.outcome.value}, {layer.reason}"].append(layer_name(layer.name))
+            for remark in (*snapshot.report.remarks, *(f"{why}: {some(names)}" for why, names in left.items())):
+                owners[remark].append(letter)
+        return [f"{', '.join(dict.fromkeys(known))}: {remark}" for remark, known in owners.items()]
 
     def _differences(self, letters: Sequence[str]) -> list[str]:
         by_kind = {

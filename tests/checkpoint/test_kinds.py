@@ -104,6 +104,19 @@ def test_a_folder_of_several_files_with_an_index(tmp_path):
         assert len(str(caught.value)) < 400
 
 
+def test_an_index_says_which_file_a_tensor_is_in(tmp_path):
+    stale = {"a.weight": torch.zeros_like(TENSORS["a.weight"]), "b": TENSORS["b"]}
+    safetensors.torch.save_file({"a.weight": TENSORS["a.weight"]}, tmp_path / "model-1.safetensors")
+    safetensors.torch.save_file(stale, tmp_path / "model-2.safetensors")
+    index = {"weight_map": {"a.weight": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.testing.assert_close(read_checkpoint(tmp_path).tensors, TENSORS)
+    index["weight_map"]["c"] = "model-1.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"expected c in '.*model-1\.safetensors', as its index says"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["hf", "runs/hf"])
 def test_a_folder_without_weights_says_which_file_it_lacks(name, tmp_path, command):
     (tmp_path / name).mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Checkpoints of other people: what is read from them, and what is refused."""
 
+import datetime
 import os
 import pickle
 import random
@@ -7,7 +8,9 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -62,6 +65,31 @@ def test_wrappers_are_opened_and_prefixes_taken_off(content, zipped, tmp_path):
 def test_names_that_only_look_like_wrappers_are_kept(keys, tmp_path):
     torch.save(dict.fromkeys(keys, torch.ones(1)), tmp_path / "a.pt")
     assert list(read_state_dict(tmp_path / "a.pt")) == keys
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param(Namespace(lr=0.1, out=Path("x")), id="namespace"),
+        pytest.param(Path("runs"), id="path"),
+        pytest.param(np.float64(0.5), id="number"),
+        pytest.param(np.arange(3), id="array"),
+        pytest.param(datetime.datetime(2026, 1, 1), id="date"),
+        pytest.param(torch.__version__, id="version"),
+    ],
+)
+def test_plain_data_beside_the_weights_do_not_matter(extra, tmp_path):
+    """As the reference scripts of timm and torchvision save their arguments."""
+    torch.save({"model": TENSORS, "args": extra, "epoch": 3, "best": {"extra": [extra]}}, tmp_path / "a.pt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+
+
+@pytest.mark.parametrize("key", ["net", "params"])
+def test_settings_by_the_name_of_weights_do_not_hide_them(key, tmp_path):
+    torch.save({key: {"depth": 3}, "params_ema": {}, "weights": TENSORS}, tmp_path / "a.pt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+    torch.save({key: {"depth": 3}, "model_state_dict": TENSORS}, tmp_path / "b.pt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "b.pt"), TENSORS)
 
 
 class Bomb:
@@ -131,7 +159,12 @@ SPARSE = torch.ones(2, 2).to_sparse()
         pytest.param("a.pt", saved({"a": Bomb()}), ["needs code to be run", "mkdir", "state_dict()"], id="code"),
         pytest.param("a.pt", bytes_of(pickle.dumps(Bomb(), 2)), ["needs code to be run"], id="bare-pickle"),
         pytest.param("a.pt", saved(nn.Conv2d(1, 1, 1)), ["needs code", "Conv2d", "state_dict()"], id="module"),
-        pytest.param("a.pt", saved({"args": Namespace(a=1), "model": TENSORS}), ["argparse.Namespace"], id="namespace"),
+        pytest.param(
+            "a.pt", saved({"args": SimpleNamespace(), "model": TENSORS}), ["types.SimpleNamespace"], id="object"
+        ),
+        pytest.param(
+            "a.pt", saved(TENSORS | {"args": Namespace()}), ["only tensors", "argparse.Namespace under"], id="namespace"
+        ),
         pytest.param("a.pt", lambda p: torch.jit.save(torch.jit.script(nn.ReLU()), p), ["TorchScript"], id="script"),
         pytest.param("a.pt", saved([torch.ones(1)]), ["expected a state dict", "got list", SAVE], id="list"),
         pytest.param("a.pt", saved(torch.ones(1)), ["expected a state dict", "got Tensor", SAVE], id="tensor"),

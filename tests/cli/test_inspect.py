@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from convsim_init import InputError, Settings, build_model, measure
+from convsim_init.cli.options import INFERRED
 from convsim_init.metrics.compare import compare
 from convsim_init.report.table import COLUMNS
 
@@ -149,9 +150,23 @@ def test_compare_shows_measures_side_by_side_and_what_differs(command):
     assert summary[0].startswith("A  a.pt, 3 convolutions: 2 measured, 1 skipped")
     assert summary[1].startswith("B  b.pt, 3 convolutions: 2 measured, 1 skipped")
     assert summary[2:] == [
+        f"A, B: {INFERRED}",
+        "A, B: skipped, looks depthwise, by its shape alone: one filter per group shares its channels with no other: 3",
         "11 entries of their state dicts: 9 identical, 2 different",
         "different, and no convolution's weight: 1.bias",
     ]
+
+
+def test_compare_tells_which_weights_of_a_file_it_took(command):
+    state = small().state_dict()
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "model_ema": state}, "a.pt")
+    torch.save(state, "b.pt")
+    status, out, err = command("compare", "a.pt", "b.pt")
+    assert (status, err) == (0, "")
+    assert "A: the weights are those under 'model'; --key takes another: model_ema" in out
+    assert "A: 'module.' was taken off every key of a.pt; --prefix module. puts it back" in out
+    status, out, _ = command("compare", "a.pt", "b.pt", "--json")
+    assert [len(remarks) for remarks in json.loads(out)["remarks"]] == [3, 1]
 
 
 def test_compare_tells_of_missing_layers_and_other_shapes():
