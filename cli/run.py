@@ -79,7 +79,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         import torch
 
         from convsim_init.checkpoint.save import checkpoint_contents
-        from convsim_init.checkpoint.state_dict import state_entries, without_keys
+        from convsim_init.checkpoint.state_dict import check_entries, state_entries, without_keys
         from convsim_init.initialize import initialize_, plan
         from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.models.hub import describe
@@ -96,8 +96,8 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     exclude = (*choices.exclude, *map(glob.escape, head.layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
     without = [*choices.without, *map(glob.escape, head.keys)]
-    if without and choices.writes:
-        without_keys(state_entries(network), without)  # a pattern is refused here, not after the work
+    if choices.writes:
+        check_entries(without_keys(state_entries(network), without))  # refused here, not after the work
     before = after = checkpoint = config = None
     if choices.folder:
         if not isinstance(network, torch.nn.Module):

@@ -199,9 +199,15 @@ def _moved_versions(
 def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     for key in state:
-        if isinstance(own.get(key), Tensor) and own[key].is_meta:
+        tensor = own.get(key)
+        if isinstance(tensor, Tensor) and tensor.is_meta:
             raise InputError(
                 f"{shown(key)}: expected a tensor with data, got one on the meta device: call to_empty first"
+            )
+        if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise InputError(
+                f"{shown(key)}: expected a tensor that can be written, got one made under torch.inference_mode: load "
+                "there, too"
             )
     restore = _backup(model)
     try:
@@ -209,7 +215,8 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     except BaseException as error:
         restore()
         if isinstance(error, RuntimeError):
-            raise RunError(f"the model's tensors cannot be written, it is as it was: {error}") from error
+            text = " ".join(str(error).split())
+            raise RunError(f"the model's tensors cannot be written, it is as it was: {text}") from error
         raise
 
 

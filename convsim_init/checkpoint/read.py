@@ -85,6 +85,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     Raises:
         InputError: If the file is missing, damaged, or holds anything but tensors.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"expected the path of a checkpoint, got {type(path).__name__}: load_state_dict takes tensors")
     source = check_source(path)
     name = repr(str(source))
     try:

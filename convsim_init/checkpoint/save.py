@@ -182,6 +182,8 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[st
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
+    except KeyError as error:
+        raise InputError(f"expected dtypes that safetensors can hold, got {error}: write a .pt file") from error
     with path.open("r+b") as file:
         _sort_metadata(file)
 

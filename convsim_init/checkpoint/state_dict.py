@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -20,6 +21,9 @@ from convsim_init.report.report import Report, unmatched_pattern
 from convsim_init.report.text import alternatives, quoted, shown
 
 MODEL_PREFIX = "model."
+OF_A_WEIGHT = re.compile(
+    r"(.*)\.(weight(_[guv]|_orig|_mask)?|parametrizations\.weight\..*)", re.DOTALL
+)  # also weight_norm
 LEAVE_OUT = "leave it out with exclude (--without in the shell)"
 
 
@@ -117,7 +121,8 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in entries.items():
-        tensor = _converted(key, _dense(key, value), dtype)
+        plain = _checked(key, value).detach().resolve_conj().resolve_neg().cpu()
+        tensor = _converted(key, plain, dtype)
         tensor = tensor.reshape(-1).view(tensor.shape)  # contiguous() keeps odd strides where a dimension is 1
         # What shares memory with another entry, or with more than itself, would be written as an alias or in excess.
         storage = tensor.untyped_storage()
@@ -129,11 +134,9 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
 
 
 def _owner(key: str) -> str | None:
-    """The layer whose weight, or a parameter that its weight is computed from, stands under that key."""
-    name, parametrization, _ = f".{key}".partition(".parametrizations.weight.")
-    if parametrization or name.endswith(".weight"):
-        return name.removesuffix(".weight")[1:]
-    return None
+    """The layer whose weight, or what its weight is computed from, stands under that key."""
+    match = OF_A_WEIGHT.fullmatch(f".{key}")
+    return match[1][1:] if match else None
 
 
 def _memory(value: object) -> object:
@@ -142,7 +145,13 @@ def _memory(value: object) -> object:
     return value.device, value.data_ptr(), value.shape
 
 
-def _dense(key: str, value: object) -> Tensor:
+def check_entries(entries: Mapping[str, object]) -> None:
+    """Refuse what `plain_tensors` would refuse whatever the numbers are."""
+    for key, value in entries.items():
+        _checked(key, value)
+
+
+def _checked(key: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         if f".{key}".endswith("._extra_state"):
             raise InputError(
@@ -162,7 +171,7 @@ def _dense(key: str, value: object) -> Tensor:
         )
     if value.layout is not torch.strided or value.is_quantized:
         raise InputError(f"{shown(key)}: expected a dense tensor, got a sparse or quantized one: convert it first")
-    return value.detach().resolve_conj().resolve_neg().cpu()
+    return value
 
 
 def is_finite(key: str, tensor: Tensor) -> bool:

@@ -178,6 +178,24 @@ def test_what_is_saved_by_another_name_than_it_is_loaded_by_is_missing():
     assert (report.missing, report.unexpected, report.complete) == (["weight"], ["kernel"], False)
 
 
+def test_a_model_made_under_inference_mode_is_loaded_there():
+    path = saved(small(1))
+    with torch.inference_mode():
+        model = small(2)
+    before = values(model)
+    with pytest.raises(ci.InputError, match="expected a tensor that can be written"):
+        ci.load_checkpoint(model, path)
+    assert_equal(model, before)
+    with torch.inference_mode():
+        assert ci.load_checkpoint(model, path).complete
+    assert_equal(model, values(small(1)))
+
+
+def test_a_path_is_expected():
+    with pytest.raises(ci.InputError, match="expected the path of a checkpoint, got OrderedDict"):
+        ci.load_checkpoint(small(), small().state_dict())
+
+
 def test_a_file_that_fits_two_parts_of_a_model_names_them():
     file, model = saved(small(1)), nn.ModuleDict({"student": small(2), "teacher": small(3)})
     before = values(model)

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from convsim_init import __version__, build_model, initialize_, load_checkpoint, save_checkpoint
 from convsim_init.errors import InputError, RunError
@@ -271,6 +272,34 @@ def test_convs_only_writes_the_changed_convolutions(model, options, expected, tm
     path = save_checkpoint(model, tmp_path / "init.safetensors", report=report, convs_only=True)
     state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in model.state_dict().items()}
     assert_holds(path, {key: state[key] for key in expected})
+
+
+def old_weight_norm(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "entries"),
+    [
+        (old_weight_norm, ["0.weight_g", "0.weight_v"]),
+        (lambda module: prune.l1_unstructured(module, "weight", 0.3), ["0.weight_mask", "0.weight_orig"]),
+    ],
+)
+def test_convs_only_writes_what_a_weight_is_computed_from(wrap, entries, tmp_path):
+    model = nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2))
+    report = initialize_(model, settings=Settings(steps=2))
+    path = save_checkpoint(model, tmp_path / "init.safetensors", report=report, convs_only=True)
+    assert sorted(load(path)) == entries
+
+
+def test_a_dtype_that_safetensors_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(
+        InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"
+    ):
+        save_checkpoint({"a": torch.ones(2, dtype=torch.complex32)}, tmp_path / "init.safetensors")
+    assert names(tmp_path) == []
 
 
 def test_convs_only_reads_no_entry_that_it_does_not_write(tmp_path):

@@ -219,3 +219,22 @@ def test_float64_that_is_rounded_is_told(command, tmp_path):
     for apart in (["--dtype", "float64"], ["--without", "grid"]):
         status, out, _ = command("own.py:network", "--out", "two.safetensors", "--force", *apart)
         assert (status, "float64 in the model" in out) == (0, False)
+
+
+def test_entries_that_no_file_holds_are_refused_before_the_work(command, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "class Network(torch.nn.Conv2d):\n"
+        "    def get_extra_state(self):\n"
+        "        return 3\n"
+        "    def set_extra_state(self, state):\n"
+        "        pass\n"
+        "def network():\n"
+        "    return torch.nn.Sequential(Network(3, 8, 3))\n"
+    )
+    monkeypatch.setattr("convsim_init.initialize.initialize_", None)  # not to be called
+    status, _, err = command("own.py:network", "--out", "init.safetensors")
+    assert (status, "leave it out with exclude (--without in the shell)" in err) == (2, True)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert command("own.py:network", "--out", "init.safetensors", "--without", "*_extra_state")[0] == 0
