@@ -295,9 +295,7 @@ def test_convs_only_writes_what_a_weight_is_computed_from(wrap, entries, tmp_pat
 
 
 def test_a_dtype_that_safetensors_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(
-        InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"
-    ):
+    with pytest.raises(InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"):
         save_checkpoint({"a": torch.ones(2, dtype=torch.complex32)}, tmp_path / "init.safetensors")
     assert names(tmp_path) == []
 
