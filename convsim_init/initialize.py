@@ -381,7 +381,7 @@ def _lower(
         difference = difference or f"its forward pass changes the norms of filters by up to {change:.1%}"
         counting.remove("similarity")  # which falls with the norms
     gain = max(before[name] - after[name] for name in counting)
-    if gain < 0 or (difference and gain == 0):
+    if gain <= 0:
         with LIVE:
             put_back()
         cause = f"{difference} and" if difference else "the new weight"

@@ -481,3 +481,12 @@ def test_a_layer_that_does_not_improve_stays_as_it_was_to_the_bit(monkeypatch):
     (layer,) = ci.initialize_(conv).layers
     assert (layer.outcome, layer.reason) == (ci.Outcome.SKIPPED, "left as it was: the new weight is no better")
     assert torch.equal(conv.weight, before)
+
+
+def test_filters_that_are_not_alike_at_all_stay_to_the_bit():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    nn.init.dirac_(model[0].weight)
+    before = model[0].weight.detach().clone()
+    (layer,) = ci.initialize_(model).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.SKIPPED, "left as it was: the new weight is no better")
+    assert torch.equal(model[0].weight, before)
