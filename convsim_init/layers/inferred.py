@@ -106,7 +106,7 @@ def _computation(state: Mapping[str, object], prefix: str, ending: str) -> Calla
     if ending == ".weight_orig":
         return partial(torch.mul, source, factor) if factor.shape == source.shape else None
     along = [own in (1, size) for own, size in zip(factor.shape, source.shape, strict=False)]
-    fits = factor.dim() == 0 or (factor.dim() == source.dim() and all(along))
+    fits = factor.dim() == 0 or (factor.dim() == source.dim() and all(along) and factor.shape != source.shape)
     return partial(_normed, source, factor) if fits else None
 
 

@@ -58,6 +58,7 @@ def test_one_channel_per_filter_looks_depthwise():
     [
         ({"a.weight_v": torch.randn(4, 3, 3, 3)}, "parametrized"),
         ({"a.parametrizations.weight.original1": torch.randn(4, 3, 3, 3)}, "parametrized"),
+        ({f"a.parametrizations.weight.original{i}": torch.randn(4, 3, 3, 3) for i in range(2)}, "parametrized"),
         ({"a.weight": torch.ones(4, 3, 3, 3, dtype=torch.int64)}, "dtype torch.int64"),
         ({"a.weight": torch.zeros(4, 3, 3, 3)}, "all weights are zero"),
         ({"a.weight": torch.empty(0, 3, 3, 3)}, "empty"),
