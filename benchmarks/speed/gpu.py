@@ -62,6 +62,7 @@ ci.initialize_(network, device="cuda")
 print(time.perf_counter() - started)
 """
 TOLERANCE = 5e-6  # of a sum or a vector, against float64
+IN_FLOAT32 = 2e-5  # of the regularizer: torch's operations add up the 49 taps of 7x7 kernels in float32
 
 
 def main() -> None:
@@ -124,8 +125,8 @@ def correctness_rows() -> Iterator[Row]:
         yield f"{text(shape)}: whole descent", steps, f"{exact.steps} steps", "≤ 1e-3"
         off = regularizer_error(shape)
         what = f"{text(shape)}: largest error of the regularizer and its gradient"
-        yield what, f"{off:.1e}", "the CPU in float64", f"≤ {TOLERANCE:.0e}"
-        if not (max(error, off) <= TOLERANCE and apart <= 1e-3):
+        yield what, f"{off:.1e}", "the CPU in float64", f"≤ {IN_FLOAT32:.0e}"
+        if not (error <= TOLERANCE and off <= IN_FLOAT32 and apart <= 1e-3):
             sys.exit(f"{text(shape)}: a wrong result, so nothing is timed")
 
 
