@@ -79,7 +79,7 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
     if _is_far_from_zero(weight):
         return True
     if max(extents) <= USUAL_EXTENT:
-        return not has_bias and weight.shape[0] == inputs > 1 < len(set(extents))  # [k, k, C, M]
+        return not has_bias and 1 < weight.shape[0] == inputs <= USUAL_EXTENT and len(set(extents)) > 1  # [k, k, C, M]
     if weight.shape[0] == inputs <= USUAL_EXTENT < min(extents) and not has_bias:
         return True  # [k, k, C, C]
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
