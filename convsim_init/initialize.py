@@ -30,7 +30,7 @@ from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
-from convsim_init.models.construction import Construction, UnmatchedError, left_alone
+from convsim_init.models.construction import Construction, Moment, UnmatchedError, left_alone
 from convsim_init.models.copies import History, sample_layers
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
@@ -251,9 +251,10 @@ def initializing(
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
         return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
 
-    def treat(models: Sequence[nn.Module], again: bool, last: bool) -> None:
+    def treat(models: Sequence[nn.Module], moment: Moment) -> None:
+        again = moment in (Moment.FORWARD, Moment.STEP)
         names.extend(layer.name for model in models for layer in find_layers(model, read_only=True) if not again)
-        if last and names:
+        if names and moment is not Moment.OPTIMIZER:  # others may follow
             try:
                 check_patterns("include", include, names)
                 check_patterns("exclude", exclude, names)
@@ -265,10 +266,12 @@ def initializing(
             drawn = [layer for layer in layers if layer.obstacle is None]
             if again and not drawn:
                 continue
-            if again and of_several_processes():  # each would treat what it got from another once more
+            if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
                 for layer in drawn:
-                    layer.obstacle = RECEIVED
+                    layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
             report = _initialize(model, layers, checked, device, within=history)
+            if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
+                continue
             report.model = type(unwrap(model)).__name__
             if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
                 continue

@@ -182,6 +182,7 @@ def test_layers_are_chosen_by_patterns(include, exclude, treated):
         (lambda: ci.initialize_(zoo(), exclude=["plain", "head*"]), r"exclude: no convolution matches 'head\*'"),
         (lambda: ci.initialize_(zoo(), include="plain"), "expected a list of patterns, got the string 'plain'"),
         (lambda: ci.initialize_(zoo(), include=None), "expected a list of patterns such as .*, got None"),
+        (lambda: ci.initialize_(zoo(), exclude=(one for one in ["plain"])), "expected a list of patterns .*, got <gen"),
         (lambda: ci.initialize_(zoo(), exclude=[0]), r"expected a list of patterns such as .*, got \[0\]"),
         (lambda: ci.initialize_(zoo(), settings={"steps": 3}), "expected settings of type Settings, got dict"),
         (lambda: ci.initialize_(zoo(), device="gpu"), "expected a device that is here, such as 'cpu', got 'gpu'"),

@@ -179,7 +179,7 @@ class LayerScale(nn.Module):
 
 
 def cifar_resnet18(in_chans: int, classes: int, width: float) -> nn.Module:
-    """The CIFAR ResNet-18, of one width only: for a GPU."""
+    """The CIFAR ResNet-18, of one width only; slow without a GPU."""
     if width != 1:
         raise ci.InputError(f"expected width 1 for cifar_resnet18, got {width:g}")
     return ci.build_model("cifar_resnet18", in_chans=in_chans, num_classes=classes)

@@ -248,7 +248,14 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
 
 
 def _leads_to_tensors(value: object) -> bool:
-    return _holds_tensors(value) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
+    known, pending = set[int](), [(value, 0)]
+    for one, depth in pending:
+        if _holds_tensors(one):
+            return True
+        if isinstance(one, Mapping) and id(one) not in known and depth < len(WRAPPERS):
+            known.add(id(one))
+            pending += [(inner, depth + 1) for inner in one.values()]
+    return False
 
 
 def _holds_tensors(value: object) -> bool:

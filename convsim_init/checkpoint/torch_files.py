@@ -51,7 +51,7 @@ PLAIN_DATA = re.compile(  # beside the weights, as trainers save what they were 
     | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
     | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|dtype|ndarray)
     | numpy\.dtypes\.\w+DType
-    | datetime\.(date|time|datetime|timedelta)
+    | datetime\.(date|time|datetime|timedelta|timezone)
     | torch\.torch_version\.TorchVersion
     | mmengine\.logging\.history_buffer\.HistoryBuffer""",
     re.VERBOSE,

@@ -76,10 +76,11 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True
     if len(extents) > 1 and inputs == extents[0] != extents[-1] and len(set(extents[:-1])) == 1:
         return True  # [M, k, k, C]
-    if _is_far_from_zero(weight):
+    if weight.dim() == 3 and not has_bias and _is_far_from_zero(weight):
         return True
     if max(extents) <= USUAL_EXTENT:
-        return not has_bias and 1 < weight.shape[0] == inputs <= USUAL_EXTENT and len(set(extents)) > 1  # [k, k, C, M]
+        small = not has_bias and len(set(extents)) == len(extents) == 2
+        return small and weight.shape[0] == inputs in (3, 5, 7)  # [k, k, C, M]
     if weight.shape[0] == inputs <= USUAL_EXTENT < min(extents) and not has_bias:
         return True  # [k, k, C, C]
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):

@@ -27,8 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
-from convsim_init.layers.forward.code import is_none_of_the_forward_pass, names_of
-from convsim_init.layers.forward.trial import LIVE, copied, random_states
+from convsim_init.layers.forward.trial import LIVE, copied, heavy_attributes, random_states
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
 from convsim_init.settings import Settings
@@ -43,6 +42,7 @@ PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 SHAPE = {"size", "dim", "shape", "ndim"}  # what is asked of a tensor without its values
 USING = {"linear", "bilinear", *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))}
+DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # what a deep copy of the model copies by itself
 LONGEST = 20_000  # calls in a trace
 NOT_NORMALIZED = "channels all: no normalization follows"
 NOT_TOLD = "channels matched: whether a normalization follows could not be told"
@@ -100,7 +100,7 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy whose tensors have no data, without hooks.
 
-    Attributes that cannot be copied, or that the forward pass does not name, it shares with the model.
+    Attributes that cannot be copied, or are too heavy, it shares with the model.
     """
     memo: dict[int, Any] = {}
     parts = list(model.modules())
@@ -112,14 +112,14 @@ def _on_meta(model: nn.Module) -> nn.Module:
             if isinstance(tensor, Tensor) and not is_lazy(tensor):
                 empty = torch.empty_like(tensor, device="meta")
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    names = names_of(parts)
     for part in parts:
+        heavy = heavy_attributes(part, parts)
         for name, value in vars(part).items():
-            if id(value) in memo:
-                continue
-            if is_none_of_the_forward_pass(part, name, names):
+            if name in heavy:
                 memo[id(value)] = value
-            elif not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)):
+            elif (
+                not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)) and id(value) not in memo
+            ):
                 memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
     for part in clone.modules():

@@ -6,6 +6,8 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import reduce, wraps
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
@@ -24,9 +27,19 @@ MARK = "_drawn_within"  # an attribute of a module, so that its copies have it t
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
 TRAINED = "trained already: it got a gradient before an optimizer was made"
 
-Treat = Callable[[Sequence[nn.Module], bool, bool], None]
+
+class Moment(Enum):
+    """When models are told."""
+
+    OPTIMIZER = "before an optimizer is made"
+    FORWARD = "before the first forward pass after that, or when the context ends, if there was none"
+    STEP = "before the first step of an optimizer, if the forward pass was not seen"
+    END = "when the context ends"
+
+
+Treat = Callable[[Sequence[nn.Module], Moment], None]
 _OPEN = set[str]()  # contexts: what is loaded from a file may have been drawn in another one
-_CHANGES: dict[tuple[object, str], tuple[Any, list[Callable[..., Any]]]] = {}  # what attributes were, what changes them
+_REPLACED: dict[tuple[object, str], _Replacement] = {}
 _Modules = weakref.WeakValueDictionary[int, nn.Module]  # by their ids: they need not be hashable
 
 
@@ -44,8 +57,7 @@ class Construction:
     convolution that was. Those whose weights have no data do not count.
 
     Args:
-        treat: What is called with the models, with whether they were told just before, and with whether no others are
-            to be expected.
+        treat: What is called with the models, and with the moment.
     """
 
     def __init__(self, treat: Treat) -> None:
@@ -68,6 +80,7 @@ class Construction:
         self._undo.enter_context(_replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
         self._undo.enter_context(_replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
         self._undo.enter_context(_replaced(torch.autograd, "backward", self._marking_trained))
+        self._undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -75,8 +88,10 @@ class Construction:
         self._window.close()
         try:
             if kind is None:
-                self._tell_again(last=False)
-                self._tell(last=True)
+                before, self._told = self._told, _Modules()
+                self._tell(Moment.END)
+                self._told = before
+                self._tell_again(Moment.FORWARD)
         finally:
             _OPEN.remove(self._token)
             _unmark(self._marked.values())
@@ -114,7 +129,7 @@ class Construction:
         @wraps(draw)
         def noted(module: _ConvNd) -> None:
             draw(module)
-            if not self._telling:
+            if not self._telling and "weight" in module._parameters:  # what is computed stays
                 self._redrawn[id(module)] = module
 
         return noted
@@ -130,17 +145,17 @@ class Construction:
         @wraps(init)
         def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
             self._window.close()
-            self._tell(last=False)
+            self._tell(Moment.OPTIMIZER)
             named = [named for model in self._told.values() for named in model.named_modules()]
             # Parametrizations run whenever their weight is looked at.
             parts = {id(part) for name, part in named if "parametrizations" not in name.split(".")}
 
             def before_call(module: nn.Module, _: object) -> None:
-                if torch.compiler.is_compiling():  # a pass that is traced may not end the window
+                if torch.compiler.is_compiling():  # a pass that is traced may not end the window: a step will
                     return
                 if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
                     self._window.close()
-                    self._tell_again(last=True)
+                    self._tell_again(Moment.FORWARD)
 
             if parts:
                 self._window.callback(register_module_forward_pre_hook(before_call).remove)
@@ -148,41 +163,59 @@ class Construction:
 
         return after_telling
 
-    def _tell(self, *, last: bool) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._told:
+            self._window.close()
+            self._tell_again(Moment.STEP)
+        if self._redrawn:
+            trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
+            for model in list(self._models.values()):
+                if any(id(one) in trained for one in model.parameters()):
+                    self._forget_redrawn(model)
+
+    def _forget_redrawn(self, model: nn.Module) -> None:
+        for part in model.modules() if self._redrawn else ():
+            self._redrawn.pop(id(part), None)
+
+    def _tell(self, moment: Moment) -> None:
         self._telling = True
         try:
-            models = self._drawn_anew()
-            known = {id(part) for model in models for part in model.modules()}
-            models += [model for model in _roots(list(self._built.values())) if id(model) not in known]
+            models = [*_roots(list(self._built.values())), *self._models.values()]
+            inner = {id(part) for model in models for part in list(model.modules())[1:]}
+            outer = [model for model in models if id(model) not in inner]
+            told = {id(model): model for model in outer if self._marks_drawn(model) or self._is_new(model)}
             self._built.clear()
             self._redrawn.clear()
-            told = {id(model): model for model in models}
             self._told.update(told)
             self._models.update(told)
-            self._treat(models, False, last)
+            self._treat(list(told.values()), moment)
         finally:
             self._telling = False
 
-    def _drawn_anew(self) -> list[nn.Module]:
-        """Models that were told before and hold what was drawn since, which is marked again."""
-        found = []
-        for model in list(self._models.values()) if self._redrawn else ():
-            drawn = [part for part in model.modules() if id(part) in self._redrawn and _convolves(part)]
-            for part in drawn:
+    def _is_new(self, model: nn.Module) -> bool:
+        return any(id(part) in self._built and _convolves(part) for part in model.modules())
+
+    def _marks_drawn(self, model: nn.Module) -> bool:
+        """Whether a part of a model was drawn anew since it was told; each of them is marked."""
+        drawn = [part for part in model.modules() if id(part) in self._redrawn] if self._redrawn else []
+        for part in drawn:
+            if MARK not in vars(part) and _convolves(part):
                 self._mark(part)
                 self._marked[id(part)] = part
-            found += [model] if drawn else []
-        return found
+        return bool(drawn)
 
-    def _tell_again(self, *, last: bool) -> None:
+    def _tell_again(self, moment: Moment) -> None:
         models = list(self._told.values())
         self._told.clear()
         self._telling = True
         try:
-            self._treat(models, True, last)
+            self._treat(models, moment)
         finally:
             self._telling = False
         for model in models:
+            self._forget_redrawn(model)
             _unmark(model.modules())
             for part in model.modules():
                 self._marked.pop(id(part), None)
@@ -237,23 +270,39 @@ def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
         yield
 
 
+@dataclass(eq=False)
+class _Replacement:
+    """An attribute that contexts replace, and what was there before the first of them."""
+
+    owner: object
+    name: str
+    before: Any
+    below: _Replacement | None  # somebody else has replaced the attribute in between
+    changes: list[Callable[..., Callable[..., None]]] = field(default_factory=list)
+    installed: Any = None
+
+    def install(self) -> None:
+        self.installed = reduce(lambda value, change: change(value), self.changes, self.before)
+        setattr(self.owner, self.name, self.installed)
+
+
 @contextmanager
 def _replaced(owner: object, name: str, change: Callable[..., Callable[..., None]]) -> Iterator[None]:
     """Context in which an attribute is changed; contexts may overlap, as those of several threads do."""
-    original, changes = _CHANGES.setdefault((owner, name), (getattr(owner, name), []))
-
-    def install() -> None:
-        setattr(owner, name, reduce(lambda value, one: one(value), changes, original))
-
-    changes.append(change)
-    install()
+    now, entry = getattr(owner, name), _REPLACED.get((owner, name))
+    if entry is None or now is not entry.installed:
+        entry = _REPLACED[owner, name] = _Replacement(owner, name, now, entry)
+    entry.changes.append(change)
+    entry.install()
     try:
         yield
     finally:
-        changes.remove(change)
-        install()
-        if not changes:
-            del _CHANGES[owner, name]
+        entry.changes.remove(change)
+        entry.install()
+        if not entry.changes and _REPLACED.get((owner, name)) is entry:
+            del _REPLACED[owner, name]
+            if entry.below is not None:
+                _REPLACED[owner, name] = entry.below
 
 
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -110,6 +110,8 @@ class History:
                 treated.append((own, sample))
                 self._after.add(f"treated before, as {own.name}", _direction(_sample(layer)))
                 parted += [(twin, own)] if (twin := self._left.find(sample)) else []
+            elif layer.obstacle is None:
+                self._after.add(f"left as it was before, as {own.name}", _direction(_sample(layer)))
             elif layer.obstacle in UNSELECTED and chosen:
                 self._after.add(f"{layer.obstacle} before, as {own.name}", _direction(sample))
             elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -266,6 +266,6 @@ def unmatched_pattern(option: str, patterns: Sequence[str], names: Collection[st
     """
     if isinstance(patterns, str):
         raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    if not isinstance(patterns, Iterable) or not all(isinstance(one, str) for one in patterns):
+    if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):
         raise InputError(f"{option}: expected a list of patterns such as ['layer4.*'], got {shown(repr(patterns))}")
     return next((one for one in patterns if not any(fnmatchcase(name, one) for name in names)), None)

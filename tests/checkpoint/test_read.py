@@ -75,6 +75,7 @@ def test_names_that_only_look_like_wrappers_are_kept(keys, tmp_path):
         pytest.param(np.float64(0.5), id="number"),
         pytest.param(np.arange(3), id="array"),
         pytest.param(datetime.datetime(2026, 1, 1), id="date"),
+        pytest.param(datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc), id="date-of-a-zone"),
         pytest.param(torch.__version__, id="version"),
     ],
 )
@@ -88,6 +89,9 @@ def test_plain_data_beside_the_weights_do_not_matter(extra, tmp_path):
 def test_settings_by_the_name_of_weights_do_not_hide_them(key, tmp_path):
     torch.save({key: {"depth": 3}, "params_ema": {}, "weights": TENSORS}, tmp_path / "a.pt")
     torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+    other = {"conv.weight": torch.zeros(1)}
+    torch.save({"model": {"a": {"b": TENSORS}}, "ema": other}, tmp_path / "c.pt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "c.pt"), TENSORS)
     torch.save({key: {"depth": 3}, "model_state_dict": TENSORS}, tmp_path / "b.pt")
     torch.testing.assert_close(read_state_dict(tmp_path / "b.pt"), TENSORS)
 

@@ -85,6 +85,11 @@ def test_what_is_left_alone(entry, reason):
 def test_what_is_doubtful_is_left_alone(weight):
     state = {"a.weight": weight.clone(), "b.weight": torch.randn(5, 3, 3, 3), "c.weight": torch.randn(64, 3, 3)}
     state |= {"d.weight": torch.randn(32, 32, 1, 3), "e.weight": torch.randn(16, 16, 5, 1)}
+    state |= {
+        "f.weight": torch.randn(3, 3, 1, 3, 3),
+        "g.weight": torch.randn(4, 4, 3, 1),
+        "h.weight": torch.rand(9, 4, 3, 3),
+    }
     layer, *convolutions = ci.initialize_(state, settings=QUICK).layers
     assert layer.reason.startswith("doubtful whether it is a convolution's weight")
     assert torch.equal(state["a.weight"], weight)

@@ -267,25 +267,54 @@ def test_settings_that_name_the_channels_ask_nothing():
 
 
 class Held:
-    """What must not be copied, for it may fill the memory."""
+    """What may fill the memory if it is copied."""
 
-    def __deepcopy__(self, memo):
-        raise AssertionError("copied")
+    def __init__(self, values):
+        self.values, self.count, self.last = [torch.empty(values, dtype=torch.uint8)], 0, None
+
+    def note(self, last):
+        self.count, self.last = self.count + 1, last
+        return last
 
 
 class Holding(nn.Module):
-    def __init__(self):
+    def __init__(self, values=2**27 + 1):
         super().__init__()
         self.first, self.norm, self.last = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
-        self.data = self.first.data = Held()
+        self.data = self.first.data = Held(values)
 
     def forward(self, x):
         return F.conv2d(self.norm(self.first(x)), self.last.weight * 2)
 
 
-def test_objects_that_the_forward_pass_does_not_name_are_not_copied(monkeypatch):
+def test_heavy_objects_that_the_forward_pass_does_not_name_are_not_copied(monkeypatch):
     copies = []
-    monkeypatch.setattr(Held, "__deepcopy__", lambda self, _: copies.append(self))
+    monkeypatch.setattr(Held, "__deepcopy__", lambda self, _: copies.append(self), raising=False)
     report = ci.initialize_(Holding(), settings=ci.Settings(steps=2))
     assert [layer.channels for layer in report.layers] == ["matched", "matched"]
     assert copies == []
+
+
+class Noting(Holding):
+    def __init__(self):
+        super().__init__(8)
+        self.noted = [self.data.note]
+
+    def forward(self, x):
+        return F.conv2d(self.norm(self.first(x)), self.noted[0](self.last.weight * 2))
+
+
+class NotingByName(Holding):
+    def __init__(self):
+        super().__init__(8)
+
+    def forward(self, x):
+        return F.conv2d(self.norm(self.first(x)), getattr(self, "da" + "ta").note(self.last.weight * 2))
+
+
+@pytest.mark.parametrize("build", [Noting, NotingByName])
+def test_objects_of_the_model_stay_as_they_were(build):
+    model = build()
+    ci.initialize_(model, settings=ci.Settings(steps=2))
+    ci.measure(model)
+    assert (model.data.count, model.data.last) == (0, None)

@@ -721,6 +721,30 @@ def test_a_module_around_a_convolution_may_mask_its_weight(build):
         ci.ConvolutionalSimilarity(model)
 
 
+class Modulated(Around):
+    def convolve(self, x):
+        return F.conv2d(x, self.conv.weight * self.mask * x.mean())
+
+    def head(self, x):
+        return x
+
+
+class Plain(Modulated):
+    def convolve(self, x):
+        return self.conv(x)
+
+    def forward(self, x):
+        return super().head(self.convolve(x))
+
+
+def test_what_a_subclass_replaces_is_not_read():
+    (layer,) = ci.initialize_(Plain(), settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (
+        ci.Outcome.INITIALIZED,
+        ci.initialize_(nn.Conv2d(4, 8, 3)).layers[0].reason,
+    )
+
+
 class MaskedFurtherOut(nn.Module):
     def __init__(self):
         super().__init__()

@@ -175,6 +175,113 @@ def test_what_changes_between_several_processes_is_left_alone_and_told(monkeypat
     assert second == "treated before, as 2 of Sequential"
 
 
+def reset_(model):
+    model.apply(lambda part: part.reset_parameters() if isinstance(part, nn.Conv2d) else None)
+
+
+def in_backward(model):
+    """Optimizers that step in the backward pass, after which no gradient is left, and a step of training by them."""
+    optimizers = {one: torch.optim.SGD([one], lr=0.1) for one in model.parameters()}
+
+    def step(one):
+        optimizers[one].step()
+        optimizers[one].zero_grad()
+
+    for one in model.parameters():
+        one.register_post_accumulate_grad_hook(step)
+    return lambda: model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_what_is_trained_by_steps_in_the_backward_pass_stays(compiled, reset):
+    torch._dynamo.reset()
+    with ci.initializing(settings=QUICK), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = network()
+        if compiled:
+            model.compile(backend="eager")
+        train = in_backward(model)
+        train()
+        if reset:
+            reset_(model)
+        train()
+        trained = copy.deepcopy(model.state_dict())
+        torch.optim.SGD(nn.Conv2d(3, 3, 3).parameters(), lr=0.1)
+    assert_equal(model, trained)
+
+
+def test_what_was_frozen_while_the_rest_trained_stays():
+    with ci.initializing(settings=QUICK):
+        model = network(nn.BatchNorm2d(8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(2, 3, 9, 9))
+        reset_(model)
+        model[0].requires_grad_(False)
+        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+        optimizer.step()
+        model[0].requires_grad_(True)
+        trained = copy.deepcopy(model.state_dict())
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert_equal(model, trained)
+
+
+def test_to_draw_what_is_computed_changes_nothing():
+    with ci.initializing(settings=QUICK):
+        model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3, bias=False)), nn.BatchNorm2d(8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+            optimizer.step()
+            reset_(model)
+        trained = copy.deepcopy(model.state_dict())
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert_equal(model, trained)
+
+
+def test_a_copy_that_is_drawn_anew_for_each_training_is_treated():
+    with ci.initializing(settings=QUICK) as reports:
+        base = network()
+        for _ in range(3):
+            model = copy.deepcopy(base)
+            reset_(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+            optimizer.step()
+    assert [
+        sum(bool(layer.after) for layer in report.layers) for report in reports if report.totals.get("initialized")
+    ] == [2] * 4  # and the first one, which was never trained
+
+
+def test_layers_that_cannot_be_treated_are_none_that_another_process_sent(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with ci.initializing(settings=QUICK) as reports:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 1, 3), nn.Conv2d(1, 8, 1))
+        nn.init.zeros_(model[3].weight)
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(1, 3, 9, 9))
+    assert len(reports) == 1
+
+
+def test_patches_of_others_stay(monkeypatch):
+    calls = []
+    with ci.initializing(settings=QUICK):
+        init = nn.Module.__init__
+
+        def patched(module, *args, **kwargs):
+            calls.append(1)
+            init(module, *args, **kwargs)
+
+        monkeypatch.setattr(nn.Module, "__init__", patched)
+        with ci.initializing(settings=QUICK):
+            nn.ReLU()
+        nn.ReLU()
+        assert nn.Module.__init__ is patched
+        monkeypatch.undo()
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("way", ["module", "function", "export"])
 def test_models_can_be_compiled_and_exported(way):
     torch._dynamo.reset()

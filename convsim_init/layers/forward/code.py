@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial, partialmethod
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -20,7 +20,6 @@ CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {call.__name__ for call in CONVOLUTIONS}
-INTERNAL = vars(nn.Module()).keys()
 MOST_CODE = 1000  # functions that a forward pass is followed into
 HANDED_OUT = {"weight", "parameters", "named_parameters"}  # what may take a weight out of a convolution
 WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
@@ -61,10 +60,10 @@ class ForwardCode:
                 inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
                 known = [function.__globals__.get(name) for name in one.co_names]
                 modules = [one for one in known if isinstance(one, ModuleType)]
-                bases = [cls for cls in kind.__mro__ if "super" in one.co_names or any(cls is value for value in known)]
                 for name in one.co_names:
-                    known += [getattr(owner, name, None) for owner in (kind, *bases)]
-                    known += [vars(module).get(name) for module in modules]
+                    known += [getattr(kind, name, None), *(vars(module).get(name) for module in modules)]
+                for name in _asked_of_bases(one, kind.__mro__):
+                    known += [vars(base).get(name) for base in kind.__mro__]
                 pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
             self._codes += inner
 
@@ -111,20 +110,6 @@ def names_of(parts: Iterable[nn.Module]) -> set[str]:
     return set().union(*(code.names for code in {forward_code(part) for part in parts}))
 
 
-def is_none_of_the_forward_pass(part: nn.Module, name: str, names: Set[str]) -> bool:
-    """Whether an attribute of a module is an object that its forward pass does not name.
-
-    Such as a trainer or a data set, which may fill the memory and is not copied for a trace or a trial.
-
-    Args:
-        part: Module.
-        name: Name of the attribute.
-        names: Names in the code of all forward passes that might use it.
-    """
-    known = name in names or name in INTERNAL or hasattr(type(part), "__deepcopy__")
-    return not (known or isinstance(vars(part)[name], (nn.Module, Tensor, torch.Generator, dict, list, tuple, set)))
-
-
 _code_of = lru_cache(maxsize=1024)(ForwardCode)
 
 
@@ -143,6 +128,19 @@ def _functions(value: object) -> list[FunctionType]:
             pending.append(getattr(one, "__wrapped__", None))
             with suppress(ValueError):  # a cell that is empty yet
                 pending += [cell.cell_contents for cell in one.__closure__ or ()]
+    return found
+
+
+def _asked_of_bases(code: CodeType, bases: Iterable[type]) -> set[str]:
+    """The names that code looks up by ``super()``, or on a class that it names."""
+    owners = {"super", *(base.__name__ for base in bases)}
+    found, asking = set[str](), False
+    for step in dis.get_instructions(code):
+        if step.opname == "LOAD_SUPER_ATTR" or (asking and step.opname in ("LOAD_ATTR", "LOAD_METHOD")):
+            found.add(str(step.argval))
+            asking = False
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME"):
+            asking = asking or step.argval in owners
     return found
 
 

@@ -11,8 +11,10 @@ import copy
 import random
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED, is_none_of_the_forward_pass, names_of
+from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED, names_of
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
+
+
+HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
 class NoConvolutionError(RuntimeError):
@@ -127,7 +132,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     It runs where it is, because hooks and closures may know its tensors and their memory: values,
     attributes, gradients and hooks are noted before, and put back in place at the end. What attributes
-    hold and the forward pass names is a copy meanwhile. One thread at a time.
+    hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
     """
     parts = list(module.modules())
     tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
@@ -136,17 +141,13 @@ def isolated(module: nn.Module) -> Iterator[None]:
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
         noted = [_noted(tensor) for tensor in tensors]
-        names, hooked = names_of(parts), any(part._forward_pre_hooks for part in parts)  # hooks may use anything
         TRIALS.append(module)
         try:
             memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
             for part in parts:
-                used = {
-                    name: value
-                    for name, value in vars(part).items()
-                    if hooked or not is_none_of_the_forward_pass(part, name, names)
-                }
-                vars(part).update({name: copied(value, memo) for name, value in used.items()} | {"training": False})
+                heavy = heavy_attributes(part, parts)
+                used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
+                vars(part).update(used | {"training": False})
             vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
             yield
         finally:
@@ -190,6 +191,41 @@ def _tensors(part: nn.Module) -> Iterator[Tensor]:
     for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
         if isinstance(value, Tensor):
             yield value
+
+
+def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
+    """Attributes of a module that no forward pass names and a copy of which might fill the memory.
+
+    Such as a trainer, or a data set.
+
+    Args:
+        part: Module.
+        parts: All modules whose forward passes might use the attributes.
+    """
+    found = {name for name, value in vars(part).items() if _is_heavy(value)}
+    return found - names_of(parts) if found else found
+
+
+def _is_heavy(value: object) -> bool:
+    """Whether an object leads to many others or to large tensors and arrays."""
+    if isinstance(value, (Tensor, dict, list, tuple, set)) or not hasattr(value, "__dict__"):
+        return False
+    size, known, pending = 0, set[int](), list[object]([value])
+    for one in pending:
+        if id(one) in known or isinstance(one, (nn.Module, type, FunctionType, MethodType, ModuleType)):
+            continue
+        known.add(id(one))
+        if isinstance(one, (Tensor, np.ndarray)):
+            size += one.nbytes if isinstance(one, np.ndarray) or one.layout is torch.strided else 0
+        elif isinstance(one, Mapping):
+            pending += one.values() if isinstance(one, dict) else ()
+        elif isinstance(one, (list, tuple, set, deque)):
+            pending += one
+        else:
+            pending += getattr(one, "__dict__", {}).values()
+        if size > HEAVY or len(pending) > MANY:
+            return True
+    return False
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
