@@ -242,7 +242,7 @@ def initializing(
     Examples:
         >>> with ci.initializing(exclude=["0"]) as reports:
         ...     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
-        ...     _ = model.apply(lambda part: nn.init.dirac_(part.weight) if isinstance(part, nn.Conv2d) else None)
+        ...     _ = model.apply(lambda part: nn.init.xavier_normal_(part.weight) if hasattr(part, "weight") else None)
         >>> [(report.model, report.totals["initialized"]) for report in reports]
         [('Sequential', 1)]
     """
