@@ -253,7 +253,8 @@ def initializing(
 
     def treat(models: Sequence[nn.Module], moment: Moment) -> None:
         again = moment in (Moment.FORWARD, Moment.STEP)
-        names.extend(layer.name for model in models for layer in find_layers(model, read_only=True) if not again)
+        if (include, exclude) != ((), ()) and not again:
+            names.extend(layer.name for model in models for layer in find_layers(model, read_only=True))
         if names and moment is not Moment.OPTIMIZER:  # others may follow
             try:
                 check_patterns("include", include, names)

@@ -6,9 +6,8 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from enum import Enum
-from functools import reduce, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from convsim_init.errors import InputError
 from convsim_init.layers.forward.standardized import find_call
 from convsim_init.layers.forward.trial import TRIALS
 from convsim_init.layers.memory import has_no_data
+from convsim_init.models.patching import replaced
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
@@ -39,7 +39,6 @@ class Moment(Enum):
 
 Treat = Callable[[Sequence[nn.Module], Moment], None]
 _OPEN = set[str]()  # contexts: what is loaded from a file may have been drawn in another one
-_REPLACED: dict[tuple[object, str], _Replacement] = {}
 _Modules = weakref.WeakValueDictionary[int, nn.Module]  # by their ids: they need not be hashable
 
 
@@ -74,12 +73,12 @@ class Construction:
 
     def __enter__(self) -> Construction:
         _OPEN.add(self._token)
-        self._undo.enter_context(_replaced(nn.Module, "__init__", self._marking))
-        self._undo.enter_context(_replaced(nn.Module, "__setstate__", self._recording))  # of a copy
+        self._undo.enter_context(replaced(nn.Module, "__init__", self._marking))
+        self._undo.enter_context(replaced(nn.Module, "__setstate__", self._recording))  # of a copy
         self._undo.enter_context(noting_loaded(self._leave))
-        self._undo.enter_context(_replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
-        self._undo.enter_context(_replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
-        self._undo.enter_context(_replaced(torch.autograd, "backward", self._marking_trained))
+        self._undo.enter_context(replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
+        self._undo.enter_context(replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
+        self._undo.enter_context(replaced(torch.autograd, "backward", self._marking_trained))
         self._undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         return self
 
@@ -88,7 +87,7 @@ class Construction:
         self._window.close()
         try:
             if kind is None:
-                before, self._told = self._told, _Modules()
+                before, self._told = self._told, _Modules()  # patterns are checked once all models are known
                 self._tell(Moment.END)
                 self._told = before
                 self._tell_again(Moment.FORWARD)
@@ -182,10 +181,14 @@ class Construction:
     def _tell(self, moment: Moment) -> None:
         self._telling = True
         try:
-            models = [*_roots(list(self._built.values())), *self._models.values()]
+            roots = _roots(list(self._built.values()))
+            models, new = [*roots, *self._models.values()], set(map(id, roots))
             inner = {id(part) for model in models for part in list(model.modules())[1:]}
-            outer = [model for model in models if id(model) not in inner]
-            told = {id(model): model for model in outer if self._marks_drawn(model) or self._is_new(model)}
+            told = {
+                id(model): model
+                for model in models
+                if id(model) not in inner and (self._marks_drawn(model) or not new.isdisjoint(map(id, model.modules())))
+            }
             self._built.clear()
             self._redrawn.clear()
             self._told.update(told)
@@ -193,9 +196,6 @@ class Construction:
             self._treat(list(told.values()), moment)
         finally:
             self._telling = False
-
-    def _is_new(self, model: nn.Module) -> bool:
-        return any(id(part) in self._built and _convolves(part) for part in model.modules())
 
     def _marks_drawn(self, model: nn.Module) -> bool:
         """Whether a part of a model was drawn anew since it was told; each of them is marked."""
@@ -266,43 +266,8 @@ def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
 
         return noted
 
-    with _replaced(nn.Module, "_load_from_state_dict", noting), _replaced(_ConvNd, "__init__", noting_meta):
+    with replaced(nn.Module, "_load_from_state_dict", noting), replaced(_ConvNd, "__init__", noting_meta):
         yield
-
-
-@dataclass(eq=False)
-class _Replacement:
-    """An attribute that contexts replace, and what was there before the first of them."""
-
-    owner: object
-    name: str
-    before: Any
-    below: _Replacement | None  # somebody else has replaced the attribute in between
-    changes: list[Callable[..., Callable[..., None]]] = field(default_factory=list)
-    installed: Any = None
-
-    def install(self) -> None:
-        self.installed = reduce(lambda value, change: change(value), self.changes, self.before)
-        setattr(self.owner, self.name, self.installed)
-
-
-@contextmanager
-def _replaced(owner: object, name: str, change: Callable[..., Callable[..., None]]) -> Iterator[None]:
-    """Context in which an attribute is changed; contexts may overlap, as those of several threads do."""
-    now, entry = getattr(owner, name), _REPLACED.get((owner, name))
-    if entry is None or now is not entry.installed:
-        entry = _REPLACED[owner, name] = _Replacement(owner, name, now, entry)
-    entry.changes.append(change)
-    entry.install()
-    try:
-        yield
-    finally:
-        entry.changes.remove(change)
-        entry.install()
-        if not entry.changes and _REPLACED.get((owner, name)) is entry:
-            del _REPLACED[owner, name]
-            if entry.below is not None:
-                _REPLACED[owner, name] = entry.below
 
 
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:

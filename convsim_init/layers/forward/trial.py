@@ -27,8 +27,6 @@ from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED, names_of
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
-
-
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
