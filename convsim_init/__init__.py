@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.checkpoint.load_report import LoadReport
     from convsim_init.checkpoint.save import save_checkpoint
+    from convsim_init.context import initializing
     from convsim_init.errors import InputError, RunError
     from convsim_init.functional.similarity import convolutional_similarity
-    from convsim_init.initialize import convsim_, initialize_, initializing
+    from convsim_init.initialize import convsim_, initialize_
     from convsim_init.metrics.measure import measure
     from convsim_init.metrics.observed import measure_feature_correlation
     from convsim_init.models.build import build_model
@@ -44,7 +45,7 @@ _HOMES = {
     "convsim_": "initialize",
     "draw_base_": "schemes.draw",
     "initialize_": "initialize",
-    "initializing": "initialize",
+    "initializing": "context",
     "load_checkpoint": "checkpoint.load",
     "measure": "metrics.measure",
     "measure_feature_correlation": "metrics.observed",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,25 +22,21 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
 )
-from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unselected, unwrap
+from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unwrap
 from convsim_init.layers.forward.trial import LIVE
-from convsim_init.layers.names import bare_name
 from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
-from convsim_init.models.construction import Construction, Moment, UnmatchedError, left_alone
-from convsim_init.models.copies import History, sample_layers
+from convsim_init.models.copies import HISTORIES, History, sample_layers
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
-from convsim_init.parallel.processes import Ranks, of_several_processes
+from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
-from convsim_init.report.report import LayerReport, Outcome, Report, check_patterns
+from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.settings import Settings, check_settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
-HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
-RECEIVED = "changed after the optimizer was made, in this process or by another one"
 NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
 
 
@@ -155,10 +150,10 @@ def initialize_(
     """
     settings = check_settings(settings)
     layers = find_layers(model, include, exclude)
-    return _initialize(model, layers, settings, device, progress=progress, group=group)
+    return initialize_layers(model, layers, settings, device, progress=progress, group=group)
 
 
-def _initialize(
+def initialize_layers(
     model: nn.Module | Mapping[str, object],
     layers: Sequence[Layer],
     settings: Settings,
@@ -195,97 +190,6 @@ def _initialize(
     noted = [history.note(name, layers, before, result, chosen=history is not within) for history in HISTORIES]
     result.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
     return result
-
-
-@contextmanager
-def initializing(
-    *,
-    settings: Settings | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    device: torch.device | str | None = None,
-    on_report: Callable[[Report], None] | None = None,
-) -> Iterator[list[Report]]:
-    """Context in which every model that is built is initialized as by `initialize_`.
-
-    It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
-    is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
-    begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not
-    where several processes of `torch.distributed` run, since it may have come from another one. What
-    ``reset_parameters`` draws anew later is treated before the next optimizer. Treated are the convolutions that were
-    drawn in the context. Left alone are those built before it, on the meta device, in a context within it, treated by
-    `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint loaded
-    at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was made,
-    as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
-    ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude
-    them. A copy that is left alone, such as a target network, is named in a remark where what it was copied from was
-    treated. Processes that are started in the context are not part of it, and models are to be built and trained by one
-    thread.
-
-    If the context ends with an exception, nothing is treated then.
-
-    Args:
-        settings: Optimization settings. Default: `Settings()`.
-        include: Shell patterns of layer names; where any are given, others are left alone.
-        exclude: Shell patterns of layer names to leave alone. A model is a module that is part of no other one, and
-            its layers' names start there.
-        device: Device to compute on. Default: that of each weight.
-        on_report: Function to call with each report once it is there.
-
-    Yields:
-        The reports, one for each model, which are there once it is treated; ``model`` is the name of its class.
-
-    Raises:
-        InputError: If a pattern matches no layer of the models: at the first forward pass after an optimizer was made,
-            or when the context ends.
-
-    Examples:
-        >>> with ci.initializing(exclude=["0"]) as reports:
-        ...     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
-        ...     _ = model.apply(lambda part: nn.init.xavier_normal_(part.weight) if hasattr(part, "weight") else None)
-        >>> [(report.model, report.totals["initialized"]) for report in reports]
-        [('Sequential', 1)]
-    """
-    checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
-
-    def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
-        return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
-
-    def treat(models: Sequence[nn.Module], moment: Moment) -> None:
-        again = moment in (Moment.FORWARD, Moment.STEP)
-        if (include, exclude) != ((), ()) and not again:
-            names.extend(layer.name for model in models for layer in find_layers(model, read_only=True))
-        if names and moment is not Moment.OPTIMIZER:  # others may follow
-            try:
-                check_patterns("include", include, names)
-                check_patterns("exclude", exclude, names)
-            except InputError as error:
-                raise UnmatchedError(str(error)) from None
-        for model in models:
-            parts = {bare_name(name): part for name, part in unwrap(model).named_modules()}
-            layers = find_layers(model, obstacle=partial(obstacle, parts))
-            drawn = [layer for layer in layers if layer.obstacle is None]
-            if again and not drawn:
-                continue
-            if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
-                for layer in drawn:
-                    layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
-            report = _initialize(model, layers, checked, device, within=history)
-            if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
-                continue
-            report.model = type(unwrap(model)).__name__
-            if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
-                continue
-            reports.append(report)
-            if on_report is not None:
-                on_report(report)
-
-    HISTORIES.append(history)
-    try:
-        with Construction(treat):
-            yield reports
-    finally:
-        HISTORIES.remove(history)
 
 
 @torch.no_grad()

@@ -90,7 +90,8 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     records = Records(options.out / "runs.csv")
     trainer = Trainer(tasks, records, options.device)
-    rounds = len(options.rates) * options.tuning_seeds + options.seeds
+    tuning = len(options.rates) * options.tuning_seeds if len(options.rates) > 1 else 0
+    rounds = tuning + options.seeds
     with tqdm(total=rounds * len(cases) * len(options.arms), unit="run", smoothing=0.05) as trainer.bar:
         for case in cases:
             best = {arm: trainer.best_rate(case, arm, options.rates, options.tuning_seeds) for arm in options.arms}

@@ -68,7 +68,7 @@ def run(
     if not is_module and not Path(script).is_file():
         raise InputError(f"expected a Python file to run, got {script!r}, which is none: check the path")
     with exit_on_signal():
-        from convsim_init.initialize import initializing
+        from convsim_init.context import initializing
         from convsim_init.models.construction import UnmatchedError
 
     def tell(report: Report) -> None:

@@ -123,6 +123,9 @@ class History:
         return copies_remark([(a.name, b.name) for a, b in parted if a.memory != b.memory])  # else it was frozen then
 
 
+HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
+
+
 def sample_layers(layers: Sequence[Layer]) -> list[Sample | None]:
     """Some sums of each layer's weight; None where it cannot be read."""
     return [_sample(layer) for layer in layers]

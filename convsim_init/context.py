@@ -1,0 +1,111 @@
+"""`initializing`: the models that somebody else's code builds are initialized before it trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from convsim_init.errors import InputError
+from convsim_init.initialize import initialize_layers
+from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unselected, unwrap
+from convsim_init.layers.names import bare_name
+from convsim_init.models.construction import Construction, Moment, UnmatchedError, left_alone
+from convsim_init.models.copies import HISTORIES, History
+from convsim_init.parallel.processes import of_several_processes
+from convsim_init.report.report import Report, check_patterns
+from convsim_init.settings import Settings, check_settings
+
+RECEIVED = "changed after the optimizer was made, in this process or by another one"
+
+
+@contextmanager
+def initializing(
+    *,
+    settings: Settings | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    on_report: Callable[[Report], None] | None = None,
+) -> Iterator[list[Report]]:
+    """Context in which every model that is built is initialized as by `initialize_`.
+
+    It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
+    is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
+    begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not
+    where several processes of `torch.distributed` run, since it may have come from another one. What
+    ``reset_parameters`` draws anew later is treated before the next optimizer. Treated are the convolutions that were
+    drawn in the context. Left alone are those built before it, on the meta device, in a context within it, treated by
+    `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint loaded
+    at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was made,
+    as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
+    ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude
+    them. A copy that is left alone, such as a target network, is named in a remark where what it was copied from was
+    treated. Processes that are started in the context are not part of it, and models are to be built and trained by one
+    thread.
+
+    If the context ends with an exception, nothing is treated then.
+
+    Args:
+        settings: Optimization settings. Default: `Settings()`.
+        include: Shell patterns of layer names; where any are given, others are left alone.
+        exclude: Shell patterns of layer names to leave alone. A model is a module that is part of no other one, and
+            its layers' names start there.
+        device: Device to compute on. Default: that of each weight.
+        on_report: Function to call with each report once it is there.
+
+    Yields:
+        The reports, one for each model, which are there once it is treated; ``model`` is the name of its class.
+
+    Raises:
+        InputError: If a pattern matches no layer of the models: at the first forward pass after an optimizer was made,
+            or when the context ends.
+
+    Examples:
+        >>> with ci.initializing(exclude=["0"]) as reports:
+        ...     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        ...     _ = model.apply(lambda part: nn.init.xavier_normal_(part.weight) if hasattr(part, "weight") else None)
+        >>> [(report.model, report.totals["initialized"]) for report in reports]
+        [('Sequential', 1)]
+    """
+    checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
+
+    def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
+        return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
+
+    def treat(models: Sequence[nn.Module], moment: Moment) -> None:
+        again = moment in (Moment.FORWARD, Moment.STEP)
+        if (include, exclude) != ((), ()) and not again:
+            names.extend(layer.name for model in models for layer in find_layers(model, read_only=True))
+        if names and moment is not Moment.OPTIMIZER:  # others may follow
+            try:
+                check_patterns("include", include, names)
+                check_patterns("exclude", exclude, names)
+            except InputError as error:
+                raise UnmatchedError(str(error)) from None
+        for model in models:
+            parts = {bare_name(name): part for name, part in unwrap(model).named_modules()}
+            layers = find_layers(model, obstacle=partial(obstacle, parts))
+            drawn = [layer for layer in layers if layer.obstacle is None]
+            if again and not drawn:
+                continue
+            if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
+                for layer in drawn:
+                    layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
+            report = initialize_layers(model, layers, checked, device, within=history)
+            if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
+                continue
+            report.model = type(unwrap(model)).__name__
+            reports.append(report)
+            if on_report is not None:
+                on_report(report)
+
+    HISTORIES.append(history)
+    try:
+        with Construction(treat):
+            yield reports
+    finally:
+        HISTORIES.remove(history)
