@@ -139,7 +139,7 @@ def initialize_(
 
     Raises:
         InputError: If there is no convolution, a pattern matches none, or the processes of the group do not start from
-            the same weights.
+            the same weights and settings.
         RunError: If one of them has died.
 
     Examples:
@@ -168,7 +168,7 @@ def initialize_layers(
     _check_device(device)
     before = sample_layers(layers) if HISTORIES else []
     ranks = Ranks(group)
-    own = own_layers(layers, ranks)
+    own = own_layers(layers, settings, ranks)
     twins = frozen_twins(layers)
     decided, unknown = decide_channels(model, layers, settings)
     costs = {layer.name: cost(layer) for layer in own}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from convsim_init.backends.gradient import Layout, summed_similarity
@@ -90,7 +91,16 @@ class ConvolutionalSimilarity:
         return list(self._modules)
 
     def __call__(self) -> Tensor:
-        """The sum, a scalar on the device of the first layer that counts; differentiable once."""
+        """The sum, a scalar on the device of the first layer that counts; differentiable once.
+
+        ``torch.compile`` calls it as it is, between the graphs that it makes of the rest.
+        """
+        if not torch.compiler.is_compiling():
+            return self._sum()
+        total: Tensor = torch.compiler.disable(self._sum)()  # type: ignore[no-untyped-call]
+        return total
+
+    def _sum(self) -> Tensor:
         modules = self._modules.values()
         return summed_similarity(
             [used_weight(module).compute() for module in modules],

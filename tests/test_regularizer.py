@@ -104,13 +104,18 @@ def test_defaults_of_the_caller_do_not_matter(normalized):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_training_step_can_hold_it():
-    model = nn.Conv2d(3, 6, 3)
-    term = ci.ConvolutionalSimilarity(model)
-    compiled = torch.compile(lambda: 2 * term(), backend="eager")
-    (expected,) = torch.autograd.grad(2 * term(), model.weight)
-    (found,) = torch.autograd.grad(compiled(), model.weight)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("error:.*(cache|not know how to trace)")
+def test_a_compiled_training_step_can_hold_it(backend):
+    model = nn.Sequential(nn.Conv2d(3, 6, 5), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 8, 3, groups=2))
+    model.append(parametrizations.weight_norm(nn.Conv2d(8, 8, 1, groups=2)))
+    term, x = ci.ConvolutionalSimilarity(model, normalized=True), torch.randn(2, 3, 9, 9)
+
+    def loss():
+        return model(x).square().mean() + 2 * term()
+
+    compiled = torch.compile(loss, backend=backend)
+    expected, found = (torch.autograd.grad(one(), list(model.parameters())) for one in (loss, compiled))
     torch.testing.assert_close(found, expected)
 
 

@@ -126,7 +126,7 @@ def _value_and_gradient(
 
 def _has_memory(weight: Tensor) -> bool:
     """Whether there is memory that a kernel could read: what only stands for a tensor has none."""
-    return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
+    return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _scaled(gradients: list[Tensor], outer: Tensor) -> Sequence[Tensor]:

@@ -9,7 +9,6 @@ Letters: T taps a kernel, N points of the lattice, g groups, c input channels, M
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -45,7 +44,9 @@ def real_fourier_basis(
         ``[N, T]`` for N points: F rows of cosines, the constant first, then N - F rows of sines. Rows carry the fourth
         root of their Parseval weight, so that the inner product of two power spectra is an energy.
     """
-    return _basis(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)), dtype, device)
+    # torch.compile warns of caches, and what a mode such as FakeTensorMode makes is of no use outside it.
+    make = _basis.__wrapped__ if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor else _basis
+    return make(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)), dtype, device)
 
 
 class Halves:
@@ -159,8 +160,8 @@ def _parity_rotation(taps: int) -> Tensor:
 def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     points = math.prod(lattice)
     # In this order the last frequency mirrors the first, and so on: one half, from the zero in the middle, is enough.
-    frequencies = _product([range(-(n // 2), n // 2 + 1) for n in lattice])[points // 2 :]  # [F, rank]
-    taps = _product([range(k) for k in kernel_size])  # [T, rank]
+    frequencies = _grid([-(n // 2) for n in lattice], lattice)[points // 2 :]  # [F, rank]
+    taps = _grid([0] * len(kernel_size), kernel_size)  # [T, rank]
     turns = frequencies / torch.tensor(lattice, dtype=torch.float64, device="cpu")
     phase = 2 * math.pi * turns @ (taps - taps.mean(0)).T  # [F, T]
     basis: Tensor = torch.cat([phase.cos(), phase[1:].sin()]) * (2 / points) ** 0.25
@@ -168,7 +169,9 @@ def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.
     return basis.to(device, dtype)
 
 
-def _product(axes: Sequence[range]) -> Tensor:
-    return torch.tensor(list(itertools.product(*axes)), dtype=torch.float64, device="cpu").reshape(
-        math.prod(map(len, axes)), -1
-    )
+def _grid(starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """All points of a lattice, a row each; made by PyTorch alone, because torch.compile may have symbols for sizes."""
+    axes = [torch.arange(n, dtype=torch.float64, device="cpu") + start for start, n in zip(starts, sizes, strict=True)]
+    if not axes:
+        return torch.zeros(1, 0, dtype=torch.float64, device="cpu")
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)

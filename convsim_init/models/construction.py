@@ -150,7 +150,8 @@ class Construction:
             parts = {id(part) for name, part in named if "parametrizations" not in name.split(".")}
 
             def before_call(module: nn.Module, _: object) -> None:
-                if torch.compiler.is_compiling():  # a pass that is traced may not end the window: a step will
+                tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+                if tracing or torch.compiler.is_compiling():  # such a pass may not end the window: a step will
                     return
                 if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
                     self._window.close()

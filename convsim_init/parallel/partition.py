@@ -12,19 +12,20 @@ from convsim_init.errors import InputError
 from convsim_init.layers.find import Layer
 from convsim_init.parallel.processes import Ranks
 from convsim_init.report.report import LayerReport
+from convsim_init.settings import Settings
 
 OVERHEAD = 25_000  # weights that take as long as the fixed cost of a layer; measured
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def own_layers(layers: Sequence[Layer], ranks: Ranks) -> list[Layer]:
+def own_layers(layers: Sequence[Layer], settings: Settings, ranks: Ranks) -> list[Layer]:
     """The layers that this rank treats, the largest first.
 
     Raises:
-        InputError: If the ranks do not start from the same layers and weights.
+        InputError: If the ranks do not start from the same layers, weights and settings.
     """
     if ranks.size > 1:
-        _check_alike(layers, ranks)
+        _check_alike(layers, settings, ranks)
     owners = deal([cost(layer) for layer in layers], ranks.size)
     own = [layer for layer, owner in zip(layers, owners, strict=True) if owner == ranks.rank]
     return sorted(own, key=lambda layer: -math.prod(layer.shape))
@@ -74,9 +75,14 @@ def deal(costs: Sequence[float], workers: int) -> list[int]:
     return owners
 
 
-def _check_alike(layers: Sequence[Layer], ranks: Ranks) -> None:
-    first, *others = ranks.exchange([_fingerprint(layer) for layer in layers])
-    for rank, other in enumerate(others, 1):
+def _check_alike(layers: Sequence[Layer], settings: Settings, ranks: Ranks) -> None:
+    (first_settings, first), *others = ranks.exchange((settings, [_fingerprint(layer) for layer in layers]))
+    for rank, (own_settings, other) in enumerate(others, 1):
+        if own_settings != first_settings:
+            raise InputError(
+                f"group: expected the same settings in every rank, got {own_settings} in rank {rank} and "
+                f"{first_settings} in rank 0"
+            )
         if [about for about, _ in other] != [about for about, _ in first]:
             raise InputError(f"group: expected the same model in every rank, got another in rank {rank} than in rank 0")
         for (about, sums), (_, sums_of_other) in zip(first, other, strict=True):

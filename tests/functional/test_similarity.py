@@ -6,6 +6,7 @@ import math
 import naive
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import filter_bank
@@ -163,6 +164,24 @@ def test_memory_does_not_grow_with_the_square_of_the_filters(monkeypatch):
         with Watch():
             convolutional_similarity(weight, pairs=pairs, channels=channels, normalized=True)
     assert largest <= 25 * 2 * 4096
+
+
+@pytest.mark.filterwarnings("error:.*cache")
+def test_it_can_be_compiled_for_several_sizes():
+    compiled = torch.compile(convolutional_similarity, backend="aot_eager", fullgraph=True)
+    for shape in [(8, 3, 3, 3), (8, 3, 5, 5), (8, 3, 7, 5), (6, 2, 9)]:
+        weight = torch.randn(shape)
+        torch.testing.assert_close(compiled(weight), convolutional_similarity(weight))
+
+
+def test_what_stands_for_tensors_leaves_nothing_behind():
+    shape = (3, 2, 5, 11)  # a size that nothing else here has
+    with FakeTensorMode():
+        assert convolutional_similarity(torch.randn(shape)).shape == ()
+    weight = torch.randn(shape)
+    torch.testing.assert_close(
+        convolutional_similarity(weight), naive.convolutional_similarity(weight), rtol=1e-5, atol=0
+    )
 
 
 def test_a_bank_shares_memory_with_its_weight():

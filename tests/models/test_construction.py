@@ -282,7 +282,8 @@ def test_patches_of_others_stay(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("way", ["module", "function", "export"])
+@pytest.mark.parametrize("way", ["module", "function", "export", "trace"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_models_can_be_compiled_and_exported(way):
     torch._dynamo.reset()
     x = torch.randn(2, 3, 9, 9)
@@ -292,6 +293,8 @@ def test_models_can_be_compiled_and_exported(way):
         torch.optim.SGD(model.parameters(), lr=0.1)
         if way == "export":
             found = torch.export.export(model, (x,)).module()(x)
+        elif way == "trace":
+            found = torch.jit.trace(model, x)(x)
         elif way == "module":
             found = torch.compile(model, backend="aot_eager")(x)
         else:

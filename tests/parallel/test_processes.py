@@ -368,9 +368,9 @@ else:
     else:
         raise AssertionError
 
-def refused(other, why):
+def refused(other, why, settings=None):
     try:
-        ci.initialize_(other, group=dist.group.WORLD)
+        ci.initialize_(other, settings=settings, group=dist.group.WORLD)
     except ci.InputError as error:
         assert why in str(error)
     else:
@@ -380,6 +380,7 @@ refused(drawn(nets.wide if rank == 2 else nets.small), "another in rank 2 than i
 other = drawn(nets.small)
 other[2].weight.data[0] *= 1 + rank // 2
 refused(other, "the same weights, got others for '2' in rank 2 than in rank 0")
+refused(drawn(nets.small), "the same settings", ci.Settings(steps=3 + rank))
 if rank == 1:
     ci.initialize_(other)  # talks to nobody
 dist.barrier()
