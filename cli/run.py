@@ -25,6 +25,8 @@ from .options import Loaded, ModelOptions, is_file, load
 from .signals import exit_on_signal
 from .terminal import stdout_for_results
 
+UNTREATED = "no convolution was treated: the weights are as they were"
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -83,7 +85,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         from convsim_init.initialize import initialize_, plan
         from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.models.hub import describe
-        from convsim_init.schemes.calibrate import calibrate_
+        from convsim_init.schemes.calibrate import scale_layers
         from convsim_init.schemes.draw import draw_base_
 
         if choices.settings.optimizer == "adam":
@@ -116,8 +118,11 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         if choices.calibrate is not None:
             if not isinstance(network, torch.nn.Module):
                 raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
-            factors = calibrate_(network, input_shape=choices.calibrate, include=choices.include, exclude=exclude)
+            factors, left = scale_layers(
+                network, input_shape=choices.calibrate, include=choices.include, exclude=exclude
+            )
             report = report.with_factors(factors)
+            report.remarks += [f"not scaled: {some(names)}: {reason}" for reason, names in left.items()]
             report.calibrated = list(choices.calibrate)
         if before is not None:
             after = take_snapshot("after", network)
@@ -129,7 +134,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     if choices.dry_run or error is not None:
         return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
     if not any(layer.after or layer.factor for layer in report.layers):
-        report.remarks.append("no convolution was treated: the weights are as they were")
+        report.remarks.append(UNTREATED)
     if run.out is not None:
         checkpoint = checkpoint_contents(
             network,

@@ -312,5 +312,5 @@ def _hindrance(bank: Tensor, settings: Settings) -> tuple[Outcome, str] | None:
 def _obstacle(bank: Tensor, settings: Settings) -> str | None:
     """Why the similarity of a bank ``[G, M, C, *kernel_size]`` cannot be lowered with these settings."""
     if settings.compared_channels == "all" and settings.norm == "preserve" and math.prod(bank.shape[3:]) == 1:
-        return "with channels all the filters' norms alone fix the similarity of kernels of one tap"
+        return "kernels of one tap, compared over all channels: at fixed norms there is nothing to lower"
     return pair_obstacle(bank)

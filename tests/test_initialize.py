@@ -80,7 +80,6 @@ def test_every_kind_of_convolution_is_treated_and_keeps_its_norms():
         (nn.Conv2d(4, 4, 3).requires_grad_(False), "frozen"),
         (nn.LazyConv2d(4, 3), "run a forward pass first"),
         (nn.Conv2d(4, 4, 3, device="meta"), "meta device"),
-        (nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), "spectral_norm"),
         (nn.Conv2d(4, 4, 3, dtype=torch.complex64), "torch.complex64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -352,8 +351,10 @@ def test_parametrized_weight_norm_is_treated():
     assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"]
 
 
-def test_spectral_norm_keeps_another_weight_and_the_report_says_so():
-    module = parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+@pytest.mark.parametrize("spectral_norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_spectral_norm_keeps_another_weight_and_the_report_says_so(spectral_norm):
+    module = spectral_norm(nn.Conv2d(3, 8, 3))
     (layer,) = ci.initialize_(module, settings=ci.Settings(steps=20)).layers
     assert layer.outcome is ci.Outcome.APPROXIMATED
     assert "differs by" in layer.reason

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
+from convsim_init.errors import InputError
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
+from convsim_init.report.text import PATH, shown
 
 from ..completion import complete_layers, complete_models
-from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
+from ..options import Loaded, ModelOptions, check_sources, is_file, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
 from ..terminal import needs_stdout, show_table, stdout_for_results
 
@@ -51,7 +55,8 @@ def compare(
     """Show models or checkpoints side by side: their measures layer by layer, and in what they differ.
 
     A, B and so on are each a checkpoint (.safetensors, .pt, .pth) or a MODEL as `convsim-init --help` describes it; the
-    options for a MODEL go for each of them. What the measures mean, `convsim-init inspect --help` says.
+    options for a MODEL go for each of them. A checkpoint that loads into one of the MODELs is read as its weights. What
+    the measures mean, `convsim-init inspect --help` says.
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
@@ -64,7 +69,7 @@ def compare(
         from convsim_init.metrics import compare as comparison
 
     with stdout_for_results():
-        loaded = [load(spec, how, like, key) for spec in specs]
+        loaded = _load_all(specs, how, like, key)
         compared = comparison.compare([(one.name, one.content) for one in loaded])
     for snapshot, one in zip(compared.snapshots, loaded, strict=True):
         snapshot.report.remarks += one.remarks
@@ -77,3 +82,16 @@ def compare(
         click.echo(json.dumps(compared.to_dict(), indent=2))
     else:
         show_table(compared.table)
+
+
+def _load_all(specs: Sequence[str], how: ModelOptions, like: str | None, key: str | None) -> list[Loaded]:
+    """What is compared; a file that loads strictly into a model beside it as that model, which knows its layers."""
+    loaded = [load(spec, how, like, key) for spec in specs]
+    models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not is_file(spec)]
+    for place, spec in enumerate(specs):
+        for model in models if like is None and is_file(spec) else ():
+            with suppress(InputError):  # it is none of that model's
+                loaded[place] = load(spec, how, model, key)
+                loaded[place].remarks.append(f"{shown(spec, PATH)} is read as weights of {shown(model, PATH)}")
+                break
+    return loaded

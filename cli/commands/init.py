@@ -41,7 +41,7 @@ from convsim_init.settings import (
 from ..completion import complete_bases, complete_layers, complete_models
 from ..config import config_option, is_by_hand, origins
 from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
-from ..run import Choices, make, write
+from ..run import UNTREATED, Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
 from ..terminal import needs_stdout, show_table, tell
@@ -351,6 +351,8 @@ def init(
             click.echo(json.dumps(result.report.to_dict(), indent=2))
         elif not quiet:
             show_table(result.report.table, err=to_stdout)
+        elif UNTREATED in result.report.remarks and result.error is None:
+            tell(UNTREATED)
         if result.error is not None:
             raise RunError(result.error)
 

@@ -32,7 +32,7 @@ def list_models(pattern: str | None, as_json: bool) -> None:
     if not summaries:
         raise InputError(
             f"expected a pattern that a model's name matches, got {pattern!r}; `convsim-init list` shows the built-in "
-            f"ones, `convsim-init list 'timm:*'` and 'torchvision:*' the libraries'"
+            f"ones, `convsim-init list 'timm:*'` and `convsim-init list 'torchvision:*'` those of the libraries"
         )
     if as_json:
         click.echo(json.dumps([{"name": name, "summary": text} for name, text in summaries.items()], indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 import traceback
+from collections import Counter
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,9 @@ HELP = """
 Run a training script, and initialize the networks that it builds before it trains them.
 
 SCRIPT is run as by `python SCRIPT ARGUMENTS`, with its own exit status. Every convolution that it draws is treated when
-it makes an optimizer of torch.optim; what it loads, pretrained weights and checkpoints, stays. A line on stderr tells
-of each network. Processes that the script starts itself are not reached; start it under torchrun instead, as
-`torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
+it makes an optimizer of torch.optim; what it loads, pretrained weights and checkpoints, stays. Lines on stderr tell of
+each network, and of what was left alone in it. Processes that the script starts itself are not reached; start it under
+torchrun instead, as `torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
 """
 EPILOG = """\b
 Examples:
@@ -75,7 +76,9 @@ def run(
         if not quiet and launched().leads:
             cells = ", ".join(" ".join(cell.split()) for cell in report_cells(report.to_dict()))
             line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
-            for text in (line, *report.remarks):
+            others = Counter((one.outcome.value, one.reason) for one in report.layers if not one.after)
+            left = [f"{count} {outcome}: {reason}" for (outcome, reason), count in others.most_common()]
+            for text in (line, *left, *report.remarks):
                 print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
 
     before, reports = (sys.argv, sys.path[:]), list[Report]()
@@ -101,4 +104,7 @@ def run(
     finally:
         sys.argv, sys.path[:] = before
         if not reports and not quiet and launched().leads:
-            print("convsim-init: no network was treated: none was built and given an optimizer here", file=sys.stderr)
+            print(
+                "convsim-init: no network was treated: none was built and given an optimizer of torch.optim here",
+                file=sys.stderr,
+            )

@@ -146,8 +146,8 @@ def _followed(part: nn.Module, path: str, *, whole: bool) -> Iterator[tuple[str,
     for name, found in calls.items():
         module = part.get_submodule(name)
         if isinstance(module, _ConvNd):
-            if any(map(_is_normalization, module.modules())):  # as a fused one of quantization-aware training
-                found = {True}
+            if any(_is_normalization(one) for part, one in module.named_modules() if "parametrizations" not in part):
+                found = {True}  # inside it, as in a fused layer of quantization-aware training
             if False in found or found == {True}:
                 yield path + name, False not in found
 

@@ -224,6 +224,36 @@ class NormedWeight(Weight):
         return [*self.sources, self._module.weight]
 
 
+class SpectralNormedWeight(Weight):
+    """A weight that the hook of the old `torch.nn.utils.spectral_norm` computes: a parameter over its spectral norm."""
+
+    def __init__(self, module: Any, hook: SpectralNorm) -> None:
+        super().__init__(module.weight_orig)
+        self._module, self._hook = module, hook
+
+    def compute(self) -> Tensor:
+        """What the hook computes in evaluation mode."""
+        weight: Tensor = self._hook.compute_weight(self._module, do_power_iteration=False)
+        return weight
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Set the parameter, let the hook estimate its norm, and set what the hook left on the module."""
+        self.sources[0].copy_(weight)
+        for _ in range(ITERATIONS):
+            self._hook.compute_weight(self._module, do_power_iteration=True)
+        self._module.weight.copy_(self.read())
+        return describe_mismatch("spectral_norm", weight, self.read())
+
+    def backup(self) -> Callable[[], None]:
+        """What gives back the parameter, the hook's vectors and what the hook left on the module."""
+        return backup_tensors(self.storage())
+
+    def storage(self) -> list[Tensor]:
+        """The parameter, the hook's vectors and what the hook left on the module."""
+        return [*self.sources, self._module.weight_u, self._module.weight_v, self._module.weight]
+
+
 class PrunedWeight(Weight):
     """A weight that a hook of `torch.nn.utils.prune` computes: a parameter times a mask of zeros and ones."""
 
@@ -294,6 +324,8 @@ def stored_weight(module: Any) -> Weight:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
             return NormedWeight(module, hook)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight" and hasattr(module, "weight_v"):
+            return SpectralNormedWeight(module, hook)
         if _prunes(hook):
             parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
             if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):

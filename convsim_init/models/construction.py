@@ -143,6 +143,9 @@ class Construction:
     def _before_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
         @wraps(init)
         def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            if _is_own(optimizer):
+                init(optimizer, *args, **kwargs)
+                return
             self._window.close()
             self._tell(Moment.OPTIMIZER)
             named = [named for model in self._told.values() for named in model.named_modules()]
@@ -157,14 +160,26 @@ class Construction:
                     self._window.close()
                     self._tell_again(Moment.FORWARD)
 
-            if parts:
+            # A hook of all modules would make torch.compile warn, and compile anew once it is gone.
+            if parts and not any(map(_is_compiled, self._told.values())):
                 self._window.callback(register_module_forward_pre_hook(before_call).remove)
+                self._window.enter_context(replaced(torch, "compile", self._before_compiling))
             init(optimizer, *args, **kwargs)
 
         return after_telling
 
+    def _before_compiling(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(make)
+        def after_telling(*args: Any, **kwargs: Any) -> Any:
+            if not self._telling:
+                self._window.close()
+                self._tell_again(Moment.FORWARD)
+            return make(*args, **kwargs)
+
+        return after_telling
+
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_own(optimizer):
             return
         if self._told:
             self._window.close()
@@ -228,6 +243,15 @@ def left_alone(module: nn.Module | None) -> str | None:
     if not marks or marks[0] is None or marks[0][0] not in _OPEN:
         return ELSEWHERE
     return next((why for _, why in filter(None, marks) if why), None)
+
+
+def _is_own(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a descent made it, which trains no network."""
+    return type(optimizer).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
 
 def _on_meta() -> bool:

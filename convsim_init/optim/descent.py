@@ -158,13 +158,17 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
     return reached, True
 
 
+class OwnAdam(torch.optim.Adam):
+    """That of a descent: `initializing` waits for the optimizer of a training, which it is not."""
+
+
 def _adam(bank: Tensor, settings: Settings, mask: Tensor | None, on_step: Callable[[], None]) -> Descent:
     """What a plain loop with `torch.optim.Adam` does; where norms are preserved, each step ends by restoring them."""
     norms = filter_norms(bank)
     rule = StoppingRule(settings)
     with torch.inference_mode(False), torch.enable_grad():
         weight = bank.clone().requires_grad_()
-        adam = torch.optim.Adam([weight], lr=settings.learning_rate)
+        adam = OwnAdam([weight], lr=settings.learning_rate)
         loss = bank_similarity(weight, settings.pairs, settings.compared_channels)
         best, lowest = bank, loss.item()
         while (stop := rule.update(loss.item())) is None:

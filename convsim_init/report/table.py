@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from convsim_init.report.text import PATH, cut, layer_name, printable, shown
@@ -98,9 +99,9 @@ def report_table(data: Mapping[str, Any]) -> Table:
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
-    """`Report.to_dict` in a few words: outcomes, change of the normalized similarity, time."""
-    before, after = data["totals"]["before"], data["totals"]["after"]
-    return [_outcomes(data["totals"]), *(_change(before, after) if after else ()), f"{data['seconds']:.2f} s"]
+    """`Report.to_dict` in a few words: outcomes, changes of the normalized similarity, time."""
+    changes = [cell for kind, *change in _mean_changes(data) for cell in (*([kind] if kind else []), *change)]
+    return [_outcomes(data["totals"]), *changes, f"{data['seconds']:.2f} s"]
 
 
 def as_csv(records: Sequence[Mapping[str, object]]) -> str:
@@ -201,11 +202,27 @@ def _change_of_totals(data: Mapping[str, Any]) -> list[str]:
     before, after = data["totals"]["before"], data["totals"]["after"]
     if not after:
         return []
-    change, share = _change(before, after)
+    ratio = f", norm ratio {after['norm_ratio']:.6f}"
     return [
-        f"mean normalized similarity {change} ({share.strip()}), norm ratio {after['norm_ratio']:.6f}",
+        *(
+            f"mean normalized similarity{kind and f' of {kind}'} {change} ({share.strip()}){ratio if not kind else ''}"
+            for kind, change, share in _mean_changes(data)
+        ),
         f"sum of raw similarity {before['similarity']:.4g} -> {after['similarity']:.4g}",
     ]
+
+
+def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Change of the mean normalized similarity: of layers with each kind of channels by itself, if there are both."""
+    treated = [layer for layer in data["layers"] if layer["after"]]
+    kinds = sorted({layer["channels"] or "" for layer in treated}, reverse=True)
+    found, measure = [], "normalized_similarity"
+    for kind in kinds:
+        layers = [layer for layer in treated if (layer["channels"] or "") == kind]
+        before, after = ({measure: fmean(one[when][measure] for one in layers)} for when in ("before", "after"))
+        name = f"{len(layers)} with channels {kind}" if len(kinds) > 1 else ""
+        found.append((name, *_change(before, after)))
+    return found
 
 
 def _change(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,9 @@ from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.report.text import layer_name, some
 
 IMAGES = 16  # of noise
+OWN_CLASS = "no convolution of torch.nn"
+FIXED = "what computes the weight keeps its scale"
+UNREACHED = "the model's output does not depend on its scale"
 
 
 def calibrate_(
@@ -42,10 +45,10 @@ def calibrate_(
 
     Left as they are: layers on whose scale the model's output does not depend, because what follows multiplies it by
     zero, as at the end of residual branches (zero-initialized layers, Fixup, SkipInit, a batch norm of factor zero), or
-    because its gradient is cut off by ``detach``; layers that are not selected, frozen, not called, or whose weight
-    cannot be scaled, such as a standardized one; convolutions of classes of one's own, with a warning; and everything
-    that is no convolution's weight. A weight that several layers share has one factor, which gives the first of them
-    that is called unit variance. The random state of the caller is left as well.
+    because its gradient is cut off by ``detach``; layers that are not selected, frozen or not called; with a warning
+    those whose weight cannot be scaled, such as a standardized one, and convolutions of classes of one's own; and
+    everything that is no convolution's weight. A weight that several layers share has one factor, which gives the first
+    of them that is called unit variance. The random state of the caller is left as well.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -70,17 +73,38 @@ def calibrate_(
         >>> list(factors), all(factor > 1 for factor in factors.values())
         (['0', '2'], True)
     """
+    factors, left = scale_layers(model, images, input_shape=input_shape, seed=seed, include=include, exclude=exclude)
+    for reason, names in left.items():
+        if reason != UNREACHED or not factors:
+            warnings.warn(f"not scaled: {some(names)}: {reason}", stacklevel=2)
+    return factors
+
+
+def scale_layers(
+    model: nn.Module,
+    images: Tensor | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """As `calibrate_`; also the names of the layers that were left as they are, by the reason, without a warning."""
     if (images is None) == (input_shape is None):
         raise InputError("expected either images or an input_shape to calibrate on, got both or neither")
+    if images is not None and not isinstance(images, Tensor):
+        raise InputError(
+            f"expected images as one tensor, got {type(images).__name__}: of a data loader's batch pass the images "
+            f"alone, and a shape as input_shape"
+        )
     model, modules = unwrap(model), dict(find_convolutions(model))
     refuse_lazy(model)
     found = find_layers(model, include, exclude)
-    others = [layer_name(layer.name) for layer in found if layer.name not in modules and layer.obstacle is None]
-    if others:
-        warnings.warn(f"not scaled, because they are no convolutions of torch.nn: {some(others)}", stacklevel=2)
-    layers = [layer for layer in found if layer.name in modules and _is_scalable(layer)]
+    chosen = [layer for layer in found if layer.obstacle is None]
+    layers = [layer for layer in chosen if layer.name in modules and _is_scalable(layer)]
+    left = {layer.name: FIXED if layer.name in modules else OWN_CLASS for layer in chosen if layer not in layers}
     if not layers:
-        return {}
+        return {}, _by_reason(left)
     if images is None:
         assert input_shape is not None
         images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
@@ -94,7 +118,8 @@ def calibrate_(
         for layer in layers:
             if layer.name in factors:
                 layer.weight.write(layer.weight.read() * factors[layer.name])
-    return factors
+    left |= {layer.name: UNREACHED for layer in layers if layer.name not in factors}
+    return factors, _by_reason(left)
 
 
 def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
@@ -171,6 +196,10 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[_ConvNd, str]], imag
         return factors
     # Those that stay may have reached others all the same, by a way without a gradient.
     return _find_factors(model, [(module, name) for module, name in modules if name in factors], images)
+
+
+def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    return {why: [layer_name(name) for name, one in left.items() if one == why] for why in dict.fromkeys(left.values())}
 
 
 def _is_scalable(layer: Layer) -> bool:

@@ -216,6 +216,18 @@ def test_compare_takes_models_and_any_number(command):
     assert layer["outcomes"] == ["measured"] * 3
 
 
+def test_compare_reads_a_file_as_the_model_beside_it(command):
+    Path("own.py").write_text(
+        "from torch import nn\n\n\ndef net():\n"
+        "    return nn.Sequential(nn.ConvTranspose2d(8, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2))\n"
+    )
+    assert command("own.py:net", "--out", "a.pt", "-q")[0] == 0
+    compared = json.loads(command("compare", "own.py:net", "a.pt", "--json")[1])
+    expected = json.loads(command("inspect", "a.pt", "--like", "own.py:net", "--json")[1])
+    assert [layer["measures"][1] for layer in compared["layers"]] == [layer["before"] for layer in expected["layers"]]
+    assert "a.pt is read as weights of own.py:net" in command("compare", "own.py:net", "a.pt")[1]
+
+
 def test_compare_draws_a_picture(command, tmp_path):
     for seed in (0, 1):
         torch.save(small(seed).state_dict(), f"{seed}.pt")

@@ -79,6 +79,22 @@ def test_a_copy_that_is_left_alone_is_told_of(run, tmp_path):
     assert "\nconvsim-init: copies that are no longer equal to what they were copied from: (the model itself)" in err
 
 
+def test_why_layers_are_left_alone_is_told(run, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 1, 3))\n"
+        "torch.optim.SGD(net.parameters(), lr=0.1)\n"
+    )
+    _, _, err = run("--steps", "2", "--exclude", "0", str(tmp_path / "net.py"))
+    line, *reasons = err.splitlines()
+    assert line.startswith("convsim-init: Sequential, 3 convolutions: 3 skipped, ")
+    assert reasons == [
+        "convsim-init: 1 skipped: excluded",
+        "convsim-init: 1 skipped: one filter per group shares its channels with no other",
+        "convsim-init: 1 skipped: only one filter",
+    ]
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no safe path")
 def test_a_safe_path_stays_as_it_is(tmp_path):
     library = tmp_path / "library"
@@ -101,7 +117,7 @@ def test_a_script_that_makes_no_optimizer_is_told(run):
     status, _, err = run("code/train.py", "untrained", "0")
     assert (status, err) == (
         0,
-        "convsim-init: no network was treated: none was built and given an optimizer here\n",
+        "convsim-init: no network was treated: none was built and given an optimizer of torch.optim here\n",
     )
 
 

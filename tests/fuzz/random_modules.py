@@ -483,7 +483,8 @@ def may_change(model: nn.Module, report: ci.Report) -> Callable[[str], bool]:
         for key, value in module._parameters.items()
         if value is not None and value.untyped_storage().data_ptr() in memory
     }
-    owned = {f"{name}.parametrizations.weight.0.{vector}" for name in owners for vector in ("_u", "_v")}
+    vectors = ("parametrizations.weight.0._u", "parametrizations.weight.0._v", "weight_u", "weight_v")
+    owned = {f"{name}.{vector}" for name in owners for vector in vectors}
     return lambda key: key in shared | owned or key.removesuffix(".weight") in owners
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import convsim_init as ci
 from convsim_init.layers.normalized import NOT_NORMALIZED, NOT_TOLD, normalization_follows
@@ -129,6 +130,10 @@ MODELS = {
     "functional": (Functional(), {"conv": True}),
     "in parts alone": (Stubborn(), {"part.0": False, "part.2": True}),
     "fused": (nn.Sequential(FUSED), {"0": True}),
+    "of the weight alone": (
+        nn.Sequential(weight_norm(nn.Conv2d(4, 4, 3)), nn.ReLU(), spectral_norm(nn.Conv2d(4, 4, 3))),
+        {"0": False, "2": False},
+    ),
     "a layer by itself": (nn.Conv2d(4, 4, 3), {}),
     "no forward pass": (nn.ModuleDict({"a": nn.Conv2d(4, 4, 3), "b": nn.BatchNorm2d(4)}), {}),
 }

@@ -303,6 +303,63 @@ def test_models_can_be_compiled_and_exported(way):
     assert [report.totals["initialized"] for report in reports] == [2]
 
 
+@pytest.mark.parametrize("way", ["before", "in place before", "after", "in place after"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_compiled_model_is_compiled_once_and_without_a_warning(way):
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    class Network(nn.Module):  # a sequence alone is not compiled in place
+        def __init__(self):
+            super().__init__()
+            self.parts = network()
+
+        def forward(self, x):
+            return self.parts(x)
+
+    with ci.initializing(settings=QUICK) as reports:
+        model = called = Network()
+        for moment in ("before", "after"):
+            if way == moment:
+                called = torch.compile(model, backend=backend)
+            if way == f"in place {moment}":
+                model.compile(backend=backend)
+            if moment == "before":
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            called(torch.randn(2, 3, 9, 9)).sum().backward()
+            optimizer.step()
+    assert len(compiled) == 1
+    assert [report.totals["initialized"] for report in reports] == [2]
+
+
+def test_what_is_drawn_anew_before_it_is_compiled_is_treated_again():
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        draw_(model)
+        model.compile(backend="eager")
+    assert [report.totals["initialized"] for report in reports] == [2, 2]
+
+
+def test_the_optimizer_of_a_descent_begins_no_training():
+    with ci.initializing(settings=ci.Settings.paper(steps=2)) as reports:
+        models = [network(), DrawsItself()]
+        before = [next(model.parameters()).detach().clone() for model in models]
+        ci.initialize_(nn.Conv2d(3, 5, 3), settings=ci.Settings.paper(steps=2))
+        assert [report.model for report in reports] == []
+        for model in models:
+            torch.optim.SGD(model.parameters(), lr=0.1)
+    assert [report.model for report in reports[:2]] == ["Sequential", "DrawsItself"]
+    assert all(report.totals["initialized"] for report in reports[:2])
+    for model, old in zip(models, before, strict=True):
+        assert not torch.equal(next(model.parameters()), old)
+
+
 def test_a_pickled_model_of_another_context_was_built_elsewhere():
     file = io.BytesIO()
     with ci.initializing(settings=QUICK):

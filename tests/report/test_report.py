@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import nn
 import convsim_init
 from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, initialize_, measure
 from convsim_init.report.record import run_record, save_record
-from convsim_init.report.table import as_csv
+from convsim_init.report.table import as_csv, report_cells
 from convsim_init.report.text import printable
 
 MEASURED = {"similarity": 4.0, "normalized_similarity": 0.25, "effective_rank_natural": 0.5}
@@ -74,6 +75,18 @@ def test_a_measure_is_averaged_over_the_layers_that_have_it():
 
 
 # Tables
+
+
+def test_means_of_matched_and_of_all_channels_are_told_apart():
+    report = run()
+    report.layers = [
+        replace(one, channels=channels) for one, channels in zip(report.layers, ["matched", "all", None], strict=True)
+    ]
+    assert [line for line in str(report).splitlines() if line.startswith("mean")] == [
+        "mean normalized similarity of 1 with channels matched 5.000e-01 -> 1.250e-01 (25.0%)",
+        "mean normalized similarity of 1 with channels all 5.000e-01 -> 5.000e-01 (100.0%)",
+    ]
+    assert report_cells(report.to_dict())[1:3] == ["1 with channels matched", "5.000e-01 -> 1.250e-01"]
 
 
 def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
