@@ -45,7 +45,9 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     """Lower the Convolutional Similarity of a convolution's weight, in place, like the functions of `torch.nn.init`.
 
     The weight must already be drawn: its filters are moved, not made. Any device and memory format; computed in
-    float32 (float64 for float64) and copied back.
+    float32 (float64 for float64) and copied back. Kernels of the same input channel are compared, since of one weight
+    nobody can tell what follows: where that is no normalization, pass ``settings=Settings(channels="all")``, as
+    `initialize_` does by itself.
 
     Args:
         weight: ``[out_channels, in_channels / groups, *kernel_size]``, or, if ``transposed``,

@@ -24,7 +24,8 @@ are grouped or transposed: that is inferred from their shapes, unless --like nam
 
 \b
 similarity    mean over filter pairs of their normalized Convolutional
-              Similarity, blind to scale
+              Similarity, blind to scale; of kernels of the same input
+              channel, also where a run compared all channels
 corr-white    mean |correlation| of two feature maps, expected for white noise
 corr-natural  the same, expected for images with the spectrum of photographs
 rank-natural  effective rank of the feature maps of such images, over their
