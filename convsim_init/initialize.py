@@ -171,7 +171,7 @@ def initialize_layers(
     before = sample_layers(layers) if HISTORIES else []
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
-    twins = frozen_twins(layers)
+    twins, remarks = frozen_twins(layers), model_remarks(model, layers)
     decided, unknown = decide_channels(model, layers, settings)
     costs = {layer.name: cost(layer) for layer in own}
     reports: dict[str, LayerReport] = {}
@@ -186,7 +186,7 @@ def initialize_layers(
     shared = share(layers, reports, ranks, device=device)
     places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
     seconds = time.perf_counter() - started
-    remarks = [*model_remarks(model, layers), *unknown, *divergence_remarks(twins)]
+    remarks += [*unknown, *divergence_remarks(twins)]
     result = Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
     noted = [history.note(name, layers, before, result, chosen=history is not within) for history in HISTORIES]

@@ -109,7 +109,12 @@ def find_layers(
         if layer.obstacle is not None and not read_only
         for one in memories(layer.weight.sources)
     ]
+    calls: dict[tuple[int, int | None], str] = {}  # where a module gives a weight made of several to a convolution
     for layer in layers:
+        if layer.obstacle is None and isinstance(layer.weight, ForwardWeight):
+            first = calls.setdefault(layer.weight.place, shown(layer.name))
+            if first != shown(layer.name):
+                layer.obstacle = f"used together with {first}, as one weight"
         if layer.obstacle is None:
             own = memories(layer.weight.sources)
             owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)

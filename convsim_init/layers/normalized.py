@@ -27,13 +27,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
+from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.trial import LIVE, copied, heavy_attributes, random_states
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
 from convsim_init.settings import Settings
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-NAMED = re.compile(r"(?<!No)Norm(alization)?(?![a-z]|Free)")  # such as LayerNorm2d, but no NormalNoise
+NAMED = re.compile(r"(?<!No)(?<!FrozenBatch)Norm(alization)?(?![a-z]|Free)")  # such as LayerNorm2d, no NormalNoise
 NORMALIZING = {f"{kind}_norm" for kind in ("batch", "layer", "group", "instance", "rms")}  # names of functions
 NORMALIZING |= {"native_batch_norm", "native_layer_norm", "native_group_norm", "normalize"}
 STATISTICS = {"var", "std", "var_mean", "std_mean", "sqrt", "rsqrt", "norm", "vector_norm"}
@@ -202,8 +203,12 @@ def _is_normalization(module: nn.Module) -> bool:
     """Whether it is a normalization of PyTorch or, by its name, of somebody else."""
     if isinstance(module, (nn.LocalResponseNorm, nn.Identity)):
         return False
-    named = NAMED.search(type(module).__name__) and not any(isinstance(one, USERS) for one in module.modules())
-    return isinstance(module, NORMALIZATIONS) or bool(named)
+    if isinstance(module, NORMALIZATIONS):
+        return True
+    inside = module.modules()
+    return NAMED.search(type(module).__name__) is not None and not any(
+        isinstance(one, USERS) or not USING.isdisjoint(forward_code(one).names) for one in inside
+    )
 
 
 class _Tracer(fx.Tracer):

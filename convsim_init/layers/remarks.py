@@ -52,7 +52,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
             weights |= {id(one): one.numel() for one in own}
     if not found:
         return []
-    share = sum(weights.values()) / sum(one.numel() for one in model.parameters() if not is_lazy(one))
+    share = sum(weights.values()) / sum(one.numel() for one in nn.Module.parameters(model) if not is_lazy(one))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
     return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
 

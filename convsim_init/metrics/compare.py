@@ -8,16 +8,20 @@ from dataclasses import asdict, dataclass
 from string import ascii_uppercase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from convsim_init.checkpoint.state_dict import state_entries
 from convsim_init.errors import InputError
+from convsim_init.layers.memory import has_no_data
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
 from convsim_init.report.table import COLUMNS, Table, measure_cells, shape_text, shared_reason
 from convsim_init.report.text import PATH, layer_name, shown, some
 
 IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"
+NO_VALUES = "without values"
 COMPUTED = "computed by a parametrization"
 
 
@@ -28,8 +32,9 @@ class ComparedEntry:
     Attributes:
         name: The key, or the layer's name.
         shapes: Its shape in each; None where it is missing.
-        weights: ``"identical"`` in value everywhere, ``"different"``, ``"shapes differ"``, ``"not in all"`` or, for a
-            layer whose weight is no entry, ``"computed by a parametrization"``.
+        weights: ``"identical"`` in value everywhere, ``"different"``, ``"shapes differ"``, ``"not in all"``, ``"without
+            values"`` where one is lazy or on the meta device, or, for a layer whose weight is no entry, ``"computed by
+            a parametrization"``.
     """
 
     name: str
@@ -163,10 +168,12 @@ def _about(snapshot: Snapshot) -> str:
 
 
 def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
-    shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+    shapes = [None if tensor is None or is_lazy(tensor) else list(tensor.shape) for tensor in tensors]
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) < len(tensors):
         weights = INCOMPLETE
+    elif any(is_lazy(tensor) or has_no_data(tensor) for tensor in present):
+        weights = NO_VALUES
     elif any(shape != shapes[0] for shape in shapes):
         weights = RESHAPED
     else:
@@ -176,8 +183,14 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are equal, NaN to NaN, whatever the dtypes."""
-    a, b = a.detach().cpu(), b.detach().cpu()
+    a, b = _readable(a), _readable(b)
     return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor as one whose values can be compared: dense, on the CPU, and no float of eight bits."""
+    tensor = tensor.detach().cpu().to_dense() if tensor.layout is not torch.strided else tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _union(names: Sequence[Sequence[str] | Mapping[str, object]]) -> list[str]:

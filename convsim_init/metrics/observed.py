@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers.find import find_convolutions, refuse_lazy, unwrap
+from convsim_init.layers.forward.outputs import convolution_outputs
+from convsim_init.layers.forward.trial import isolated
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 
@@ -24,9 +24,9 @@ def measure_feature_correlation(
 
     The model runs once, in the mode it is in: batch norm in training mode normalizes by the batch. Correlations are
     centred, over the batch and all positions, and over all calls where a module is called several times. Every two
-    feature maps of a layer form a pair, those of different groups too, but constant ones none. Nothing is changed:
-    neither buffers, running statistics among them, nor gradients nor torch's random state on the CPU and on CUDA
-    devices; the hooks are removed, also after an error.
+    feature maps of a layer form a pair, those of different groups too, but constant ones none. Nothing is changed,
+    also after an error: what the pass does to parameters, buffers, running statistics among them, attributes and random
+    states is put back.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -48,13 +48,20 @@ def measure_feature_correlation(
     """
     model = unwrap(model)
     refuse_lazy(model)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
-        maps: dict[str, FeatureMaps] = {}
-        for name, module in find_convolutions(model):
-            maps[name] = FeatureMaps(rank=len(module.kernel_size))
-            stack.callback(module.register_forward_hook(maps[name].hook).remove)
-        _run(model, batch)
+    modules = find_convolutions(model)
+    maps = {name: FeatureMaps(rank=len(module.kernel_size)) for name, module in modules}
+
+    def look(module: nn.Module, name: str, output: Tensor) -> None:
+        maps[name].look(output)
+
+    modes = [part.training for part in model.modules()]
+    with isolated(model), convolution_outputs(modules, look):
+        for part, training in zip(model.modules(), modes, strict=True):
+            part.training = training
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
     if not any(one.count for one in maps.values()):
         raise InputError("expected a model that calls its convolutions, got one whose forward pass called none")
     correlations = {name: one.mean_correlation() for name, one in maps.items()}
@@ -80,8 +87,8 @@ class FeatureMaps:
         self._varies = self._origin = self._mean = self._scatter = torch.empty(0)
         self._unit = 1.0
 
-    def hook(self, module: nn.Module, arguments: object, output: Tensor) -> None:
-        """Forward hook that adds the output of a convolution, batched or not."""
+    def look(self, output: Tensor) -> None:
+        """Add the output of a convolution, batched or not."""
         with full_precision(output.device):
             self.add(output if output.dim() == self._rank + 2 else output[None])
 
@@ -123,17 +130,3 @@ class FeatureMaps:
         deviations = scatter.diagonal().sqrt()
         correlations = scatter.div_(deviations).div_(deviations[:, None]).abs_()
         return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
-
-
-def _run(model: nn.Module, batch: object) -> None:
-    """A forward pass that writes to copies of the buffers."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if isinstance(batch, Mapping):
-        functional_call(model, buffers, (), dict(batch))
-    else:
-        functional_call(model, buffers, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    tensors = (*model.parameters(), *model.buffers())
-    return sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})

@@ -154,8 +154,9 @@ class Construction:
 
             def before_call(module: nn.Module, _: object) -> None:
                 tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-                if tracing or torch.compiler.is_compiling():  # such a pass may not end the window: a step will
-                    return
+                transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
+                if tracing or transformed or torch.compiler.is_compiling():
+                    return  # such a pass may not end the window: a later one or a step will
                 if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
                     self._window.close()
                     self._tell_again(Moment.FORWARD)
@@ -194,9 +195,18 @@ class Construction:
         for part in model.modules() if self._redrawn else ():
             self._redrawn.pop(id(part), None)
 
-    def _tell(self, moment: Moment) -> None:
+    @contextmanager
+    def _own_work(self) -> Iterator[None]:
+        """Context in which nothing is the user's, nor seen by a mode that counts operations or fakes tensors."""
         self._telling = True
         try:
+            with _disable_current_modes():
+                yield
+        finally:
+            self._telling = False
+
+    def _tell(self, moment: Moment) -> None:
+        with self._own_work():
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
             inner = {id(part) for model in models for part in list(model.modules())[1:]}
@@ -210,8 +220,6 @@ class Construction:
             self._told.update(told)
             self._models.update(told)
             self._treat(list(told.values()), moment)
-        finally:
-            self._telling = False
 
     def _marks_drawn(self, model: nn.Module) -> bool:
         """Whether a part of a model was drawn anew since it was told; each of them is marked."""
@@ -225,11 +233,8 @@ class Construction:
     def _tell_again(self, moment: Moment) -> None:
         models = list(self._told.values())
         self._told.clear()
-        self._telling = True
-        try:
+        with self._own_work():
             self._treat(models, moment)
-        finally:
-            self._telling = False
         for model in models:
             self._forget_redrawn(model)
             _unmark(model.modules())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import full_precision
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy, unwrap
+from convsim_init.layers.forward.outputs import convolution_outputs
 from convsim_init.layers.forward.trial import LIVE, isolated
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import memories
@@ -112,7 +112,7 @@ def scale_layers(
         raise InputError("expected images of finite numbers, got infinities or NaN, or none at all: leave those out")
     owners = {tuple(memories(layer.weight.sources)): layer.name for layer in layers}
     owner = {layer.name: owners.get(tuple(memories(layer.weight.sources))) for layer in found}
-    scaled = [(module, name) for key, module in modules.items() if (name := owner.get(key)) is not None]
+    scaled = [(name, module) for key, module in modules.items() if (name := owner.get(key)) is not None]
     factors = _find_factors(model, scaled, images)
     with LIVE, torch.no_grad():
         for layer in layers:
@@ -141,18 +141,18 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     return noise
 
 
-def _find_factors(model: nn.Module, modules: Sequence[tuple[_ConvNd, str]], images: Tensor) -> dict[str, float]:
+def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], images: Tensor) -> dict[str, float]:
     """The factors, from a pass that multiplies outputs by them; the model is left as it was.
 
     Args:
         model: Model without wrappers.
-        modules: Convolutions, each with the name of its factor.
+        modules: Convolutions, each after the name of its factor.
         images: Input of the pass.
     """
     scales: dict[str, Tensor] = {}
     reached: list[Tensor] = []
 
-    def scaled(name: str, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    def scaled(module: nn.Module, name: str, output: Tensor) -> Tensor:
         bias: Tensor | float = 0.0
         if isinstance(module.bias, Tensor):
             bias = module.bias.detach().reshape(-1, *[1] * (output.dim() - 2))  # [M, 1, ...]
@@ -166,9 +166,13 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[_ConvNd, str]], imag
     def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         reached.append(inputs[0])
 
-    with isolated(model), torch.inference_mode(False), torch.enable_grad(), full_precision(images.device):
-        for module, name in modules:
-            module.register_forward_hook(partial(scaled, name))
+    with (
+        isolated(model),
+        convolution_outputs(modules, scaled),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        full_precision(images.device),
+    ):
         for part in model.modules():
             if isinstance(part, nn.Linear) and not part.weight.any():  # a classifier of zeros hides what enters it
                 part.register_forward_pre_hook(note_input)
@@ -195,7 +199,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[_ConvNd, str]], imag
     if len(factors) in (0, len(scales)):
         return factors
     # Those that stay may have reached others all the same, by a way without a gradient.
-    return _find_factors(model, [(module, name) for module, name in modules if name in factors], images)
+    return _find_factors(model, [(name, module) for name, module in modules if name in factors], images)
 
 
 def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:

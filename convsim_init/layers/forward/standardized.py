@@ -118,6 +118,11 @@ class ForwardWeight(Weight):
         return self._stored.shape
 
     @property
+    def place(self) -> tuple[int, int | None]:
+        """Where it is used: the module, by its id, and the position of the call there, once that is chosen."""
+        return id(self.module), self._index
+
+    @property
     def mask(self) -> Tensor | None:
         """Where the weight that is used may differ from zero, once `obstacle` has looked; None for everywhere."""
         return self._mask
@@ -166,7 +171,11 @@ class ForwardWeight(Weight):
         self._index = [call is chosen for call in same].index(True)
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self._sources() | {id(one) for one in parameters}
-        several = any(own & _leaves(call.weight) and not torch.equal(chosen.weight, call.weight) for call in calls)
+        several = any(
+            own & _leaves(call.weight)
+            and not (call[1:] == chosen[1:] and torch.equal(chosen.weight, call.weight))  # its filters are others
+            for call in calls
+        )
         if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
             several |= any(list(one.shape) == self.shape and id(one) not in self._sources() for one in parameters)
         if several:
@@ -181,8 +190,10 @@ class ForwardWeight(Weight):
             Exception: Whatever the module's own code raises.
         """
         self.choose_call()
-        probe = _probe(self._stored.read())
-        return type(self._stored) is Weight and torch.equal(self._given(probe=probe), probe)
+        stored = self._stored.read()
+        probe = _probe(stored)
+        probes = (probe, probe * _signs(probe), stored)  # of one sign, of both, and what is there now
+        return type(self._stored) is Weight and all(torch.equal(self._given(probe=one), one) for one in probes)
 
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""
@@ -251,9 +262,12 @@ class ForwardWeight(Weight):
         if self._stored.mask is not None or type(self._stored) is not Weight:
             return self._stored.mask
         probe = _probe(stored)
-        used = self._given(probe=probe)
+        probe *= _signs(probe)
+        used, opposite = self._given(probe=probe), self._given(probe=-probe)
         mask = used != 0
-        return mask if not mask.all() and _is_multiple(used, to_float64(probe * mask)) else None
+        if mask.all() or not torch.equal(opposite != 0, mask):  # it depends on the weight, as a ReLU of it does
+            return None
+        return mask if _is_multiple(used, to_float64(probe * mask)) else None
 
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
@@ -264,6 +278,11 @@ class ForwardWeight(Weight):
 def _probe(stored: Tensor) -> Tensor:
     """A weight without zeros."""
     return (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
+
+
+def _signs(weight: Tensor) -> Tensor:
+    """Ones of both signs, by turns."""
+    return (1 - 2 * (torch.arange(weight.numel(), device=weight.device) % 2)).view(weight.shape).to(weight)
 
 
 def _is_multiple(used: Tensor, variable: Tensor) -> bool:

@@ -280,7 +280,7 @@ class _Capture(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
-            weight, transposed, groups = _arguments(func, args, kwargs)
+            weight, transposed, groups = convolution_arguments(func, args, kwargs)
             if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
                 self.calls.append(Call(weight.clone(), groups, transposed))  # before its memory is put back
                 if len(self.calls) - 1 == self._last:
@@ -288,7 +288,9 @@ class _Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _arguments(func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, bool, int]:
+def convolution_arguments(
+    func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, bool, int]:
     """The weight of a convolution, whether it is transposed, and its groups."""
 
     def argument(name: str, position: int, default: Any = None) -> Any:
