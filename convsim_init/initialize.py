@@ -25,7 +25,7 @@ from convsim_init.functional.bank import (
 from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unwrap
 from convsim_init.layers.forward.trial import LIVE
 from convsim_init.layers.normalized import decide_channels
-from convsim_init.layers.remarks import divergence_remarks, frozen_twins, model_remarks
+from convsim_init.layers.remarks import divergence_remarks, find_twins, model_remarks
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.copies import HISTORIES, History, sample_layers
@@ -171,7 +171,7 @@ def initialize_layers(
     before = sample_layers(layers) if HISTORIES else []
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
-    twins, remarks = frozen_twins(layers), model_remarks(model, layers)
+    twins, remarks = find_twins(model, layers), model_remarks(model, layers)
     decided, unknown = decide_channels(model, layers, settings)
     costs = {layer.name: cost(layer) for layer in own}
     reports: dict[str, LayerReport] = {}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import unwrap
 from convsim_init.layers.forward.code import forward_code, reads_further_inside
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.memory import Memory, memories, overlap
+from convsim_init.layers.memory import Memory, has_no_data, memories, overlap
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.weights import KERNEL_RANKS, has_unknown_hook
 from convsim_init.report.text import layer_name, shown, some
@@ -102,25 +103,46 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     return [f"in the memory of treated weights, and changed with them: {some(found)}"] if found else []
 
 
+class Twin(NamedTuple):
+    """A tensor with the values of one that is treated.
+
+    Attributes:
+        name: What it is.
+        of: Name of the treated layer.
+        copy: The tensor itself.
+        original: The layer's.
+    """
+
+    name: str
+    of: str
+    copy: Tensor
+    original: Tensor
+
+
 @torch.no_grad()
-def frozen_twins(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
-    """Frozen or loaded layers with the values of one that is treated, as momentum encoders have, and that one."""
-    treated: dict[tuple[int, ...], list[Layer]] = {}
+def find_twins(model: object, layers: Sequence[Layer]) -> list[Twin]:
+    """Copies of treated weights that are not treated: frozen or loaded layers, as momentum encoders, and buffers."""
+    treated: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    copies: list[tuple[str, Tensor]] = []
     for layer in layers:
+        source = layer.weight.sources[0]
         if layer.obstacle is None:
-            treated.setdefault(tuple(layer.shape), []).append(layer)
+            treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
+        elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
+            copies.append((layer_name(layer.name), source))
+    for name, buffer in unwrap(model).named_buffers() if isinstance(model, nn.Module) else ():
+        if not (is_lazy(buffer) or has_no_data(buffer)) and len(buffer.shape) in KERNEL_RANKS:
+            copies.append((shown(bare_name(name)), buffer))
     found = []
-    for layer in layers:
-        is_copy = layer.obstacle is not None and layer.obstacle.startswith(COPIES)
-        if is_copy and len(memories(layer.weight.sources)) == len(layer.weight.sources):  # all have values to compare
-            twins = (other for other in treated.get(tuple(layer.shape), []) if _same(layer, other))
-            found += [(layer, other) for other in twins][:1]
+    for name, copy in copies:
+        of = next((one for one in treated.get(tuple(copy.shape), ()) if _same(copy, one[1])), None)
+        found += [Twin(name, of[0], copy, of[1])] if of else []
     return found
 
 
-def divergence_remarks(twins: Sequence[tuple[Layer, Layer]]) -> list[str]:
+def divergence_remarks(twins: Sequence[Twin]) -> list[str]:
     """A remark on those twins that are no longer equal."""
-    return copies_remark([(layer_name(a.name), layer_name(b.name)) for a, b in twins if not _same(a, b)])
+    return copies_remark([(twin.name, twin.of) for twin in twins if not _same(twin.copy, twin.original)])
 
 
 def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
@@ -131,6 +153,5 @@ def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
     return [f"copies that are no longer equal to what they were copied from: {names}: copy them again"]
 
 
-def _same(a: Layer, b: Layer) -> bool:
-    one, other = a.weight.sources[0], b.weight.sources[0]
+def _same(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)

@@ -228,6 +228,16 @@ def test_compare_reads_a_file_as_the_model_beside_it(command):
     assert "a.pt is read as weights of own.py:net" in command("compare", "own.py:net", "a.pt")[1]
 
 
+def test_compare_tells_of_what_has_no_values():
+    small, eight = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3).to(torch.float8_e4m3fn)
+    models = [nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 8, 3, device="meta")) for _ in range(2)]
+    compared = compare([(name, model) for name, model in zip("ab", models, strict=True)])
+    assert {entry.weights for entry in compared.entries} == {"without values"}
+    states = [{"a.weight": small, "b.weight": eight}, {"a.weight": small.to_sparse(), "b.weight": eight.float()}]
+    compared = compare([(name, state) for name, state in zip("ab", states, strict=True)])
+    assert {entry.weights for entry in compared.entries} == {"identical"}
+
+
 def test_compare_draws_a_picture(command, tmp_path):
     for seed in (0, 1):
         torch.save(small(seed).state_dict(), f"{seed}.pt")

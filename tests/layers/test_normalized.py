@@ -82,6 +82,15 @@ def named(name):
     return type(name, (nn.Module,), {"forward": lambda self, x: x + 1})()
 
 
+class WeightNormConv2d(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.direction = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, F.normalize(self.direction, dim=(1, 2, 3)))
+
+
 class Optional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -93,6 +102,7 @@ class Optional(nn.Module):
         return x if style is None else self.last(self.conv(x) * style)
 
 
+NOT_NORMS = ("NoNorm", "NormFreeAct", "NormalNoise", "FrozenBatchNorm2d")
 FUSED = torch.ao.nn.intrinsic.qat.ConvBn2d(4, 4, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
 MODELS = {
     "batch norm": (conv(nn.BatchNorm2d(4)), {"0": True}),
@@ -104,8 +114,15 @@ MODELS = {
     "local response": (conv(nn.LocalResponseNorm(2)), {"0": False}),
     "by its name": (conv(LayerNorm2d()), {"0": True}),
     "by a name that says something else": (
-        nn.Sequential(*conv(named("NoNorm")), *conv(named("NormFreeAct")), *conv(named("NormalNoise"))),
-        {"0": False, "2": False, "4": False},
+        nn.Sequential(
+            *(
+                part
+                for name in ("NoNorm", "NormFreeAct", "NormalNoise", "FrozenBatchNorm2d")
+                for part in conv(named(name))
+            ),
+            *conv(WeightNormConv2d()),
+        ),
+        {"0": False, "2": False, "4": False, "6": False, "8": False},
     ),
     "written out": (conv(Function(lambda m, x: (x - x.mean(1, True)) / (x.var(1, True) + 1e-5).sqrt())), {"0": True}),
     "by the root of the mean square": (

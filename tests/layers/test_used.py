@@ -691,6 +691,55 @@ class MaskedAmongParameters(Around):
         return F.conv2d(x, weight * self.mask)
 
 
+class OwnMask(nn.Conv2d):
+    def drop(self, mask):
+        self.weight.data *= mask
+
+
+class MaskedByItsOwnMethod(Around):
+    def __init__(self):
+        super().__init__()
+        self.conv = OwnMask(4, 8, 3)
+
+    def forward(self, x):
+        self.conv.drop(self.mask)
+        return self.conv(x)
+
+
+class Convolve(nn.Module):
+    def forward(self, conv, x, mask):
+        return F.conv2d(x, conv.weight * mask)
+
+
+class MaskedByAPart(Around):
+    def __init__(self):
+        super().__init__()
+        self.part = Convolve()
+
+    def forward(self, x):
+        return self.part(self.conv, x, self.mask)
+
+
+class MaskedByAnAttribute(Around):
+    def __init__(self):
+        super().__init__()
+        self.run = elsewhere.masked
+
+    def forward(self, x):
+        return self.run(self.conv, x, self.mask)
+
+
+class Static:
+    @staticmethod
+    def masked(conv, x, mask):
+        return F.conv2d(x, conv.weight * mask)
+
+
+class MaskedByAStaticMethod(Around):
+    def forward(self, x):
+        return Static.masked(self.conv, x, self.mask)
+
+
 def masked_by_a_patch():
     model = Around()
     model.forward = types.MethodType(MaskedAround.forward, model)
@@ -700,6 +749,7 @@ def masked_by_a_patch():
 MASKED = [
     *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
     *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around, MaskedAbove, MaskedByABase),
+    *(MaskedByItsOwnMethod, MaskedByAPart, MaskedByAnAttribute, MaskedByAStaticMethod),
 ]
 
 
@@ -719,6 +769,84 @@ def test_a_module_around_a_convolution_may_mask_its_weight(build):
     )
     with pytest.raises(ci.InputError, match="the module around it uses another weight"):
         ci.ConvolutionalSimilarity(model)
+
+
+class Signed(Around):
+    """A network of kernels that are not negative."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return F.conv2d(x, self.function(self.conv.weight))
+
+
+@pytest.mark.parametrize(
+    "function", [torch.abs, torch.relu, lambda w: w * (w.abs() > 0.1)], ids=["absolute", "ReLU", "large ones"]
+)
+def test_what_depends_on_the_weights_own_values_is_no_mask(function):
+    model = Signed(function)
+    used = function(model.conv.weight.detach()).clone()
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    now = function(model.conv.weight.detach())
+    if layer.after:
+        assert "its class keeps a weight that differs" in layer.reason
+        expected = float(ci.convolutional_similarity(now, normalized=True))
+        assert layer.after["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+        assert expected < float(ci.convolutional_similarity(used, normalized=True))
+    else:
+        assert "is no better" in layer.reason
+        assert torch.equal(now, used)
+
+
+class TiedDecoder(Around):
+    def forward(self, x):
+        return F.conv_transpose2d(F.conv2d(x, self.conv.weight), self.conv.weight)
+
+
+def test_a_weight_that_is_used_transposed_too_is_told():
+    (layer,) = ci.initialize_(TiedDecoder(), settings=SETTINGS).layers
+    assert layer.reason == "one of several weights that TiedDecoder convolves with: the others count for nothing here"
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(4, 8, 3) for _ in range(3))
+
+    def forward(self, x):
+        return F.conv2d(x, sum(one.weight for one in self.branches))
+
+
+def test_of_weights_that_are_summed_one_is_treated():
+    model = Branches()
+    report = ci.initialize_(model, settings=SETTINGS)
+    first, *others = report.layers
+    used = sum(one.weight.detach() for one in model.branches)
+    expected = float(ci.convolutional_similarity(used, normalized=True))
+    assert first.after["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+    assert [layer.reason for layer in others] == 2 * ["used together with branches.0, as one weight"]
+
+
+def test_copies_among_the_buffers_that_part_are_told():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
+    model.register_buffer("average", model[0].weight.detach().clone())
+    model.register_buffer("other", torch.randn(8, 4, 3, 3))
+    assert ci.initialize_(model, settings=SETTINGS).remarks == [
+        "copies that are no longer equal to what they were copied from: average (of 0): copy them again"
+    ]
+
+
+def test_a_model_may_group_its_parameters_for_an_optimizer():
+    class Grouped(Around):
+        def parameters(self, rate=0.1):
+            return [{"params": list(super().parameters()), "lr": rate}]
+
+    model = Grouped()
+    model.kernel = nn.Parameter(torch.randn(8, 4, 3, 3))
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    assert layer.after
 
 
 class Modulated(Around):
@@ -763,6 +891,17 @@ class MaskedListFurtherOut(nn.Module):
         return F.conv2d(x, self.body[0][0].weight * 2)
 
 
+class MaskedSequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.mask = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), 0.5
+
+    def forward(self, x):
+        for layer in self.body:
+            x = F.conv2d(x, layer.weight * self.mask)
+        return x
+
+
 class MaskedInALoop(MaskedFurtherOut):
     def forward(self, x):
         for module in self.modules():
@@ -771,7 +910,7 @@ class MaskedInALoop(MaskedFurtherOut):
         return self.body.conv(x)
 
 
-@pytest.mark.parametrize("build", [MaskedFurtherOut, MaskedListFurtherOut, MaskedInALoop])
+@pytest.mark.parametrize("build", [MaskedFurtherOut, MaskedListFurtherOut, MaskedSequence, MaskedInALoop])
 def test_a_forward_pass_further_out_that_may_use_another_weight_is_told(build):
     report = ci.measure(nn.Sequential(build()))
     assert report.remarks == ["not tried, though they may use other weights: the forward passes of 0"]

@@ -222,6 +222,32 @@ def test_a_parametrization_that_writes_to_its_buffers():
         assert torch.equal(value, before[key])
 
 
+class ActNorm(nn.Module):
+    """Glow's: the first batch sets its parameter; and it makes a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 3, 1, 1))
+        self.register_buffer("known", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.known:
+            self.scale.data = 1 / x.std((0, 2, 3), keepdim=True)
+            self.known.fill_(True)
+            self.register_buffer("made", torch.ones(1))
+        return x * self.scale
+
+
+def test_what_a_first_pass_sets_is_put_back():
+    model = nn.Sequential(ActNorm(), nn.Conv2d(3, 4, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ci.measure_feature_correlation(model, torch.randn(4, 3, 8, 8))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert model.training
+
+
 class Reassigning(nn.Module):
     def __init__(self):
         super().__init__()

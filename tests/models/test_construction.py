@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 
 import convsim_init as ci
 from convsim_init.initialize import plan
@@ -344,6 +346,34 @@ def test_what_is_drawn_anew_before_it_is_compiled_is_treated_again():
         draw_(model)
         model.compile(backend="eager")
     assert [report.totals["initialized"] for report in reports] == [2, 2]
+
+
+def first_passes():
+    def gradient(model, x):
+        parameters = dict(model.named_parameters())
+        torch.func.grad(lambda some: torch.func.functional_call(model, some, (x,)).square().mean())(parameters)
+
+    def fake(model, x):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(x))
+
+    def counted(model, x):
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        assert counter.get_total_flops() == 2 * (8 * 27 * 49 + 8 * 72 * 25)
+
+    return {"torch.func": gradient, "fake": fake, "counted": counted, "traced": lambda m, x: make_fx(m)(x)}
+
+
+@pytest.mark.parametrize("way", first_passes())
+def test_the_first_pass_may_be_transformed_or_run_in_a_mode(way):
+    with ci.initializing(settings=QUICK) as reports:
+        model, x = network(), torch.randn(1, 3, 9, 9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        first_passes()[way](model, x)
+        model(x).sum().backward()
+        optimizer.step()
+    assert [report.totals["initialized"] for report in reports] == [2]
 
 
 def test_the_optimizer_of_a_descent_begins_no_training():

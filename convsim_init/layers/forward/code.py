@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial, partialmethod
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -37,8 +37,14 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
 def forward_code(module: nn.Module) -> ForwardCode:
     """The code of a module's forward pass."""
     kind: Any = type(module)
-    own = vars(module).get("forward")  # not kept in the cache: it may hold the module
-    return ForwardCode(kind, own) if own is not None else _code_of(kind, getattr(kind, "forward", None))
+    own = vars(module).get("forward")
+    held = tuple(value for value in vars(module).values() if isinstance(value, (FunctionType, MethodType, partial)))
+    inside = [*_inside(module)]
+    helpers = frozenset(type(one) for one in inside) - {kind}
+    called = tuple({type(one).forward: None for one in inside if next(one.parameters(), None) is None})
+    if own is not None or held:  # not kept in the cache: they may hold the module
+        return ForwardCode(kind, own or getattr(kind, "forward", None), helpers, (*called, *held))
+    return _code_of(kind, getattr(kind, "forward", None), helpers, called)
 
 
 class ForwardCode:
@@ -47,11 +53,15 @@ class ForwardCode:
     Args:
         kind: Class of the module.
         forward: Its forward pass.
+        helpers: Classes of what is inside it, whose own methods it may call.
+        called: Functions that its attributes hold, and forward passes inside it that have no parameters of their own.
     """
 
-    def __init__(self, kind: Any, forward: Any) -> None:
+    def __init__(
+        self, kind: Any, forward: Any, helpers: Iterable[type] = (), called: Iterable[Callable[..., Any]] = ()
+    ) -> None:
         self._codes: list[CodeType] = []
-        pending = _functions(forward)
+        pending = [each for one in (forward, *called) for each in _functions(one)]
         for function in pending:
             if function.__code__ in self._codes or len(self._codes) > MOST_CODE:
                 continue
@@ -59,9 +69,11 @@ class ForwardCode:
             for one in inner:
                 inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
                 known = [function.__globals__.get(name) for name in one.co_names]
-                modules = [one for one in known if isinstance(one, ModuleType)]
+                spaces = [one for one in known if isinstance(one, (ModuleType, type))]
                 for name in one.co_names:
-                    known += [getattr(kind, name, None), *(vars(module).get(name) for module in modules)]
+                    known += [getattr(kind, name, None), *(vars(space).get(name) for space in spaces)]
+                    if not hasattr(nn.Module, name):
+                        known += [getattr(helper, name, None) for helper in helpers]
                 for name in _asked_of_bases(one, kind.__mro__):
                     known += [vars(base).get(name) for base in kind.__mro__]
                 pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
@@ -105,6 +117,15 @@ class ForwardCode:
         return {code.co_varnames[0] for code in self._codes if code.co_name == "forward" and code.co_argcount}
 
 
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in a module and in its lists, of classes that are not torch's."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            yield from _inside(child)
+        elif not type(child).__module__.startswith("torch."):
+            yield child
+
+
 def names_of(parts: Iterable[nn.Module]) -> set[str]:
     """The names in the code of the forward passes of several modules."""
     return set().union(*(code.names for code in {forward_code(part) for part in parts}))
@@ -119,6 +140,8 @@ def _functions(value: object) -> list[FunctionType]:
     for one in pending:
         if isinstance(one, (partial, partialmethod, cached_property)):
             pending.append(one.func)
+        elif isinstance(one, (staticmethod, classmethod)):
+            pending.append(one.__func__)
         elif isinstance(one, property):
             pending.append(one.fget)
         elif isinstance(one, MethodType):
@@ -164,9 +187,22 @@ def reads_weight(owner: nn.Module, name: str) -> bool:
 def reads_further_inside(module: nn.Module) -> bool:
     """Whether a forward pass seems to read or change weights of convolutions that are no children of the module."""
     code = forward_code(module)
-    walks = "weight" in code.names and not WALKS.isdisjoint(code.names)
+    walks = not WALKS.isdisjoint(code.names) and "weight" in code.names
     if not (walks or code.weights_read):
         return False
-    inside = {name.rpartition(".")[2] for name, one in module.named_modules() if isinstance(one, _ConvNd)}
-    inside -= {name for name, child in module.named_children() if not list(child.children())}
-    return bool(inside) and (walks or not inside.isdisjoint(code.weights_read))
+    inside = {
+        name.rpartition(".")[2]
+        for name, one in module.named_modules()
+        if isinstance(one, _ConvNd) and name and not _is_direct(module, name)
+    }
+    own = dict(module.named_children()).keys() | code.selves | {"self"}
+    loops = code.convolves and not code.weights_read <= own  # over a sequence of them, perhaps
+    return bool(inside) and (walks or loops or not inside.isdisjoint(code.weights_read))
+
+
+def _is_direct(module: nn.Module, name: str) -> bool:
+    """Whether a part of a module lies in nothing but its lists."""
+    above = name.rpartition(".")[0]
+    return not above or (
+        isinstance(module.get_submodule(above), (nn.ModuleList, nn.ModuleDict)) and _is_direct(module, above)
+    )
