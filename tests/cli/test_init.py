@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import convsim_init
+from convsim_init.cli.run import UNTREATED
 from convsim_init.devices import MPS, available_devices, find_device
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
@@ -151,6 +152,7 @@ LOST = "nothing is kept: --out, --report and --plot name files\n"
         (["--quiet"], False, LOST),
         (["-q", "--seeds", "0:2"], False, LOST),
         (["-q", "--out", "init.pt"], False, ""),
+        (["-q", "--out", "init.pt", "--exclude", "*"], False, f"{UNTREATED}\n"),
         (["-q", "--dry-run"], False, ""),
         (["--quiet", "--json"], True, ""),
     ],
@@ -342,6 +344,18 @@ def test_calibrate_scales_what_is_written_and_says_by_how_much(command, tmp_path
     assert (about["calibrated"], about["totals"]) == ([3, 8, 8], data["totals"])
     out = command("scaled.safetensors", "--like", "cifar_resnet18", "--exclude", "*", "--calibrate", "3x8x8")[1]
     assert re.search(r"^conv1 +64x3x3x3 +skipped +excluded$", out, re.M)
+
+
+def test_calibrate_says_what_it_did_not_scale(command):
+    Path("own.py").write_text(
+        "from torch import nn\nfrom torch.nn.utils.parametrizations import spectral_norm\n\n\ndef net():\n"
+        "    last = nn.Conv2d(8, 8, 3)\n    nn.init.zeros_(last.weight)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), spectral_norm(nn.Conv2d(8, 8, 3)), nn.ReLU(), last)\n"
+    )
+    status, out, err = command("own.py:net", "--calibrate", "3x16x16")
+    assert (status, err) == (0, "")
+    assert "not scaled: 1: what computes the weight keeps its scale\n" in out
+    assert "not scaled: 0, 3: the model's output does not depend on its scale\n" in out
 
 
 def test_calibrate_needs_a_model_and_a_shape(command):
@@ -645,7 +659,7 @@ GONE = "gone/init.pt"
         pytest.param(
             ["list", "nothing*"],
             "expected a pattern that a model's name matches, got 'nothing*'; `convsim-init list` shows the built-in "
-            "ones, `convsim-init list 'timm:*'` and 'torchvision:*' the libraries'",
+            "ones, `convsim-init list 'timm:*'` and `convsim-init list 'torchvision:*'` those of the libraries",
             id="list-nothing",
         ),
         pytest.param(
