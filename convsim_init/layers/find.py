@@ -109,7 +109,7 @@ def find_layers(
         if layer.obstacle is not None and not read_only
         for one in memories(layer.weight.sources)
     ]
-    calls: dict[tuple[int, int | None], str] = {}  # where a module gives a weight made of several to a convolution
+    calls: dict[tuple[object, ...], str] = {}  # where a module gives a weight made of several to a convolution
     for layer in layers:
         if layer.obstacle is None and isinstance(layer.weight, ForwardWeight):
             first = calls.setdefault(layer.weight.place, shown(layer.name))

@@ -131,7 +131,8 @@ def find_twins(model: object, layers: Sequence[Layer]) -> list[Twin]:
         elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
     for name, buffer in unwrap(model).named_buffers() if isinstance(model, nn.Module) else ():
-        if not (is_lazy(buffer) or has_no_data(buffer)) and len(buffer.shape) in KERNEL_RANKS:
+        readable = not (is_lazy(buffer) or has_no_data(buffer)) and buffer.layout is torch.strided
+        if readable and buffer.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), buffer))
     found = []
     for name, copy in copies:

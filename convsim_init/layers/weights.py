@@ -67,7 +67,7 @@ class Weight:
             return f"its weight is of rank {len(self.shape)}, without kernels"
         if not read_only and any(map(overlaps_itself, self.sources)):
             return "its entries share memory, as after expand(): clone it first"
-        if not read_only and any(s.is_inference() for s in self.sources) and not torch.is_inference_mode_enabled():
+        if not read_only and any(s.is_inference() for s in self.storage()) and not torch.is_inference_mode_enabled():
             return "made under torch.inference_mode, and cannot be changed outside of it: make it outside"
         frozen = [source for source in self.sources if not source.requires_grad]
         if self._trained and not read_only and frozen:
@@ -232,9 +232,16 @@ class SpectralNormedWeight(Weight):
         self._module, self._hook = module, hook
 
     def compute(self) -> Tensor:
-        """What the hook computes in evaluation mode."""
-        weight: Tensor = self._hook.compute_weight(self._module, do_power_iteration=False)
-        return weight
+        """The parameter over its norm, as it is estimated once the vectors of a fresh hook have converged."""
+        weight: Tensor = self._module.weight_orig
+        matrix = self._hook.reshape_weight_to_matrix(weight)
+        with torch.no_grad():
+            u = self._module.weight_u.clone()
+            for _ in range(ITERATIONS):
+                v = nn.functional.normalize(matrix.T @ u, dim=0, eps=self._hook.eps)
+                u = nn.functional.normalize(matrix @ v, dim=0, eps=self._hook.eps)
+        normed: Tensor = weight / (u @ (matrix @ v))
+        return normed
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:

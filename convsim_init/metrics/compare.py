@@ -184,13 +184,15 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are equal, NaN to NaN, whatever the dtypes."""
     a, b = _readable(a), _readable(b)
+    if a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point():
+        a, b = a.double(), b.double()
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as one whose values can be compared: dense, on the CPU, and no float of eight bits."""
-    tensor = tensor.detach().cpu().to_dense() if tensor.layout is not torch.strided else tensor.detach().cpu()
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    """The tensor as one whose values can be compared: dense and on the CPU."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _union(names: Sequence[Sequence[str] | Mapping[str, object]]) -> list[str]:

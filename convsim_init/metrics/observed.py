@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers.find import find_convolutions, refuse_lazy, unwrap
+from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.outputs import convolution_outputs
-from convsim_init.layers.forward.trial import isolated
+from convsim_init.layers.forward.trial import not_compiled, random_states
+from convsim_init.layers.weights import has_unknown_hook
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 
@@ -51,17 +56,11 @@ def measure_feature_correlation(
     modules = find_convolutions(model)
     maps = {name: FeatureMaps(rank=len(module.kernel_size)) for name, module in modules}
 
-    def look(module: nn.Module, name: str, output: Tensor) -> None:
+    def look(name: str, output: Tensor, bias: Tensor | None) -> None:
         maps[name].look(output)
 
-    modes = [part.training for part in model.modules()]
-    with isolated(model), convolution_outputs(modules, look):
-        for part, training in zip(model.modules(), modes, strict=True):
-            part.training = training
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    with _undisturbed(model), convolution_outputs(modules, look):
+        _run(model, batch)
     if not any(one.count for one in maps.values()):
         raise InputError("expected a model that calls its convolutions, got one whose forward pass called none")
     correlations = {name: one.mean_correlation() for name, one in maps.items()}
@@ -130,3 +129,48 @@ class FeatureMaps:
         deviations = scatter.diagonal().sqrt()
         correlations = scatter.div_(deviations).div_(deviations[:, None]).abs_()
         return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Context in which a model may run in whatever mode it is, and nothing of what that changes remains.
+
+    Of the parameters those are copied that a forward pass or a hook of somebody's own may write to. What is changed
+    within objects that attributes hold stays.
+    """
+    parts = list(model.modules())
+    spaces: list[Any] = [one for part in parts for one in (vars(part), part._parameters, part._buffers, part._modules)]
+    namespaces = [one for one in spaces if isinstance(one, dict)]  # not those of TorchScript
+    copies = [dict(one) for one in namespaces]
+    written = {id(one): one for part in parts for one in _may_be_written(part) if one is not None}
+    tensors = [(one, one.data, one.data.clone()) for one in written.values()]
+    with random_states([*model.parameters(), *model.buffers()]), not_compiled(parts):
+        try:
+            yield
+        finally:
+            for live, before in zip(namespaces, copies, strict=True):
+                for name in live.keys() - before.keys():
+                    del live[name]
+                live.update(before)
+            for tensor, data, values in tensors:
+                if tensor.data.data_ptr() != data.data_ptr():
+                    tensor.data = data
+                if not torch.equal(data, values):
+                    data.copy_(values)
+
+
+def _may_be_written(part: nn.Module) -> Iterable[Tensor | None]:
+    """Parameters that the forward pass of a module may change, as far as it is seen."""
+    of_torch = str(type(part).__module__).startswith("torch.")
+    if has_unknown_hook(part) or (not of_torch and forward_code(part).takes_weights):
+        return nn.Module.parameters(part)
+    return () if of_torch else part._parameters.values()
+
+
+def _run(model: nn.Module, batch: object) -> None:
+    """A forward pass that writes to copies of the buffers."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if isinstance(batch, Mapping):
+        functional_call(model, buffers, (), dict(batch))
+    else:
+        functional_call(model, buffers, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))

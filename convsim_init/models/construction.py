@@ -116,6 +116,9 @@ class Construction:
         @wraps(backward)
         def marking(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
+            if self._told and not self._telling and any(map(_has_gradient, self._told.values())):
+                self._window.close()  # the forward pass was not seen
+                self._tell_again(Moment.STEP)
             for module in (*self._marked.values(), *self._redrawn.values()):
                 if any(one is not None and one.grad is not None for one in module._parameters.values()):
                     self._redrawn.pop(id(module), None)
@@ -161,23 +164,36 @@ class Construction:
                     self._window.close()
                     self._tell_again(Moment.FORWARD)
 
-            # A hook of all modules would make torch.compile warn, and compile anew once it is gone.
-            if parts and not any(map(_is_compiled, self._told.values())):
-                self._window.callback(register_module_forward_pre_hook(before_call).remove)
-                self._window.enter_context(replaced(torch, "compile", self._before_compiling))
+            self._watch(before_call, parts)
             init(optimizer, *args, **kwargs)
 
         return after_telling
 
-    def _before_compiling(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(make)
-        def after_telling(*args: Any, **kwargs: Any) -> Any:
-            if not self._telling:
-                self._window.close()
-                self._tell_again(Moment.FORWARD)
-            return make(*args, **kwargs)
+    def _watch(self, before_call: Callable[[nn.Module, object], None], parts: set[int]) -> None:
+        """Open the window: have a function called before the forward pass of a model, or before it is compiled."""
+        if not parts:
+            return
+        inner = {id(part) for model in self._told.values() for one in _compiled(model) for part in one.modules()}
+        if inner:  # of a hook of all modules a compiled one would warn, and compile anew once it is gone
+            outer = [part for model in self._told.values() for part in model.modules() if id(part) not in inner]
+            for part in outer:
+                if id(part) in parts:
+                    self._window.callback(part.register_forward_pre_hook(before_call).remove)
+        else:
+            self._window.callback(register_module_forward_pre_hook(before_call).remove)
 
-        return after_telling
+        def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(make)
+            def after_telling(*args: Any, **kwargs: Any) -> Any:
+                what = args[0] if args else kwargs.get("model")
+                module = getattr(what, "__self__", what)  # of a module that is compiled in place its method is
+                if not self._telling and isinstance(module, nn.Module):
+                    before_call(module, None)
+                return make(*args, **kwargs)
+
+            return after_telling
+
+        self._window.enter_context(replaced(torch, "compile", before_compiling))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if torch.compiler.is_compiling() or _is_own(optimizer):
@@ -255,8 +271,17 @@ def _is_own(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
+def _compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules in a model that are compiled, or wrapped and compiled."""
+    for part in model.modules():
+        if part._compiled_call_impl is not None:
+            yield part
+        elif isinstance(part._modules.get("_orig_mod"), nn.Module):
+            yield part._modules["_orig_mod"]  # type: ignore[misc]
+
+
+def _has_gradient(model: nn.Module) -> bool:
+    return any(one.grad is not None for one in nn.Module.parameters(model))
 
 
 def _on_meta() -> bool:

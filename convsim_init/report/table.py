@@ -202,14 +202,13 @@ def _change_of_totals(data: Mapping[str, Any]) -> list[str]:
     before, after = data["totals"]["before"], data["totals"]["after"]
     if not after:
         return []
-    ratio = f", norm ratio {after['norm_ratio']:.6f}"
-    return [
-        *(
-            f"mean normalized similarity{kind and f' of {kind}'} {change} ({share.strip()}){ratio if not kind else ''}"
-            for kind, change, share in _mean_changes(data)
-        ),
-        f"sum of raw similarity {before['similarity']:.4g} -> {after['similarity']:.4g}",
+    means = [
+        f"mean normalized similarity{kind and f' of {kind}'} {change} ({share.strip()})"
+        for kind, change, share in _mean_changes(data)
     ]
+    ratio = f"norm ratio {after['norm_ratio']:.6f}"
+    means = [f"{means[0]}, {ratio}"] if len(means) == 1 else [*means, ratio]
+    return [*means, f"sum of raw similarity {before['similarity']:.4g} -> {after['similarity']:.4g}"]
 
 
 def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -152,10 +152,10 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
     scales: dict[str, Tensor] = {}
     reached: list[Tensor] = []
 
-    def scaled(module: nn.Module, name: str, output: Tensor) -> Tensor:
+    def scaled(name: str, output: Tensor, added: Tensor | None) -> Tensor:
         bias: Tensor | float = 0.0
-        if isinstance(module.bias, Tensor):
-            bias = module.bias.detach().reshape(-1, *[1] * (output.dim() - 2))  # [M, 1, ...]
+        if added is not None:
+            bias = added.detach().reshape(-1, *[1] * (output.dim() - 2))  # [M, 1, ...]
         plain = output - bias
         if name not in scales:
             deviation = float(plain.detach().float().std())

@@ -706,20 +706,6 @@ class MaskedByItsOwnMethod(Around):
         return self.conv(x)
 
 
-class Convolve(nn.Module):
-    def forward(self, conv, x, mask):
-        return F.conv2d(x, conv.weight * mask)
-
-
-class MaskedByAPart(Around):
-    def __init__(self):
-        super().__init__()
-        self.part = Convolve()
-
-    def forward(self, x):
-        return self.part(self.conv, x, self.mask)
-
-
 class MaskedByAnAttribute(Around):
     def __init__(self):
         super().__init__()
@@ -749,7 +735,7 @@ def masked_by_a_patch():
 MASKED = [
     *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
     *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around, MaskedAbove, MaskedByABase),
-    *(MaskedByItsOwnMethod, MaskedByAPart, MaskedByAnAttribute, MaskedByAStaticMethod),
+    *(MaskedByItsOwnMethod, MaskedByAnAttribute, MaskedByAStaticMethod),
 ]
 
 
@@ -819,6 +805,44 @@ class Branches(nn.Module):
         return F.conv2d(x, sum(one.weight for one in self.branches))
 
 
+def test_weights_of_other_shapes_in_one_module_are_layers_of_their_own():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3)
+
+        def forward(self, x):
+            return F.conv2d(F.conv2d(x, self.a.weight / 2, padding=1), self.b.weight / 2)
+
+    assert [layer.outcome for layer in ci.initialize_(Scaled(), settings=SETTINGS).layers] == 2 * [
+        ci.Outcome.INITIALIZED
+    ]
+
+
+class BlurPool(nn.Module):
+    """No parameter: a convolution with a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(8, 1, 3, 3) / 9)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, groups=8)
+
+
+def test_a_part_that_convolves_with_a_buffer_says_nothing_of_what_is_around_it():
+    class Blurred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.blur, self.fc = nn.Conv2d(4, 8, 3), BlurPool(), nn.Linear(8, 2)
+            self.draw = lambda module: nn.init.zeros_(module.weight)  # not called by the forward pass
+
+        def forward(self, x):
+            return self.fc(self.blur(self.conv(x)).mean((2, 3)).to(self.fc.weight.dtype))
+
+    assert ci.initialize_(Blurred(), settings=SETTINGS).remarks == []
+
+
 def test_of_weights_that_are_summed_one_is_treated():
     model = Branches()
     report = ci.initialize_(model, settings=SETTINGS)
@@ -843,8 +867,8 @@ def test_a_model_may_group_its_parameters_for_an_optimizer():
         def parameters(self, rate=0.1):
             return [{"params": list(super().parameters()), "lr": rate}]
 
-    model = Grouped()
-    model.kernel = nn.Parameter(torch.randn(8, 4, 3, 3))
+    model = nn.Sequential(Grouped())
+    model[0].kernel = nn.Parameter(torch.randn(8, 4, 3, 3))
     (layer,) = ci.initialize_(model, settings=SETTINGS).layers
     assert layer.after
 

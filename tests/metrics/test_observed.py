@@ -238,6 +238,37 @@ class ActNorm(nn.Module):
         return x * self.scale
 
 
+class Skipping(nn.Module):
+    """An encoder and a decoder that share a list; and attributes that look like hooks."""
+
+    def __init__(self, kept=None):
+        super().__init__()
+        self.conv, self.kept, self.hooks = nn.Conv2d(3, 3, 3, padding=1), [] if kept is None else kept, (0, 2)
+        self.last = kept is not None
+
+    def forward(self, x):
+        if self.last:
+            return self.conv(x + self.kept.pop())
+        self.kept.append(x)
+        return self.conv(x)
+
+
+def test_attributes_stay_the_objects_that_they_are():
+    first = Skipping()
+    model = nn.Sequential(first, Skipping(first.kept))
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    assert set(ci.measure_feature_correlation(model, torch.randn(2, 3, 8, 8))) == {"0.conv", "1.conv"}
+    assert (first.kept, seen) == ([], [1])
+
+
+def test_a_compiled_part_runs_as_it_is():
+    part, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 9, 9)
+    expected = ci.measure_feature_correlation(nn.Sequential(part), x)
+    model = nn.Sequential(torch.compile(part, backend="eager", fullgraph=True))
+    assert list(ci.measure_feature_correlation(model, x).values()) == list(expected.values())
+
+
 def test_what_a_first_pass_sets_is_put_back():
     model = nn.Sequential(ActNorm(), nn.Conv2d(3, 4, 3))
     before = {key: value.clone() for key, value in model.state_dict().items()}

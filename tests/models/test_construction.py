@@ -339,6 +339,47 @@ def test_a_compiled_model_is_compiled_once_and_without_a_warning(way):
     assert [report.totals["initialized"] for report in reports] == [2]
 
 
+@pytest.mark.parametrize("what", ["a loss", "a part before", "a part"])
+def test_what_is_drawn_anew_after_something_else_was_compiled_is_treated_again(what):
+    torch._dynamo.reset()
+    with ci.initializing(settings=QUICK) as reports:
+        model = network(nn.Conv2d(8, 8, 1))
+        if what == "a part before":
+            model[2].compile(backend="eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if what == "a loss":
+            torch.compile(F.mse_loss, backend="eager")
+        draw_(model)
+        if what == "a part":
+            model[2].compile(backend="eager")
+        model(torch.randn(2, 3, 9, 9)).sum().backward()
+        optimizer.step()
+    assert [report.totals["initialized"] for report in reports] == [3, 3]
+
+
+def test_what_is_drawn_anew_before_a_pass_that_is_not_seen_is_told():
+    torch._dynamo.reset()
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = network()
+
+        def forward(self, x):
+            return self.parts(x)
+
+    with ci.initializing(settings=QUICK) as reports:
+        model = Network()
+        model.compile(backend="eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        draw_(model)
+        model(torch.randn(2, 3, 9, 9)).sum().backward()
+        optimizer.step()
+    assert [layer.reason for layer in reports[1].layers] == 2 * [
+        "changed after the optimizer was made, in this process or by another one"
+    ]
+
+
 def test_what_is_drawn_anew_before_it_is_compiled_is_treated_again():
     with ci.initializing(settings=QUICK) as reports:
         model = network()

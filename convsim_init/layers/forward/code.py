@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial, partialmethod
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {call.__name__ for call in CONVOLUTIONS}
@@ -38,13 +39,12 @@ def forward_code(module: nn.Module) -> ForwardCode:
     """The code of a module's forward pass."""
     kind: Any = type(module)
     own = vars(module).get("forward")
-    held = tuple(value for value in vars(module).values() if isinstance(value, (FunctionType, MethodType, partial)))
-    inside = [*_inside(module)]
-    helpers = frozenset(type(one) for one in inside) - {kind}
-    called = tuple({type(one).forward: None for one in inside if next(one.parameters(), None) is None})
-    if own is not None or held:  # not kept in the cache: they may hold the module
-        return ForwardCode(kind, own or getattr(kind, "forward", None), helpers, (*called, *held))
-    return _code_of(kind, getattr(kind, "forward", None), helpers, called)
+    forward = getattr(kind, "forward", None) if own is None else own
+    held = {name: one for name, one in vars(module).items() if _takes_weights(one)}
+    helpers = frozenset(_classes_inside(module))
+    if own is not None or held or type(forward).__hash__ is None:  # not kept in the cache: they may hold the module
+        return ForwardCode(kind, forward, helpers, held)
+    return _code_of(kind, forward, helpers)
 
 
 class ForwardCode:
@@ -53,15 +53,15 @@ class ForwardCode:
     Args:
         kind: Class of the module.
         forward: Its forward pass.
-        helpers: Classes of what is inside it, whose own methods it may call.
-        called: Functions that its attributes hold, and forward passes inside it that have no parameters of their own.
+        helpers: Classes of convolutions inside it, whose own methods it may call.
+        held: Functions that its attributes hold and that take weights, by their names.
     """
 
     def __init__(
-        self, kind: Any, forward: Any, helpers: Iterable[type] = (), called: Iterable[Callable[..., Any]] = ()
+        self, kind: Any, forward: Any, helpers: Iterable[type] = (), held: Mapping[str, Callable[..., Any]] = EMPTY
     ) -> None:
         self._codes: list[CodeType] = []
-        pending = [each for one in (forward, *called) for each in _functions(one)]
+        pending = _functions(forward)
         for function in pending:
             if function.__code__ in self._codes or len(self._codes) > MOST_CODE:
                 continue
@@ -69,11 +69,10 @@ class ForwardCode:
             for one in inner:
                 inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
                 known = [function.__globals__.get(name) for name in one.co_names]
-                spaces = [one for one in known if isinstance(one, (ModuleType, type))]
+                spaces = [one for one in known if isinstance(one, ModuleType) or _is_plain_class(one)]
                 for name in one.co_names:
                     known += [getattr(kind, name, None), *(vars(space).get(name) for space in spaces)]
-                    if not hasattr(nn.Module, name):
-                        known += [getattr(helper, name, None) for helper in helpers]
+                    known += [held.get(name), *(vars(helper).get(name) for helper in helpers)]
                 for name in _asked_of_bases(one, kind.__mro__):
                     known += [vars(base).get(name) for base in kind.__mro__]
                 pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
@@ -117,13 +116,23 @@ class ForwardCode:
         return {code.co_varnames[0] for code in self._codes if code.co_name == "forward" and code.co_argcount}
 
 
-def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules in a module and in its lists, of classes that are not torch's."""
-    for child in module.children():
+def _classes_inside(module: nn.Module) -> Iterator[type]:
+    """Classes of somebody's own of the convolutions in a module and in its lists."""
+    for child in module._modules.values():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            yield from _inside(child)
-        elif not type(child).__module__.startswith("torch."):
-            yield child
+            yield from _classes_inside(child)
+        elif isinstance(child, _ConvNd) and not str(type(child).__module__).startswith("torch."):
+            yield type(child)
+
+
+def _takes_weights(value: object) -> bool:
+    """Whether it is a function that names what may take a weight out of a convolution."""
+    functions = _functions(value) if isinstance(value, (FunctionType, MethodType, partial)) else ()
+    return any(not HANDED_OUT.isdisjoint(one.__code__.co_names) for one in functions if not _is_librarys(one))
+
+
+def _is_plain_class(value: object) -> bool:
+    return isinstance(value, type) and not issubclass(value, nn.Module)
 
 
 def names_of(parts: Iterable[nn.Module]) -> set[str]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -14,21 +15,21 @@ from torch.overrides import TorchFunctionMode
 from convsim_init.layers.forward.code import CONVOLUTIONS, has_forward_of_its_own
 from convsim_init.layers.forward.trial import convolution_arguments
 
-Change = Callable[[_ConvNd, str, Tensor], Tensor | None]
+Change = Callable[[str, Tensor, Tensor | None], Tensor | None]
 
 
 @contextmanager
 def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) -> Iterator[None]:
     """Context in which a function is called with each output of convolutions, and may return another one.
 
-    It is the convolution's own output, its bias in it. Where a class calls one and then normalizes or activates what
-    comes out, it is what comes out; where no call is seen, it is what the module returns.
+    Where a class calls a convolution and then normalizes or activates what comes out, or adds its bias, it is what
+    comes out; where no call is seen, it is what the module returns.
 
     Args:
         modules: Convolutions, with their names.
-        change: What is called with the module, its name and the output. None leaves the output as it is.
+        change: What is called with the name, the output and the bias that is in it. None leaves the output as it is.
     """
-    calls = _Calls(change)
+    calls = _Calls(change, {id(module): _shape(module) for _, module in modules})
     with ExitStack() as stack:
         for name, module in modules:
             if has_forward_of_its_own(module):
@@ -41,16 +42,21 @@ def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) 
         yield
 
 
+def _shape(module: _ConvNd) -> torch.Size | None:
+    weight = module._parameters.get("weight")  # what is computed is not computed for this
+    return None if weight is None else weight.shape
+
+
 def _hook(change: Change, name: str, module: _ConvNd, inputs: object, output: object) -> Tensor | None:
-    return change(module, name, output) if isinstance(output, Tensor) else None
+    return change(name, output, getattr(module, "bias", None)) if isinstance(output, Tensor) else None
 
 
 class _Calls(TorchFunctionMode):
     """Context in which the convolutions that some modules call are seen."""
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Change, shapes: Mapping[int, torch.Size | None]) -> None:
         super().__init__()
-        self._change = change
+        self._change, self._shapes = change, shapes
         self._running: list[tuple[str, _ConvNd]] = []
         self._seen: list[bool] = []  # whether those that run have called a convolution
 
@@ -71,14 +77,15 @@ class _Calls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         if func not in CONVOLUTIONS or not self._running:
             return output
         name, module = self._running[-1]
-        weight, _, _ = convolution_arguments(func, args, kwargs or {})
+        weight, _, _ = convolution_arguments(func, args, kwargs)
         others = (*vars(module).values(), *(one for key, one in module._buffers.items() if key != "weight"))
-        if weight.shape != module.weight.shape or any(weight is one for one in others):
+        if self._shapes[id(module)] not in (None, weight.shape) or any(weight is one for one in others):
             return output  # such as one that counts what a mask covers
         self._seen[-1] = True
-        changed = self._change(module, name, output)
+        changed = self._change(name, output, args[2] if len(args) > 2 else kwargs.get("bias"))
         return output if changed is None else changed

@@ -118,9 +118,9 @@ class ForwardWeight(Weight):
         return self._stored.shape
 
     @property
-    def place(self) -> tuple[int, int | None]:
-        """Where it is used: the module, by its id, and the position of the call there, once that is chosen."""
-        return id(self.module), self._index
+    def place(self) -> tuple[object, ...]:
+        """Where it is used: the module, by its id, the shape, and the position among calls with that shape."""
+        return id(self.module), *self.shape, self._index
 
     @property
     def mask(self) -> Tensor | None:

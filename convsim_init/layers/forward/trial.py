@@ -134,7 +134,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
-    with LIVE, random_states(tensors), warnings.catch_warnings():
+    with LIVE, random_states(tensors), not_compiled(parts), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         attributes = [dict(vars(part)) for part in parts]
         hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
@@ -159,6 +159,17 @@ def isolated(module: nn.Module) -> Iterator[None]:
                     registry.update(before)
             for put_back in noted:
                 put_back()
+
+
+@contextmanager
+def not_compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which modules that torch.compile has compiled run as they are, for what looks on asks for values."""
+    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts)
+    if not compiled or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _noted(tensor: Tensor) -> Callable[[], None]:

@@ -43,7 +43,7 @@ class First(nn.Module):
 @pytest.mark.parametrize("kind", [nn.Conv2d, Activated, Partial, Elsewhere])
 def test_the_output_is_that_of_the_convolution(kind):
     module, x, seen = kind(3, 6, 3), torch.randn(2, 3, 9, 9), []
-    with convolution_outputs([("a", module)], lambda _, name, output: seen.append((name, output))):
+    with convolution_outputs([("a", module)], lambda name, output, _: seen.append((name, output))):
         module(x)
     ((name, output),) = seen
     assert name == "a"
@@ -63,6 +63,37 @@ def test_measures_and_scales_are_those_of_the_convolution(kind):
     assert found == pytest.approx(expected, rel=1e-5)
     expected, found = (ci.calibrate_(model, x)["0"] for model in (plain, own))
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+class Late(nn.Conv2d):
+    """StyleGAN's: the bias is added afterwards."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight) + self.bias[:, None, None]
+
+
+class Hyper(nn.Conv2d):
+    """Its kernels come from another parameter."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.code = nn.Parameter(self.weight.detach().clone())
+        del self.weight
+
+    def forward(self, x):
+        return F.conv2d(x, 2 * self.code, self.bias)
+
+
+def test_the_bias_may_be_added_later():
+    torch.manual_seed(0)
+    own, plain, x = Late(3, 6, 3), nn.Conv2d(3, 6, 3), torch.randn(4, 3, 12, 12)
+    nn.init.constant_(own.bias, 5)
+    plain.load_state_dict(own.state_dict())
+    assert ci.calibrate_(nn.Sequential(own), x) == ci.calibrate_(nn.Sequential(plain), x)
+
+
+def test_a_convolution_may_have_no_weight():
+    assert set(ci.measure_feature_correlation(nn.Sequential(Hyper(3, 6, 3)), torch.randn(2, 3, 9, 9))) == {"0"}
 
 
 def test_after_an_error_nothing_looks_on():
