@@ -151,48 +151,45 @@ class Construction:
                 return
             self._window.close()
             self._tell(Moment.OPTIMIZER)
-            named = [named for model in self._told.values() for named in model.named_modules()]
-            # Parametrizations run whenever their weight is looked at.
-            parts = {id(part) for name, part in named if "parametrizations" not in name.split(".")}
-
-            def before_call(module: nn.Module, _: object) -> None:
-                tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-                transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
-                if tracing or transformed or torch.compiler.is_compiling():
-                    return  # such a pass may not end the window: a later one or a step will
-                if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
-                    self._window.close()
-                    self._tell_again(Moment.FORWARD)
-
-            self._watch(before_call, parts)
+            self._watch()
             init(optimizer, *args, **kwargs)
 
         return after_telling
 
-    def _watch(self, before_call: Callable[[nn.Module, object], None], parts: set[int]) -> None:
-        """Open the window: have a function called before the forward pass of a model, or before it is compiled."""
+    def _watch(self) -> None:
+        """Open the window: models are told again before the first forward pass of a part, or before it is compiled."""
+        named = [named for model in self._told.values() for named in model.named_modules()]
+        # Parametrizations run whenever their weight is looked at.
+        parts = {id(part): part for name, part in named if "parametrizations" not in name.split(".")}
         if not parts:
             return
-        inner = {id(part) for model in self._told.values() for one in _compiled(model) for part in one.modules()}
-        if inner:  # of a hook of all modules a compiled one would warn, and compile anew once it is gone
-            outer = [part for model in self._told.values() for part in model.modules() if id(part) not in inner]
-            for part in outer:
-                if id(part) in parts:
-                    self._window.callback(part.register_forward_pre_hook(before_call).remove)
-        else:
-            self._window.callback(register_module_forward_pre_hook(before_call).remove)
+
+        def before_call(module: nn.Module, _: object) -> None:
+            tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+            transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
+            if tracing or transformed or torch.compiler.is_compiling():
+                return  # such a pass may not end the window: a later one or a step will
+            if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
+                self._window.close()
+                self._tell_again(Moment.FORWARD)
 
         def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(make)
             def after_telling(*args: Any, **kwargs: Any) -> Any:
                 what = args[0] if args else kwargs.get("model")
                 module = getattr(what, "__self__", what)  # of a module that is compiled in place its method is
-                if not self._telling and isinstance(module, nn.Module):
+                if isinstance(module, nn.Module):
                     before_call(module, None)
                 return make(*args, **kwargs)
 
             return after_telling
 
+        compiled = {id(part) for model in self._told.values() for one in _compiled(model) for part in one.modules()}
+        if not compiled:
+            self._window.callback(register_module_forward_pre_hook(before_call).remove)
+        else:  # which would warn of a hook of all modules, and be compiled anew once that is gone
+            for key in parts.keys() - compiled:
+                self._window.callback(parts[key].register_forward_pre_hook(before_call).remove)
         self._window.enter_context(replaced(torch, "compile", before_compiling))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
