@@ -9,16 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers.find import find_convolutions, refuse_lazy, unwrap
 from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.outputs import convolution_outputs
-from convsim_init.layers.forward.trial import not_compiled, random_states
+from convsim_init.layers.forward.trial import (
+    TRIALS,
+    not_compiled,
+    noted,
+    noted_hooks,
+    random_states,
+    tensors_of,
+)
 from convsim_init.layers.weights import has_unknown_hook
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
+COPIED = 2**30  # bytes of parameters that are copied whatever a forward pass seems to do
 
 
 @torch.no_grad()
@@ -135,40 +144,48 @@ class FeatureMaps:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Context in which a model may run in whatever mode it is, and nothing of what that changes remains.
 
-    Of the parameters those are copied that a forward pass or a hook of somebody's own may write to. What is changed
-    within objects that attributes hold stays.
+    Of a very large model those parameters alone are copied that a forward pass or a hook of somebody's own seems to
+    write to. What is changed deep within objects that attributes hold stays.
     """
     parts = list(model.modules())
     spaces: list[Any] = [one for part in parts for one in (vars(part), part._parameters, part._buffers, part._modules)]
-    namespaces = [one for one in spaces if isinstance(one, dict)]  # not those of TorchScript
-    copies = [dict(one) for one in namespaces]
-    written = {id(one): one for part in parts for one in _may_be_written(part) if one is not None}
-    tensors = [(one, one.data, one.data.clone()) for one in written.values()]
-    with random_states([*model.parameters(), *model.buffers()]), not_compiled(parts):
+    spaces += [one for part in parts for one in vars(part).values() if type(one) in (dict, list)]
+    held = [one for one in spaces if isinstance(one, (dict, list))]  # not those of TorchScript
+    copies = [one.copy() for one in held]
+    generators = [one for part in parts for one in vars(part).values() if isinstance(one, torch.Generator)]
+    states = [one.get_state() for one in generators]
+    tensors = {id(one): one for part in parts for one in tensors_of(part) if not is_lazy(one)}
+    parameters = {id(one) for part in parts for one in part._parameters.values() if one is not None}
+    small = sum(tensors[key].nbytes for key in parameters) <= COPIED
+    written = {id(one) for part in parts for one in _may_be_written(part) if one is not None}
+    undo = [noted(one, copy=small or key not in parameters or key in written) for key, one in tensors.items()]
+    hooks = noted_hooks(parts)
+    with random_states(tensors.values()), not_compiled(parts):
+        TRIALS.append(model)
         try:
             yield
         finally:
-            for live, before in zip(namespaces, copies, strict=True):
-                for name in live.keys() - before.keys():
-                    del live[name]
-                live.update(before)
-            for tensor, data, values in tensors:
-                if tensor.data.data_ptr() != data.data_ptr():
-                    tensor.data = data
-                if not torch.equal(data, values):
-                    data.copy_(values)
+            TRIALS.remove(model)
+            for live, before in zip(held, copies, strict=True):
+                live.clear()
+                live.extend(before) if isinstance(live, list) else live.update(before)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            hooks()
+            for put_back in undo:
+                put_back()
 
 
 def _may_be_written(part: nn.Module) -> Iterable[Tensor | None]:
     """Parameters that the forward pass of a module may change, as far as it is seen."""
     of_torch = str(type(part).__module__).startswith("torch.")
-    if has_unknown_hook(part) or (not of_torch and forward_code(part).takes_weights):
+    if has_unknown_hook(part) or part._forward_hooks or (not of_torch and forward_code(part).takes_weights):
         return nn.Module.parameters(part)
     return () if of_torch else part._parameters.values()
 
 
 def _run(model: nn.Module, batch: object) -> None:
-    """A forward pass that writes to copies of the buffers."""
+    """A forward pass with copies of the buffers: those of inference mode could not be written to."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     if isinstance(batch, Mapping):
         functional_call(model, buffers, (), dict(batch))

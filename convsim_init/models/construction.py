@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from functools import wraps
 from typing import Any
@@ -67,6 +68,7 @@ class Construction:
         self._told = _Modules()  # and not trained yet
         self._models = _Modules()  # told at any time
         self._redrawn = _Modules()  # since an optimizer was made
+        self._graded = set[int]()  # parameters, by their ids, that had a gradient then
         self._telling = False  # then copies that are made, and forward passes, are none of the context's
         self._window = ExitStack()  # from an optimizer to the first forward pass
         self._undo = ExitStack()
@@ -99,6 +101,8 @@ class Construction:
         @wraps(make)
         def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             make(module, *args, **kwargs)
+            for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Hook)]:
+                del module._forward_pre_hooks[key]  # of a copy
             if not self._telling:
                 self._built[id(module)] = self._marked[id(module)] = module
 
@@ -116,11 +120,12 @@ class Construction:
         @wraps(backward)
         def marking(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
-            if self._told and not self._telling and any(map(_has_gradient, self._told.values())):
+            told = () if self._telling else [one for model in self._told.values() for one in model.parameters()]
+            if any(_has_gradient(one) and id(one) not in self._graded for one in told):
                 self._window.close()  # the forward pass was not seen
                 self._tell_again(Moment.STEP)
             for module in (*self._marked.values(), *self._redrawn.values()):
-                if any(one is not None and one.grad is not None for one in module._parameters.values()):
+                if any(map(_has_gradient, module._parameters.values())):
                     self._redrawn.pop(id(module), None)
                     if MARK in vars(module):
                         self._mark(module, TRAINED)
@@ -176,20 +181,19 @@ class Construction:
         def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(make)
             def after_telling(*args: Any, **kwargs: Any) -> Any:
-                what = args[0] if args else kwargs.get("model")
-                module = getattr(what, "__self__", what)  # of a module that is compiled in place its method is
-                if isinstance(module, nn.Module):
+                for module in _modules_of(args[0] if args else kwargs.get("model")):
                     before_call(module, None)
                 return make(*args, **kwargs)
 
             return after_telling
 
+        self._graded = {id(one) for part in parts.values() for one in part._parameters.values() if _has_gradient(one)}
         compiled = {id(part) for model in self._told.values() for one in _compiled(model) for part in one.modules()}
         if not compiled:
             self._window.callback(register_module_forward_pre_hook(before_call).remove)
         else:  # which would warn of a hook of all modules, and be compiled anew once that is gone
             for key in parts.keys() - compiled:
-                self._window.callback(parts[key].register_forward_pre_hook(before_call).remove)
+                self._window.callback(parts[key].register_forward_pre_hook(_Hook(before_call)).remove)
         self._window.enter_context(replaced(torch, "compile", before_compiling))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -277,8 +281,37 @@ def _compiled(model: nn.Module) -> Iterator[nn.Module]:
             yield part._modules["_orig_mod"]  # type: ignore[misc]
 
 
-def _has_gradient(model: nn.Module) -> bool:
-    return any(one.grad is not None for one in nn.Module.parameters(model))
+def _has_gradient(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.grad is not None
+
+
+def _modules_of(what: object) -> list[nn.Module]:
+    """The modules that something which is compiled is, belongs to or names."""
+    owner = getattr(what, "__self__", what)
+    if isinstance(owner, nn.Module):
+        return [owner]
+    found = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
+    with suppress(TypeError, ValueError):  # no function of Python's
+        names = inspect.getclosurevars(what)  # type: ignore[arg-type]
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    return [one for one in found if isinstance(one, nn.Module)]
+
+
+def _nothing(*_: object) -> None:
+    """Hook that does nothing."""
+
+
+class _Hook:
+    """Hook of a single module, of which a copy does nothing."""
+
+    def __init__(self, act: Callable[[nn.Module, object], None]) -> None:
+        self._act = act
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        self._act(module, inputs)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Hook, (_nothing,)
 
 
 def _on_meta() -> bool:

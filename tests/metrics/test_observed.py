@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
+from convsim_init.metrics import observed
 from convsim_init.metrics import observed as feature_maps
 
 
@@ -260,6 +261,68 @@ def test_attributes_stay_the_objects_that_they_are():
     model.register_forward_hook(lambda *_: seen.append(1))
     assert set(ci.measure_feature_correlation(model, torch.randn(2, 3, 8, 8))) == {"0.conv", "1.conv"}
     assert (first.kept, seen) == ([], [1])
+
+
+class Busy(nn.Module):
+    """Leaves traces of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.count, self.notes = nn.Conv2d(3, 4, 3), torch.zeros(1), {"seen": 0}
+        self.generator, self.register = torch.Generator().manual_seed(3), []
+        self.register_buffer("mean", torch.zeros(1))
+        self.register += [self.mean]
+        self.hook = self.conv.register_forward_hook(self.scale)
+
+    def scale(self, module, _, output):
+        module.weight.data *= 0.5
+        module.weight.requires_grad_(False)
+        self.hook.remove()
+
+    def forward(self, x):
+        self.count += torch.rand(1, generator=self.generator)
+        self.notes["seen"] += 1
+        self.register[0] += 1
+        self.register.append(x)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("copied", [2**30, 0], ids=["small", "large"])
+def test_traces_of_all_kinds_are_removed(copied, monkeypatch):
+    monkeypatch.setattr(observed, "COPIED", copied)
+    model = nn.Sequential(Busy(), nn.Conv2d(4, 4, 3))
+    busy = model[0]
+    before, state = copy.deepcopy(model.state_dict()), busy.generator.get_state()
+    assert len(ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))) == 2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (busy.count.item(), busy.notes, len(busy.register)) == (0, {"seen": 0}, 1)
+    assert busy.register[0] is busy.mean
+    assert torch.equal(busy.generator.get_state(), state)
+    assert len(busy.conv._forward_hooks) == 1
+    assert busy.conv.weight.requires_grad
+
+
+def test_a_model_of_inference_mode_is_measured():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert set(ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))) == {"0"}
+
+
+def test_measuring_is_no_training():
+    def draw(module):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+
+    with ci.initializing(settings=ci.Settings(steps=2)) as reports:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        model.apply(draw)
+        drawn = model[0].weight.clone()
+        ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))
+        assert torch.equal(model[0].weight, drawn)
+        model(torch.randn(2, 3, 9, 9))
+        assert not torch.equal(model[0].weight, drawn)
+    assert len(reports) == 2
 
 
 def test_a_compiled_part_runs_as_it_is():

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import io
+import pickle
 import threading
 import warnings
 
@@ -355,6 +356,45 @@ def test_what_is_drawn_anew_after_something_else_was_compiled_is_treated_again(w
         model(torch.randn(2, 3, 9, 9)).sum().backward()
         optimizer.step()
     assert [report.totals["initialized"] for report in reports] == [3, 3]
+
+
+@pytest.mark.parametrize("names", ["a global", "a cell"])
+def test_what_is_drawn_anew_before_a_step_is_compiled_is_treated_again(names, monkeypatch):
+    torch._dynamo.reset()
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        draw_(model)
+        if names == "a global":
+            step = eval("lambda x: model(x).mean()", {"model": model})
+        else:
+
+            def step(x):
+                return model(x).mean()
+
+        torch.compile(step, backend="eager")(torch.randn(2, 3, 9, 9)).backward()
+    assert [report.totals["initialized"] for report in reports] == [2, 2]
+
+
+def test_old_gradients_are_no_training():
+    with ci.initializing(settings=QUICK) as reports:
+        model, other = network(), network()
+        other(torch.randn(2, 3, 9, 9)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        draw_(model)
+        nn.Linear(3, 3)(torch.ones(1, 3)).sum().backward()
+        model(torch.randn(2, 3, 9, 9))
+    assert [report.totals.get("initialized") for report in reports] == [2, None, 2]
+
+
+def test_copies_in_the_window_have_no_hooks():
+    with ci.initializing(settings=QUICK):
+        compiled, model = torch.compile(network(), backend="eager"), network()
+        torch.optim.SGD([*compiled.parameters(), *model.parameters()], lr=0.1)
+        twin = copy.deepcopy(model)
+        twins = pickle.loads(pickle.dumps(model))
+        model(torch.randn(2, 3, 9, 9))
+    assert not any(part._forward_pre_hooks for one in (model, twin, twins) for part in one.modules())
 
 
 def test_what_is_drawn_anew_before_a_pass_that_is_not_seen_is_told():

@@ -72,7 +72,9 @@ class ForwardCode:
                 spaces = [one for one in known if isinstance(one, ModuleType) or _is_plain_class(one)]
                 for name in one.co_names:
                     known += [getattr(kind, name, None), *(vars(space).get(name) for space in spaces)]
-                    known += [held.get(name), *(vars(helper).get(name) for helper in helpers)]
+                    known.append(held.get(name))
+                    if not hasattr(nn.Module, name):
+                        known += [getattr(helper, name, None) for helper in helpers]
                 for name in _asked_of_bases(one, kind.__mro__):
                     known += [vars(base).get(name) for base in kind.__mro__]
                 pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]

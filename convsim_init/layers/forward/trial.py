@@ -133,12 +133,12 @@ def isolated(module: nn.Module) -> Iterator[None]:
     hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
     """
     parts = list(module.modules())
-    tensors = list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
+    tensors = list({id(tensor): tensor for part in parts for tensor in tensors_of(part)}.values())
     with LIVE, random_states(tensors), not_compiled(parts), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         attributes = [dict(vars(part)) for part in parts]
-        hooks = [(d, d.copy()) for part in parts for name, d in vars(part).items() if "hooks" in name and d]
-        noted = [_noted(tensor) for tensor in tensors]
+        hooks = noted_hooks(parts)
+        undo = [noted(tensor) for tensor in tensors]
         TRIALS.append(module)
         try:
             memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
@@ -153,11 +153,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for part, before in zip(parts, attributes, strict=True):
                 vars(part).clear()
                 vars(part).update(before)
-            for registry, before in hooks:  # a hook may remove itself from the live one
-                if list(registry.items()) != list(before.items()):
-                    registry.clear()
-                    registry.update(before)
-            for put_back in noted:
+            hooks()
+            for put_back in undo:
                 put_back()
 
 
@@ -172,20 +169,40 @@ def not_compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _noted(tensor: Tensor) -> Callable[[], None]:
-    """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed."""
+def noted_hooks(parts: Iterable[nn.Module]) -> Callable[[], None]:
+    """What gives modules their hooks back, which may remove themselves."""
+    registries = [d for part in parts for name, d in vars(part).items() if "hooks" in name and isinstance(d, dict)]
+    copies = [one.copy() for one in registries]
+
+    def put_back() -> None:
+        for registry, before in zip(registries, copies, strict=True):
+            if list(registry.items()) != list(before.items()):
+                registry.clear()
+                registry.update(before)
+
+    return put_back
+
+
+def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
+    """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed.
+
+    Args:
+        tensor: The tensor.
+        copy: Whether its values are kept too, and not only where they are.
+    """
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
-    values = None if data.is_meta else data.clone()
+    values = data.clone() if copy and not data.is_meta else None
     hooks = dict(tensor._backward_hooks or {})
 
     def put_back() -> None:
-        moved = tensor.data.data_ptr() != data.data_ptr()
+        moved = tensor.data.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype
         if moved or tensor.shape != data.shape or tensor.stride() != data.stride():
             tensor.data = data
         if values is not None and not torch.equal(data, values):
             data.copy_(values)
         if tensor.is_leaf:
-            tensor.requires_grad_(required)
+            if tensor.requires_grad != required:
+                tensor.requires_grad_(required)
             if tensor.grad is not grad:
                 tensor.grad = grad
             live = tensor._backward_hooks or {}
@@ -195,7 +212,7 @@ def _noted(tensor: Tensor) -> Callable[[], None]:
     return put_back
 
 
-def _tensors(part: nn.Module) -> Iterator[Tensor]:
+def tensors_of(part: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and tensors that are plain attributes of a module itself."""
     for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
         if isinstance(value, Tensor):
