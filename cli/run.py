@@ -119,7 +119,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             if not isinstance(network, torch.nn.Module):
                 raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
             factors, left = scale_layers(
-                network, input_shape=choices.calibrate, include=choices.include, exclude=exclude
+                network, None, choices.calibrate, seed=0, include=choices.include, exclude=exclude
             )
             report = report.with_factors(factors)
             report.remarks += [f"not scaled: {some(names)}: {reason}" for reason, names in left.items()]

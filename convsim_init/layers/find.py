@@ -18,7 +18,8 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer as Layer
 from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name
-from convsim_init.layers.weights import Weight, has_unknown_hook, stored_weight
+from convsim_init.layers.stored import has_unknown_hook, stored_weight
+from convsim_init.layers.weights import Weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
 
@@ -109,12 +110,12 @@ def find_layers(
         if layer.obstacle is not None and not read_only
         for one in memories(layer.weight.sources)
     ]
-    calls: dict[tuple[object, ...], str] = {}  # where a module gives a weight made of several to a convolution
+    calls: dict[tuple[object, ...], Layer] = {}  # the first of those that one weight may be made of, by its place
     for layer in layers:
         if layer.obstacle is None and isinstance(layer.weight, ForwardWeight):
-            first = calls.setdefault(layer.weight.place, shown(layer.name))
-            if first != shown(layer.name):
-                layer.obstacle = f"used together with {first}, as one weight"
+            first = calls.setdefault(layer.weight.place, layer)
+            if first is not layer:
+                layer.obstacle = f"used together with {shown(first.name)}, as one weight"
         if layer.obstacle is None:
             own = memories(layer.weight.sources)
             owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)

@@ -118,9 +118,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
         for name, value in vars(part).items():
             if name in heavy:
                 memo[id(value)] = value
-            elif (
-                not isinstance(value, (nn.Module, Tensor, dict, list, set, tuple, MethodType)) and id(value) not in memo
-            ):
+            elif not isinstance(value, DEEP) and id(value) not in memo:
                 memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
     for part in clone.modules():

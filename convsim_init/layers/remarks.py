@@ -16,7 +16,8 @@ from convsim_init.layers.forward.code import forward_code, reads_further_inside
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, has_no_data, memories, overlap
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.weights import KERNEL_RANKS, has_unknown_hook
+from convsim_init.layers.stored import has_unknown_hook
+from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.text import layer_name, shown, some
 
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with

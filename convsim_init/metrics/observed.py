@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
@@ -20,11 +20,10 @@ from convsim_init.layers.forward.trial import (
     TRIALS,
     not_compiled,
     noted,
-    noted_hooks,
     random_states,
     tensors_of,
 )
-from convsim_init.layers.weights import has_unknown_hook
+from convsim_init.layers.stored import has_unknown_hook
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 COPIED = 2**30  # bytes of parameters that are copied whatever a forward pass seems to do
@@ -148,18 +147,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     write to. What is changed deep within objects that attributes hold stays.
     """
     parts = list(model.modules())
-    spaces: list[Any] = [one for part in parts for one in (vars(part), part._parameters, part._buffers, part._modules)]
-    spaces += [one for part in parts for one in vars(part).values() if type(one) in (dict, list)]
-    held = [one for one in spaces if isinstance(one, (dict, list))]  # not those of TorchScript
+    attributes = [vars(part) for part in parts]
+    values = [value for one in attributes for value in one.values()]
+    held: list[Any] = [*attributes, *(one for one in values if type(one) in (dict, OrderedDict, list))]
     copies = [one.copy() for one in held]
-    generators = [one for part in parts for one in vars(part).values() if isinstance(one, torch.Generator)]
-    states = [one.get_state() for one in generators]
-    tensors = {id(one): one for part in parts for one in tensors_of(part) if not is_lazy(one)}
-    parameters = {id(one) for part in parts for one in part._parameters.values() if one is not None}
-    small = sum(tensors[key].nbytes for key in parameters) <= COPIED
-    written = {id(one) for part in parts for one in _may_be_written(part) if one is not None}
-    undo = [noted(one, copy=small or key not in parameters or key in written) for key, one in tensors.items()]
-    hooks = noted_hooks(parts)
+    generators = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
+    tensors = {id(one): one for part in parts for one in tensors_of(part)}
+    small = sum(one.nbytes for one in nn.Module.parameters(model)) <= COPIED
+    written = {id(one) for part in parts for one in _may_be_written(part)}
+    undo = [
+        noted(one, copy=small or key in written or not isinstance(one, nn.Parameter)) for key, one in tensors.items()
+    ]
     with random_states(tensors.values()), not_compiled(parts):
         TRIALS.append(model)
         try:
@@ -169,9 +167,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for live, before in zip(held, copies, strict=True):
                 live.clear()
                 live.extend(before) if isinstance(live, list) else live.update(before)
-            for generator, state in zip(generators, states, strict=True):
+            for generator, state in generators:
                 generator.set_state(state)
-            hooks()
             for put_back in undo:
                 put_back()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import wraps
 from typing import Any
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
 from convsim_init.layers.forward.standardized import find_call
-from convsim_init.layers.forward.trial import TRIALS
 from convsim_init.layers.memory import has_no_data
 from convsim_init.models.patching import replaced
+from convsim_init.models.window import before_first_pass, drop_hooks
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
@@ -101,8 +99,7 @@ class Construction:
         @wraps(make)
         def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             make(module, *args, **kwargs)
-            for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Hook)]:
-                del module._forward_pre_hooks[key]  # of a copy
+            drop_hooks(module)  # of a copy
             if not self._telling:
                 self._built[id(module)] = self._marked[id(module)] = module
 
@@ -120,8 +117,9 @@ class Construction:
         @wraps(backward)
         def marking(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
-            told = () if self._telling else [one for model in self._told.values() for one in model.parameters()]
-            if any(_has_gradient(one) and id(one) not in self._graded for one in told):
+            told = () if self._telling else self._told.values()
+            parameters = (one for model in told for one in nn.Module.parameters(model))
+            if any(_has_gradient(one) and id(one) not in self._graded for one in parameters):
                 self._window.close()  # the forward pass was not seen
                 self._tell_again(Moment.STEP)
             for module in (*self._marked.values(), *self._redrawn.values()):
@@ -156,45 +154,17 @@ class Construction:
                 return
             self._window.close()
             self._tell(Moment.OPTIMIZER)
-            self._watch()
+            models = list(self._told.values())
+            self._graded = {id(one) for model in models for one in nn.Module.parameters(model) if _has_gradient(one)}
+            self._window.enter_context(before_first_pass(models, self._at_first_pass))
             init(optimizer, *args, **kwargs)
 
         return after_telling
 
-    def _watch(self) -> None:
-        """Open the window: models are told again before the first forward pass of a part, or before it is compiled."""
-        named = [named for model in self._told.values() for named in model.named_modules()]
-        # Parametrizations run whenever their weight is looked at.
-        parts = {id(part): part for name, part in named if "parametrizations" not in name.split(".")}
-        if not parts:
-            return
-
-        def before_call(module: nn.Module, _: object) -> None:
-            tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
-            if tracing or transformed or torch.compiler.is_compiling():
-                return  # such a pass may not end the window: a later one or a step will
-            if not (self._telling or TRIALS) and any(id(part) in parts for part in module.modules()):
-                self._window.close()
-                self._tell_again(Moment.FORWARD)
-
-        def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
-            @wraps(make)
-            def after_telling(*args: Any, **kwargs: Any) -> Any:
-                for module in _modules_of(args[0] if args else kwargs.get("model")):
-                    before_call(module, None)
-                return make(*args, **kwargs)
-
-            return after_telling
-
-        self._graded = {id(one) for part in parts.values() for one in part._parameters.values() if _has_gradient(one)}
-        compiled = {id(part) for model in self._told.values() for one in _compiled(model) for part in one.modules()}
-        if not compiled:
-            self._window.callback(register_module_forward_pre_hook(before_call).remove)
-        else:  # which would warn of a hook of all modules, and be compiled anew once that is gone
-            for key in parts.keys() - compiled:
-                self._window.callback(parts[key].register_forward_pre_hook(_Hook(before_call)).remove)
-        self._window.enter_context(replaced(torch, "compile", before_compiling))
+    def _at_first_pass(self) -> None:
+        if not self._telling:
+            self._window.close()
+            self._tell_again(Moment.FORWARD)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if torch.compiler.is_compiling() or _is_own(optimizer):
@@ -272,46 +242,8 @@ def _is_own(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _compiled(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules in a model that are compiled, or wrapped and compiled."""
-    for part in model.modules():
-        if part._compiled_call_impl is not None:
-            yield part
-        elif isinstance(part._modules.get("_orig_mod"), nn.Module):
-            yield part._modules["_orig_mod"]  # type: ignore[misc]
-
-
 def _has_gradient(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and parameter.grad is not None
-
-
-def _modules_of(what: object) -> list[nn.Module]:
-    """The modules that something which is compiled is, belongs to or names."""
-    owner = getattr(what, "__self__", what)
-    if isinstance(owner, nn.Module):
-        return [owner]
-    found = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
-    with suppress(TypeError, ValueError):  # no function of Python's
-        names = inspect.getclosurevars(what)  # type: ignore[arg-type]
-        found += [*names.nonlocals.values(), *names.globals.values()]
-    return [one for one in found if isinstance(one, nn.Module)]
-
-
-def _nothing(*_: object) -> None:
-    """Hook that does nothing."""
-
-
-class _Hook:
-    """Hook of a single module, of which a copy does nothing."""
-
-    def __init__(self, act: Callable[[nn.Module, object], None]) -> None:
-        self._act = act
-
-    def __call__(self, module: nn.Module, inputs: object) -> None:
-        self._act(module, inputs)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _Hook, (_nothing,)
 
 
 def _on_meta() -> bool:

@@ -73,7 +73,7 @@ def calibrate_(
         >>> list(factors), all(factor > 1 for factor in factors.values())
         (['0', '2'], True)
     """
-    factors, left = scale_layers(model, images, input_shape=input_shape, seed=seed, include=include, exclude=exclude)
+    factors, left = scale_layers(model, images, input_shape, seed=seed, include=include, exclude=exclude)
     for reason, names in left.items():
         if reason != UNREACHED or not factors:
             warnings.warn(f"not scaled: {some(names)}: {reason}", stacklevel=2)
@@ -82,12 +82,12 @@ def calibrate_(
 
 def scale_layers(
     model: nn.Module,
-    images: Tensor | None = None,
+    images: Tensor | None,
+    input_shape: Sequence[int] | None,
     *,
-    input_shape: Sequence[int] | None = None,
-    seed: int = 0,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    seed: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
     """As `calibrate_`; also the names of the layers that were left as they are, by the reason, without a warning."""
     if (images is None) == (input_shape is None):

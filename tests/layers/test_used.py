@@ -823,22 +823,11 @@ def test_weights_of_other_shapes_in_one_module_are_layers_of_their_own():
     ]
 
 
-class BlurPool(nn.Module):
-    """No parameter: a convolution with a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("weight", torch.ones(8, 1, 3, 3) / 9)
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight, groups=8)
-
-
 def test_a_part_that_convolves_with_a_buffer_says_nothing_of_what_is_around_it():
     class Blurred(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.blur, self.fc = nn.Conv2d(4, 8, 3), BlurPool(), nn.Linear(8, 2)
+            self.conv, self.blur, self.fc = nn.Conv2d(4, 4, 3), Blur(), nn.Linear(4, 2)
             self.draw = lambda module: nn.init.zeros_(module.weight)  # not called by the forward pass
 
         def forward(self, x):

@@ -52,6 +52,17 @@ def drawn_afterwards():
     return model
 
 
+class Network(nn.Module):
+    """A network that can be compiled in place: a sequence alone is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = network()
+
+    def forward(self, x):
+        return self.parts(x)
+
+
 class DrawsItself(nn.Module):
     def __init__(self, parts=()):
         super().__init__()
@@ -316,14 +327,6 @@ def test_a_compiled_model_is_compiled_once_and_without_a_warning(way):
         compiled.append(graph)
         return graph
 
-    class Network(nn.Module):  # a sequence alone is not compiled in place
-        def __init__(self):
-            super().__init__()
-            self.parts = network()
-
-        def forward(self, x):
-            return self.parts(x)
-
     with ci.initializing(settings=QUICK) as reports:
         model = called = Network()
         for moment in ("before", "after"):
@@ -376,9 +379,10 @@ def test_what_is_drawn_anew_before_a_step_is_compiled_is_treated_again(names, mo
     assert [report.totals["initialized"] for report in reports] == [2, 2]
 
 
-def test_old_gradients_are_no_training():
+@pytest.mark.parametrize("change", [nn.Identity(), parametrizations.weight_norm], ids=["plain", "parametrized"])
+def test_old_gradients_are_no_training(change):
     with ci.initializing(settings=QUICK) as reports:
-        model, other = network(), network()
+        model, other = network(), nn.Sequential(change(nn.Conv2d(3, 8, 3)))
         other(torch.randn(2, 3, 9, 9)).sum().backward()
         torch.optim.SGD(model.parameters(), lr=0.1)
         draw_(model)
@@ -399,14 +403,6 @@ def test_copies_in_the_window_have_no_hooks():
 
 def test_what_is_drawn_anew_before_a_pass_that_is_not_seen_is_told():
     torch._dynamo.reset()
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = network()
-
-        def forward(self, x):
-            return self.parts(x)
 
     with ci.initializing(settings=QUICK) as reports:
         model = Network()

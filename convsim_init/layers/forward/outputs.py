@@ -29,15 +29,16 @@ def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) 
         modules: Convolutions, with their names.
         change: What is called with the name, the output and the bias that is in it. None leaves the output as it is.
     """
-    calls = _Calls(change, {id(module): _shape(module) for _, module in modules})
+    own = {module for _, module in modules if has_forward_of_its_own(module)}
+    calls = _Calls(change, {id(module): _shape(module) for module in own})
     with ExitStack() as stack:
         for name, module in modules:
-            if has_forward_of_its_own(module):
+            if module in own:
                 stack.callback(module.register_forward_pre_hook(partial(calls.enter, name)).remove)
                 stack.callback(module.register_forward_hook(calls.leave, always_call=True).remove)
             else:
                 stack.callback(module.register_forward_hook(partial(_hook, change, name)).remove)
-        if any(has_forward_of_its_own(module) for _, module in modules):
+        if own:
             stack.enter_context(calls)
         yield
 
@@ -82,10 +83,10 @@ class _Calls(TorchFunctionMode):
         if func not in CONVOLUTIONS or not self._running:
             return output
         name, module = self._running[-1]
-        weight, _, _ = convolution_arguments(func, args, kwargs)
+        weight, bias, _, _ = convolution_arguments(func, args, kwargs)
         others = (*vars(module).values(), *(one for key, one in module._buffers.items() if key != "weight"))
         if self._shapes[id(module)] not in (None, weight.shape) or any(weight is one for one in others):
             return output  # such as one that counts what a mask covers
         self._seen[-1] = True
-        changed = self._change(name, output, args[2] if len(args) > 2 else kwargs.get("bias"))
+        changed = self._change(name, output, bias)
         return output if changed is None else changed

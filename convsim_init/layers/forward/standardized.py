@@ -22,14 +22,13 @@ from convsim_init.layers.forward.trial import (
     convolution_calls,
     weight_given_to_convolution,
 )
+from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.weights import (
     KERNEL_RANKS,
     Weight,
     backup_tensors,
     describe_mismatch,
-    has_unknown_hook,
     is_random,
-    stored_weight,
     to_float64,
 )
 

@@ -137,7 +137,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
     with LIVE, random_states(tensors), not_compiled(parts), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         attributes = [dict(vars(part)) for part in parts]
-        hooks = noted_hooks(parts)
+        registries = [d for part in parts for name, d in vars(part).items() if "hooks" in name and isinstance(d, dict)]
+        hooks = [(one, one.copy()) for one in registries]
         undo = [noted(tensor) for tensor in tensors]
         TRIALS.append(module)
         try:
@@ -153,34 +154,31 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for part, before in zip(parts, attributes, strict=True):
                 vars(part).clear()
                 vars(part).update(before)
-            hooks()
+            for registry, before in hooks:  # a hook may remove itself from the live one
+                if list(registry.items()) != list(before.items()):
+                    registry.clear()
+                    registry.update(before)
             for put_back in undo:
                 put_back()
 
 
+def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules among some that torch.compile has compiled, in place or within a wrapper."""
+    for part in parts:
+        if part._compiled_call_impl is not None:
+            yield part
+        elif "_orig_mod" in part._modules:
+            yield part.get_submodule("_orig_mod")
+
+
 @contextmanager
 def not_compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Context in which modules that torch.compile has compiled run as they are, for what looks on asks for values."""
-    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts)
-    if not compiled or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+    """Context in which compiled modules run as they are, for what looks on asks for values."""
+    if next(compiled_parts(parts), None) is None or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def noted_hooks(parts: Iterable[nn.Module]) -> Callable[[], None]:
-    """What gives modules their hooks back, which may remove themselves."""
-    registries = [d for part in parts for name, d in vars(part).items() if "hooks" in name and isinstance(d, dict)]
-    copies = [one.copy() for one in registries]
-
-    def put_back() -> None:
-        for registry, before in zip(registries, copies, strict=True):
-            if list(registry.items()) != list(before.items()):
-                registry.clear()
-                registry.update(before)
-
-    return put_back
 
 
 def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
@@ -308,7 +306,7 @@ class _Capture(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
-            weight, transposed, groups = convolution_arguments(func, args, kwargs)
+            weight, _, transposed, groups = convolution_arguments(func, args, kwargs)
             if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
                 self.calls.append(Call(weight.clone(), groups, transposed))  # before its memory is put back
                 if len(self.calls) - 1 == self._last:
@@ -318,12 +316,13 @@ class _Capture(TorchFunctionMode):
 
 def convolution_arguments(
     func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, bool, int]:
-    """The weight of a convolution, whether it is transposed, and its groups."""
+) -> tuple[Tensor, Tensor | None, bool, int]:
+    """The weight of a convolution, its bias, whether it is transposed, and its groups."""
 
     def argument(name: str, position: int, default: Any = None) -> Any:
         return args[position] if len(args) > position else kwargs.get(name, default)
 
+    weight, bias = argument("weight", 1), argument("bias", 2)
     if func is torch.convolution:
-        return argument("weight", 1), argument("transposed", 6), argument("groups", 8)
-    return argument("weight", 1), func in TRANSPOSED, argument("groups", 6, 1)
+        return weight, bias, argument("transposed", 6), argument("groups", 8)
+    return weight, bias, func in TRANSPOSED, argument("groups", 6, 1)

@@ -1,0 +1,259 @@
+"""The weight that a module's attribute stands for, behind the parametrizations and the hooks of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from convsim_init.layers.forward.trial import draw_numbers, isolated, random_states
+from convsim_init.layers.memory import has_no_data
+from convsim_init.layers.weights import (
+    ComputedWeight,
+    RefusedError,
+    Weight,
+    backup_tensors,
+    describe_mismatch,
+    is_random,
+)
+
+ITERATIONS = 15  # as torch's spectral_norm makes when it is put on
+
+
+class ParametrizedWeight(Weight):
+    """A weight that `torch.nn.utils.parametrize` computes; it is assigned through the parametrization."""
+
+    def __init__(self, module: Any) -> None:
+        originals = cast(nn.ModuleDict, module.parametrizations)["weight"]
+        super().__init__(*originals.parameters(recurse=False))
+        self._module = module
+        self._shape: list[int] = []
+        self._error = ""
+        if self.sources and not any(is_lazy(source) or has_no_data(source) for source in self.sources):
+            try:
+                self._shape = list(self.read().shape)
+            except Exception as error:  # whatever the parametrization's own code raises
+                self._error = " ".join(f"{type(error).__name__}: {error}".split())
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the weight; empty where it cannot be computed, as while a lazy module has none."""
+        return self._shape
+
+    def obstacle(self, *, read_only: bool) -> str | None:
+        """As of a plain weight; also what its own code raised."""
+        if not self.sources:
+            return "parametrized without a parameter of its own"
+        if self._error:
+            return f"its parametrization ended with {self._error}"
+        obstacle = super().obstacle(read_only=read_only)
+        if obstacle is None and is_random(self.read(), self.compute(redraw=True).detach()):
+            return "the weight that its parametrization computes is random, in evaluation mode too"
+        return obstacle
+
+    def compute(self, *, redraw: bool = False) -> Tensor:
+        """The weight that is computed, in evaluation mode: spectral_norm's would change its buffers in training."""
+        with isolated(self._module):
+            if redraw:
+                draw_numbers(self.sources[0].device)
+            weight: Tensor = self._module.weight.clone()
+        return weight
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Assign the weight and look at what is computed then."""
+        before, memories = self.read(), [source.data for source in self.sources]
+        try:
+            with random_states(self.sources):
+                self._module.weight = weight.to(before.device, before.dtype)
+        except Exception as error:  # whatever the parametrization's own code raises
+            raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
+        for source, memory in zip(self.sources, memories, strict=True):  # torch lets them point to new memory
+            if source.data.data_ptr() != memory.data_ptr() and source.shape == memory.shape:
+                memory.copy_(source.data)
+                source.data = memory
+        self._follow()
+        return describe_mismatch("parametrization", weight, self.read())
+
+    def _follow(self) -> None:
+        """Let spectral_norm estimate the norm of the weight that is there now; a training pass iterates once alone."""
+        parts = list(self._module.parametrizations["weight"])
+        norms = [part for part in parts if isinstance(part, getattr(parametrizations, "_SpectralNorm", ()))]
+        if norms:
+            modes = [(part, part.training) for part in parts]
+            try:
+                for part in parts:
+                    part.training = part in norms
+                for _ in range(ITERATIONS):
+                    self._module.weight  # noqa: B018
+            finally:
+                for part, training in modes:
+                    part.training = training
+
+    def backup(self) -> Callable[[], None]:
+        """What gives the parametrization back its parameters and buffers, which it may have made anew."""
+        parts: nn.ModuleDict = self._module.parametrizations
+        state = {key: value.clone() for key, value in parts.state_dict().items()}
+
+        def restore() -> None:
+            parts.load_state_dict(state)
+
+        return restore
+
+    def storage(self) -> list[Tensor]:
+        """The parametrization's parameters and buffers."""
+        return list(self._module.parametrizations.state_dict().values())
+
+
+class NormedWeight(Weight):
+    """A weight that the hook of the old `torch.nn.utils.weight_norm` computes: a direction times a length."""
+
+    def __init__(self, module: Any, hook: WeightNorm) -> None:
+        super().__init__(module.weight_v, module.weight_g)
+        self._module, self._hook = module, hook
+
+    def compute(self) -> Tensor:
+        """What the hook computes."""
+        weight: Tensor = self._hook.compute_weight(self._module)
+        return weight
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Set the direction and its length, and what the hook left on the module."""
+        direction, length = self.sources
+        direction.copy_(weight)
+        length.copy_(torch.norm_except_dim(direction, 2, self._hook.dim))
+        computed = self.read()
+        self._module.weight.copy_(computed)
+        return describe_mismatch("weight_norm", weight, computed)
+
+    def backup(self) -> Callable[[], None]:
+        """What gives back direction, length and what the hook left on the module."""
+        return backup_tensors(self.storage())
+
+    def storage(self) -> list[Tensor]:
+        """Direction, length and what the hook left on the module."""
+        return [*self.sources, self._module.weight]
+
+
+class SpectralNormedWeight(Weight):
+    """A weight that the hook of the old `torch.nn.utils.spectral_norm` computes: a parameter over its spectral norm."""
+
+    def __init__(self, module: Any, hook: SpectralNorm) -> None:
+        super().__init__(module.weight_orig)
+        self._module, self._hook = module, hook
+
+    def compute(self) -> Tensor:
+        """The parameter over its norm, as it is estimated once the vectors of a fresh hook have converged."""
+        weight: Tensor = self._module.weight_orig
+        matrix = self._hook.reshape_weight_to_matrix(weight)
+        with torch.no_grad():
+            u = self._module.weight_u.clone()
+            for _ in range(ITERATIONS):
+                v = nn.functional.normalize(matrix.T @ u, dim=0, eps=self._hook.eps)
+                u = nn.functional.normalize(matrix @ v, dim=0, eps=self._hook.eps)
+        normed: Tensor = weight / (u @ (matrix @ v))
+        return normed
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Set the parameter, let the hook estimate its norm, and set what the hook left on the module."""
+        self.sources[0].copy_(weight)
+        for _ in range(ITERATIONS):
+            self._hook.compute_weight(self._module, do_power_iteration=True)
+        self._module.weight.copy_(self.read())
+        return describe_mismatch("spectral_norm", weight, self.read())
+
+    def backup(self) -> Callable[[], None]:
+        """What gives back the parameter, the hook's vectors and what the hook left on the module."""
+        return backup_tensors(self.storage())
+
+    def storage(self) -> list[Tensor]:
+        """The parameter, the hook's vectors and what the hook left on the module."""
+        return [*self.sources, self._module.weight_u, self._module.weight_v, self._module.weight]
+
+
+class PrunedWeight(Weight):
+    """A weight that a hook of `torch.nn.utils.prune` computes: a parameter times a mask of zeros and ones."""
+
+    def __init__(self, module: Any, parameter: Tensor, mask: Tensor) -> None:
+        super().__init__(parameter)
+        self._module, self._mask = module, mask
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the parameter is not pruned."""
+        return self._mask != 0
+
+    def compute(self) -> Tensor:
+        """What the hook computes."""
+        return self.sources[0] * self._mask
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Set the parameter where it is not pruned, and what the hook left on the module."""
+        parameter = self.sources[0]
+        parameter.copy_(torch.where(self.mask, weight.to(parameter), parameter))
+        self._module.weight.copy_(self.read())
+        return describe_mismatch("pruning", weight, self.read())
+
+    def backup(self) -> Callable[[], None]:
+        """What gives back the parameter and what the hook left on the module."""
+        return backup_tensors(self.storage())
+
+    def storage(self) -> list[Tensor]:
+        """The parameter and what the hook left on the module."""
+        return [*self.sources, self._module.weight]
+
+
+def stored_weight(module: Any) -> Weight:
+    """The weight that a module's attribute ``weight`` stands for."""
+    if parametrize.is_parametrized(module, "weight"):
+        return ParametrizedWeight(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
+    if module._parameters.get("weight") is weight:
+        return Weight(weight)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
+            return NormedWeight(module, hook)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return SpectralNormedWeight(module, hook)
+        if _prunes(hook):
+            parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
+            if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
+                return PrunedWeight(module, parameter, mask)
+    compute = _hooked(module) or (lambda: module.weight)
+    reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
+    if "weight" in module._parameters:
+        reason = "its weight is no parameter: its class computes it"
+    if "weight" in module._buffers:
+        reason = "its weight is a buffer, which is not trained"
+    return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
+
+
+def _hooked(module: Any) -> Callable[[], Tensor] | None:
+    """What computes the weight as a hook of torch would before a forward pass, without changing the module."""
+    for hook in module._forward_pre_hooks.values():
+        if _prunes(hook):
+            return partial(hook.apply_mask, module)
+    return None
+
+
+def has_unknown_hook(module: nn.Module) -> bool:
+    """Whether a hook of somebody's own, which may change the weight, runs before its forward pass."""
+    known = (WeightNorm, SpectralNorm, BasePruningMethod)
+    return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())
+
+
+def _prunes(hook: object) -> TypeGuard[BasePruningMethod]:
+    return isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"

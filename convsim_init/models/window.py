@@ -1,0 +1,94 @@
+"""The time before the first forward pass of models, in which what was drawn can still be changed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from convsim_init.layers.forward.trial import TRIALS, compiled_parts
+from convsim_init.models.patching import replaced
+
+
+@contextmanager
+def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> Iterator[None]:
+    """Context in which a function is called before a forward pass of a part of some models, or before it is compiled.
+
+    Passes that are traced or transformed, and trials of our own, do not count.
+
+    Args:
+        models: The models.
+        act: What is called; the first time it is to end the context.
+    """
+    named = [named for model in models for named in model.named_modules()]
+    # Parametrizations run whenever their weight is looked at.
+    parts = {id(part): part for name, part in named if "parametrizations" not in name.split(".")}
+
+    def before_call(module: nn.Module, _: object) -> None:
+        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
+        if tracing or transformed or torch.compiler.is_compiling():
+            return
+        if not TRIALS and any(id(part) in parts for part in module.modules()):
+            act()
+
+    def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(make)
+        def after_telling(*args: Any, **kwargs: Any) -> Any:
+            for module in _modules_of(args[0] if args else kwargs.get("model")):
+                before_call(module, None)
+            return make(*args, **kwargs)
+
+        return after_telling
+
+    with ExitStack() as stack:
+        compiled = {id(one) for part in compiled_parts(part for _, part in named) for one in part.modules()}
+        if parts and not compiled:
+            stack.callback(register_module_forward_pre_hook(before_call).remove)
+        elif parts:  # a compiled one would warn of a hook of all modules, and be compiled anew once that is gone
+            for key in parts.keys() - compiled:
+                stack.callback(parts[key].register_forward_pre_hook(_Hook(before_call)).remove)
+        if parts:
+            stack.enter_context(replaced(torch, "compile", before_compiling))
+        yield
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Take the hooks off a copy that `before_first_pass` had put on the original."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Hook)]:
+        del module._forward_pre_hooks[key]
+
+
+def _modules_of(what: object) -> list[nn.Module]:
+    """The modules that something which is compiled is, belongs to or names."""
+    owner = getattr(what, "__self__", what)
+    if isinstance(owner, nn.Module):
+        return [owner]
+    found = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
+    with suppress(TypeError, ValueError):  # no function of Python's
+        names = inspect.getclosurevars(what)  # type: ignore[arg-type]
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    return [one for one in found if isinstance(one, nn.Module)]
+
+
+def _nothing(*_: object) -> None:
+    """Hook that does nothing."""
+
+
+class _Hook:
+    """Hook of a single module, of which a copy does nothing."""
+
+    def __init__(self, act: Callable[[nn.Module, object], None]) -> None:
+        self._act = act
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        self._act(module, inputs)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Hook, (_nothing,)
