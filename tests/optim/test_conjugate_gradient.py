@@ -135,4 +135,6 @@ def test_it_is_the_textbooks_algorithm(shape, pairs, channels, norm):
         w = w - step * direction
         w = unit(w) if preserve else w
         loss = state.retract(step)
+        if loss < 1e-12:  # of 1x1 kernels with all channels and free norms nothing is left, and rounding would decide
+            break
     torch.testing.assert_close(state.into_bank(), w)
