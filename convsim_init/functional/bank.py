@@ -5,6 +5,7 @@ Letters: G groups, M filters of a group, C input channels of a group.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 
 import torch
@@ -72,7 +73,7 @@ def count_pairs(active: Tensor, pairs: Pairs) -> Tensor:
 def filter_norms(bank: Tensor) -> Tensor:
     """L2 norms ``[G, M]`` of the filters of a bank ``[G, M, C, *kernel_size]``; no finite filter's overflows."""
     norms: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1)
-    if bank.device.type == "mps" or bool(((norms > SMALL_NORM) & (norms < LARGE_NORM)).all()):
+    if bank.device.type in ("mps", "meta") or bool(((norms > SMALL_NORM) & (norms < LARGE_NORM)).all()):
         return norms
     filters = bank.flatten(2).double()
     largest = filters.abs().amax(-1)  # squares of shares of it neither vanish nor overflow
@@ -90,9 +91,9 @@ def nonzero(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, 1)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Context in which an autocast of the caller does not lower the precision of products."""
-    return torch.autocast(device.type, enabled=False)
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def per_filter(values: Tensor, bank: Tensor) -> Tensor:

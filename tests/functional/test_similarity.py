@@ -184,6 +184,12 @@ def test_what_stands_for_tensors_leaves_nothing_behind():
     )
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_weight_without_data_has_a_similarity_without_data(normalized):
+    found = convolutional_similarity(torch.empty(4, 3, 3, 3, device="meta"), normalized=normalized)
+    assert (found.device.type, found.shape) == ("meta", ())
+
+
 def test_a_bank_shares_memory_with_its_weight():
     weight = torch.zeros(4, 3, 2, 2)
     filter_bank(weight, groups=2).add_(1)
