@@ -28,6 +28,7 @@ else:
 PYPROJECT, TABLE = Path("pyproject.toml"), "convsim-init"
 PREFIX = "CONVSIM_INIT_"
 BY_HAND = ("config", "debug", "help")  # options that nothing else can give
+EITHER = {"seed", "seeds"}  # of these one place has one, and both of the places below it are void
 BY_NAME = ("like", "force")  # nor one that just lies in the folder: they run code and replace files
 WHERE = "convsim_init.where"
 
@@ -83,13 +84,16 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
     ctx.default_map, where = {}, ctx.meta.setdefault(WHERE, {})
     for place, table in places:
         values = _values(ctx, place, table)
-        ctx.default_map |= values
+        void = EITHER if EITHER & values.keys() else set()
+        ctx.default_map = {name: one for name, one in ctx.default_map.items() if name not in void} | values
         where |= dict.fromkeys(values, shown(str(place), PATH))
     options = {_variable(option): option for option in _options(ctx.command).values()}
     known = [variable.removeprefix(PREFIX) for variable in options]
     for variable in os.environ:
         if variable in options:
             _check(ctx, variable, options[variable], options[variable].value_from_envvar(ctx))
+            for name in EITHER if options[variable].name in EITHER else ():
+                ctx.default_map.pop(name, None)
         elif variable.startswith(PREFIX) and (hint := did_you_mean(variable.removeprefix(PREFIX), known)):
             tell(f"{variable} is not read{hint}")
 

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from convsim_init.cli.plan import Run
+from convsim_init.report.record import run_record
 from convsim_init.report.report import Outcome, Report
 from convsim_init.report.table import report_cells
 from convsim_init.report.text import PATH, layer_name, printable, shown, some
@@ -54,12 +55,11 @@ class Result:
     after: Snapshot | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``status`` and ``error``, then those of the report, if there is one."""
-        data = {"status": self.status.value, "error": self.error, "model": self.run.model, "seed": self.run.seed}
-        if self.report is not None:
-            return data | self.report.to_dict()
+        """Plain data: ``status`` and ``error``, then the run's record, if there is one, with its model as given."""
         kept = self.run.out if self.status is Status.KEPT else None
-        return data | {"file": kept and str(kept)}
+        rest = {"file": kept and str(kept)} if self.report is None else run_record(self.report)
+        run = {"model": self.run.model, "seed": self.run.seed}
+        return {"status": self.status.value, "error": self.error} | rest | run
 
     def line(self, width: int = 0) -> str:
         """One line for people; the name of the run takes at least so many characters."""

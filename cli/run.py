@@ -126,7 +126,6 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report.calibrated = list(choices.calibrate)
         if before is not None:
             after = take_snapshot("after", network)
-            report = report.with_measures(before.report, after.report)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
     report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     report.remarks += _loaded_remarks(report, start, choices)
@@ -145,6 +144,8 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             dtype=getattr(torch, choices.dtype),
         )
         report.remarks += _rounded_remarks(network, checkpoint, choices)
+    if before is not None and after is not None:  # only then: a checkpoint is the same with and without a record
+        report = report.with_measures(before.report, after.report)
     drawn = not (is_file(run.model) or start.filled)
     return Result(
         run, Status.DONE, report, checkpoint=checkpoint, config=config, drawn=drawn, before=before, after=after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import ExistsError
+from convsim_init.report.record import json_text
 
 from .options import check_found
 from .run import Choices, make, write
@@ -49,7 +49,7 @@ def sweep(
                 results.append(result)
                 if verbose and result.report is not None:
                     tell(*notes(result.report))
-                show(json.dumps(result.to_dict()) if as_json else result.line(width) if show_table else None)
+                show(json_text(result.to_dict()) if as_json else result.line(width) if show_table else None)
         except KeyboardInterrupt:
             if show_table:
                 show(summary(results, len(runs), folders=choices.folder))

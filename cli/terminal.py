@@ -12,6 +12,7 @@ import click
 
 from convsim_init.errors import RunError
 from convsim_init.parallel.launch import launched
+from convsim_init.report.record import json_text
 from convsim_init.report.table import Table
 
 SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
@@ -59,6 +60,11 @@ def show_table(table: Table, *, err: bool = False) -> None:
     width = shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
     header, lines = table.text(width).split("\n", 1)
     click.echo(f"{click.style(header, bold=True)}\n{lines}", err=err)
+
+
+def show_json(data: object) -> None:
+    """Print plain data as JSON."""
+    click.echo(json_text(data, indent=2))
 
 
 class Formatter(click.HelpFormatter):

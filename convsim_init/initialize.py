@@ -58,8 +58,8 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
 
     Returns:
         ``weight``. Unchanged where its filters form no pair: a single filter, one filter per group, zero filters; where
-        with ``channels="all"`` its kernels have one tap, so that the norms alone fix the similarity; and where its
-        kernels are larger than some 45×45.
+        with ``channels="all"`` its kernels have one tap, so that the norms, unless they are free, fix the similarity;
+        and where its kernels are larger than some 45×45.
 
     Raises:
         InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN, or numbers so large that
@@ -112,7 +112,8 @@ def initialize_(
 
     Treated are the subclasses of PyTorch's convolutions, transposed ones too, of any rank, on any device and in any
     memory format. Left as they are, with the reason in the report: frozen layers, layers without a filter pair
-    (depthwise ones), 1×1 layers that no normalization follows, layers without a usable weight, and those not selected.
+    (depthwise ones), 1×1 layers that no normalization follows (unless matched channels or free norms are asked for),
+    layers without a usable weight, and those not selected.
     A module or weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state
     of the caller stay as they were. The same weights and settings give the same result.
 
@@ -290,8 +291,7 @@ def _lower(
     if change > NORM_CHANGE + torch.finfo(layer.weight.sources[0].dtype).eps:
         difference = difference or f"its forward pass changes the norms of filters by up to {change:.1%}"
         counting.remove("similarity")  # which falls with the norms
-    gain = max(before[name] - after[name] for name in counting)
-    if gain <= 0:
+    if not any(after[name] < before[name] for name in counting):
         with LIVE:
             put_back()
         cause = f"{difference} and" if difference else "the new weight"

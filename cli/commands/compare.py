@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from convsim_init.report.text import PATH, shown
 from ..completion import complete_layers, complete_models
 from ..options import Loaded, ModelOptions, check_sources, is_file, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_table, stdout_for_results
+from ..terminal import needs_stdout, show_json, show_table, stdout_for_results
 
 EPILOG = """\b
 Examples:
@@ -54,9 +53,9 @@ def compare(
 ) -> None:
     """Show models or checkpoints side by side: their measures layer by layer, and in what they differ.
 
-    A, B and so on are each a checkpoint (.safetensors, .pt, .pth) or a MODEL as `convsim-init --help` describes it; the
-    options for a MODEL go for each of them. A checkpoint that loads into one of the MODELs is read as its weights. What
-    the measures mean, `convsim-init inspect --help` says.
+    A, B and so on are each a checkpoint (.safetensors, .pt, .pth, .ckpt and the like) or a MODEL as
+    `convsim-init --help` describes it; the options for a MODEL go for each of them. A checkpoint that loads into one of
+    the MODELs is read as its weights. What the measures mean, `convsim-init inspect --help` says.
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
@@ -79,7 +78,7 @@ def compare(
         )
         save_figure(figure, picture, overwrite=force)
     if as_json:
-        click.echo(json.dumps(compared.to_dict(), indent=2))
+        show_json(compared.to_dict())
     else:
         show_table(compared.table)
 

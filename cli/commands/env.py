@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from convsim_init.devices import describe_environment
 
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout
+from ..terminal import needs_stdout, show_json
 
 
 @click.command()
@@ -22,7 +20,7 @@ def env(as_json: bool) -> None:
 
     environment = describe_environment()
     if as_json:
-        click.echo(json.dumps(environment, indent=2))
+        show_json(environment)
         return
     width = max(map(len, environment))
     for name, value in environment.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from convsim_init.parallel.launch import Launch, launched
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
+from convsim_init.report.record import run_record
 from convsim_init.report.text import did_you_mean
 from convsim_init.settings import (
     ACTIVATIONS,
@@ -44,7 +44,7 @@ from ..options import ModelOptions, Whole, check_found, check_sources, is_file, 
 from ..run import UNTREATED, Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
-from ..terminal import needs_stdout, show_table, tell
+from ..terminal import needs_stdout, show_json, show_table, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -76,8 +76,8 @@ MODEL is a name (see `convsim-init list`), torchvision:NAME, timm:NAME, transfor
 hf-hub:NAME of the local cache or a function of your own that returns a model: package.module:function or
 path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
 moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
-weights in a FILE (.safetensors, .pt, .pth). What is written is an ordinary full state dict. Without --out nothing is
-written: the table alone shows what would be gained.
+weights in a FILE (.safetensors, .pt, .pth, .ckpt and the like). What is written is an ordinary full state dict.
+Without --out nothing is written: the table alone shows what would be gained.
 
 Several MODELs and seeds are initialized one after the other, a line of the result for each; what was written before is
 kept. {model} and {seed} in a file's name stand for the run's.
@@ -348,7 +348,7 @@ def init(
         if verbose:
             tell(*notes(result.report))
         if as_json:
-            click.echo(json.dumps(result.report.to_dict(), indent=2))
+            show_json(run_record(result.report))
         elif not quiet:
             show_table(result.report.table, err=to_stdout)
         elif UNTREATED in result.report.remarks and result.error is None:

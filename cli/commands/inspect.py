@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
+from convsim_init.report.record import run_record
 from convsim_init.report.table import COLUMNS, as_csv
 
 from ..completion import complete_layers, complete_models
 from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_table, stdout_for_results
+from ..terminal import needs_stdout, show_json, show_table, stdout_for_results
 
 HELP = """
 Measure how redundant the filters of a model are, layer by layer.
@@ -110,7 +110,7 @@ def inspect(
     if sort is not None:
         report = report.sorted_by(COLUMNS[sort])
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        show_json(run_record(report))
     elif comma_separated:
         click.echo(as_csv(report.to_records()), nl=False)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -13,7 +12,7 @@ from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo import catalog
 
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout
+from ..terminal import needs_stdout, show_json
 
 OTHERS = "; ".join(f"convsim-init list '{library.value}:*'" for library in LIBRARIES)
 
@@ -35,7 +34,7 @@ def list_models(pattern: str | None, as_json: bool) -> None:
             f"ones, `convsim-init list 'timm:*'` and `convsim-init list 'torchvision:*'` those of the libraries"
         )
     if as_json:
-        click.echo(json.dumps([{"name": name, "summary": text} for name, text in summaries.items()], indent=2))
+        show_json([{"name": name, "summary": text} for name, text in summaries.items()])
         return
     width = max(map(len, summaries))
     click.echo("\n".join(f"{name:{width}}  {text or ''}".rstrip() for name, text in summaries.items()))

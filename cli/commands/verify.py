@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -13,15 +12,14 @@ from convsim_init.models.libraries import resolve
 from ..completion import complete_models
 from ..options import ModelOptions, is_file, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
-from ..terminal import needs_stdout, stdout_for_results
+from ..terminal import needs_stdout, show_json, stdout_for_results
 
 HELP = """
 Check that a file loads into a model strictly, every key accounted for.
 
-FILE is a checkpoint (.safetensors, .pt, .pth); MODEL is what
-`convsim-init --help` says. Exit status: 0 if each tensor of
-the model is in the file under its own key, in its shape and kind of dtype, finite, and nothing else is; 3 if not, with
-what differs.
+FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt and the like); MODEL is what
+`convsim-init --help` says. Exit status: 0 if the model takes the file by its own strict loading, with each tensor under
+its own key, in its shape and kind of dtype, finite, and nothing else; 3 if not, with what differs.
 """
 EPILOG = """\b
 Examples:
@@ -52,7 +50,7 @@ def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: 
     with stdout_for_results():
         report = verify_checkpoint(how.build(name), file, name=name, key=key)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        show_json(report.to_dict())
     elif not quiet:
         click.echo(f"{'ok' if report.exact else 'mismatch'}: {report}")
     return DONE if report.exact else MISMATCH

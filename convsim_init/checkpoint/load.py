@@ -38,8 +38,8 @@ def load_checkpoint(
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
-        path: A file of safetensors or of `torch.save`, whatever its name, or a folder of Hugging Face or
-            `torch.distributed.checkpoint`.
+        path: A file of safetensors or of `torch.save`, as its content says, with one of the usual suffixes, such as
+            ``.safetensors``, ``.pt`` or ``.ckpt``; or a folder of Hugging Face or `torch.distributed.checkpoint`.
         strict: Refuse a file that is not complete, instead of reporting what it lacks.
         key: Key of the state dict in the file, or the prefix of one of several networks in it. Default: a
             usual key such as ``"state_dict"``, or the only one.

@@ -67,8 +67,7 @@ def decide_channels(
     decided: dict[str, tuple[Settings, str | None]] = {}
     for layer in layers:
         if layer.obstacle is None:
-            by_itself = not layer.name  # what it is used in is not there to be asked
-            normalized = True if told is None or by_itself else told.get(layer.name)
+            normalized = True if told is None else told.get(layer.name)  # None of one by itself: it is not in there
             filters = layer.shape[1] if layer.transposed else layer.shape[0] // layer.groups
             if normalized is False and filters > 1:
                 decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED

@@ -44,9 +44,10 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
     ``effective_rank_white`` and ``effective_rank_natural`` (0 to 1): of the covariance of all feature maps of the
     layer, over their number. Filters that are zero form no pair, but they do count as feature maps.
 
-    A state dict does not tell what its tensors are. Those of rank 3 to 5 under keys that end in ``weight`` are taken
-    for weights of convolutions that are neither grouped nor transposed; those of shape ``[C, 1, ...]`` look depthwise
-    and are skipped. Each layer's ``reason`` says so. Pass the model wherever you have it.
+    A state dict does not tell what its tensors are. Those of rank 3 to 5 under the usual keys, such as ``conv.weight``,
+    are taken for weights of convolutions without groups, transposed where the length of a bias says so; those of shape
+    ``[C, 1, ...]`` look depthwise and are skipped, as are doubtful ones. Each layer's ``reason`` says what it was taken
+    for. Pass the model wherever you have it.
 
     Args:
         model_or_state_dict: Any module, wrapped or not, its frozen layers included; or a state dict.
@@ -82,7 +83,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     """
     norms = filter_norms(bank)  # [G, M]
     flat, lengths = bank.flatten(3), nonzero(norms)[..., None, None]  # [G, M, C, T], [G, M, 1, 1]
-    size = float(nonzero(norms.square().mean().sqrt()))  # in this unit large weights do not overflow
+    size = float(nonzero(norms.max()))  # in this unit large weights do not overflow
     energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
     basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0
@@ -97,7 +98,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
         partner_power(power, "all", out=partners)
         raw += float(torch.mul(power, partners, out=partners).sum()) / 2
     pairs = int(count_pairs(norms > 0, "all").clamp(min=1))
-    return {"similarity": raw * size**4, "normalized_similarity": normalized / pairs}
+    return {"similarity": raw * (size * size) * (size * size), "normalized_similarity": normalized / pairs}
 
 
 @torch.no_grad()

@@ -18,14 +18,11 @@ SUFFIXES = (".json",)
 
 
 def run_record(report: Report) -> dict[str, Any]:
-    """Everything known of a run as plain data: report, loss at each step, versions.
-
-    Numbers that are not finite, which JSON does not have, are None.
-    """
+    """Everything known of a run as plain data: report, loss at each step, versions."""
     data = report.to_dict()
     layers = [plain | {"losses": layer.losses} for plain, layer in zip(data["layers"], report.layers, strict=True)]
     versions = {"convsim-init": __version__, "torch": installed_version("torch"), "python": platform.python_version()}
-    return {"format_version": FORMAT_VERSION, "versions": versions, **_finite(data | {"layers": layers})}
+    return {"format_version": FORMAT_VERSION, "versions": versions, **data, "layers": layers}
 
 
 def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -43,8 +40,12 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
         InputError: If the path cannot be written.
         RunError: If writing fails; a file that was there is still there.
     """
-    text = json.dumps(run_record(report), indent=1, allow_nan=False)
-    return write_text(path, text + "\n", suffixes=SUFFIXES, overwrite=overwrite)
+    return write_text(path, json_text(run_record(report), indent=1) + "\n", suffixes=SUFFIXES, overwrite=overwrite)
+
+
+def json_text(data: object, *, indent: int | None = None) -> str:
+    """Plain data as JSON; numbers that are not finite, which it does not have, are null."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

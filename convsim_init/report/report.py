@@ -96,7 +96,7 @@ class Report:
         remarks: What else the reader should know, such as the library of a model, a sentence each.
         processes: How many the layers were divided over.
         calibrated: Shape of the noise that layers were calibrated on afterwards; None if they were not.
-        device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None if none was.
+        device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None of `plan` and `measure`.
 
     Examples:
         >>> report = ci.initialize_(nn.Sequential(nn.Conv2d(3, 16, 3)))
@@ -222,7 +222,7 @@ class Report:
             factor = factors.get(layer.name)
             after = dict(layer.after)
             if factor is not None and after:
-                after["similarity"] *= factor**4
+                after["similarity"] *= (factor * factor) * (factor * factor)  # a power would raise where this is inf
                 after["norm_ratio"] *= factor
             layers.append(replace(layer, after=after, factor=factor))
         return replace(self, layers=layers)

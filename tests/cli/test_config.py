@@ -138,3 +138,23 @@ def test_what_does_not_apply_is_refused_only_on_the_command_line(command, tmp_pa
     reports = [json.loads(line) for line in out.splitlines()]
     assert [report["seed"] for report in reports] == [0, 1]
     assert reports[0]["remarks"][0] == "from run.toml: --num-classes 4, --prefix m."
+
+
+@pytest.mark.parametrize(
+    ("variable", "run", "pyproject", "seeds"),
+    [
+        ("SEED=3", "seeds = '0:2'", "", [3]),
+        ("SEEDS=0:2", "seed = 3", "", [0, 1]),
+        ("", "seed = 3", "seeds = '0:2'", [3]),
+        ("", "seeds = '0:2'", "seed = 3", [0, 1]),
+        ("SEED=5", "seeds = '0:2'", "seed = 3", [5]),
+    ],
+)
+def test_of_seed_and_seeds_the_first_place_that_has_one_counts(variable, run, pyproject, seeds, command, monkeypatch):
+    write(run=run, pyproject=pyproject)
+    if variable:
+        monkeypatch.setenv("CONVSIM_INIT_" + variable.partition("=")[0], variable.partition("=")[2])
+    status, out, err = command("cifar_resnet18", "--dry-run", "--json", "--config", "run.toml")
+    assert status == 0, err
+    found = [json.loads(out)] if len(seeds) == 1 else [json.loads(line) for line in out.splitlines()]
+    assert [one["seed"] for one in found] == seeds

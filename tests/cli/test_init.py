@@ -107,7 +107,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     data = json.loads(out)
     assert set(data) == {
         *("model", "seed", "base", "calibrated", "settings", "layers", "totals", "seconds", "processes", "device"),
-        *("file", "file_bytes", "remarks"),
+        *("file", "file_bytes", "remarks", "format_version", "versions"),
     }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
     assert data["settings"] == asdict(Settings(steps=2))
@@ -115,6 +115,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     for layer in data["layers"]:
         assert set(layer) == {
             "name", "kind", "shape", "outcome", "reason", "channels", "factor", "steps", "seconds", "before", "after",
+            "losses",
         }  # fmt: skip
         assert layer["kind"] == "Conv2d"
     treated, *others = data["layers"]
@@ -130,6 +131,26 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
         "before": treated["before"],
         "after": treated["after"],
     }
+
+
+def test_what_is_printed_as_json_is_json_and_what_a_record_holds(command, tmp_path):
+    torch.save({"a.weight": torch.randn(8, 4, 3, 3, dtype=torch.float64) * 1e80}, tmp_path / "large.pt")
+    status, out, err = command("large.pt", "--steps", "2", "--json", "--report", "run.json")
+    assert (status, err) == (0, "")
+    printed, record = (json.loads(text, parse_constant=pytest.fail) for text in (out, Path("run.json").read_text()))
+    assert printed == record
+    (layer,) = printed["layers"]
+    assert layer["before"]["similarity"] is None
+    assert layer["after"]["normalized_similarity"] < layer["before"]["normalized_similarity"]
+    inspected = json.loads(command("inspect", "large.pt", "--json")[1], parse_constant=pytest.fail)
+    assert (inspected["format_version"], inspected["layers"][0]["losses"]) == (1, [])
+
+
+def test_a_checkpoint_is_the_same_with_and_without_a_record(command, tmp_path):
+    for name, more in (("a", []), ("b", ["--report", "b.json"])):
+        assert command(*QUICK, "--out", f"{name}.safetensors", *more)[0] == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert "effective_rank_white" in json.loads((tmp_path / "b.json").read_text())["totals"]["after"]
 
 
 def test_the_metadata_tells_what_the_json_tells(command, tmp_path):

@@ -346,6 +346,15 @@ def test_json_is_a_line_for_each_run(command, tmp_path):
     assert "not today" in failed[0]["error"]
 
 
+def test_a_model_has_one_name_in_all_lines(command):
+    arguments = ["mobilenet_v3_small", "--seeds", "0:1", "--steps", "1", "--out", "a.pt", "--json"]
+    done, kept = (json.loads(command(*arguments)[1]) for _ in range(2))
+    assert [(one["status"], one["model"]) for one in (done, kept)] == [
+        ("done", "mobilenet_v3_small"),
+        ("kept", "mobilenet_v3_small"),
+    ]
+
+
 @pytest.mark.parametrize(("model", "status"), [(SMALL, 0), (RAISING, 1)])
 def test_quiet_tells_failures_alone(model, status, command):
     actual, out, err = command(model, "--seeds", "0:2", "--quiet", *PATTERN, *QUICK)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.speed import scale_model
 from benchmarks.speed.scale_model import Count, network
 from convsim_init import InputError
 from convsim_init.devices import find_device
@@ -472,6 +474,18 @@ def test_what_an_operation_moves_and_holds_is_counted():
         out.add_(a)  # the same
         (out + 1).sum()  # writes a new one and reads it
     assert (count.launches, count.moved, count.held) == (4, 4 * (3000 + 3000 + 2000 + 1001), 8004)
+
+
+def test_the_documents_tell_what_a_step_is_counted_to_take(monkeypatch):
+    monkeypatch.setenv("CONVSIM_INIT_COMPILED", "0")
+    step = scale_model.counted_step()
+    text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    found = re.findall(
+        r"writes (\d+) bytes|computes (\d+) operations|launches (\d+) operations|holds (\d+) bytes", text
+    )
+    numbers = [int("".join(groups)) for groups in found]
+    # The number of shorter steps that are tried may differ by the processor.
+    assert numbers == pytest.approx([step.moved, step.flop, step.launches, step.held], rel=0.05)
 
 
 def test_the_network_on_paper_has_a_billion_weights():
