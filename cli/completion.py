@@ -17,7 +17,7 @@ from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.settings import ACTIVATIONS, BASES
 
 PLAIN = re.compile(r"[\w./-]+")  # what needs no quotes in any shell; other names of a checkpoint are not offered
-MOST_BYTES = 10**7  # of a header that is read
+MAX_BYTES = 10**7  # of a header that is read
 
 
 def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -58,7 +58,7 @@ def _layers(spec: str) -> list[str]:
         ranks = {key: tensor.dim() for key, tensor in state.items()}
     else:
         with Path(spec).open("rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MOST_BYTES)))
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_BYTES)))
         ranks = {key: len(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
     return [key.removesuffix(".weight") for key, rank in ranks.items() if rank > 2 and key.endswith(".weight")]
 

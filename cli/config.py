@@ -46,8 +46,8 @@ def config_option(command: click.Command) -> click.Command:
             such as {PREFIX}STEPS.""",
         )
     )
-    for option in _options(command).values():
-        option.envvar = _variable(option)
+    for name, option in _options(command).items():
+        option.envvar = PREFIX + name.replace("-", "_").upper()
     return command
 
 
@@ -64,7 +64,7 @@ def origins(ctx: click.Context) -> list[str]:
         source, value = ctx.get_parameter_source(name), ctx.params.get(name)
         if value is None or value is False or source not in (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP):
             continue
-        where = _variable(option) if source is ParameterSource.ENVIRONMENT else ctx.meta[WHERE][name]
+        where = str(option.envvar) if source is ParameterSource.ENVIRONMENT else ctx.meta[WHERE][name]
         values = value if option.multiple else [shape_text(value) if isinstance(value, tuple) else value]
         found.setdefault(where, []).extend(f"--{key}" if option.is_flag else f"--{key} {one}" for one in values)
     return [f"from {where}: {', '.join(map(shown, options))}" for where, options in found.items()]
@@ -87,7 +87,7 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
         void = EITHER if EITHER & values.keys() else set()
         ctx.default_map = {name: one for name, one in ctx.default_map.items() if name not in void} | values
         where |= dict.fromkeys(values, shown(str(place), PATH))
-    options = {_variable(option): option for option in _options(ctx.command).values()}
+    options = {str(option.envvar): option for option in _options(ctx.command).values()}
     known = [variable.removeprefix(PREFIX) for variable in options]
     for variable in os.environ:
         if variable in options:
@@ -140,7 +140,3 @@ def _options(command: click.Command) -> dict[str, click.Option]:
     options = [one for one in command.params if isinstance(one, click.Option)]
     named = {max(option.opts, key=len).removeprefix("--"): option for option in options}
     return {name: option for name, option in named.items() if name not in BY_HAND}
-
-
-def _variable(option: click.Option) -> str:
-    return PREFIX + max(option.opts, key=len).removeprefix("--").replace("-", "_").upper()

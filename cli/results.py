@@ -40,8 +40,7 @@ class Result:
         checkpoint: Checkpoint that is to be written.
         config: Config to write beside it in a folder.
         drawn: Whether all of the weights were drawn, and none read from a file.
-        before: Convolutions before, if they are to be recorded or drawn.
-        after: Convolutions after.
+        snapshots: Convolutions before and after, if they are to be recorded or drawn.
     """
 
     run: Run
@@ -51,8 +50,7 @@ class Result:
     checkpoint: Contents | None = None
     config: str | None = None
     drawn: bool = True
-    before: Snapshot | None = None
-    after: Snapshot | None = None
+    snapshots: tuple[Snapshot, Snapshot] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``status`` and ``error``, then the run's record, if there is one, with its model as given."""

@@ -100,7 +100,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     without = [*choices.without, *map(glob.escape, head.keys)]
     if choices.writes:
         check_entries(without_keys(state_entries(network), without))  # refused here, not after the work
-    before = after = checkpoint = config = None
+    before = snapshots = checkpoint = config = None
     if choices.folder:
         if not isinstance(network, torch.nn.Module):
             raise InputError(f"expected a model for a folder, got the weights {run.model!r}: --like names their model")
@@ -125,7 +125,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report.remarks += [f"not scaled: {some(names)}: {reason}" for reason, names in left.items()]
             report.calibrated = list(choices.calibrate)
         if before is not None:
-            after = take_snapshot("after", network)
+            snapshots = before, take_snapshot("after", network)
     report.model, report.seed, report.base = start.name, run.seed, choices.base
     report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     report.remarks += _loaded_remarks(report, start, choices)
@@ -144,12 +144,10 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             dtype=getattr(torch, choices.dtype),
         )
         report.remarks += _rounded_remarks(network, checkpoint, choices)
-    if before is not None and after is not None:  # only then: a checkpoint is the same with and without a record
-        report = report.with_measures(before.report, after.report)
+    if snapshots is not None:  # only now: a checkpoint is the same with and without a record
+        report = report.with_measures(*(snapshot.report for snapshot in snapshots))
     drawn = not (is_file(run.model) or start.filled)
-    return Result(
-        run, Status.DONE, report, checkpoint=checkpoint, config=config, drawn=drawn, before=before, after=after
-    )
+    return Result(run, Status.DONE, report, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
 
 
 def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str]:
@@ -221,13 +219,15 @@ def write(result: Result, choices: Choices) -> Result:
         RunError: If writing fails.
     """
     run, report, figure = result.run, result.report, None
-    if report is not None and run.plot is not None and result.before is not None and result.after is not None:
-        dark = is_dark(run.plot)
-        figure = figure_of_run(report, result.before, result.after, layer=choices.plot_layer, dark=dark)
-    if report is not None and run.out is not None and result.checkpoint is not None:
-        if result.config is not None:
-            from convsim_init.checkpoint.folder import write_folder
+    if report is None:
+        return result
+    if result.snapshots is not None and run.plot is not None:
+        figure = figure_of_run(report, *result.snapshots, layer=choices.plot_layer, dark=is_dark(run.plot))
+    if run.out is not None and result.checkpoint is not None:
+        from convsim_init.checkpoint.folder import write_folder
+        from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
 
+        if result.config is not None:
             picture = (f"plot{run.plot.suffix}", partial(save_figure, figure)) if run.plot and figure else None
             write_folder(
                 result.checkpoint,
@@ -238,26 +238,23 @@ def write(result: Result, choices: Choices) -> Result:
                 picture=picture,
             )
             report.file, report.file_bytes = str(run.out), sum(path.stat().st_size for path in run.out.iterdir())
+        elif run.out == STDOUT:
+            report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
         else:
-            from convsim_init.checkpoint.save import checkpoint_bytes, write_checkpoint
-
-            if run.out == STDOUT:
-                report.file, report.file_bytes = "stdout", _write_stdout(checkpoint_bytes(result.checkpoint))
-            else:
-                write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
-                report.file, report.file_bytes = str(run.out), run.out.stat().st_size
-    if report is not None and result.before is not None and result.after is not None:
-        if run.record is not None and run.record.suffix in html.SUFFIXES:
+            write_checkpoint(result.checkpoint, run.out, overwrite=choices.force)
+            report.file, report.file_bytes = str(run.out), run.out.stat().st_size
+    if result.snapshots is not None and run.record is not None:
+        if run.record.suffix in html.SUFFIXES:
             from convsim_init.plotting.images import layer_images
 
-            changed = [layer.name for layer in report.layers if layer.after]
-            pictures = layer_images(result.before, result.after, changed)
+            before, after = result.snapshots
+            pictures = layer_images(before, after, [layer.name for layer in report.layers if layer.after])
             html.save_page(report, run.record, pictures, overwrite=choices.force)
-        elif run.record is not None:
+        else:
             save_record(report, run.record, overwrite=choices.force)
     if figure is not None and run.plot is not None:
         save_figure(figure, run.plot, overwrite=choices.force)
-    return replace(result, checkpoint=None, config=None, before=None, after=None)
+    return replace(result, checkpoint=None, config=None, snapshots=None)
 
 
 def _write_stdout(data: bytes) -> int:

@@ -11,8 +11,9 @@ from torch import nn
 
 from convsim_init.errors import InputError
 from convsim_init.initialize import initialize_layers
-from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unselected, unwrap
-from convsim_init.layers.names import bare_name
+from convsim_init.layers.find import find_layers, pair_obstacle, unselected
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.models.construction import Construction, Moment, UnmatchedError, left_alone
 from convsim_init.models.copies import HISTORIES, History
 from convsim_init.parallel.processes import of_several_processes

@@ -210,10 +210,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             if os.path.lexists(real):
                 raise FileExistsError
             temporary.rename(real)
-    except FileExistsError as error:
-        raise ExistsError(f"{str(target)!r} exists already: choose another name") from error
     except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
+        if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
             raise ExistsError(f"{str(target)!r} exists already: choose another name") from error
         raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
     with contextlib.suppress(OSError):  # the folder is in its place
@@ -259,6 +257,8 @@ def _exists(target: Path) -> ExistsError:
 
 
 def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"expected the path of a file, got {type(path).__name__}: pass a text or a pathlib.Path")
     if Path(path).suffix not in suffixes:  # in lower case only: loaders look for just these
         raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: rename it")
     return Path(path)

@@ -22,8 +22,10 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
 )
-from convsim_init.layers.find import Layer, find_layers, pair_obstacle, unwrap
-from convsim_init.layers.forward.trial import LIVE
+from convsim_init.layers.find import find_layers, pair_obstacle
+from convsim_init.layers.forward.isolation import LIVE
+from convsim_init.layers.layer import Layer
+from convsim_init.layers.names import unwrap
 from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, find_twins, model_remarks
 from convsim_init.layers.weights import RefusedError, Weight
@@ -34,6 +36,7 @@ from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
+from convsim_init.report.text import error_text
 from convsim_init.settings import Settings, check_settings
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
@@ -118,7 +121,8 @@ def initialize_(
     of the caller stay as they were. The same weights and settings give the same result.
 
     Whether a normalization follows a layer, on which ``Settings.channels`` depends by default, is told by a symbolic
-    trace of a copy without data; where that fails, channels are matched and the report says so.
+    trace of a copy without data; where that fails, channels are matched and the report says so. They are matched too
+    where the model is a convolution by itself.
 
     What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
     standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
@@ -175,20 +179,21 @@ def initialize_layers(
     twins, remarks = find_twins(model, layers), model_remarks(model, layers)
     decided, unknown = decide_channels(model, layers, settings)
     costs = {layer.name: cost(layer) for layer in own}
+    places = [computing_device(torch.device(device or layer.device)) for layer in layers]
     reports: dict[str, LayerReport] = {}
     with (
         tqdm(total=sum(costs.values()), desc="layers", bar_format=BAR, disable=not progress, leave=False) as bar,
-        Team.for_devices(*(computing_device(torch.device(device or layer.device)) for layer in layers)) as team,
+        Team.for_devices(*places) as team,
     ):
         treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report
             bar.update(costs[report.name])
     shared = share(layers, reports, ranks, device=device)
-    places = ", ".join(dict.fromkeys(str(computing_device(torch.device(device or layer.device))) for layer in layers))
     seconds = time.perf_counter() - started
     remarks += [*unknown, *divergence_remarks(twins)]
-    result = Report(settings, shared, seconds, processes=ranks.size, device=places, remarks=remarks)
+    where = ", ".join(dict.fromkeys(map(str, places)))
+    result = Report(settings, shared, seconds, processes=ranks.size, device=where, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
     noted = [history.note(name, layers, before, result, chosen=history is not within) for history in HISTORIES]
     result.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
@@ -279,8 +284,8 @@ def _lower(
             return replace(report, reason=str(error))
         except Exception as error:  # whatever the layer's own code raises
             put_back()
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: its own code ended with {text}")
+            reason = f"left as it was: its own code ended with {error_text(error)}"
+            return replace(report, outcome=Outcome.FAILED, reason=reason)
         if not all_finite(written):
             put_back()
             reason = "left as it was: its own code makes infinities or NaN of the new weight"

@@ -16,8 +16,8 @@ import click
 from convsim_init.cli.plan import Run, parse_seeds, plan_runs
 from convsim_init.cli.results import notes
 from convsim_init.devices import check_device_name, describe_environment, find_device
-from convsim_init.errors import InputError, RunError
-from convsim_init.files import STDOUT, SUFFIXES, check_new_folder, check_target
+from convsim_init.errors import RunError
+from convsim_init.files import STDOUT, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched
@@ -26,31 +26,19 @@ from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.record import run_record
 from convsim_init.report.text import did_you_mean
-from convsim_init.settings import (
-    ACTIVATIONS,
-    CHANNELS_CHOICES,
-    NORMS,
-    PAIRS,
-    PRESETS,
-    SCHEMES,
-    Preset,
-    Settings,
-    parse_base,
-)
+from convsim_init.settings import Preset, Settings
 
-from ..completion import complete_bases, complete_layers, complete_models
+from ..completion import complete_models
 from ..config import config_option, is_by_hand, origins
-from ..options import ModelOptions, Whole, check_found, check_sources, is_file, key_option, like_option, model_options
+from ..options import ModelOptions, check_found, check_sources, is_file
 from ..run import UNTREATED, Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import sweep
-from ..terminal import needs_stdout, show_json, show_table, tell
+from ..terminal import show_json, show_table, tell
+from .init_options import DTYPES, init_options
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
-
-HEADS = ("keep", "drop")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def _check_out(path: Path, *, overwrite: bool) -> Path:
@@ -67,7 +55,6 @@ TARGETS: dict[str, Callable[..., Path]] = {
     "record": partial(check_target, suffixes=REPORTS),
     "plot": check_plot,
 }
-DEFAULTS, PAPER = Settings(), Settings.paper()
 
 HELP = """
 Write a checkpoint of decorrelated weights, ready to train from.
@@ -96,30 +83,6 @@ Examples:
 """
 
 
-def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Channels and sizes of an input as a user types them: ``3x224x224``."""
-    if value is None:
-        return None
-    sizes = value.split("x")
-    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}", ctx, param)
-    return tuple(map(int, sizes))
-
-
-class BaseType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """What the convolutions are drawn anew by, as in `parse_base`."""
-
-    name = "scheme"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself, if it is one."""
-        try:
-            parse_base(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-        return value
-
-
 class MainCommand(click.Command):
     """A command that is run by its group's name alone, and so shares the group's help."""
 
@@ -131,112 +94,7 @@ class MainCommand(click.Command):
 @config_option
 @click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
 @click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    help=f"""File to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder that transformers
-    or timm loads, with a config and a card.""",
-)
-@model_options
-@click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99.")
-@like_option
-@key_option
-@click.option(
-    "--base",
-    type=BaseType(),
-    shell_complete=complete_bases,
-    metavar="SCHEME",
-    default="model",
-    help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
-    {", ".join(SCHEMES)}; the first two also with :fan_in or :fan_out, and all with the gain of an activation,
-    such as :tanh ({", ".join(ACTIVATIONS)}). Default: model, as they are.""",
-)
-@click.option(
-    "--calibrate",
-    callback=_input_shape,
-    metavar="CxHxW",
-    help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
-    networks without normalization.""",
-)
-@click.option(
-    "--preset",
-    type=click.Choice(PRESETS),
-    default="convsim",
-    help=f"""Settings to start from: the defaults
-    (convsim), or those of the method's published code (paper: --pairs {PAPER.pairs} --norm {PAPER.norm} --steps
-    {PAPER.steps}, Adam).""",
-)
-@click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}.")
-@click.option(
-    "--channels",
-    type=click.Choice(CHANNELS_CHOICES),
-    help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
-    no normalization follows a layer. Default: {DEFAULTS.channels}.""",
-)
-@click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}.")
-@click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}.")
-@click.option(
-    "--include",
-    multiple=True,
-    shell_complete=complete_layers,
-    metavar="GLOB",
-    help="Treat only layers whose name matches. Repeatable.",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    shell_complete=complete_layers,
-    metavar="GLOB",
-    help="Leave layers alone whose name matches. Repeatable.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    metavar="NAME",
-    help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.",
-)
-@click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that.")
-@click.option(
-    "--head",
-    type=click.Choice(HEADS),
-    default="keep",
-    help="""drop leaves the classifier out of the file, for another
-    number of classes. Default: keep.""",
-)
-@click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches.")
-@click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'.")
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    metavar="NAME",
-    help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
-)
-@click.option(
-    "--report",
-    "record",
-    type=click.Path(path_type=Path),
-    help="Write the run's full record, .json, or a page of it, .html.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
-)
-@click.option(
-    "--plot-layer",
-    metavar="NAME",
-    shell_complete=complete_layers,
-    help="Layer whose feature maps are drawn. Default: the most changed.",
-)
-@click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them.")
-@click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing.")
-@click.option(
-    "--json", "as_json", is_flag=True, callback=needs_stdout, help="Print the result as JSON; of several, a line each."
-)
-@click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar.")
-@click.option("-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@init_options
 @click.pass_context
 def init(
     ctx: click.Context,

@@ -16,10 +16,9 @@ from convsim_init.checkpoint.match import match
 from convsim_init.checkpoint.read import Checkpoint, read_checkpoint
 from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
-from convsim_init.layers.find import unwrap
-from convsim_init.layers.names import bare_name
+from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
-from convsim_init.report.text import quoted, shown
+from convsim_init.report.text import error_text, quoted, shown
 
 EXAMPLES = 2
 
@@ -119,7 +118,7 @@ def _try_out(
     if not isinstance(outcome, Exception):
         return replace(_settled(report, set(), set()), removed=[], added=""), state
     if report.exact:
-        report = replace(report, refused=f"{type(outcome).__name__}: {' '.join(str(outcome).split())}")
+        report = replace(report, refused=error_text(outcome))
 
     # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
     own = inner.state_dict()

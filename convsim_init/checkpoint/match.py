@@ -17,11 +17,10 @@ from convsim_init.checkpoint.read import Checkpoint
 from convsim_init.checkpoint.state_dict import is_finite, state_entries
 from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import name_of, narrows, same_kind
-from convsim_init.layers.find import unwrap
-from convsim_init.layers.names import WRAPPER_PARTS, bare_name
+from convsim_init.layers.names import WRAPPER_PARTS, bare_name, unwrap
 from convsim_init.report.text import shown, some
 
-MOST_CANDIDATES = 64  # for one renamed key: comparing names takes time
+MAX_CANDIDATES = 64  # for one renamed key: comparing names takes time
 
 Shapes = Mapping[str, list[int]]
 
@@ -155,7 +154,7 @@ def _renamed(
         shape = tuple(theirs[key])
         candidates = free[shape]
         only = len(candidates) == rivals[shape] == 1
-        if len(candidates) <= MOST_CANDIDATES:
+        if len(candidates) <= MAX_CANDIDATES:
             for best in get_close_matches(key, candidates, n=1, cutoff=0.0 if only else 0.6):
                 candidates.remove(best)
                 yield key, best

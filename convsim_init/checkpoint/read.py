@@ -6,7 +6,8 @@ import errno
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
+WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffixes
 NAME_LENGTH = 255  # characters of a file's name, at most
 JSON = 32  # times its length that the header of safetensors or an index takes in memory, with tensors without numbers
 
@@ -42,15 +44,6 @@ class Checkpoint(NamedTuple):
     wrapper: str
     versions: OrderedDict[str, object] | None = None
     others: tuple[str, ...] = ()
-
-
-def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as of `read_checkpoint`, under keys without what wrappers add to them.
-
-    Raises:
-        InputError: If the file is missing, damaged, holds anything but tensors, or two keys are then the same.
-    """
-    return bare_tensors(read_checkpoint(path, key), path)
 
 
 def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -89,7 +82,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         raise InputError(f"expected the path of a checkpoint, got {type(path).__name__}: load_state_dict takes tensors")
     source = check_source(path)
     name = repr(str(source))
-    try:
+    with _errors(source):
         content: object
         size = source.stat().st_size
         if source.suffix == ".json":
@@ -98,10 +91,6 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
             content, size = read_distributed(source)
         else:
             content = _read(source)
-    except InputError:
-        raise
-    except Exception as error:  # whatever these libraries and the system raise at what they cannot read
-        raise InputError(_explain(name, source, error)) from error
     return _checked(name, content, size, key)
 
 
@@ -127,7 +116,8 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
                 f"expected names of files beside {str(index)!r}, got {quoted(name)}: copy the folder again"
             )
         shard = check_source(index.parent / name)
-        content = _read(shard)
+        with _errors(shard):
+            content = _read(shard)
         if not isinstance(content, Mapping):
             raise InputError(f"expected a state dict in {str(shard)!r}, got {type(content).__name__}")
         wanted = [key for key, place in places.items() if place == name]
@@ -161,11 +151,21 @@ def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     return entries
 
 
-def _explain(name: str, path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
-        return f"cannot read {name}: {error.strerror}; check the file"
-    writer = {".safetensors": "safetensors", "": "torch.distributed.checkpoint"}.get(path.suffix, "torch.save")
-    return f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Turn whatever libraries and the system raise at a file that they cannot read into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        name = repr(str(path))
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
+            raise InputError(f"cannot read {name}: {error.strerror}; check the file") from error
+        writer = WRITERS.get(path.suffix, "torch.save")
+        raise InputError(
+            f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
+        ) from error
 
 
 def _checked(name: str, content: object, size: int, wanted: str | None) -> Checkpoint:
@@ -218,8 +218,9 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
     while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
         found = [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]
         if wanted is not None:
-            wrapper = next((key for key in content if wanted == key or f"{wanted}.".startswith(f"{key}.")), None)
-            part = {key[len(wanted) + 1 :]: one for key, one in content.items() if f"{key}".startswith(f"{wanted}.")}
+            texts = [key for key in content if isinstance(key, str)]
+            wrapper = next((key for key in texts if f"{wanted}.".startswith(f"{key}.")), None)
+            part = {key[len(wanted) + 1 :]: content[key] for key in texts if key.startswith(f"{wanted}.")}
             if wrapper is None and part:
                 return part, ".".join([*opened, wanted]), others
             if wrapper is None:
@@ -237,7 +238,7 @@ def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, 
                     )
                 (wrapper,) = found
             elif wrapper is None and not found:
-                alone = content if len(content) == 1 else ()
+                alone = [key for key in content if isinstance(key, str)] if len(content) == 1 else []
                 wrapper = next((key for key in (*usual, *alone) if isinstance(content[key], Mapping)), None)
             if wrapper is None:
                 break

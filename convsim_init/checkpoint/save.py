@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -139,8 +140,8 @@ def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwr
 
 def checkpoint_bytes(contents: Contents) -> bytes:
     """What `write_checkpoint` writes into a ``.safetensors`` file."""
-    _check_keys(contents.tensors)
-    file = io.BytesIO(safetensors.torch.save(contents.tensors, contents.metadata))
+    with _fitting(contents.tensors):
+        file = io.BytesIO(safetensors.torch.save(contents.tensors, contents.metadata))
     _sort_metadata(file)
     return file.getvalue()
 
@@ -169,21 +170,25 @@ def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _check_keys(tensors: dict[str, Tensor]) -> None:
+@contextmanager
+def _fitting(tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Context that refuses to write what safetensors cannot hold."""
     if METADATA_KEY in tensors:
         raise InputError(
             f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
         )
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"expected dtypes that safetensors can hold, got {error}: write a .pt file") from error
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    _check_keys(tensors)
     try:
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        with _fitting(tensors):
+            safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
-    except KeyError as error:
-        raise InputError(f"expected dtypes that safetensors can hold, got {error}: write a .pt file") from error
     with path.open("r+b") as file:
         _sort_metadata(file)
 

@@ -14,9 +14,8 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
 from convsim_init.functional.dtypes import name_of
-from convsim_init.layers.find import unwrap
 from convsim_init.layers.memory import is_sharded
-from convsim_init.layers.names import bare_entries, bare_name
+from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.report.report import Report, unmatched_pattern
 from convsim_init.report.text import alternatives, quoted, shown
 
@@ -179,6 +178,7 @@ def is_finite(key: str, tensor: Tensor) -> bool:
 
     Those are masks of attention, and the ranges of observers that have seen nothing yet.
     """
+    tensor = _readable(tensor)
     if _all_finite(tensor):
         return True
     return key.rpartition(".")[2] not in ("weight", "bias", "running_mean", "running_var") and bool(
@@ -210,5 +210,9 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return bool(tensor.isfinite().all())
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot tell for float8
-    return tensor.numel() == 0 or all_finite(wide)
+    return tensor.numel() == 0 or all_finite(_readable(tensor))
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that torch can tell of whether it is finite, which of float8 it cannot."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor

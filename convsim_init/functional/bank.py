@@ -32,7 +32,7 @@ def filter_bank(weight: Tensor, *, groups: int = 1, transposed: bool = False, ch
     if weight.dim() < 2 or weight.numel() == 0:
         layout = "[in_channels, out_channels / groups" if transposed else "[out_channels, in_channels / groups"
         raise InputError(f"expected a weight of shape {layout}, *kernel_size] without zeros, got {list(weight.shape)}")
-    if not isinstance(groups, Integral) or groups < 1 or weight.shape[0] % groups:
+    if not isinstance(groups, Integral) or isinstance(groups, bool) or groups < 1 or weight.shape[0] % groups:
         raise InputError(f"expected groups to divide dimension 0 of the weight {list(weight.shape)}, got {groups!r}")
     bank = weight.reshape(groups, -1, *weight.shape[1:])
     if transposed:

@@ -15,9 +15,9 @@ from convsim_init.layers.forward.code import forward_code, has_forward_of_its_ow
 from convsim_init.layers.forward.standardized import ForwardWeight, find_call, weight_within
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
-from convsim_init.layers.layer import Layer as Layer
+from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import is_sharded, memories, overlap
-from convsim_init.layers.names import bare_entries, bare_name
+from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.weights import Weight
 from convsim_init.report.report import check_patterns
@@ -27,23 +27,14 @@ UNSELECTED = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     """Every convolution module of a model, once each, in order, with its name in the unwrapped model.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a module, got {type(model).__name__}: pass the model itself")
     modules = unwrap(model).named_modules()
     found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
     if not found:

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.weights import ComputedWeight, Weight
+from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, Weight
 
-KERNEL_RANKS = (1, 2, 3)
 COMPUTED = {  # the key's ending of what a weight is computed from, and the entry that it is multiplied by
     ".weight_orig": "weight_mask",  # pruning; of spectral_norm there is no mask
     ".weight_v": "weight_g",  # weight_norm, old and new
@@ -40,7 +39,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     """
     for key, value in state.items():
         name, ending = _owner(key)
-        if name is None or not isinstance(value, Tensor) or is_lazy(value) or value.dim() - 2 not in KERNEL_RANKS:
+        if name is None or not isinstance(value, Tensor) or is_lazy(value) or value.dim() not in KERNEL_RANKS:
             continue
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
         weight = Weight(value, trained=False)

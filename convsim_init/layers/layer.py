@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.functional.bank import computing_bank
-from convsim_init.layers.forward.trial import LIVE
+from convsim_init.layers.forward.isolation import LIVE
 from convsim_init.layers.weights import Weight
 from convsim_init.settings import Channels
 

@@ -1,13 +1,26 @@
-"""Names of layers and keys of state dicts without what wrappers of a module add to them."""
+"""What wrappers of a module add, taken off: the module inside, names of layers and keys of state dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from convsim_init.errors import InputError
 
 PARALLEL_PREFIX = "module."
 WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # compiled, recomputed, sharded
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def bare_name(name: str) -> str:

@@ -26,11 +26,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.find import unwrap
 from convsim_init.layers.forward.code import forward_code
-from convsim_init.layers.forward.trial import LIVE, copied, heavy_attributes, random_states
+from convsim_init.layers.forward.isolation import LIVE, copied, heavy_attributes, random_states
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.names import bare_name
+from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.settings import Settings
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -67,7 +66,8 @@ def decide_channels(
     decided: dict[str, tuple[Settings, str | None]] = {}
     for layer in layers:
         if layer.obstacle is None:
-            normalized = True if told is None else told.get(layer.name)  # None of one by itself: it is not in there
+            by_itself = not layer.name  # what it is used in is not there to be asked
+            normalized = True if told is None or by_itself else told.get(layer.name)
             filters = layer.shape[1] if layer.transposed else layer.shape[0] // layer.groups
             if normalized is False and filters > 1:
                 decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED

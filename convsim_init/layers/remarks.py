@@ -11,11 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.find import unwrap
 from convsim_init.layers.forward.code import forward_code, reads_further_inside
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, has_no_data, memories, overlap
-from convsim_init.layers.names import bare_name
+from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.text import layer_name, shown, some

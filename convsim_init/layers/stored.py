@@ -14,16 +14,16 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from convsim_init.layers.forward.trial import draw_numbers, isolated, random_states
+from convsim_init.layers.forward.isolation import draw_numbers, isolated, random_states
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.weights import (
     ComputedWeight,
     RefusedError,
     Weight,
-    backup_tensors,
     describe_mismatch,
     is_random,
 )
+from convsim_init.report.text import error_text
 
 ITERATIONS = 15  # as torch's spectral_norm makes when it is put on
 
@@ -37,11 +37,11 @@ class ParametrizedWeight(Weight):
         self._module = module
         self._shape: list[int] = []
         self._error = ""
-        if self.sources and not any(is_lazy(source) or has_no_data(source) for source in self.sources):
+        if not any(is_lazy(source) or has_no_data(source) for source in self.sources):
             try:
                 self._shape = list(self.read().shape)
             except Exception as error:  # whatever the parametrization's own code raises
-                self._error = " ".join(f"{type(error).__name__}: {error}".split())
+                self._error = error_text(error)
 
     @property
     def shape(self) -> list[int]:
@@ -50,8 +50,6 @@ class ParametrizedWeight(Weight):
 
     def obstacle(self, *, read_only: bool) -> str | None:
         """As of a plain weight; also what its own code raised."""
-        if not self.sources:
-            return "parametrized without a parameter of its own"
         if self._error:
             return f"its parametrization ended with {self._error}"
         obstacle = super().obstacle(read_only=read_only)
@@ -135,10 +133,6 @@ class NormedWeight(Weight):
         self._module.weight.copy_(computed)
         return describe_mismatch("weight_norm", weight, computed)
 
-    def backup(self) -> Callable[[], None]:
-        """What gives back direction, length and what the hook left on the module."""
-        return backup_tensors(self.storage())
-
     def storage(self) -> list[Tensor]:
         """Direction, length and what the hook left on the module."""
         return [*self.sources, self._module.weight]
@@ -172,10 +166,6 @@ class SpectralNormedWeight(Weight):
         self._module.weight.copy_(self.read())
         return describe_mismatch("spectral_norm", weight, self.read())
 
-    def backup(self) -> Callable[[], None]:
-        """What gives back the parameter, the hook's vectors and what the hook left on the module."""
-        return backup_tensors(self.storage())
-
     def storage(self) -> list[Tensor]:
         """The parameter, the hook's vectors and what the hook left on the module."""
         return [*self.sources, self._module.weight_u, self._module.weight_v, self._module.weight]
@@ -205,10 +195,6 @@ class PrunedWeight(Weight):
         self._module.weight.copy_(self.read())
         return describe_mismatch("pruning", weight, self.read())
 
-    def backup(self) -> Callable[[], None]:
-        """What gives back the parameter and what the hook left on the module."""
-        return backup_tensors(self.storage())
-
     def storage(self) -> list[Tensor]:
         """The parameter and what the hook left on the module."""
         return [*self.sources, self._module.weight]
@@ -217,6 +203,8 @@ class PrunedWeight(Weight):
 def stored_weight(module: Any) -> Weight:
     """The weight that a module's attribute ``weight`` stands for."""
     if parametrize.is_parametrized(module, "weight"):
+        if not list(module.parametrizations["weight"].parameters(recurse=False)):
+            return ComputedWeight(torch.empty(()), None, "parametrized without a parameter of its own")
         return ParametrizedWeight(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -232,21 +220,14 @@ def stored_weight(module: Any) -> Weight:
             parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
             if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
                 return PrunedWeight(module, parameter, mask)
-    compute = _hooked(module) or (lambda: module.weight)
+    masks = (partial(hook.apply_mask, module) for hook in module._forward_pre_hooks.values() if _prunes(hook))
+    compute = next(masks, lambda: module.weight)  # as a hook of torch would before a forward pass
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
     if "weight" in module._parameters:
         reason = "its weight is no parameter: its class computes it"
     if "weight" in module._buffers:
         reason = "its weight is a buffer, which is not trained"
     return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
-
-
-def _hooked(module: Any) -> Callable[[], Tensor] | None:
-    """What computes the weight as a hook of torch would before a forward pass, without changing the module."""
-    for hook in module._forward_pre_hooks.values():
-        if _prunes(hook):
-            return partial(hook.apply_mask, module)
-    return None
 
 
 def has_unknown_hook(module: nn.Module) -> bool:

@@ -93,7 +93,7 @@ class Weight:
 
     def backup(self) -> Callable[[], None]:
         """What undoes a `write`, to the bit."""
-        return backup_tensors(self.sources)
+        return backup_tensors(self.storage())
 
     def storage(self) -> list[Tensor]:
         """The tensors that a `write` may change."""

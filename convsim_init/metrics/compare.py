@@ -110,7 +110,7 @@ class Comparison:
     def _differences(self, letters: Sequence[str]) -> list[str]:
         by_kind = {
             kind: [entry for entry in self.entries if entry.weights == kind]
-            for kind in (IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE)
+            for kind in (IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE, NO_VALUES)
         }
         counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in by_kind.items() if entries)
         lines = [f"{len(self.entries)} entries of their state dicts: {counts}"]

@@ -19,7 +19,8 @@ from convsim_init.functional.bank import (
 )
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum
-from convsim_init.layers.find import Layer, find_layers, pair_obstacle
+from convsim_init.layers.find import find_layers, pair_obstacle
+from convsim_init.layers.layer import Layer
 from convsim_init.layers.remarks import model_remarks
 from convsim_init.metrics.expected import (
     SPECTRA,

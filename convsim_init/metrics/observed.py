@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +10,11 @@ from torch.func import functional_call
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
-from convsim_init.layers.find import find_convolutions, refuse_lazy, unwrap
+from convsim_init.layers.find import find_convolutions, refuse_lazy
 from convsim_init.layers.forward.code import forward_code
+from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.forward.outputs import convolution_outputs
-from convsim_init.layers.forward.trial import (
-    TRIALS,
-    not_compiled,
-    noted,
-    random_states,
-    tensors_of,
-)
+from convsim_init.layers.names import unwrap
 from convsim_init.layers.stored import has_unknown_hook
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
@@ -47,8 +39,8 @@ def measure_feature_correlation(
             keyword arguments; on the model's device.
 
     Returns:
-        From 0 to 1 for each convolution, by its dotted name. Those that did not run, or with fewer than two feature
-        maps that vary, are not in it. NaN where feature maps hold infinities or NaN.
+        From 0 to 1 for each convolution, by its dotted name. Those that did not run, with complex feature maps, or
+        with fewer than two that vary are not in it. NaN where feature maps hold infinities or NaN.
 
     Raises:
         InputError: If the model has no convolution, none ran, or there is a lazy module, which running would change.
@@ -59,18 +51,21 @@ def measure_feature_correlation(
         >>> 0 < correlations["0"] < 1
         True
     """
+    modules = find_convolutions(model)
     model = unwrap(model)
     refuse_lazy(model)
-    modules = find_convolutions(model)
     maps = {name: FeatureMaps(rank=len(module.kernel_size)) for name, module in modules}
 
     def look(name: str, output: Tensor, bias: Tensor | None) -> None:
-        maps[name].look(output)
+        if not output.is_complex():
+            maps[name].look(output)
 
-    with _undisturbed(model), convolution_outputs(modules, look):
+    with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
         _run(model, batch)
     if not any(one.count for one in maps.values()):
-        raise InputError("expected a model that calls its convolutions, got one whose forward pass called none")
+        raise InputError(
+            "expected a model that calls its convolutions, got one whose forward pass called none of real numbers"
+        )
     correlations = {name: one.mean_correlation() for name, one in maps.items()}
     return {name: value for name, value in correlations.items() if value is not None}
 
@@ -139,38 +134,12 @@ class FeatureMaps:
         return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Context in which a model may run in whatever mode it is, and nothing of what that changes remains.
-
-    Of a very large model those parameters alone are copied that a forward pass or a hook of somebody's own seems to
-    write to. What is changed deep within objects that attributes hold stays.
-    """
-    parts = list(model.modules())
-    attributes = [vars(part) for part in parts]
-    values = [value for one in attributes for value in one.values()]
-    held: list[Any] = [*attributes, *(one for one in values if type(one) in (dict, OrderedDict, list))]
-    copies = [one.copy() for one in held]
-    generators = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
-    tensors = {id(one): one for part in parts for one in tensors_of(part)}
-    small = sum(one.nbytes for one in nn.Module.parameters(model)) <= COPIED
-    written = {id(one) for part in parts for one in _may_be_written(part)}
-    undo = [
-        noted(one, copy=small or key in written or not isinstance(one, nn.Parameter)) for key, one in tensors.items()
-    ]
-    with random_states(tensors.values()), not_compiled(parts):
-        TRIALS.append(model)
-        try:
-            yield
-        finally:
-            TRIALS.remove(model)
-            for live, before in zip(held, copies, strict=True):
-                live.clear()
-                live.extend(before) if isinstance(live, list) else live.update(before)
-            for generator, state in generators:
-                generator.set_state(state)
-            for put_back in undo:
-                put_back()
+def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
+    """Which tensors a forward pass may change: of a very large model not those parameters that none seems to write."""
+    if sum(one.nbytes for one in nn.Module.parameters(model)) <= COPIED:
+        return lambda _: True
+    written = {id(one) for part in model.modules() for one in _may_be_written(part)}
+    return lambda tensor: id(tensor) in written or not isinstance(tensor, nn.Parameter)
 
 
 def _may_be_written(part: nn.Module) -> Iterable[Tensor | None]:

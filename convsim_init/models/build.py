@@ -161,9 +161,11 @@ def _reproducible(seed: int) -> Iterator[None]:
     import numpy
     import torch
 
-    dtype, python_state, numpy_state = torch.get_default_dtype(), random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # torch.manual_seed would also reseed the accelerators, whose state fork_rng does not keep here.
+    from convsim_init.layers.forward.isolation import random_states
+
+    dtype = torch.get_default_dtype()
+    with random_states(()), torch.device("cpu"):
+        # torch.manual_seed would also reseed the accelerators, whose state is not kept here.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
@@ -172,5 +174,3 @@ def _reproducible(seed: int) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(dtype)
-            random.setstate(python_state)
-            numpy.random.set_state(numpy_state)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.layers.find import UNSELECTED
-from convsim_init.layers.forward.trial import LIVE
+from convsim_init.layers.forward.isolation import LIVE
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.remarks import COPIES, copies_remark
 from convsim_init.report.report import Report

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from convsim_init.layers.forward.trial import TRIALS, compiled_parts
+from convsim_init.layers.forward.isolation import TRIALS, compiled_parts
 from convsim_init.models.patching import replaced
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.errors import InputError
-from convsim_init.layers.find import Layer
+from convsim_init.layers.layer import Layer
 from convsim_init.parallel.processes import Ranks
 from convsim_init.report.report import LayerReport
 from convsim_init.settings import Settings

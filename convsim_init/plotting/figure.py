@@ -136,7 +136,7 @@ def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str
         return layer
 
     def span(name: str) -> float:
-        values = [one[name].get(CORRELATION, one[name][SIMILARITY]) for one in measures]
+        values = [one[name][CORRELATION] for one in measures]
         return max(values) - (min(values) if len(values) > 1 else 0)
 
     return max(names, key=span)

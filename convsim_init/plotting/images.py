@@ -13,7 +13,7 @@ import numpy as np
 from convsim_init.metrics.snapshot import Snapshot
 from convsim_init.plotting.panels import Array, correlations, mosaic, tiles
 
-MOST = 64  # feature maps whose correlations are shown
+MAX_MAPS = 64  # feature maps whose correlations are shown
 BLUE = (0.0, 0.45, 0.7)
 
 
@@ -23,7 +23,7 @@ def layer_images(before: Snapshot, after: Snapshot, names: Sequence[str]) -> dic
     for name in names:
         banks = {snapshot.label: snapshot.banks[name] for snapshot in (before, after)}
         filters = {label: tiles(bank) for label, bank in banks.items()}
-        matrices = {label: correlations(bank)[:MOST, :MOST] for label, bank in banks.items()}
+        matrices = {label: correlations(bank)[:MAX_MAPS, :MAX_MAPS] for label, bank in banks.items()}
         largest = max(float(np.abs(stack).max()) for stack in filters.values()) or 1.0
         highest = max(float(np.nan_to_num(matrix).max()) for matrix in matrices.values()) or 1.0
         images[name] = {

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-MOST_FILTERS, MOST_MAPS = 64, 128  # shown of a layer
-MOST_CHARACTERS = 24  # shown of a layer's name on the axis and of a line of a label
+MAX_FILTERS, MAX_MAPS = 64, 128  # shown of a layer
+MAX_CHARACTERS = 24  # shown of a layer's name on the axis and of a line of a label
 INCHES_A_CHARACTER = 0.075
 GAP = 9  # how many times as high as the gap below it a filter is, at least
 DARK = "#0d1117"
@@ -69,7 +69,7 @@ def draw_correlations(figure: SubFigure, snapshots: Sequence[Snapshot], name: st
     matrices = [correlations(snapshot.banks[name]) for snapshot in snapshots]
     bank = snapshots[0].banks[name]
     count = max(math.prod(snapshot.banks[name].shape[:2]) for snapshot in snapshots)
-    some = f"first {MOST_MAPS} of {count}" if count > MOST_MAPS else f"{count}"
+    some = f"first {MAX_MAPS} of {count}" if count > MAX_MAPS else f"{count}"
     title = f"Expected correlation of feature maps: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}"
     highest = max((float(np.nanmax(matrix)) for matrix in matrices if np.isfinite(matrix).any()), default=1.0)
     panels = _panels(figure, snapshots, title)
@@ -85,7 +85,7 @@ def draw_filters(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     name = next(name for name in snapshots[0].banks if all(name in snapshot.banks for snapshot in snapshots))
     bank = snapshots[0].banks[name]
     count, channels = math.prod(bank.shape[:2]), bank.shape[2]
-    some = f"first {MOST_FILTERS} of {count}" if count > MOST_FILTERS else f"{count}"
+    some = f"first {MAX_FILTERS} of {count}" if count > MAX_FILTERS else f"{count}"
     coloured = {1: "one channel", 3: "as RGB"}.get(channels, f"strongest of {channels} channels each")
     title = f"First layer: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}, {coloured}; grey is zero"
     stacks = [tiles(snapshot.banks[name]) for snapshot in snapshots]
@@ -148,7 +148,7 @@ def _panels(figure: SubFigure, snapshots: Sequence[Snapshot], title: str) -> lis
     """One panel without axes for each snapshot, its label above; the title above all."""
     figure.suptitle(literal(textwrap.fill(title, _characters(figure))), fontsize=9, x=0.02, ha="left")
     panels = figure.subplots(1, len(snapshots), squeeze=False, gridspec_kw={"wspace": 0.05})[0]
-    width = max(8, min(MOST_CHARACTERS, _characters(figure) // len(snapshots) - 3))
+    width = max(8, min(MAX_CHARACTERS, _characters(figure) // len(snapshots) - 3))
     for axes, snapshot in zip(panels, snapshots, strict=True):
         axes.set_title(literal(textwrap.fill(snapshot.label, width)))
         axes.set_axis_off()
@@ -168,13 +168,13 @@ def _legend(figure: SubFigure, colours: Sequence[tuple[str, Any]], markers: Mapp
     from matplotlib.patches import Patch
 
     handles = [
-        *(Patch(color=colour, label=literal(textwrap.fill(label, MOST_CHARACTERS))) for label, colour in colours),
+        *(Patch(color=colour, label=literal(textwrap.fill(label, MAX_CHARACTERS))) for label, colour in colours),
         *(
             Line2D([], [], color="0.5", marker=marker, linestyle="", label=f"kernel {_size(kernel)}")
             for kernel, marker in markers.items()
         ),
     ]
-    columns = max(1, _characters(figure) // (MOST_CHARACTERS + 6))
+    columns = max(1, _characters(figure) // (MAX_CHARACTERS + 6))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
@@ -188,8 +188,8 @@ def _shown(name: str) -> str:
 
 def _shortened(name: str) -> str:
     """The name, or its start and its end, which tell layers apart."""
-    half = MOST_CHARACTERS // 2
-    return name if len(name) <= MOST_CHARACTERS else f"{name[:half]}…{name[1 - half :]}"
+    half = MAX_CHARACTERS // 2
+    return name if len(name) <= MAX_CHARACTERS else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _size(kernel: Sequence[int]) -> str:
@@ -207,13 +207,13 @@ def _colours(count: int) -> list[Any]:
 def correlations(bank: torch.Tensor) -> Array:
     """Magnitudes of the expected correlations, without the diagonal."""
     groups = bank.shape[0]
-    matrix = expected_correlation(bank.flatten(0, 1), groups=groups)[:MOST_MAPS, :MOST_MAPS].abs()
+    matrix = expected_correlation(bank.flatten(0, 1), groups=groups)[:MAX_MAPS, :MAX_MAPS].abs()
     return matrix.fill_diagonal_(math.nan).float().numpy()
 
 
 def tiles(bank: torch.Tensor) -> Array:
     """Filters as images ``[filters, height, width, 1 or 3]``."""
-    filters = bank.flatten(0, 1)[:MOST_FILTERS].float()  # [N, C, *kernel_size]
+    filters = bank.flatten(0, 1)[:MAX_FILTERS].float()  # [N, C, *kernel_size]
     while filters.dim() > 4:
         filters = filters[:, :, filters.shape[2] // 2]
     if filters.dim() == 3:

@@ -57,9 +57,7 @@ class Table:
                     left_out.append(name)
             widths[0] = max(NARROWEST, widths[0] - max(0, _length(widths, columns) - width))
             rows = [[shown(row[0], widths[0]) if row[0] else "", *row[1:]] for row in rows]
-        lines = [
-            cut("  ".join(row[column].ljust(widths[column]) for column in columns).rstrip(), width) for row in rows
-        ]
+        lines = ["  ".join(row[column].ljust(widths[column]) for column in columns).rstrip() for row in rows]
         note = [f"left out to fit {width} columns: {', '.join(left_out)}"] if left_out else []
         return "\n".join([*(cut(line, width) for line in lines), "", *map(printable, self.summary), *note])
 
@@ -168,11 +166,8 @@ def _measured_table(data: Mapping[str, Any]) -> Table:
     note = shared_reason(measured)
     rows = []
     for layer in data["layers"]:
-        if layer["before"]:
-            remark = "" if layer["reason"] == note else layer["reason"] or ""
-        else:
-            remark = ": ".join(filter(None, [layer["outcome"], layer["reason"]]))
-        rows.append([*_title(layer), *measure_cells(layer["before"]), remark])
+        remarks = [_remark(layer, note)] if layer["before"] else [layer["outcome"], _remark(layer, None)]
+        rows.append([*_title(layer), *measure_cells(layer["before"]), ": ".join(filter(None, remarks))])
     rows.append([f"mean of {len(measured)}", "", *measure_cells(data["totals"]["before"]), ""])
     summary = [
         _counts(data),

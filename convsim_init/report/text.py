@@ -35,9 +35,14 @@ def shown(name: str, length: int = NAME) -> str:
     return shortened(printable(name), length) or "''"
 
 
-def quoted(value: object, length: int = NAME) -> str:
+def quoted(value: object) -> str:
     """A name, or whatever stands in the place of one, in quotation marks."""
-    return shortened(repr(value), length)
+    return shortened(repr(value))
+
+
+def error_text(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def layer_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import full_precision
-from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy, unwrap
+from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy
+from convsim_init.layers.forward.isolation import LIVE, isolated
 from convsim_init.layers.forward.outputs import convolution_outputs
-from convsim_init.layers.forward.trial import LIVE, isolated
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import memories
+from convsim_init.layers.names import unwrap
 from convsim_init.layers.weights import RefusedError, Weight
-from convsim_init.report.text import layer_name, some
+from convsim_init.report.text import error_text, layer_name, some
 
 IMAGES = 16  # of noise
 OWN_CLASS = "no convolution of torch.nn"
@@ -128,8 +130,9 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     Raises:
         InputError: If the shape is not of channels and at least one size.
     """
-    if len(shape) < 2 or min(shape) < 1 or math.prod(shape[1:]) < 2:
-        raise InputError(f"expected an input shape of channels and sizes such as (3, 224, 224), got {tuple(shape)}")
+    known = isinstance(shape, Sequence) and all(isinstance(size, Integral) and size > 0 for size in shape)
+    if not known or len(shape) < 2 or math.prod(shape[1:]) < 2:
+        raise InputError(f"expected an input shape of channels and sizes such as (3, 224, 224), got {shape!r}")
     generator, kind = torch.Generator().manual_seed(seed), torch.float32  # whatever the defaults are
     white = torch.randn(IMAGES, *shape, generator=generator, dtype=kind, device="cpu")
     axes = tuple(range(2, white.dim()))
@@ -179,8 +182,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
         try:
             reached += tree_leaves(model(images))
         except Exception as error:  # whatever the model's own code raises
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"expected a model that takes {list(images.shape)}, got {text}") from error
+            raise InputError(f"expected a model that takes {list(images.shape)}, got {error_text(error)}") from error
         ends = [end for end in reached if isinstance(end, Tensor) and end.requires_grad]
         if not ends:
             raise InputError(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import bank_weight
-from convsim_init.layers.find import Layer, find_layers
+from convsim_init.layers.find import find_layers
+from convsim_init.layers.layer import Layer
 from convsim_init.layers.weights import RefusedError
 from convsim_init.report.text import layer_name
 from convsim_init.settings import FAN_SCHEMES, Activation, parse_base

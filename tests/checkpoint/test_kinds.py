@@ -104,6 +104,18 @@ def test_a_folder_of_several_files_with_an_index(tmp_path):
         assert len(str(caught.value)) < 400
 
 
+def test_what_is_damaged_is_named(tmp_path):
+    index, shard = tmp_path / "model.safetensors.index.json", tmp_path / "model-2.safetensors"
+    safetensors.torch.save_file({"a.weight": TENSORS["a.weight"]}, tmp_path / "model-1.safetensors")
+    shard.write_bytes(b"\x08\0\0\0\0\0\0\0{garbage")
+    index.write_text(json.dumps({"weight_map": {"a.weight": "model-1.safetensors", "b": shard.name}}))
+    with pytest.raises(InputError, match=r"written by safetensors, got '[^']*model-2\.safetensors', which is damaged"):
+        read_checkpoint(tmp_path)
+    index.write_text("{")
+    with pytest.raises(InputError, match=r"written by Hugging Face, got '[^']*index\.json', which is damaged"):
+        read_checkpoint(tmp_path)
+
+
 def test_an_index_says_which_file_a_tensor_is_in(tmp_path):
     stale = {"a.weight": torch.zeros_like(TENSORS["a.weight"]), "b": TENSORS["b"]}
     safetensors.torch.save_file({"a.weight": TENSORS["a.weight"]}, tmp_path / "model-1.safetensors")

@@ -16,10 +16,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from convsim_init.checkpoint.read import read_state_dict
+from convsim_init.checkpoint.read import bare_tensors, read_checkpoint
 from convsim_init.errors import InputError
 
 TENSORS = {"conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "conv.bias": torch.ones(2, dtype=torch.float16)}
+
+
+def read_state_dict(path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
+    return bare_tensors(read_checkpoint(path, key), path)
 
 
 def wrapped(*names: str) -> dict[str, object]:
@@ -228,3 +232,13 @@ def test_damage_anywhere_gives_tensors_or_one_line(name, tmp_path):
             refusals.append(str(error))
     assert len(refusals) > 50
     assert not [message for message in refusals if "\n" in message]
+
+
+@pytest.mark.parametrize("key", [0, None, (1, 2)])
+@pytest.mark.parametrize("inner", [False, True])
+def test_keys_that_are_no_text_are_refused_in_one_line(key, inner, tmp_path):
+    content = {key: {"weight": torch.ones(2, 3, 3, 3)}}
+    torch.save({"model": content} if inner else content, tmp_path / "a.pt")
+    for wanted in (None, "0", "None"):
+        with pytest.raises(InputError, match="expected"):
+            read_checkpoint(tmp_path / "a.pt", wanted)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from convsim_init import __version__, build_model, initialize_, load_checkpoint, save_checkpoint
+from convsim_init.checkpoint.save import checkpoint_bytes, checkpoint_contents
 from convsim_init.errors import InputError, RunError
 from convsim_init.settings import Settings
 
@@ -880,3 +881,22 @@ def test_extra_state_is_refused_for_what_it_is(name, tmp_path):
     ):
         save_checkpoint(WithExtraState(3, 4, 3), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", [None, b"a.pt", 3])
+def test_a_path_is_a_path(path):
+    with pytest.raises(InputError, match=f"expected the path of a file, got {type(path).__name__}"):
+        save_checkpoint({"a": torch.ones(2)}, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_numbers_of_float8_that_are_not_finite_are_seen(dtype, tmp_path):
+    values = torch.tensor([1.0, float("nan")]).to(dtype)
+    with pytest.raises(InputError, match="mask"):
+        save_checkpoint({"a": torch.ones(2), "mask": values}, tmp_path / "a.pt", dtype=None)
+
+
+def test_what_safetensors_cannot_hold_is_refused_for_stdout_too():
+    contents = checkpoint_contents({"a": torch.ones(2, dtype=torch.complex32)})
+    with pytest.raises(InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"):
+        checkpoint_bytes(contents)

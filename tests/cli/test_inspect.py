@@ -233,6 +233,7 @@ def test_compare_tells_of_what_has_no_values():
     models = [nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 8, 3, device="meta")) for _ in range(2)]
     compared = compare([(name, model) for name, model in zip("ab", models, strict=True)])
     assert {entry.weights for entry in compared.entries} == {"without values"}
+    assert str(compared).endswith(f"{len(compared.entries)} without values")
     states = [{"a.weight": small, "b.weight": eight}, {"a.weight": small.to_sparse(), "b.weight": eight.float()}]
     compared = compare([(name, state) for name, state in zip("ab", states, strict=True)])
     assert {entry.weights for entry in compared.entries} == {"identical"}

@@ -22,7 +22,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["convsim_init.checkpoint"]):
-    from convsim_init.checkpoint.read import read_state_dict
+    from convsim_init.checkpoint.read import bare_tensors, read_checkpoint
     from convsim_init.errors import InputError
     from convsim_init.metrics.measure import measure
 
@@ -68,7 +68,7 @@ def test_one_input(data: bytes) -> None:
     path = write(data)
     message = ""
     try:
-        tensors = read_state_dict(path)
+        tensors = bare_tensors(read_checkpoint(path), path)
         size = path.stat().st_size + BESIDE
         for tensor in tensors.values():
             assert type(tensor) is torch.Tensor

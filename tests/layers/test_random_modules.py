@@ -6,7 +6,7 @@ from random_modules import draw, violations
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.layers.forward import trial
+from convsim_init.layers.forward import isolation
 
 SEEDS = range(10**6, 10**6 + 60)
 
@@ -31,7 +31,7 @@ def test_equal_seeds_draw_equal_modules_of_many_kinds():
 @pytest.mark.parametrize("fault", ["not put back", "other figures", "others change"])
 def test_a_fault_is_found(fault, monkeypatch):
     if fault == "not put back":
-        monkeypatch.setattr(trial, "noted", lambda tensor: lambda: None)
+        monkeypatch.setattr(isolation, "noted", lambda tensor, copy: lambda: None)
     elif fault == "other figures":
         monkeypatch.setattr(ci, "measure", lambda model: _with_figures(MEASURE(model), 0.9))
     else:

@@ -250,6 +250,19 @@ def test_the_old_weight_norm_is_trained_as_before():
     assert set(dict(module.named_parameters())) == {"weight_g", "weight_v", "bias"}
 
 
+def test_a_parametrized_buffer_is_told_of():
+    module = nn.Conv2d(3, 8, 3)
+    values = module.weight.detach().clone()
+    del module.weight
+    module.register_buffer("weight", values)
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity(), unsafe=True)
+    model = nn.Sequential(module, nn.Conv2d(8, 8, 3))
+    for report in (ci.measure(model), ci.initialize_(model)):
+        first, second = report.layers
+        assert (first.outcome, first.reason) == (ci.Outcome.SKIPPED, "parametrized without a parameter of its own")
+        assert second.outcome is not ci.Outcome.SKIPPED
+
+
 @pytest.mark.parametrize("parametrize", [parametrizations.spectral_norm, parametrizations.orthogonal])
 def test_parametrizations_that_keep_another_weight_say_so(parametrize, monkeypatch):
     module = parametrize(nn.Conv2d(4, 8, 3))

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
+from convsim_init.layers.forward.isolation import isolated
 from convsim_init.metrics import observed
 from convsim_init.metrics import observed as feature_maps
 
@@ -386,6 +389,69 @@ def test_convolutions_that_did_not_run_are_not_in_the_answer():
     assert list(ci.measure_feature_correlation(Idle(), torch.randn(2, 3, 9, 9))) == ["used"]
 
 
+def test_complex_maps_are_not_in_the_answer():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.real, self.complex = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, dtype=torch.complex64)
+
+        def forward(self, x):
+            return self.complex(self.real(x).to(torch.complex64))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(ci.measure_feature_correlation(Complex(), torch.randn(2, 3, 9, 9))) == ["real"]
+
+
+class Sparse(nn.Module):
+    """With a buffer that has no memory to be compared, before a layer that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.conv, self.norm = nn.Conv2d(3, 8, 3).requires_grad_(False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        weight = self.conv.weight
+        return self.norm(self.conv._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), None))
+
+
+def test_a_sparse_buffer_is_no_obstacle():
+    model = Sparse()
+    assert len(ci.measure(model).layers) == 1
+    assert not model.conv.weight.requires_grad
+    with pytest.raises(ci.InputError, match="called none"):
+        ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_a_trial_of_another_thread_that_ends_meanwhile_changes_nothing():
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.count = nn.Conv2d(3, 8, 3), 0
+
+        def forward(self, x):
+            self.count += 1
+            begun.set()
+            assert ended.wait(60)
+            return self.conv(x)
+
+    model, found = Slow(), []
+    thread = threading.Thread(
+        target=lambda: found.append(ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9)))
+    )
+    with isolated(nn.Conv2d(3, 8, 3)):
+        thread.start()
+        assert begun.wait(60)
+    ended.set()
+    thread.join()
+    assert [list(one) for one in found] == [["conv"]]
+    assert model.count == 0
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
@@ -399,6 +465,12 @@ def test_what_cannot_be_measured(model, batch, message):
     with pytest.raises(ci.InputError, match=message):
         ci.measure_feature_correlation(model, batch)
     assert hooks(model) == [len(m._forward_hooks) for m in copy.deepcopy(model).modules()]
+
+
+def test_a_state_dict_is_refused():
+    for function in (ci.measure_feature_correlation, ci.calibrate_):
+        with pytest.raises(ci.InputError, match="expected a module, got dict"):
+            function({"0.weight": torch.ones(4, 3, 3, 3)}, torch.randn(2, 3, 9, 9))
 
 
 def test_memory_does_not_grow_with_the_batch(monkeypatch):

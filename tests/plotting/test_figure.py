@@ -26,7 +26,7 @@ from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Set
 from convsim_init.metrics.expected import expected_correlation
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.plotting.figure import check_plot, choose_layer, figure_of, figure_of_run, is_dark, save_figure
-from convsim_init.plotting.panels import MOST_FILTERS, MOST_MAPS
+from convsim_init.plotting.panels import MAX_FILTERS, MAX_MAPS
 
 SIMILARITY = "Similarity of each layer's filters"
 MEASURES = ("normalized_similarity", "feature_correlation_natural")
@@ -147,7 +147,7 @@ def test_a_chosen_layers_correlations_are_its_own(name, groups, transposed, run)
     part = panel(figure_of_run(*run, layer=name), f"correlation of feature maps: {name},")
     torch.manual_seed(0)
     weight = Small().get_submodule(name).weight.detach()
-    expected = expected_correlation(weight, groups=groups, transposed=transposed).abs()[:MOST_MAPS, :MOST_MAPS]
+    expected = expected_correlation(weight, groups=groups, transposed=transposed).abs()[:MAX_MAPS, :MAX_MAPS]
     shown = image(part, 0)
     assert np.isnan(shown.diagonal()).all()
     np.testing.assert_allclose(np.nan_to_num(shown), expected.fill_diagonal_(0).numpy(), rtol=1e-4, atol=1e-6)
@@ -175,7 +175,7 @@ def test_filters_of_any_shape_are_shown(shape):
     snapshot = take_snapshot("x", {"stem.weight": torch.randn(shape)} if shape[1] > 1 else conv(shape))
     part = panel(figure_of([snapshot], title="x"), "First layer")
     assert np.isfinite(image(part, 0)).all()
-    assert (f"first {MOST_FILTERS} of 70" in title_of(part)) is (shape[0] == 70)
+    assert (f"first {MAX_FILTERS} of 70" in title_of(part)) is (shape[0] == 70)
 
 
 def test_of_many_channels_each_filters_strongest_is_shown():

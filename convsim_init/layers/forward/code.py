@@ -21,7 +21,7 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {call.__name__ for call in CONVOLUTIONS}
-MOST_CODE = 1000  # functions that a forward pass is followed into
+MAX_CODE = 1000  # functions that a forward pass is followed into
 HANDED_OUT = {"weight", "parameters", "named_parameters"}  # what may take a weight out of a convolution
 WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
@@ -63,7 +63,7 @@ class ForwardCode:
         self._codes: list[CodeType] = []
         pending = _functions(forward)
         for function in pending:
-            if function.__code__ in self._codes or len(self._codes) > MOST_CODE:
+            if function.__code__ in self._codes or len(self._codes) > MAX_CODE:
                 continue
             inner = [function.__code__]
             for one in inner:

@@ -16,21 +16,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code, reads_weight
-from convsim_init.layers.forward.trial import (
-    Call,
-    NoConvolutionError,
-    convolution_calls,
-    weight_given_to_convolution,
-)
+from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.weights import (
     KERNEL_RANKS,
     Weight,
-    backup_tensors,
     describe_mismatch,
     is_random,
     to_float64,
 )
+from convsim_init.report.text import error_text
 
 
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
@@ -139,8 +134,7 @@ class ForwardWeight(Weight):
             depends = describe_mismatch("class", used, self._given(self._noise()))  # it may be rounded anew
             random = is_random(used, self._given(redraw=True))
         except Exception as error:  # whatever the class's own code raises
-            text = " ".join(str(error).split())
-            return f"which weight {kind} uses is not known: a trial pass ended with {type(error).__name__}: {text}"
+            return f"which weight {kind} uses is not known: a trial pass ended with {error_text(error)}"
         if depends and not used.isnan().any():
             return f"the weight that {kind} uses depends on its input"
         if random:
@@ -215,13 +209,7 @@ class ForwardWeight(Weight):
 
     def backup(self) -> Callable[[], None]:
         """What gives back the tensors that the stored weight is stored in."""
-        restore, undo = backup_tensors(self.sources), self._stored.backup()
-
-        def undo_both() -> None:
-            restore()
-            undo()
-
-        return undo_both
+        return self._stored.backup()
 
     def storage(self) -> list[Tensor]:
         """The tensors that the stored weight is stored in."""

@@ -1,33 +1,17 @@
-"""A trial pass: a module's forward pass is begun, and the weight is taken that it gives to a convolution.
-
-Whatever the pass changes, in place or by assignment, is put back: parameters, buffers, attributes,
-modes and random states are those of before, to the bit.
-"""
+"""A trial pass: a module's forward pass is begun, and the weight is taken that it gives to a convolution."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
-import threading
-import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED, names_of
-
-LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
-TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
-LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
-HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
+from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED
+from convsim_init.layers.forward.isolation import draw_numbers, isolated
 
 
 class NoConvolutionError(RuntimeError):
@@ -117,166 +101,6 @@ def weight_given_to_convolution(
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
     return capture.calls[index].weight
-
-
-def draw_numbers(device: torch.device) -> None:
-    """Move the random states on."""
-    random.random(), np.random.random(), torch.rand(1, device=device)
-
-
-@contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
-    """Context in which a module can run in evaluation mode and nothing of what that changes remains.
-
-    It runs where it is, because hooks and closures may know its tensors and their memory: values,
-    attributes, gradients and hooks are noted before, and put back in place at the end. What attributes
-    hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
-    """
-    parts = list(module.modules())
-    tensors = list({id(tensor): tensor for part in parts for tensor in tensors_of(part)}.values())
-    with LIVE, random_states(tensors), not_compiled(parts), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
-        attributes = [dict(vars(part)) for part in parts]
-        registries = [d for part in parts for name, d in vars(part).items() if "hooks" in name and isinstance(d, dict)]
-        hooks = [(one, one.copy()) for one in registries]
-        undo = [noted(tensor) for tensor in tensors]
-        TRIALS.append(module)
-        try:
-            memo: dict[int, Any] = {id(one): one for one in (*parts, *tensors)}
-            for part in parts:
-                heavy = heavy_attributes(part, parts)
-                used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
-                vars(part).update(used | {"training": False})
-            vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
-            yield
-        finally:
-            TRIALS.pop()
-            for part, before in zip(parts, attributes, strict=True):
-                vars(part).clear()
-                vars(part).update(before)
-            for registry, before in hooks:  # a hook may remove itself from the live one
-                if list(registry.items()) != list(before.items()):
-                    registry.clear()
-                    registry.update(before)
-            for put_back in undo:
-                put_back()
-
-
-def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The modules among some that torch.compile has compiled, in place or within a wrapper."""
-    for part in parts:
-        if part._compiled_call_impl is not None:
-            yield part
-        elif "_orig_mod" in part._modules:
-            yield part.get_submodule("_orig_mod")
-
-
-@contextmanager
-def not_compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Context in which compiled modules run as they are, for what looks on asks for values."""
-    if next(compiled_parts(parts), None) is None or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
-    """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed.
-
-    Args:
-        tensor: The tensor.
-        copy: Whether its values are kept too, and not only where they are.
-    """
-    data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
-    values = data.clone() if copy and not data.is_meta else None
-    hooks = dict(tensor._backward_hooks or {})
-
-    def put_back() -> None:
-        moved = tensor.data.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype
-        if moved or tensor.shape != data.shape or tensor.stride() != data.stride():
-            tensor.data = data
-        if values is not None and not torch.equal(data, values):
-            data.copy_(values)
-        if tensor.is_leaf:
-            if tensor.requires_grad != required:
-                tensor.requires_grad_(required)
-            if tensor.grad is not grad:
-                tensor.grad = grad
-            live = tensor._backward_hooks or {}
-            for hook in live.keys() - hooks.keys():
-                del live[hook]
-
-    return put_back
-
-
-def tensors_of(part: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and tensors that are plain attributes of a module itself."""
-    for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-        if isinstance(value, Tensor):
-            yield value
-
-
-def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
-    """Attributes of a module that no forward pass names and a copy of which might fill the memory.
-
-    Such as a trainer, or a data set.
-
-    Args:
-        part: Module.
-        parts: All modules whose forward passes might use the attributes.
-    """
-    found = {name for name, value in vars(part).items() if _is_heavy(value)}
-    return found - names_of(parts) if found else found
-
-
-def _is_heavy(value: object) -> bool:
-    """Whether an object leads to many others or to large tensors and arrays."""
-    if isinstance(value, (Tensor, dict, list, tuple, set)) or not hasattr(value, "__dict__"):
-        return False
-    size, known, pending = 0, set[int](), list[object]([value])
-    for one in pending:
-        if id(one) in known or isinstance(one, (nn.Module, type, FunctionType, MethodType, ModuleType)):
-            continue
-        known.add(id(one))
-        if isinstance(one, (Tensor, np.ndarray)):
-            size += one.nbytes if isinstance(one, np.ndarray) or one.layout is torch.strided else 0
-        elif isinstance(one, Mapping):
-            pending += one.values() if isinstance(one, dict) else ()
-        elif isinstance(one, (list, tuple, set, deque)):
-            pending += one
-        else:
-            pending += getattr(one, "__dict__", {}).values()
-        if size > HEAVY or len(pending) > MANY:
-            return True
-    return False
-
-
-def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an attribute, but for the modules and tensors in the memo; itself where it cannot be copied."""
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    try:
-        return copy.deepcopy(value, dict(memo))
-    except Exception:  # of any kind: a lock, an open file, a tensor that was computed
-        if isinstance(value, dict):
-            twin = copy.copy(value)
-            twin.update({key: copied(one, memo) for key, one in value.items()})
-            return twin
-        return [copied(one, memo) for one in value] if type(value) is list else value
-
-
-@contextmanager
-def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context that leaves the random states of torch, Python and NumPy as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    cards = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(cards):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 class _CapturedError(BaseException):

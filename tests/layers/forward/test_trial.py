@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from convsim_init.layers.find import find_layers
-from convsim_init.layers.forward.trial import NoConvolutionError, isolated, weight_given_to_convolution
+from convsim_init.layers.forward.isolation import isolated
+from convsim_init.layers.forward.trial import NoConvolutionError, weight_given_to_convolution
 
 
 class Everything(nn.Conv2d):

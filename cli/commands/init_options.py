@@ -1,0 +1,177 @@
+"""The options of the main command: what each is called, takes and means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convsim_init.errors import InputError
+from convsim_init.files import SUFFIXES
+from convsim_init.settings import (
+    ACTIVATIONS,
+    CHANNELS_CHOICES,
+    NORMS,
+    PAIRS,
+    PRESETS,
+    SCHEMES,
+    Settings,
+    parse_base,
+)
+
+from ..completion import complete_bases, complete_layers
+from ..options import Whole, key_option, like_option, model_options
+from ..terminal import needs_stdout
+
+HEADS = ("keep", "drop")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+DEFAULTS, PAPER = Settings(), Settings.paper()
+
+
+def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Channels and sizes of an input as a user types them: ``3x224x224``."""
+    if value is None:
+        return None
+    sizes = value.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}", ctx, param)
+    return tuple(map(int, sizes))
+
+
+class BaseType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """What the convolutions are drawn anew by, as in `parse_base`."""
+
+    name = "scheme"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, if it is one."""
+        try:
+            parse_base(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+OPTIONS: tuple[Callable[..., Any], ...] = (
+    click.option(
+        "-o",
+        "--out",
+        type=click.Path(),
+        help=f"""File to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder that
+        transformers or timm loads, with a config and a card.""",
+    ),
+    model_options,
+    click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99."),
+    like_option,
+    key_option,
+    click.option(
+        "--base",
+        type=BaseType(),
+        shell_complete=complete_bases,
+        metavar="SCHEME",
+        default="model",
+        help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
+        {", ".join(SCHEMES)}; the first two also with :fan_in or :fan_out, and all with the gain of an activation,
+        such as :tanh ({", ".join(ACTIVATIONS)}). Default: model, as they are.""",
+    ),
+    click.option(
+        "--calibrate",
+        callback=_input_shape,
+        metavar="CxHxW",
+        help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
+        networks without normalization.""",
+    ),
+    click.option(
+        "--preset",
+        type=click.Choice(PRESETS),
+        default="convsim",
+        help=f"""Settings to start from: the defaults
+        (convsim), or those of the method's published code (paper: --pairs {PAPER.pairs} --norm {PAPER.norm} --steps
+        {PAPER.steps}, Adam).""",
+    ),
+    click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}."),
+    click.option(
+        "--channels",
+        type=click.Choice(CHANNELS_CHOICES),
+        help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
+        no normalization follows a layer. Default: {DEFAULTS.channels}.""",
+    ),
+    click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}."),
+    click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}."),
+    click.option(
+        "--include",
+        multiple=True,
+        shell_complete=complete_layers,
+        metavar="GLOB",
+        help="Treat only layers whose name matches. Repeatable.",
+    ),
+    click.option(
+        "--exclude",
+        multiple=True,
+        shell_complete=complete_layers,
+        metavar="GLOB",
+        help="Leave layers alone whose name matches. Repeatable.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.",
+    ),
+    click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that."),
+    click.option(
+        "--head",
+        type=click.Choice(HEADS),
+        default="keep",
+        help="""drop leaves the classifier out of the file, for another
+        number of classes. Default: keep.""",
+    ),
+    click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches."),
+    click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'."),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        metavar="NAME",
+        help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
+    ),
+    click.option(
+        "--report",
+        "record",
+        type=click.Path(path_type=Path),
+        help="Write the run's full record, .json, or a page of it, .html.",
+    ),
+    click.option(
+        "--plot",
+        type=click.Path(path_type=Path),
+        help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
+    ),
+    click.option(
+        "--plot-layer",
+        metavar="NAME",
+        shell_complete=complete_layers,
+        help="Layer whose feature maps are drawn. Default: the most changed.",
+    ),
+    click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them."),
+    click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing."),
+    click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=needs_stdout,
+        help="Print the result as JSON; of several, a line each.",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar."),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr."
+    ),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def init_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command these options, in this order in its help."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function

@@ -1,0 +1,207 @@
+"""A live module runs, and whatever that changes is put back: what trial passes and measures on data are made in.
+
+Parameters, buffers, attributes, modes and random states are those of before, to the bit, whether they were changed in
+place or by assignment.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convsim_init.layers.forward.code import names_of
+
+LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
+TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
+LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
+HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
+
+
+@contextmanager
+def isolated(module: nn.Module) -> Iterator[None]:
+    """Context in which a module can run in evaluation mode and nothing of what that changes remains.
+
+    What attributes hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
+    """
+    parts = list(module.modules())
+    with LIVE, undisturbed(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
+        memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
+        for part in parts:
+            heavy = heavy_attributes(part, parts)
+            used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
+            vars(part).update(used | {"training": False})
+        vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
+        yield
+
+
+@contextmanager
+def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True) -> Iterator[None]:
+    """Context in which a module may run in whatever mode it is, and nothing of what that changes remains.
+
+    It runs where it is, because hooks and closures may know its tensors and their memory: values, attributes, gradients
+    and hooks are noted before, and put back in place at the end. What is changed deep within objects that attributes
+    hold stays.
+
+    Args:
+        module: The module.
+        copy: Of which tensors the values are kept too. Default: of all.
+    """
+    parts = list(module.modules())
+    attributes = [vars(part) for part in parts]
+    values = [value for one in attributes for value in one.values()]
+    held: list[Any] = [*attributes, *(one for one in values if type(one) in (dict, OrderedDict, list))]
+    copies = [one.copy() for one in held]
+    generators = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
+    tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
+    undo = [noted(one, copy=copy(one)) for one in tensors]
+    with random_states(tensors), not_compiled(parts):
+        TRIALS.append(module)
+        try:
+            yield
+        finally:
+            TRIALS.pop()  # whichever: while any runs, no pass counts
+            for live, before in zip(held, copies, strict=True):
+                live.clear()
+                live.extend(before) if isinstance(live, list) else live.update(before)
+            for generator, state in generators:
+                generator.set_state(state)
+            for put_back in undo:
+                put_back()
+
+
+def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
+    """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed.
+
+    Args:
+        tensor: The tensor.
+        copy: Whether its values are kept too, and not only where they are.
+    """
+    data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
+    strided = data.layout is torch.strided  # others have no memory of their own to be compared
+    values = data.clone() if copy and strided and not data.is_meta else None
+    hooks = dict(tensor._backward_hooks or {})
+
+    def put_back() -> None:
+        if strided and _place(tensor.data) != _place(data):
+            tensor.data = data
+        if values is not None and not torch.equal(data, values):
+            data.copy_(values)
+        if tensor.is_leaf:
+            if tensor.requires_grad != required:
+                tensor.requires_grad_(required)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+            live = tensor._backward_hooks or {}
+            for hook in live.keys() - hooks.keys():
+                del live[hook]
+
+    return put_back
+
+
+def _place(data: Tensor) -> tuple[object, ...]:
+    return data.data_ptr(), data.dtype, data.shape, data.stride()
+
+
+def tensors_of(part: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and tensors that are plain attributes of a module itself."""
+    for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+        if isinstance(value, Tensor):
+            yield value
+
+
+def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
+    """Attributes of a module that no forward pass names and a copy of which might fill the memory.
+
+    Such as a trainer, or a data set.
+
+    Args:
+        part: Module.
+        parts: All modules whose forward passes might use the attributes.
+    """
+    found = {name for name, value in vars(part).items() if _is_heavy(value)}
+    return found - names_of(parts) if found else found
+
+
+def _is_heavy(value: object) -> bool:
+    """Whether an object leads to many others or to large tensors and arrays."""
+    if isinstance(value, (Tensor, dict, list, tuple, set)) or not hasattr(value, "__dict__"):
+        return False
+    size, known, pending = 0, set[int](), list[object]([value])
+    for one in pending:
+        if id(one) in known or isinstance(one, (nn.Module, type, FunctionType, MethodType, ModuleType)):
+            continue
+        known.add(id(one))
+        if isinstance(one, (Tensor, np.ndarray)):
+            size += one.nbytes if isinstance(one, np.ndarray) or one.layout is torch.strided else 0
+        elif isinstance(one, Mapping):
+            pending += one.values() if isinstance(one, dict) else ()
+        elif isinstance(one, (list, tuple, set, deque)):
+            pending += one
+        else:
+            pending += getattr(one, "__dict__", {}).values()
+        if size > HEAVY or len(pending) > MANY:
+            return True
+    return False
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute, but for the modules and tensors in the memo; itself where it cannot be copied."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except Exception:  # of any kind: a lock, an open file, a tensor that was computed
+        if isinstance(value, dict):
+            twin = copy.copy(value)
+            twin.update({key: copied(one, memo) for key, one in value.items()})
+            return twin
+        return [copied(one, memo) for one in value] if type(value) is list else value
+
+
+@contextmanager
+def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context that leaves the random states of torch, Python and NumPy as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cards = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(cards):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def draw_numbers(device: torch.device) -> None:
+    """Move the random states on."""
+    random.random(), np.random.random(), torch.rand(1, device=device)
+
+
+def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules among some that torch.compile has compiled, in place or within a wrapper."""
+    for part in parts:
+        if part._compiled_call_impl is not None:
+            yield part
+        elif "_orig_mod" in part._modules:
+            yield part.get_submodule("_orig_mod")
+
+
+@contextmanager
+def not_compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which compiled modules run as they are, for what looks on asks for values."""
+    if next(compiled_parts(parts), None) is None or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
