@@ -65,13 +65,18 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
         >>> 0 < report.layers[0].before["feature_correlation_natural"] < 1
         True
     """
+    return measure_and_find(model_or_state_dict)[0]
+
+
+def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, list[Layer]]:
+    """What `measure` returns, and the layers that it found."""
     started = time.perf_counter()
-    layers = find_layers(model_or_state_dict, read_only=True)
+    layers = find_layers(source, read_only=True)
     largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
     with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
         reports = {report.name: report for report in team.as_completed(_measure, largest_first)}
-    measured, remarks = [reports[layer.name] for layer in layers], model_remarks(model_or_state_dict, layers)
-    return Report(Settings(), measured, time.perf_counter() - started, remarks=remarks)
+    measured, remarks = [reports[layer.name] for layer in layers], model_remarks(source, layers)
+    return Report(Settings(), measured, time.perf_counter() - started, remarks=remarks), layers
 
 
 @torch.no_grad()

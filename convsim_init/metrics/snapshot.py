@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from convsim_init.layers.find import find_layers
-from convsim_init.metrics.measure import measure
+from convsim_init.metrics.measure import measure_and_find
 from convsim_init.report.report import Report
 
 
@@ -44,9 +43,9 @@ def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor], *, copy:
     Raises:
         InputError: If there is no convolution.
     """
-    report = measure(source)
+    report, layers = measure_and_find(source)
     measured = {layer.name for layer in report.layers if layer.before}
-    banks = {layer.name: layer.bank().cpu() for layer in find_layers(source, read_only=True) if layer.name in measured}
+    banks = {layer.name: layer.bank().cpu() for layer in layers if layer.name in measured}
     if copy:
         banks = {name: bank.clone() for name, bank in banks.items()}
     return Snapshot(label, report, banks)
