@@ -200,7 +200,7 @@ def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None 
 
 def _build_noting_loaded(spec: str, how: ModelOptions) -> tuple[torch.nn.Module, frozenset[str]]:
     from convsim_init.layers.names import bare_name
-    from convsim_init.models.construction import noting_loaded
+    from convsim_init.models.patching import noting_loaded
 
     loaded: list[torch.nn.Module] = []
     with noting_loaded(loaded.append):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from convsim_init.errors import InputError
 from convsim_init.layers.forward.standardized import find_call
 from convsim_init.layers.memory import has_no_data
-from convsim_init.models.patching import replaced
+from convsim_init.models.patching import noting_loaded, replaced
 from convsim_init.models.window import before_first_pass, drop_hooks
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
@@ -255,36 +255,6 @@ def _on_meta() -> bool:
 def _unmark(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         vars(module).pop(MARK, None)
-
-
-@contextmanager
-def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Context in which a function is called with each module that something else than its constructor fills.
-
-    That is what ``load_state_dict`` fills, and a convolution that is made without data, as transformers makes those
-    that it loads.
-    """
-
-    def noting(load: Callable[..., None]) -> Callable[..., None]:
-        @wraps(load)
-        def noted(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-            load(module, state_dict, prefix, *args, **kwargs)
-            if any(key.startswith(prefix) for key in state_dict):
-                note(module)
-
-        return noted
-
-    def noting_meta(init: Callable[..., None]) -> Callable[..., None]:
-        @wraps(init)
-        def noted(module: _ConvNd, *args: Any, **kwargs: Any) -> None:
-            init(module, *args, **kwargs)
-            if module.weight.is_meta:
-                note(module)
-
-        return noted
-
-    with replaced(nn.Module, "_load_from_state_dict", noting), replaced(_ConvNd, "__init__", noting_meta):
-        yield
 
 
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -1,12 +1,15 @@
-"""Replacing an attribute of somebody else's class for a time."""
+"""Replacing an attribute of somebody else's class for a time, and what that tells of models that are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 
 @dataclass(eq=False)
@@ -45,3 +48,33 @@ def replaced(owner: object, name: str, change: Callable[..., Callable[..., None]
             del _REPLACED[owner, name]
             if entry.below is not None:
                 _REPLACED[owner, name] = entry.below
+
+
+@contextmanager
+def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Context in which a function is called with each module that something else than its constructor fills.
+
+    That is what ``load_state_dict`` fills, and a convolution that is made without data, as transformers makes those
+    that it loads.
+    """
+
+    def noting(load: Callable[..., None]) -> Callable[..., None]:
+        @wraps(load)
+        def noted(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+            load(module, state_dict, prefix, *args, **kwargs)
+            if any(key.startswith(prefix) for key in state_dict):
+                note(module)
+
+        return noted
+
+    def noting_meta(init: Callable[..., None]) -> Callable[..., None]:
+        @wraps(init)
+        def noted(module: _ConvNd, *args: Any, **kwargs: Any) -> None:
+            init(module, *args, **kwargs)
+            if module.weight.is_meta:
+                note(module)
+
+        return noted
+
+    with replaced(nn.Module, "_load_from_state_dict", noting), replaced(_ConvNd, "__init__", noting_meta):
+        yield
