@@ -87,6 +87,8 @@ class PickleReader:
         """What stands for the result of a call."""
         if str(maker) == "torch.Size":
             return arguments[0]
+        if str(maker) == "collections.defaultdict":
+            return {}  # what it makes by default is made no more
         if str(maker) != "collections.OrderedDict":
             return Made(maker, arguments)
         made: OrderedDict[object, object] = OrderedDict()
@@ -154,7 +156,7 @@ class PickleReader:
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
                     count = int(operation.name[-1])
                     stack[-count:] = [tuple(stack[-count:])]
-                case "TUPLE":
+                case "TUPLE" | "FROZENSET":
                     stack.append(tuple(since_mark()))
                 case "APPEND":
                     _extend(stack, [stack.pop()])

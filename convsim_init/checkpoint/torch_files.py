@@ -35,13 +35,13 @@ DTYPES = {
     **{"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8},
 }
 DENSE_TENSORS = re.compile(
-    r"""collections\.(OrderedDict|Counter)
+    r"""collections\.(OrderedDict|defaultdict|Counter)
     | torch(\.\w+)*\.\w+Storage
     | torch\.(u?int\d+|float\d+(_\w+)?|bfloat16|complex\d+|bool|Size|device|Tensor)
     | torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)
     | torch\._tensor\._rebuild_from_type_v2
     | torch\.nn\.parameter\.Parameter
-    | (builtins|__builtin__)\.(set|complex)
+    | (builtins|__builtin__)\.(set|frozenset|complex|dict|list|tuple|int|long|float|str|unicode|bool)
     | _codecs\.encode""",
     re.VERBOSE,
 )
@@ -49,7 +49,7 @@ DENSE_TENSORS = re.compile(
 PLAIN_DATA = re.compile(  # beside the weights, as trainers save what they were called with and how far they came
     r"""argparse\.Namespace
     | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
-    | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|dtype|ndarray)
+    | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer|dtype|ndarray)
     | numpy\.dtypes\.\w+DType
     | datetime\.(date|time|datetime|timedelta|timezone)
     | torch\.torch_version\.TorchVersion

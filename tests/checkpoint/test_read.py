@@ -5,7 +5,7 @@ import os
 import pickle
 import random
 from argparse import Namespace
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,12 +81,22 @@ def test_names_that_only_look_like_wrappers_are_kept(keys, tmp_path):
         pytest.param(datetime.datetime(2026, 1, 1), id="date"),
         pytest.param(datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc), id="date-of-a-zone"),
         pytest.param(torch.__version__, id="version"),
+        pytest.param(defaultdict(list, loss=[0.5]), id="defaultdict"),
+        pytest.param({int, frozenset({1, 2})}, id="types-and-sets"),
     ],
 )
-def test_plain_data_beside_the_weights_do_not_matter(extra, tmp_path):
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_plain_data_beside_the_weights_do_not_matter(extra, protocol, tmp_path):
     """As the reference scripts of timm and torchvision save their arguments."""
-    torch.save({"model": TENSORS, "args": extra, "epoch": 3, "best": {"extra": [extra]}}, tmp_path / "a.pt")
+    content = {"model": TENSORS, "args": extra, "epoch": 3, "best": {"extra": [extra]}}
+    torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol)
     torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+
+
+def test_a_dict_with_a_default_is_a_dict(tmp_path):
+    for content in (defaultdict(dict, TENSORS), {"model": defaultdict(torch.Tensor, TENSORS)}):
+        torch.save(content, tmp_path / "a.pt")
+        torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
 
 
 @pytest.mark.parametrize("key", ["net", "params"])

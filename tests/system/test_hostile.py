@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convsim_init import Settings, load_checkpoint, measure, save_checkpoint
-from convsim_init.checkpoint.read import read_checkpoint, read_state_dict
+from convsim_init.checkpoint.read import read_checkpoint
 from convsim_init.cli.arguments import WORDS, parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import check_target
@@ -142,10 +142,10 @@ EXPANDED_COPY = (
 def test_claims_are_refused_and_never_allocated(name, make, message, tmp_path):
     make(tmp_path / name)
     torch.save({"a": torch.ones(3)}, tmp_path / "plain.pt")
-    read_state_dict(tmp_path / "plain.pt")  # what is imported and mapped on first use
+    read_checkpoint(tmp_path / "plain.pt")  # what is imported and mapped on first use
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as caught:
-        read_state_dict(tmp_path / name)
+        read_checkpoint(tmp_path / name)
     assert message in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5  # KiB; each claims a gigabyte
 
@@ -262,7 +262,7 @@ def test_overlapping_and_repeated_tensors_are_refused_or_read_as_they_are(tmp_pa
     header = f'{{"a":{entry},"b":{entry}}}'.encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(InputError, match=DAMAGED):
-        read_state_dict(path)
+        read_checkpoint(path)
 
 
 def many_small_things(kind: str, count: int) -> Callable[[Path], object]:
@@ -334,7 +334,7 @@ def test_any_bytes_give_tensors_or_one_line(content, name, tmp_path):
 def check_reading(path: Path) -> None:
     message = ""
     try:
-        tensors = read_state_dict(path)
+        tensors = read_checkpoint(path).tensors
         assert sum(tensor.nbytes for tensor in tensors.values()) <= path.stat().st_size
         measure(tensors)
     except InputError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convsim_init import measure
-from convsim_init.checkpoint.read import read_state_dict
+from convsim_init.checkpoint.read import read_checkpoint
 
 FILES = sorted((Path(__file__).parents[1] / "data").glob("*.*.*.*"))
 
@@ -22,7 +22,7 @@ def model() -> nn.Sequential:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_file_of_each_release_is_read(path):
-    state = read_state_dict(path)
+    state = read_checkpoint(path).tensors
     made = model()
     made.load_state_dict(state, strict=True)
     assert len(measure(made).layers) == 3
