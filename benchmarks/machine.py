@@ -58,9 +58,13 @@ def in_turn(parts: Sequence[Callable[[], Result]], repeats: int) -> list[list[Re
 
 
 def run(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak memory in MiB of a process; of its children too, of which the largest counts."""
+    """Seconds and peak memory in MiB of a process; of its children too, of which the largest counts.
+
+    What it imports is compiled once and kept, as where a package is installed, whatever the environment says of that.
+    """
     launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed: {done.stderr.strip()}")
     seconds, peak = done.stdout.split()

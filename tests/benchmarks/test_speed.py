@@ -128,6 +128,11 @@ def test_a_process_does_not_inherit_the_peak_memory_of_the_benchmark():
     assert run([sys.executable, "-I", "-c", "x = bytearray(b'1' * 2**27)"])[1] > 128
 
 
+def test_what_a_process_imports_is_kept_compiled_as_at_a_users(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    run([sys.executable, "-c", "import sys; sys.exit(sys.dont_write_bytecode)"])
+
+
 def test_a_command_that_fails_ends_the_benchmark_with_what_it_said():
     with pytest.raises(SystemExit, match="failed: no such thing"):
         run([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
