@@ -91,8 +91,9 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
     known = [variable.removeprefix(PREFIX) for variable in options]
     for variable in os.environ:
         if variable in options:
-            _check(ctx, variable, options[variable], options[variable].value_from_envvar(ctx))
-            for name in EITHER if options[variable].name in EITHER else ():
+            value = options[variable].value_from_envvar(ctx)  # None of an empty one, which gives nothing
+            _check(ctx, variable, options[variable], value)
+            for name in EITHER if value is not None and options[variable].name in EITHER else ():
                 ctx.default_map.pop(name, None)
         elif variable.startswith(PREFIX) and (hint := did_you_mean(variable.removeprefix(PREFIX), known)):
             tell(f"{variable} is not read{hint}")

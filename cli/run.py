@@ -129,11 +129,13 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     report.model, report.seed, report.base = start.name, run.seed, choices.base
     report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     report.remarks += _loaded_remarks(report, start, choices)
+    # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.
+    complete = report if snapshots is None else report.with_measures(*(snapshot.report for snapshot in snapshots))
     error = failure(report)
     if choices.dry_run or error is not None:
-        return Result(run, Status.FAILED if error else Status.PLANNED, report, error)
+        return Result(run, Status.FAILED if error else Status.PLANNED, complete, error)
     if not any(layer.after or layer.factor for layer in report.layers):
-        report.remarks.append(UNTREATED)
+        complete.remarks.append(UNTREATED)
     if run.out is not None:
         checkpoint = checkpoint_contents(
             network,
@@ -143,11 +145,9 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             exclude=without,
             dtype=getattr(torch, choices.dtype),
         )
-        report.remarks += _rounded_remarks(network, checkpoint, choices)
-    if snapshots is not None:  # only now: a checkpoint is the same with and without a record
-        report = report.with_measures(*(snapshot.report for snapshot in snapshots))
+        complete.remarks += _rounded_remarks(network, checkpoint, choices)
     drawn = not (is_file(run.model) or start.filled)
-    return Result(run, Status.DONE, report, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
+    return Result(run, Status.DONE, complete, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
 
 
 def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str]:

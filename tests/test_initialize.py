@@ -469,13 +469,15 @@ def test_a_model_on_the_gpu_is_treated_there_and_a_model_on_the_cpu_can_be():
     torch.testing.assert_close(on_gpu[0].weight.cpu(), on_cpu[0].weight, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_does_not_improve_stays_as_it_was_to_the_bit(monkeypatch):
+@pytest.mark.parametrize("raw", [1.0, math.inf])
+def test_a_layer_that_does_not_improve_stays_as_it_was_to_the_bit(raw, monkeypatch):
     """Over all channels of a wide layer a descent may gain less than rounding costs."""
     calls = []
 
     def worse_afterwards(bank, channels):
         calls.append(bank)
-        return {name: value + len(calls) for name, value in measure_bank(bank, channels).items()}
+        found = {name: value + len(calls) for name, value in measure_bank(bank, channels).items()}
+        return found | {"similarity": raw * found["similarity"]}
 
     monkeypatch.setattr("convsim_init.initialize.measure_bank", worse_afterwards)
     conv = nn.Conv2d(3, 8, 3)

@@ -28,6 +28,7 @@ from convsim_init.checkpoint.state_dict import (
 )
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import TORCH_SUFFIXES, check_target, replacing
+from convsim_init.report.record import json_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__
 
@@ -160,7 +161,7 @@ def _metadata(report: Report | None) -> dict[str, str]:
             about["calibrated"] = report.calibrated
         if report.channels == "auto":  # not the same in all layers
             about["all_channels"] = [layer.name for layer in report.layers if layer.channels == "all"]
-    return {"format": "pt", "convsim_init": json.dumps(about, sort_keys=True)}
+    return {"format": "pt", "convsim_init": json_text(about, sort_keys=True)}
 
 
 def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:

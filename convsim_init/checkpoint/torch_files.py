@@ -41,7 +41,7 @@ DENSE_TENSORS = re.compile(
     | torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)
     | torch\._tensor\._rebuild_from_type_v2
     | torch\.nn\.parameter\.Parameter
-    | (builtins|__builtin__)\.(set|frozenset|complex|dict|list|tuple|int|long|float|str|unicode|bool)
+    | (builtins|__builtin__)\.(set|frozenset|complex|bytes|dict|list|tuple|int|long|float|str|unicode|bool)
     | _codecs\.encode""",
     re.VERBOSE,
 )

@@ -119,7 +119,11 @@ def _conjugate_gradient(
     norms = filter_norms(bank)  # [G, M]
     preserve = settings.norm == "preserve"
     scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
-    unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1)) if preserve else float(scale.max()) ** 4
+    if preserve:
+        unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1))
+    else:
+        square = float(scale.max().square())  # a float's power would raise where this is infinite
+        unit = square * square
 
     filters = ConjugateGradient(bank, nonzero(scale), settings, team, mask)
     rule = StoppingRule(settings)

@@ -43,9 +43,9 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
     return write_text(path, json_text(run_record(report), indent=1) + "\n", suffixes=SUFFIXES, overwrite=overwrite)
 
 
-def json_text(data: object, *, indent: int | None = None) -> str:
+def json_text(data: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Plain data as JSON; numbers that are not finite, which it does not have, are null."""
-    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+    return json.dumps(_finite(data), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -130,13 +130,16 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     Raises:
         InputError: If the shape is not of channels and at least one size.
     """
-    known = isinstance(shape, Sequence) and all(isinstance(size, Integral) and size > 0 for size in shape)
-    if not known or len(shape) < 2 or math.prod(shape[1:]) < 2:
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:  # a text, a fraction
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1 or math.prod(sizes[1:]) < 2:
         raise InputError(f"expected an input shape of channels and sizes such as (3, 224, 224), got {shape!r}")
     generator, kind = torch.Generator().manual_seed(seed), torch.float32  # whatever the defaults are
-    white = torch.randn(IMAGES, *shape, generator=generator, dtype=kind, device="cpu")
+    white = torch.randn(IMAGES, *sizes, generator=generator, dtype=kind, device="cpu")
     axes = tuple(range(2, white.dim()))
-    grids = torch.meshgrid(*(torch.fft.fftfreq(size, dtype=kind, device="cpu") for size in shape[1:]), indexing="ij")
+    grids = torch.meshgrid(*(torch.fft.fftfreq(size, dtype=kind, device="cpu") for size in sizes[1:]), indexing="ij")
     frequencies = torch.stack(grids).square().sum(0).sqrt()  # [*shape[1:]]
     amplitudes = torch.where(frequencies > 0, 1 / frequencies, 0)
     noise: Tensor = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) * amplitudes, dim=axes).real

@@ -148,6 +148,8 @@ def test_what_does_not_apply_is_refused_only_on_the_command_line(command, tmp_pa
         ("", "seed = 3", "seeds = '0:2'", [3]),
         ("", "seeds = '0:2'", "seed = 3", [0, 1]),
         ("SEED=5", "seeds = '0:2'", "seed = 3", [5]),
+        ("SEED=", "seeds = '0:2'", "", [0, 1]),
+        ("SEEDS=", "seed = 3", "", [3]),
     ],
 )
 def test_of_seed_and_seeds_the_first_place_that_has_one_counts(variable, run, pyproject, seeds, command, monkeypatch):

@@ -142,6 +142,12 @@ def test_what_is_printed_as_json_is_json_and_what_a_record_holds(command, tmp_pa
     (layer,) = printed["layers"]
     assert layer["before"]["similarity"] is None
     assert layer["after"]["normalized_similarity"] < layer["before"]["normalized_similarity"]
+    assert command("large.pt", "--steps", "2", "--dtype", "float64", "--out", "large.safetensors")[0] == 0
+    with safetensors.safe_open("large.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["convsim_init"], parse_constant=pytest.fail)
+    assert about["totals"]["before"]["similarity"] is None
+    status, _, err = command("large.pt", "--norm", "free", "--steps", "2")
+    assert (status, "Error: a failed, left as it was: the loss or the weights became infinite" in err) == (1, True)
     inspected = json.loads(command("inspect", "large.pt", "--json")[1], parse_constant=pytest.fail)
     assert (inspected["format_version"], inspected["layers"][0]["losses"]) == (1, [])
 

@@ -355,6 +355,26 @@ def test_a_model_has_one_name_in_all_lines(command):
     ]
 
 
+HALF = """
+from torch import nn
+
+def half():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    model[0].weight.data[0] = float("nan")
+    return model
+"""
+
+
+def test_what_failed_is_shown_in_full_where_it_was_to_be_recorded(command, tmp_path):
+    (tmp_path / "half.py").write_text(HALF)
+    for seeds in ([], ["--seeds", "0:1"]):
+        status, out, _ = command("half.py:half", *seeds, "--report", "a.json", "--json", "--steps", "1")
+        failed, treated = json.loads(out)["layers"]
+        assert (status, failed["outcome"], treated["outcome"]) == (1, "failed", "initialized")
+        assert "effective_rank_white" in treated["before"]
+        assert "effective_rank_white" in treated["after"]
+
+
 @pytest.mark.parametrize(("model", "status"), [(SMALL, 0), (RAISING, 1)])
 def test_quiet_tells_failures_alone(model, status, command):
     actual, out, err = command(model, "--seeds", "0:2", "--quiet", *PATTERN, *QUICK)

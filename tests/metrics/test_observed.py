@@ -412,6 +412,7 @@ class Sparse(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 8, 3).requires_grad_(False), nn.BatchNorm2d(8)
 
     def forward(self, x):
+        self.sparse.mul_(2)
         weight = self.conv.weight
         return self.norm(self.conv._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), None))
 
@@ -423,6 +424,7 @@ def test_a_sparse_buffer_is_no_obstacle():
     with pytest.raises(ci.InputError, match="called none"):
         ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))
     assert model.norm.num_batches_tracked == 0
+    assert torch.equal(model.sparse.to_dense(), torch.eye(3))
 
 
 def test_a_trial_of_another_thread_that_ends_meanwhile_changes_nothing():

@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def test_residual_branches_stay_as_they_were_designed():
 
 def test_a_layer_that_is_called_twice_has_one_factor():
     shared = nn.Conv2d(4, 4, 3, padding=1)
-    factors = ci.calibrate_(nn.Sequential(shared, shared), input_shape=(4, 8, 8))
+    factors = ci.calibrate_(nn.Sequential(shared, shared), input_shape=np.array([4, 8, 8]))
     assert list(factors) == ["0"]
 
 

@@ -7,12 +7,14 @@ place or by assignment.
 from __future__ import annotations
 
 import copy
+import operator
 import random
 import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -35,7 +37,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     What attributes hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
     """
     parts = list(module.modules())
-    with LIVE, undisturbed(module), warnings.catch_warnings():
+    with LIVE, undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
         for part in parts:
@@ -47,7 +49,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True) -> Iterator[None]:
+def undisturbed(
+    module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True, containers: bool = True
+) -> Iterator[None]:
     """Context in which a module may run in whatever mode it is, and nothing of what that changes remains.
 
     It runs where it is, because hooks and closures may know its tensors and their memory: values, attributes, gradients
@@ -57,12 +61,15 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
     Args:
         module: The module.
         copy: Of which tensors the values are kept too. Default: of all.
+        containers: Whether what lists and dicts hold that are attributes is put back too, as that of hooks is.
     """
     parts = list(module.modules())
     attributes = [vars(part) for part in parts]
     values = [value for one in attributes for value in one.values()]
-    held: list[Any] = [*attributes, *(one for one in values if type(one) in (dict, OrderedDict, list))]
-    copies = [one.copy() for one in held]
+    held: list[Any] = [*attributes]
+    held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
+    held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
+    contents = list(map(_content, held))
     generators = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
     tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
     undo = [noted(one, copy=copy(one)) for one in tensors]
@@ -72,13 +79,23 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
             yield
         finally:
             TRIALS.pop()  # whichever: while any runs, no pass counts
-            for live, before in zip(held, copies, strict=True):
-                live.clear()
-                live.extend(before) if isinstance(live, list) else live.update(before)
+            for live, before in zip(held, contents, strict=True):
+                now = _content(live)  # what did not change others may be reading
+                if len(now) != len(before) or any(map(operator.is_not, now, before)):
+                    live.clear()
+                    if isinstance(live, list):
+                        live.extend(before)
+                    else:
+                        live.update(zip(before[::2], before[1::2], strict=True))
             for generator, state in generators:
                 generator.set_state(state)
             for put_back in undo:
                 put_back()
+
+
+def _content(container: dict[Any, Any] | list[Any]) -> list[Any]:
+    """What a list holds; the keys and values of a dict in turn."""
+    return list(container if isinstance(container, list) else chain.from_iterable(container.items()))
 
 
 def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
@@ -89,15 +106,18 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
         copy: Whether its values are kept too, and not only where they are.
     """
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
-    strided = data.layout is torch.strided  # others have no memory of their own to be compared
-    values = data.clone() if copy and strided and not data.is_meta else None
+    strided = data.layout is torch.strided  # others, such as sparse ones, have no memory that could be compared
+    values = data.clone() if copy and not data.is_meta else None
     hooks = dict(tensor._backward_hooks or {})
 
     def put_back() -> None:
-        if strided and _place(tensor.data) != _place(data):
-            tensor.data = data
-        if values is not None and not torch.equal(data, values):
-            data.copy_(values)
+        if not strided:
+            tensor.data = data if values is None else values
+        else:
+            if _place(tensor.data) != _place(data):
+                tensor.data = data
+            if values is not None and not torch.equal(data, values):
+                data.copy_(values)
         if tensor.is_leaf:
             if tensor.requires_grad != required:
                 tensor.requires_grad_(required)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import convsim_init as ci
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward.isolation import isolated
 from convsim_init.layers.forward.trial import NoConvolutionError, weight_given_to_convolution
@@ -206,6 +208,34 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     assert not module.weight._backward_hooks
     assert module.weight.requires_grad
     assert module.notes["calls"] == 0
+
+
+class Centred(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_what_a_pass_does_not_change_may_be_read_and_added_to_meanwhile():
+    model = nn.Sequential(Centred(3, 4, 3), nn.BatchNorm2d(4))
+    seen = model[0].seen = []
+    model[0].stages = OrderedDict(a=1, b=2)
+    for _ in model[0].stages:
+        ci.measure(model)
+    for _ in range(2):
+        model[0].register_load_state_dict_post_hook(lambda *_: seen.append(len(ci.measure(model).layers)))
+    model.load_state_dict(model.state_dict())
+    assert seen == [1, 1]
+
+
+def test_hooks_in_a_registry_of_any_kind_are_put_back():
+    class Registry(OrderedDict):
+        pass
+
+    module = Centred(3, 4, 3)
+    module._forward_pre_hooks = Registry()
+    handle = module.register_forward_pre_hook(lambda *_: handle.remove())
+    ci.measure(nn.Sequential(module))
+    assert len(module._forward_pre_hooks) == 1
 
 
 def test_a_hook_of_a_part_of_the_module_counts():
