@@ -122,8 +122,8 @@ def _conjugate_gradient(
     if preserve:
         unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1))
     else:
-        square = float(scale.max().square())  # a float's power would raise where this is infinite
-        unit = square * square
+        size = float(scale.max())
+        unit = (size * size) * (size * size)  # not size**4, which would raise where this is infinite
 
     filters = ConjugateGradient(bank, nonzero(scale), settings, team, mask)
     rule = StoppingRule(settings)

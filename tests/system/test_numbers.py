@@ -8,6 +8,7 @@ from torch import nn
 from convsim_init import Outcome, Settings, convsim_, initialize_, measure, save_checkpoint
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import filter_norms
+from convsim_init.optim.descent import descend
 
 SEEDS = range(10**6, 10**6 + 180)
 
@@ -68,3 +69,11 @@ def test_measures_of_extreme_weights_are_numbers(scale):
     (layer,) = measure({"a.weight": torch.randn(4, 3, 3, 3, dtype=torch.float64) * scale}).layers
     assert layer.before["normalized_similarity"] == pytest.approx(0.25, abs=0.2)
     assert layer.before["similarity"] >= 0
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20], ids=str)
+def test_losses_of_free_norms_keep_the_scale_of_extreme_weights(scale):
+    bank = torch.randn(1, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    settings = Settings(norm="free", steps=2)
+    for loss, plain in zip(descend(bank * scale, settings).losses, descend(bank, settings).losses, strict=True):
+        assert loss == pytest.approx(plain * scale**4, rel=1e-3)
