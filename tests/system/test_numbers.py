@@ -71,6 +71,12 @@ def test_measures_of_extreme_weights_are_numbers(scale):
     assert layer.before["similarity"] >= 0
 
 
+def test_large_filters_that_are_not_alike_have_no_similarity():
+    weight = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
+    weight[0, 0], weight[1, 1] = 1e160, 1e160
+    assert measure({"a.weight": weight}).layers[0].before["similarity"] == 0
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e20], ids=str)
 def test_losses_of_free_norms_keep_the_scale_of_extreme_weights(scale):
     bank = torch.randn(1, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))

@@ -56,7 +56,7 @@ def undisturbed(
 
     It runs where it is, because hooks and closures may know its tensors and their memory: values, attributes, gradients
     and hooks are noted before, and put back in place at the end. What is changed deep within objects that attributes
-    hold stays.
+    hold stays. One model is not to be run by several threads at a time.
 
     Args:
         module: The module.
@@ -86,7 +86,7 @@ def undisturbed(
                     if isinstance(live, list):
                         live.extend(before)
                     else:
-                        live.update(zip(before[::2], before[1::2], strict=True))
+                        live.update(dict(zip(before[::2], before[1::2], strict=True)))  # a Counter would count pairs
             for generator, state in generators:
                 generator.set_state(state)
             for put_back in undo:

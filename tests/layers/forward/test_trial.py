@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -225,6 +225,14 @@ def test_what_a_pass_does_not_change_may_be_read_and_added_to_meanwhile():
         model[0].register_load_state_dict_post_hook(lambda *_: seen.append(len(ci.measure(model).layers)))
     model.load_state_dict(model.state_dict())
     assert seen == [1, 1]
+
+
+def test_a_counter_is_put_back_as_one():
+    module = Centred(3, 4, 3)
+    module.hooks_fired = counter = Counter(pre=1)
+    module.register_forward_pre_hook(lambda *_: counter.update(pre=1))
+    ci.measure(nn.Sequential(module))
+    assert counter == Counter(pre=1)
 
 
 def test_hooks_in_a_registry_of_any_kind_are_put_back():
