@@ -128,9 +128,11 @@ def test_a_process_does_not_inherit_the_peak_memory_of_the_benchmark():
     assert run([sys.executable, "-I", "-c", "x = bytearray(b'1' * 2**27)"])[1] > 128
 
 
-def test_what_a_process_imports_is_kept_compiled_as_at_a_users(monkeypatch):
+def test_what_a_process_imports_is_kept_compiled_as_at_a_users(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    run([sys.executable, "-c", "import sys; sys.exit(sys.dont_write_bytecode)"])
+    (tmp_path / "imported.py").write_text("")
+    run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import imported"])
+    assert [path.suffix for path in (tmp_path / "__pycache__").iterdir()] == [".pyc"]
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_what_it_said():
