@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import count_obstacle, find_convolutions, find_layers, used_weight
-from convsim_init.layers.forward.standardized import ForwardWeight
+from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 

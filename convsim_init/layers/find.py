@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.layers.forward.code import forward_code, has_forward_of_its_own
-from convsim_init.layers.forward.standardized import ForwardWeight, find_call, weight_within
+from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
-from convsim_init.layers.forward.standardized import find_call
+from convsim_init.layers.forward.weight import find_call
 from convsim_init.layers.memory import has_no_data
 from convsim_init.models.patching import noting_loaded, replaced
 from convsim_init.models.window import before_first_pass, drop_hooks
