@@ -23,21 +23,14 @@ OPTIONS = fused.OPTIONS | {"maxnreg": 168}  # so that three programs share a pro
 
 
 @triton.jit
-def _load(entries, scales, here, normalized: constexpr):
-    """Entries of some filters, over the filters' norms if ``normalized``."""
-    values = tl.load(entries, mask=here, other=0.0)
-    if normalized:
-        values = (values * tl.load(scales, mask=here, other=0.0)).to(tl.float32)
-    return values
-
-
-@triton.jit
-def _transform(kernels, scales, basis, here, taps: constexpr, freqs: constexpr, normalized: constexpr):
-    """Cosines and sines ``[F, TILE]`` of kernels, from the sums and the differences of opposite taps."""
+def _transform(kernels, scales, basis, here, taps: constexpr, freqs: constexpr):
+    """Cosines and sines ``[F, TILE]`` of scaled kernels, from the sums and the differences of opposite taps."""
     cosines, sines = tl.zeros([freqs, TILE], tl.float32), tl.zeros([freqs, TILE], tl.float32)
+    scale = tl.load(scales, mask=here, other=0.0)
     for t in tl.static_range((taps + 1) // 2):
-        ahead = _load(kernels + t, scales, here, normalized)
-        behind = _load(kernels + taps - 1 - t, scales, here & (2 * t + 1 < taps), normalized)  # none in the middle
+        two = here & (2 * t + 1 < taps)  # there is one tap in the middle
+        ahead = (scale * tl.load(kernels + t, mask=here, other=0.0)).to(tl.float32)
+        behind = (scale * tl.load(kernels + taps - 1 - t, mask=two, other=0.0)).to(tl.float32)
         row = basis + 2 * t * freqs + tl.arange(0, freqs)
         cosines += tl.load(row)[:, None] * (ahead + behind)[None, :]
         sines += tl.load(row + freqs)[:, None] * (ahead - behind)[None, :]
@@ -45,20 +38,8 @@ def _transform(kernels, scales, basis, here, taps: constexpr, freqs: constexpr, 
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _differentiate(
-    kernels,
-    scales,
-    grad,
-    basis,
-    shares,
-    channels,
-    filters,
-    span,
-    taps: constexpr,
-    freqs: constexpr,
-    normalized: constexpr,
-):
-    """The gradient, by filters of unit norm if ``normalized``, and the filters' shares of the similarity."""
+def _differentiate(kernels, scales, grad, basis, shares, channels, filters, span, taps: constexpr, freqs: constexpr):
+    """The gradient by the scaled filters, and the filters' shares of their similarity."""
     program, parts = tl.program_id(0), tl.cdiv(channels, span)
     group, first = program // parts, program % parts * span
     lane = tl.arange(0, TILE)
@@ -67,13 +48,13 @@ def _differentiate(
         for start in range(0, filters, TILE):
             here, own = start + lane < filters, group * filters + start + lane
             at = kernels + (own * channels + channel) * taps
-            cosines, sines = _transform(at, scales + own, basis, here, taps, freqs, normalized)
+            cosines, sines = _transform(at, scales + own, basis, here, taps, freqs)
             power += cosines * cosines + sines * sines
         total = tl.sum(power, 1)
         for start in range(0, filters, TILE):
             here, own = start + lane < filters, group * filters + start + lane
             at = (own * channels + channel) * taps
-            cosines, sines = _transform(kernels + at, scales + own, basis, here, taps, freqs, normalized)
+            cosines, sines = _transform(kernels + at, scales + own, basis, here, taps, freqs)
             power = cosines * cosines + sines * sines
             partners = total[:, None] - power
             known = start + lane < tl.where(channel > first, filters, 0)  # from the channels before
@@ -131,11 +112,13 @@ def value_and_gradient(kernels: Tensor, shape: Sequence[int], *, normalized: boo
     span, parts = programs(groups, channels)
     basis, gradient = _basis(tuple(shape[3:]), kernels.device), torch.empty_like(kernels)
     shares = kernels.new_empty(groups, parts, filters, dtype=torch.float64)
-    scales = kernels.new_empty(groups, filters, dtype=torch.float64) if normalized else shares
-    state, constants = (kernels, scales, gradient), (len(basis), basis.shape[-1], normalized)
+    scales = kernels.new_empty(groups, filters, dtype=torch.float64)
+    state, constants = (kernels, scales, gradient), (len(basis), basis.shape[-1])
     with torch.cuda.device_of(kernels):
         if normalized:
             _scale[groups * filters,](kernels, scales, size, **OPTIONS)
+        else:
+            scales.fill_(1)
         _differentiate[groups * parts,](*state, basis, shares, channels, filters, span, *constants, **OPTIONS)
         if not normalized:
             return shares.sum(), gradient

@@ -20,11 +20,7 @@ FULL, COARSE = {1: 2, 9: 16}, {1: 2, 9: 8}  # frequencies, by taps
 KERNELS = [  # with their constants
     *((fused, "evaluate", {"taps": taps, "freqs": freqs}) for taps, freqs in FULL.items()),
     *((fused, "turn", {"taps": taps, "freqs": freqs}) for taps, freqs in COARSE.items()),
-    *(
-        (fused_similarity, "differentiate", {"taps": taps, "freqs": freqs, "normalized": normalized})
-        for normalized in (False, True)
-        for taps, freqs in FULL.items()
-    ),
+    *((fused_similarity, "differentiate", {"taps": taps, "freqs": freqs}) for taps, freqs in FULL.items()),
     (fused_similarity, "scale", {}),
     (fused_similarity, "project", {}),
 ]
