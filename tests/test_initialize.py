@@ -324,9 +324,17 @@ class Doubled(nn.Module):
         return x / 2
 
 
-class OneWay(nn.Module):
+class Refusing(nn.Module):
+    assigned = False
+
     def forward(self, x):
         return x.tanh()
+
+    def right_inverse(self, x):
+        if self.assigned:  # and not only registered
+            raise ValueError("of tanh there is none")
+        self.assigned = True
+        return x
 
 
 def test_a_parametrized_weight_is_assigned_through_its_parametrization():
@@ -364,11 +372,11 @@ def test_spectral_norm_keeps_another_weight_and_the_report_says_so(spectral_norm
 
 def test_a_parametrization_that_cannot_be_assigned_to_leaves_the_layer_as_it_was():
     module = nn.Conv2d(3, 4, 3)
-    nn.utils.parametrize.register_parametrization(module, "weight", OneWay())
+    nn.utils.parametrize.register_parametrization(module, "weight", Refusing())
     before = module.weight.clone()
     (layer,) = ci.initialize_(module, settings=QUICK).layers
     assert layer.outcome is ci.Outcome.SKIPPED
-    assert "right_inverse" in layer.reason
+    assert "cannot be assigned to: ValueError: of tanh there is none" in layer.reason
     assert torch.equal(module.weight, before)
 
 

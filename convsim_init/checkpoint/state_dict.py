@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
 from convsim_init.functional.dtypes import name_of
-from convsim_init.layers.memory import is_sharded
+from convsim_init.layers.memory import is_sharded, is_wrapper
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.report.report import Report, unmatched_pattern
 from convsim_init.report.text import alternatives, quoted, shown
@@ -157,7 +157,8 @@ def _checked(key: str, value: object) -> Tensor:
                 f"{shown(key)}: expected only tensors in the state dict, got a module's extra state of type "
                 f"{type(value).__name__}, which no file of tensors holds: {LEAVE_OUT}"
             )
-        hint = "pass the state dict inside it" if isinstance(value, Mapping) else LEAVE_OUT
+        holds_tensors = isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+        hint = "pass the state dict inside it" if holds_tensors else LEAVE_OUT
         raise InputError(f"{shown(key)}: expected a tensor in the state dict, got {type(value).__name__}: {hint}")
     if is_lazy(value):
         raise InputError(f"{shown(key)}: expected a tensor with data, got a lazy one: run a forward pass first")
@@ -168,8 +169,10 @@ def _checked(key: str, value: object) -> Tensor:
             f"{shown(key)}: expected a whole tensor, got one that is sharded over processes: gather the "
             f"state dict with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
-    if value.layout is not torch.strided or value.is_quantized:
-        raise InputError(f"{shown(key)}: expected a dense tensor, got a sparse or quantized one: convert it first")
+    if value.layout is not torch.strided or value.is_quantized or is_wrapper(value):
+        raise InputError(
+            f"{shown(key)}: expected a dense tensor, got a sparse, quantized or wrapped one: convert it first"
+        )
     return value
 
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
 from convsim_init.layers.forward.code import forward_code, has_forward_of_its_own
@@ -96,7 +97,7 @@ def find_layers(
         )
     # What is left alone comes first: a layer that shares its memory would change it.
     taken = [
-        (one, f"{shown(layer.name)}, which is {layer.obstacle.partition(':')[0]}")
+        (one, f"{shown(layer.name)}, left alone: {layer.obstacle.partition(':')[0]}")
         for layer in layers
         if layer.obstacle is not None and not read_only
         for one in memories(layer.weight.sources)
@@ -129,7 +130,8 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "")
     if owner is not None and (within := weight_within(owner, name, module, weight)) is not None:
         return within
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
-    needs_trial = has_forward_of_its_own(module) or hooked
+    one_way = type(weight) is Weight and is_parametrized(module, "weight")
+    needs_trial = has_forward_of_its_own(module) or hooked or one_way
     return ForwardWeight(module, weight) if needs_trial else weight
 
 

@@ -28,8 +28,8 @@ def memory(tensor: Tensor) -> Memory:
 
 
 def memories(tensors: Iterable[Tensor]) -> list[Memory]:
-    """Where the entries of those tensors lie that have any: not lazy, without data, sparse or sharded ones."""
-    without = (is_lazy, has_no_data, _is_sparse, is_sharded)
+    """Where the entries of those tensors lie that have any: not lazy, without data, sparse, sharded or wrapped ones."""
+    without = (is_lazy, has_no_data, _is_sparse, is_sharded, is_wrapper)
     return [memory(one) for one in tensors if not any(is_so(one) for is_so in without)]
 
 
@@ -55,6 +55,15 @@ def _is_sparse(tensor: Tensor) -> bool:
 def has_no_data(tensor: Tensor) -> bool:
     """Whether it is on the meta device, or a `FakeTensor`."""
     return tensor.is_meta or type(tensor).__module__ == "torch._subclasses.fake_tensor"
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether it stands for other tensors and has no memory of its own, as quantized, masked and nested ones do."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except Exception:  # of several kinds, by what its class does with the question
+        return True
+    return tensor.is_nested
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -61,11 +61,12 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
     code = forward_code(module)
+    known = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
     found = [one for key, one in module._parameters.items() if one is not None and ("weight" in key or code.convolves)]
-    found = [one for one in found if not is_lazy(one) and (hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS)]
+    found = [one for one in found if id(one) not in known and not is_lazy(one)]
+    found = [one for one in found if hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS]
     if found or not code.convolves or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
         return found  # a graph's calls are known
-    known = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
     if known and code.takes_weights:
         return []  # it calls a convolution with the weight of one inside it
     return [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in known]

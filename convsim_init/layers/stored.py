@@ -48,6 +48,12 @@ class ParametrizedWeight(Weight):
         """Shape of the weight; empty where it cannot be computed, as while a lazy module has none."""
         return self._shape
 
+    def can_be_assigned(self) -> bool:
+        """Whether it is assigned through the parametrization: also where there is no parameter of its shape to set."""
+        parts = list(self._module.parametrizations["weight"])
+        single = len(self.sources) == 1 and self.shape == list(self.sources[0].shape)
+        return not single or all(hasattr(part, "right_inverse") for part in parts)
+
     def obstacle(self, *, read_only: bool) -> str | None:
         """As of a plain weight; also what its own code raised."""
         if self._error:
@@ -73,7 +79,8 @@ class ParametrizedWeight(Weight):
             with random_states(self.sources):
                 self._module.weight = weight.to(before.device, before.dtype)
         except Exception as error:  # whatever the parametrization's own code raises
-            raise RefusedError(f"left as it was: its parametrization cannot be assigned to: {error}") from error
+            reason = f"left as it was: its parametrization cannot be assigned to: {error_text(error)}"
+            raise RefusedError(reason) from error
         for source, memory in zip(self.sources, memories, strict=True):  # torch lets them point to new memory
             if source.data.data_ptr() != memory.data_ptr() and source.shape == memory.shape:
                 memory.copy_(source.data)
@@ -98,17 +105,23 @@ class ParametrizedWeight(Weight):
 
     def backup(self) -> Callable[[], None]:
         """What gives the parametrization back its parameters and buffers, which it may have made anew."""
-        parts: nn.ModuleDict = self._module.parametrizations
-        state = {key: value.clone() for key, value in parts.state_dict().items()}
+        values = {key: entry.detach().clone() for key, entry in self._entries().items()}
 
+        @torch.no_grad()
         def restore() -> None:
-            parts.load_state_dict(state)
+            for key, entry in self._entries().items():
+                if key in values:
+                    entry.copy_(values[key])
 
         return restore
 
     def storage(self) -> list[Tensor]:
         """The parametrization's parameters and buffers."""
-        return list(self._module.parametrizations.state_dict().values())
+        return list(self._entries().values())
+
+    def _entries(self) -> dict[str, Tensor]:
+        parts: nn.ModuleDict = self._module.parametrizations
+        return {**dict(parts.named_parameters()), **dict(parts.named_buffers())}  # its state dict may leave some out
 
 
 class NormedWeight(Weight):
@@ -201,11 +214,12 @@ class PrunedWeight(Weight):
 
 
 def stored_weight(module: Any) -> Weight:
-    """The weight that a module's attribute ``weight`` stands for."""
+    """What a module's attribute ``weight`` stands for, or is made of where a parametrization has no inverse."""
     if parametrize.is_parametrized(module, "weight"):
         if not list(module.parametrizations["weight"].parameters(recurse=False)):
             return ComputedWeight(torch.empty(()), None, "parametrized without a parameter of its own")
-        return ParametrizedWeight(module)
+        computed = ParametrizedWeight(module)
+        return computed if computed.can_be_assigned() else Weight(*computed.sources)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")

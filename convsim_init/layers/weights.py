@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.memory import has_no_data, is_sharded, overlaps_itself
+from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, overlaps_itself
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
@@ -55,6 +55,9 @@ class Weight:
             return "sharded over processes: initialize the model before it is sharded"
         if any(source.layout is not torch.strided for source in self.sources):
             return "a sparse tensor: make it dense first"
+        if any(map(is_wrapper, self.sources)):
+            kind = type(self.sources[0]).__name__
+            return f"of class {kind}, which wraps other tensors: initialize the model before its weights are wrapped"
         if len(self.shape) not in KERNEL_RANKS:
             return f"its weight is of rank {len(self.shape)}, without kernels"
         if not read_only and any(map(overlaps_itself, self.sources)):

@@ -790,7 +790,7 @@ NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: noth
         pytest.param(
             with_entry(torch.eye(2).to_sparse()),
             {},
-            "layer.weight: expected a dense tensor, got a sparse or quantized one: convert it first",
+            "layer.weight: expected a dense tensor, got a sparse, quantized or wrapped one: convert it first",
             id="sparse",
         ),
         pytest.param(
@@ -881,6 +881,21 @@ def test_extra_state_is_refused_for_what_it_is(name, tmp_path):
     ):
         save_checkpoint(WithExtraState(3, 4, 3), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+class WithMetadata(nn.Conv2d):
+    def state_dict(self, *arguments, **options):
+        return {**super().state_dict(*arguments, **options), "_metadata": {"args": (), "_name": "here"}}
+
+
+@formats
+def test_what_a_state_dict_of_somebodys_own_holds_beside_tensors_can_be_left_out(name, tmp_path):
+    with pytest.raises(InputError, match=r"^_metadata: expected a tensor .* got dict: leave it out with exclude"):
+        save_checkpoint(WithMetadata(3, 4, 3), tmp_path / name)
+    assert sorted(load(save_checkpoint(WithMetadata(3, 4, 3), tmp_path / name, exclude=["_metadata"]))) == [
+        "bias",
+        "weight",
+    ]
 
 
 @pytest.mark.parametrize("path", [None, b"a.pt", 3])

@@ -6,6 +6,7 @@ import sys
 import types
 import warnings
 from functools import partialmethod
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -201,16 +202,129 @@ def test_an_expanded_weight_is_measured_and_left_alone():
     assert ci.measure(model).layers[0].outcome is ci.Outcome.MEASURED
 
 
-def test_one_weight_that_cannot_be_assigned_does_not_stop_the_others():
-    class Added(nn.Module):
-        def forward(self, weight):
-            return weight + 1e-3
+class Added(nn.Module):
+    """One that adds what is trained, as low ranks do."""
 
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 72) / 10)
+
+    def forward(self, weight):
+        return weight + (self.a @ self.b).view_as(weight)
+
+
+class MaxNorm(nn.Module):
+    def forward(self, weight):
+        return torch.renorm(weight, 2, 0, 0.4)
+
+
+class Sparse(nn.Module):
+    """As those of torch.ao.pruning, whose state dict leaves the mask out."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", (torch.arange(8 * 8 * 9) % 3 > 0).view(8, 8, 3, 3))
+
+    def forward(self, weight):
+        return weight * self.mask
+
+    def state_dict(self, *arguments, **options):
+        return {}
+
+
+class SparseAndStubborn(Sparse):
+    assigned = False
+
+    def right_inverse(self, weight):
+        if self.assigned:  # and not only registered
+            raise TypeError(f"not\nthis: {weight}"[:40])
+        self.assigned = True
+        return weight
+
+
+@pytest.mark.parametrize("kind", [Added, MaxNorm, Sparse])
+def test_a_parametrization_without_an_inverse_is_tried(kind):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    nn.utils.parametrize.register_parametrization(model[1], "weight", Added())
+    nn.utils.parametrize.register_parametrization(model[1], "weight", kind())
+    before = norms(model[1].weight.detach())
+    assert [layer.outcome.value for layer in plan(model, settings=SETTINGS).layers] == ["planned"] * 2
+    layer = ci.initialize_(model, settings=SETTINGS).layers[1]
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    torch.testing.assert_close(norms(model[1].weight.detach()), before, rtol=1e-4, atol=0)
+    similarity = float(ci.convolutional_similarity(model[1].weight.detach(), normalized=True))
+    assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"] / 2
+
+
+def test_one_weight_that_cannot_be_assigned_does_not_stop_the_others():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", SparseAndStubborn())
+    before = model[1].weight.detach().clone()
     report = ci.initialize_(model, settings=SETTINGS)
-    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped"]
-    assert "cannot be assigned to" in report.layers[1].reason
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped", "initialized"]
+    assert "cannot be assigned to: TypeError: not this: tensor(" in report.layers[1].reason
+    assert torch.equal(model[1].weight, before)
+
+
+class Pair(torch.Tensor):
+    """A tensor that wraps two others, as quantized ones do."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Pair(args[0].values, args[0].scale)
+        args = [one.values * one.scale if isinstance(one, Pair) else one for one in args]
+        return func(*args, **(kwargs or {}))
+
+
+def paired(shape):
+    return nn.Parameter(Pair(torch.randint(-9, 9, shape).float(), torch.ones(())), requires_grad=False)
+
+
+def test_tensors_that_wrap_others_are_no_obstacle_beside_a_layer_and_one_as_its_weight(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    model[1].weight, model[3].weight = paired((8, 8, 3, 3)), paired((4, 8))
+    model[0].register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    model[0].register_forward_pre_hook(lambda module, _: None)
+    for report in (ci.measure(model), ci.initialize_(model, settings=SETTINGS)):
+        assert report.layers[0].outcome in (ci.Outcome.MEASURED, ci.Outcome.INITIALIZED)
+        assert report.layers[1].reason.startswith("of class Pair, which wraps other tensors: initialize the model ")
+    ci.calibrate_(model[:1], input_shape=(3, 3, 3))
+    for part in (model[0], model[3]):
+        with pytest.raises(ci.InputError, match="expected a dense tensor, got a sparse, quantized or wrapped one"):
+            ci.save_checkpoint(part, tmp_path / "init.safetensors")
+
+
+class Quantized(NamedTuple):
+    """What stands for a quantized tensor in a forward pass, as brevitas' do."""
+
+    value: torch.Tensor
+    scale: torch.Tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*(one.value if isinstance(one, Quantized) else one for one in args), **(kwargs or {}))
+
+
+def test_a_weight_may_be_given_with_its_scale():
+    class QuantConv2d(nn.Conv2d):
+        def forward(self, x):
+            scale = self.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 127
+            return F.conv2d(x, Quantized((self.weight / scale).round() * scale, scale), self.bias)
+
+    module = QuantConv2d(3, 8, 3)
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.APPROXIMATED
+    scale = module.weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    used = ((module.weight / scale).round() * scale).detach()
+    similarity = float(ci.convolutional_similarity(used, normalized=True))
+    assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
 
 
 def test_a_computed_weight_is_refused_and_a_part_of_a_parameter_is_not():
@@ -389,7 +503,7 @@ def test_what_is_left_alone_does_not_change_through_a_tie(how):
     options = {"excluded": {"exclude": ["0"]}, "not included": {"include": ["1"]}, "frozen": {}}[how]
     report = ci.initialize_(nn.Sequential(a, b), settings=SETTINGS, **options)
     assert torch.equal(a.weight, before)
-    assert report.layers[1].reason == f"shares its weight with 0, which is {how}"
+    assert report.layers[1].reason == f"shares its weight with 0, left alone: {how}"
 
 
 def test_a_forward_pass_that_rejects_the_new_weight_fails_alone():

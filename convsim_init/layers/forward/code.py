@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial, partialmethod
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
@@ -20,9 +20,10 @@ CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
-CALLS = {call.__name__ for call in CONVOLUTIONS}
+CALLS = {"_conv_forward", *(call.__name__ for call in CONVOLUTIONS)}
+FEW = 16  # functions in a list or dict that are looked at
 MAX_CODE = 1000  # functions that a forward pass is followed into
-HANDED_OUT = {"weight", "parameters", "named_parameters"}  # what may take a weight out of a convolution
+HANDED_OUT = {"weight", "parameters", "named_parameters", "state_dict"}  # what may take a weight out of a convolution
 WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
 
@@ -40,7 +41,7 @@ def forward_code(module: nn.Module) -> ForwardCode:
     kind: Any = type(module)
     own = vars(module).get("forward")
     forward = getattr(kind, "forward", None) if own is None else own
-    held = {name: one for name, one in vars(module).items() if _takes_weights(one)}
+    held = {name: one for name, one in vars(module).items() if _takes_weights(one) or _convolves(one)}
     helpers = frozenset(_classes_inside(module))
     if own is not None or held or type(forward).__hash__ is None:  # not kept in the cache: they may hold the module
         return ForwardCode(kind, forward, helpers, held)
@@ -61,18 +62,21 @@ class ForwardCode:
         self, kind: Any, forward: Any, helpers: Iterable[type] = (), held: Mapping[str, Callable[..., Any]] = EMPTY
     ) -> None:
         self._codes: list[CodeType] = []
+        self._convolving = False
         pending = _functions(forward)
         for function in pending:
             if function.__code__ in self._codes or len(self._codes) > MAX_CODE:
                 continue
-            inner = [function.__code__]
+            inner, selves = [function.__code__], {"self", *function.__code__.co_varnames[:1]}
             for one in inner:
                 inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
                 known = [function.__globals__.get(name) for name in one.co_names]
+                own = [getattr(kind, name, None) for name in one.co_names] + list(map(held.get, one.co_names))
+                self._convolving |= any(map(_convolves, known + own)) or _names_convolution(one, selves)
                 spaces = [one for one in known if isinstance(one, ModuleType) or _is_plain_class(one)]
+                known += own
                 for name in one.co_names:
-                    known += [getattr(kind, name, None), *(vars(space).get(name) for space in spaces)]
-                    known.append(held.get(name))
+                    known += [vars(space).get(name) for space in spaces]
                     if not hasattr(nn.Module, name):
                         known += [getattr(helper, name, None) for helper in helpers]
                 for name in _asked_of_bases(one, kind.__mro__):
@@ -83,18 +87,30 @@ class ForwardCode:
     @cached_property
     def names(self) -> set[str]:
         """The names of attributes and functions in it, and strings that may be names."""
-        texts = {one for code in self._codes for one in code.co_consts if isinstance(one, str) and one.isidentifier()}
-        return texts.union(*(code.co_names for code in self._codes))
+        return set().union(*map(_texts, self._codes))
 
     @property
     def convolves(self) -> bool:
-        """Whether it names a function that convolves."""
-        return not CALLS.isdisjoint(self.names)
+        """Whether it names a function that convolves, or something that holds one."""
+        return self._convolving
 
     @property
     def takes_weights(self) -> bool:
         """Whether it names what may take a weight out of a convolution."""
         return not HANDED_OUT.isdisjoint(self.names)
+
+    @cached_property
+    def walks(self) -> bool:
+        """Whether a function in it goes through modules and names their weights."""
+        return any("weight" in _texts(code) and not WALKS.isdisjoint(code.co_names) for code in self._codes)
+
+    @cached_property
+    def alters(self) -> bool:
+        """Whether a function in it that names what takes weights out of modules changes something in place."""
+        return any(
+            not (HANDED_OUT | WALKS).isdisjoint(code.co_names) and any(map(_is_in_place, code.co_names))
+            for code in self._codes
+        )
 
     @cached_property
     def weights_read(self) -> set[str | None]:
@@ -116,6 +132,42 @@ class ForwardCode:
     def selves(self) -> set[str]:
         """What it calls the module."""
         return {code.co_varnames[0] for code in self._codes if code.co_name == "forward" and code.co_argcount}
+
+
+def _texts(code: CodeType) -> set[str]:
+    """The names of attributes and functions in code, and strings that may be names."""
+    return {*code.co_names, *(one for one in code.co_consts if isinstance(one, str) and one.isidentifier())}
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether it is what a method is called that changes a tensor, or the attribute that such a change goes through."""
+    return name == "data" or (name.endswith("_") and not name.startswith("_"))
+
+
+def _names_convolution(code: CodeType, own: Collection[object]) -> bool:
+    """Whether code names a function that convolves; what it asks itself for is the name of a module, perhaps."""
+    root: object = None  # of the attributes that are loaded
+    asked = made = False
+    for step in dis.get_instructions(code):
+        name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # two loads may be one step
+        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            root = name
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            root = None
+        elif step.opname == "LOAD_CONST" or not step.opname.startswith("LOAD"):
+            continue
+        if name in CALLS and (root not in own or name == "_conv_forward"):
+            return True
+        made |= asked and root not in own  # such as getattr(F, f"conv{rank}d")
+        asked = name == "getattr"
+    return made and any(isinstance(one, str) and one.startswith("conv") for one in code.co_consts)
+
+
+def _convolves(value: object) -> bool:
+    """Whether it is a function that convolves, a partial one, or a short list or dict with one."""
+    values = list(value.values()) if type(value) is dict else value if type(value) in (list, tuple) else [value]
+    bare = [one.func if isinstance(one, partial) else one for one in values[:FEW]]  # type: ignore[index]
+    return any(one is known for one in bare for known in CONVOLUTIONS)
 
 
 def _classes_inside(module: nn.Module) -> Iterator[type]:
@@ -186,20 +238,20 @@ def _is_librarys(function: FunctionType) -> bool:
 def reads_weight(owner: nn.Module, name: str) -> bool:
     """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
 
-    What is read of a variable may be of any, if a convolution is called.
+    What is read of a variable may be of any, if a convolution is called or something is changed in place.
     """
     code = forward_code(owner)
     others = dict(owner.named_children()).keys() - {name}
     if hasattr(owner, "weight"):
         others |= code.selves
-    return any(read == name or (code.convolves and read not in others) for read in code.weights_read)
+    of_any = code.convolves or code.alters
+    return any(read == name or (of_any and read not in others) for read in code.weights_read)
 
 
 def reads_further_inside(module: nn.Module) -> bool:
     """Whether a forward pass seems to read or change weights of convolutions that are no children of the module."""
     code = forward_code(module)
-    walks = not WALKS.isdisjoint(code.names) and "weight" in code.names
-    if not (walks or code.weights_read):
+    if not (code.walks or code.alters or code.weights_read):
         return False
     inside = {
         name.rpartition(".")[2]
@@ -208,7 +260,7 @@ def reads_further_inside(module: nn.Module) -> bool:
     }
     own = dict(module.named_children()).keys() | code.selves | {"self"}
     loops = code.convolves and not code.weights_read <= own  # over a sequence of them, perhaps
-    return bool(inside) and (walks or loops or not inside.isdisjoint(code.weights_read))
+    return bool(inside) and (code.walks or code.alters or loops or not inside.isdisjoint(code.weights_read))
 
 
 def _is_direct(module: nn.Module, name: str) -> bool:

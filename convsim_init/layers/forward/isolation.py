@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.layers.forward.code import names_of
+from convsim_init.layers.memory import is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
@@ -106,12 +107,13 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
         copy: Whether its values are kept too, and not only where they are.
     """
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
+    wrapper = is_wrapper(data)
     strided = data.layout is torch.strided  # others, such as sparse ones, have no memory that could be compared
-    values = data.clone() if copy and not data.is_meta else None
+    values = data.clone() if copy and not (data.is_meta or wrapper) else None
     hooks = dict(tensor._backward_hooks or {})
 
     def put_back() -> None:
-        if not strided:
+        if not strided or wrapper:
             tensor.data = data if values is None else values
         else:
             if _place(tensor.data) != _place(data):

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED
 from convsim_init.layers.forward.isolation import draw_numbers, isolated
 
+NO_CALL = "its forward pass, in evaluation mode, called no convolution with a weight of that shape"
+
 
 class NoConvolutionError(RuntimeError):
     """The forward pass called no convolution with a weight of the module's shape."""
@@ -99,7 +101,7 @@ def weight_given_to_convolution(
             draw_numbers(stored.device)
         module(x)
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
-        raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
+        raise NoConvolutionError(NO_CALL)
     return capture.calls[index].weight
 
 
@@ -131,6 +133,8 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
             weight, _, transposed, groups = convolution_arguments(func, args, kwargs)
+            if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
+                weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
             if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
                 self.calls.append(Call(weight.clone(), groups, transposed))  # before its memory is put back
                 if len(self.calls) - 1 == self._last:

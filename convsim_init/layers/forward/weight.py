@@ -7,7 +7,7 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code, reads_weight
-from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_calls, weight_given_to_convolution
+from convsim_init.layers.forward.trial import (
+    NO_CALL,
+    Call,
+    NoConvolutionError,
+    convolution_calls,
+    weight_given_to_convolution,
+)
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.weights import (
     KERNEL_RANKS,
@@ -26,6 +32,9 @@ from convsim_init.layers.weights import (
     to_float64,
 )
 from convsim_init.report.text import error_text
+
+MAX_ENTRIES = 3  # inputs of other convolutions that are tried
+SIDE = 32  # of such an input: there is something left of it for those that follow
 
 
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
@@ -50,8 +59,9 @@ def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
 def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) -> ForwardWeight | None:
     """The weight of a convolution as the module around it uses it, where that does more than to call it.
 
-    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells. Where that
-    cannot be made, and the code reads the weight, its `ForwardWeight.obstacle` says so.
+    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells, with an
+    input for the convolution or, where the code reads weights and fails at that one, for others inside. Where none can
+    be made, `ForwardWeight.obstacle` says so if the code reads this weight.
 
     Args:
         owner: Module with a forward pass around the convolution.
@@ -62,13 +72,32 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
     if not forward_code(owner).takes_weights and not has_unknown_hook(owner):
         return None
     weight = ForwardWeight(owner, stored, module)
-    try:
-        if not weight.is_stored():
-            return weight
-        stored.note = stored.note or weight.note
-        return None
-    except Exception:  # whatever its own code raises at an input that is not what it is made for
-        return weight if reads_weight(owner, name) else None
+    reads, alters = reads_weight(owner, name), forward_code(owner).alters
+    for entry in (module, *(_entries(owner) if reads or alters else ())):
+        weight.entry = entry
+        try:
+            if not weight.is_stored():
+                return weight
+            stored.note = stored.note or weight.note
+            return None
+        except Exception:  # whatever its own code raises at an input that is not what it is made for
+            weight.entry = module
+    if alters and not reads:
+        stored.note = (
+            stored.note or f"{type(owner).__name__} may change it in its forward pass, which could not be tried"
+        )
+    return weight if reads else None
+
+
+def _entries(owner: nn.Module) -> Iterator[_ConvNd]:
+    """Convolutions whose input a module may take: the first ones in it, of every rank and number of channels."""
+    known = set[tuple[int, int]]()
+    for part in owner.modules():
+        if isinstance(part, _ConvNd) and len(known) < MAX_ENTRIES:
+            kind = (len(part.kernel_size), part.in_channels)
+            if kind not in known:
+                yield part
+            known.add(kind)
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -104,6 +133,8 @@ class ForwardWeight(Weight):
         self._mask = stored.mask
         self._centred, self._known = False, True
         self._index: int | None = None
+        self._made_of = frozenset[int]()
+        self.entry = self._inner  # whose input the trial passes are made with
         self.call: Call | None = None
 
     @property
@@ -113,8 +144,8 @@ class ForwardWeight(Weight):
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Where it is used: the module, by its id, the shape, and the position among calls with that shape."""
-        return id(self.module), *self.shape, self._index
+        """What tells it from others: the module, the shape, and the parameters that it is made of, by their ids."""
+        return id(self.module), *self.shape, self._made_of
 
     @property
     def mask(self) -> Tensor | None:
@@ -159,9 +190,9 @@ class ForwardWeight(Weight):
         same = [call for call in calls if list(call.weight.shape) == self.shape]
         made = [call for call in same if self._sources() & _leaves(call.weight)]
         if not same or not (made or self._inner is self.module):
-            raise NoConvolutionError("its forward pass called no convolution with a weight of that shape")
+            raise NoConvolutionError(NO_CALL)
         self.call = chosen = (made or same)[0]
-        self._index = [call is chosen for call in same].index(True)
+        self._index, self._made_of = [call is chosen for call in same].index(True), frozenset(_leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self._sources() | {id(one) for one in parameters}
         several = any(
@@ -197,8 +228,7 @@ class ForwardWeight(Weight):
         """Choose the stored weight so that its class computes this one, centred if the class centres filters."""
         used, stored = self.read(), self._stored.read()
         if not self._known or torch.equal(used, stored):
-            self._stored.write(weight)
-            return describe_mismatch("class", weight, self.read())
+            return self._write_nearest(weight, used, stored)
         variable, target = self._variable(stored), self._variable(weight)
         slopes = _slopes(used, variable)  # [M, 1, ...]
         target *= _ratios(_norms(weight), _norms(target))
@@ -206,6 +236,18 @@ class ForwardWeight(Weight):
         changed = to_float64(stored) - variable + target / torch.where(slopes == 0, 1, slopes)
         self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
         return describe_mismatch("class", target, self.read())
+
+    def _write_nearest(self, weight: Tensor, used: Tensor, stored: Tensor) -> str | None:
+        """Store the weight or, where something is added to what is stored, the rest of it: whichever comes nearer."""
+        summand = (to_float64(stored) + to_float64(weight) - to_float64(used)).to(stored)
+
+        def distance(candidate: Tensor) -> float:
+            self._stored.write(candidate)
+            return float(torch.linalg.vector_norm(to_float64(self.read()) - to_float64(weight)))
+
+        if torch.equal(used, stored) or not distance(weight) > distance(summand):  # that which is last stays
+            self._stored.write(weight)
+        return describe_mismatch("class", weight, self.read())
 
     def backup(self) -> Callable[[], None]:
         """What gives back the tensors that the stored weight is stored in."""
@@ -224,10 +266,11 @@ class ForwardWeight(Weight):
 
     def _input(self) -> Tensor:
         """Zeros that the convolution takes."""
-        inner, shape = self._inner, self.shape
+        inner, shape = self.entry, self.shape
         if isinstance(inner, _ConvNd):
             steps = zip(inner.dilation, inner.kernel_size, strict=True)
-            size = [1, inner.in_channels, *(dilation * (taps - 1) + 1 for dilation, taps in steps)]
+            least = 1 if inner is self._inner else SIDE
+            size = [1, inner.in_channels, *(max(least, dilation * (taps - 1) + 1) for dilation, taps in steps)]
         else:  # enough for usual dilations
             size = [1, getattr(inner, "in_channels", shape[1]), *(4 * (taps - 1) + 1 for taps in shape[2:])]
         return torch.zeros(size, dtype=self.sources[0].dtype, device=self.sources[0].device)

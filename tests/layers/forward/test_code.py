@@ -1,0 +1,107 @@
+"""What code names: functions that convolve however they are held, and no attributes of the same name."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import convsim_init as ci
+from convsim_init.layers.forward.code import forward_code
+
+TABLE = {1: F.conv1d, 2: F.conv2d}
+
+
+class Held(nn.Module):
+    by_class = staticmethod(F.conv2d)
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.function, self.partial, self.table = F.conv2d, partial(F.conv2d, padding=1), [F.conv2d]
+
+
+class ByName(Held):
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.kernel)
+
+
+class ByAttribute(Held):
+    def forward(self, x):
+        return self.function(x, self.kernel)
+
+
+class ByPartial(Held):
+    def forward(self, x):
+        return self.partial(x, self.kernel)
+
+
+class ByList(Held):
+    def forward(self, x):
+        return self.table[0](x, self.kernel)
+
+
+class ByTable(Held):
+    def forward(self, x):
+        return TABLE[x.dim() - 2](x, self.kernel)
+
+
+class ByClass(Held):
+    def forward(self, x):
+        return self.by_class(x, self.kernel)
+
+
+class ByMadeName(Held):
+    def forward(self, x):
+        return getattr(F, f"conv{x.dim() - 2}d")(x, self.kernel)
+
+
+class ByLocalImport(Held):
+    def forward(self, x):
+        from torch.nn import functional
+
+        return functional.conv2d(x, self.kernel)
+
+
+HOLDING = [ByName, ByAttribute, ByPartial, ByList, ByTable, ByClass, ByMadeName, ByLocalImport]
+
+
+@pytest.mark.parametrize("kind", HOLDING)
+def test_a_function_that_convolves_is_found_however_it_is_held(kind):
+    kind()(torch.zeros(1, 3, 4, 4))
+    model = nn.Sequential(kind(), nn.BatchNorm2d(8), nn.Conv2d(8, 19, 3))
+    remark = f"not looked at, though they may convolve: 1 {kind.__name__}, with "
+    (found,) = ci.initialize_(model, settings=ci.Settings(steps=1)).remarks
+    assert found.startswith(remark)
+    with pytest.raises(ci.InputError, match=f"the code of {kind.__name__} seems to call some"):
+        ci.initialize_(nn.Sequential(kind()))
+
+
+class Attributes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1d, self.lstm = nn.Conv1d(4, 8, 3), nn.LSTM(8, 16)
+        self.parts = nn.ModuleDict({"conv2d": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        x = F.relu(self.conv1d(x)) + sum(self.conv1d(x) for _ in range(2)) + getattr(self, f"conv{1}d")(x)
+        return self.lstm(x.permute(2, 0, 1))[0], self.parts["conv2d"]
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3)
+        self.weight = self.conv.weight
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (1, 1)))
+
+
+@pytest.mark.parametrize("kind", [Attributes, Wrapper])
+def test_attributes_of_such_a_name_say_nothing(kind):
+    assert not forward_code(kind()).convolves
+    report = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1))
+    assert not report.remarks
+    assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED]

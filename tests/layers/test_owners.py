@@ -1,0 +1,216 @@
+"""Forward passes that change the weights of several convolutions: what is reported is what those are given."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import convsim_init as ci
+
+SETTINGS = ci.Settings(steps=8, channels="matched")
+
+
+def given(model, *inputs):
+    """The weights that ``F.conv2d`` is given in a forward pass, in order, seen from outside."""
+    seen, plain = [], F.conv2d
+
+    def watched(x, weight, *rest, **kwargs):
+        seen.append(weight.detach().clone())
+        return plain(x, weight, *rest, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", watched)
+        model.eval()(*inputs)
+    return seen
+
+
+class Convex(nn.Module):
+    """A network some of whose kernels may not be negative, as an input convex one's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.hidden = nn.ModuleList(nn.Conv2d(16, 16, 3) for _ in range(2))
+        self.last = nn.Conv2d(16, 16, 3)
+
+    def forward(self, x):
+        self.alter()
+        x = self.first(x).relu()
+        for layer in self.hidden:
+            x = layer(x).relu()
+        return self.last(x)
+
+
+class ByLoop(Convex):
+    def alter(self):
+        for one in self.hidden:
+            one.weight.data.clamp_(min=0)
+
+
+class ByIndex(Convex):
+    def alter(self):
+        self.hidden[0].weight.data.clamp_(min=0)
+
+
+class ByParameters(Convex):
+    def alter(self):
+        for one in self.hidden.parameters():
+            one.data.clamp_(min=0)
+
+
+class ByNames(Convex):
+    @torch.no_grad()
+    def alter(self):
+        for name, one in self.named_parameters():
+            if name.startswith("hidden"):
+                one.clamp_(min=0)
+
+
+class ByStateDict(Convex):
+    def alter(self):
+        for name, one in self.state_dict().items():
+            if name.startswith("hidden"):
+                one.clamp_(min=0)
+
+
+class ByModules(Convex):
+    def alter(self):
+        for one in self.modules():
+            if getattr(one, "in_channels", 0) == 16:
+                one.weight.data.clamp_(min=0)
+
+
+class ByApplication(Convex):
+    def alter(self):
+        self.hidden.apply(lambda one: one.weight.data.clamp_(min=0) if hasattr(one, "weight") else None)
+
+
+class OnTheWay(Convex):
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer in self.hidden:
+            layer.weight.data.clamp_(min=0)
+            x = layer(x).relu()
+        return self.last(x)
+
+
+class Absolute(Convex):
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer in self.hidden:
+            x = layer._conv_forward(x, layer.weight.abs(), layer.bias)
+        return self.last(x)
+
+
+KINDS = [ByLoop, ByIndex, ByParameters, ByNames, ByStateDict, ByModules, ByApplication, OnTheWay, Absolute]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_reported_is_what_the_convolutions_are_given(kind):
+    model = kind()
+    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    ci.measure(model)
+    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert not report.remarks
+    assert not any("used together" in str(layer.reason) for layer in report.layers)
+    changed = 0
+    for layer, weight in zip(report.layers, given(model, torch.randn(1, 3, 16, 16)), strict=True):
+        similarity = float(ci.convolutional_similarity(weight, normalized=True))
+        if layer.after:
+            assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+            changed += layer.outcome is ci.Outcome.APPROXIMATED
+        else:
+            assert "is no better" in layer.reason
+            changed += 1
+    assert changed >= 1
+
+
+def embedded(kind):
+    """A network of that kind that takes no input of a convolution."""
+
+    class Network(kind):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(4, 3)
+
+        def forward(self, x):
+            return super().forward(self.embedding(x).permute(0, 3, 1, 2))
+
+    return Network()
+
+
+def test_one_that_cannot_be_tried_is_left_alone_or_told():
+    for layer in ci.initialize_(embedded(ByLoop), settings=SETTINGS).layers[1:3]:
+        assert layer.outcome is ci.Outcome.SKIPPED
+        assert layer.reason.startswith("which weight Network uses is not known: a trial pass ended with ")
+    for layer in ci.initialize_(embedded(ByNames), settings=SETTINGS).layers[1:3]:
+        assert layer.reason == "Network may change it in its forward pass, which could not be tried"
+
+
+class WithinSequential(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+    def forward(self, x):
+        for one in self.body.parameters():
+            one.data.clamp_(min=0)
+        return self.body(x)
+
+
+class LoopWithinSequential(WithinSequential):
+    def forward(self, x):
+        for one in self.body:
+            if isinstance(one, nn.Conv2d):
+                one.weight.data.clamp_(min=0)
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", [WithinSequential, LoopWithinSequential])
+def test_changes_further_inside_are_told(kind):
+    remark = "not tried, though they may use other weights: the forward passes of (the model itself)"
+    assert ci.initialize_(kind(), settings=SETTINGS).remarks == [remark]
+
+
+def test_asking_for_the_dtype_or_counting_is_no_change():
+    class Asking(Convex):
+        def forward(self, x, more):
+            x = x.to(next(self.parameters()).dtype) * sum(one.numel() for one in self.parameters())
+            return super().forward(x)
+
+        def alter(self):
+            pass
+
+    report = ci.initialize_(Asking(), settings=SETTINGS)
+    assert not report.remarks
+    assert [layer.reason for layer in report.layers] == [None] * 4
+
+
+class Merged(nn.Module):
+    """Two branches when it trains, one convolution when it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(8, 16, 1)
+
+    def merged(self):
+        return self.large.weight + F.pad(self.small.weight, (1, 1, 1, 1))
+
+    def forward(self, x):
+        if self.training:
+            return self.large(x) + self.small(x)
+        return F.conv2d(x, self.merged(), self.large.bias + self.small.bias, padding=1)
+
+
+def test_branches_that_are_merged_in_evaluation_mode_keep_the_norms_of_their_sum():
+    model = Merged()
+    before, small = model.merged().detach(), model.small.weight.detach().clone()
+    large, other = ci.initialize_(model, settings=SETTINGS).layers
+    after = model.merged().detach()
+    torch.testing.assert_close(after.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1))
+    assert large.outcome is ci.Outcome.INITIALIZED
+    similarity = float(ci.convolutional_similarity(after, normalized=True))
+    assert large.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert "in evaluation mode, called no convolution with a weight of that shape" in other.reason
+    assert torch.equal(model.small.weight, small)
