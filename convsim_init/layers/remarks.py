@@ -62,8 +62,9 @@ def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
     code = forward_code(module)
     known = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
-    found = [one for key, one in module._parameters.items() if one is not None and ("weight" in key or code.convolves)]
-    found = [one for one in found if id(one) not in known and not is_lazy(one)]
+    own = {key: one for key, one in module._parameters.items() if one is not None and not is_lazy(one)}
+    found = [one for key, one in own.items() if "weight" in key or (code.convolves and one.dim() > 1)]
+    found = [one for one in found if id(one) not in known]
     found = [one for one in found if hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS]
     if found or not code.convolves or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
         return found  # a graph's calls are known

@@ -177,6 +177,8 @@ def test_asking_for_the_dtype_or_counting_is_no_change():
     class Asking(Convex):
         def forward(self, x, more):
             x = x.to(next(self.parameters()).dtype) * sum(one.numel() for one in self.parameters())
+            for one in self.parameters():
+                one.requires_grad_()
             return super().forward(x)
 
         def alter(self):

@@ -55,7 +55,7 @@ class ForwardCode:
         kind: Class of the module.
         forward: Its forward pass.
         helpers: Classes of convolutions inside it, whose own methods it may call.
-        held: Functions that its attributes hold and that take weights, by their names.
+        held: Functions that its attributes hold and that take weights or convolve, by their names.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ def _texts(code: CodeType) -> set[str]:
 
 def _is_in_place(name: str) -> bool:
     """Whether it is what a method is called that changes a tensor, or the attribute that such a change goes through."""
-    return name == "data" or (name.endswith("_") and not name.startswith("_"))
+    return name == "data" or (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
 
 
 def _names_convolution(code: CodeType, own: Collection[object]) -> bool:
@@ -149,13 +149,13 @@ def _names_convolution(code: CodeType, own: Collection[object]) -> bool:
     root: object = None  # of the attributes that are loaded
     asked = made = False
     for step in dis.get_instructions(code):
+        if step.opname == "LOAD_CONST" or not step.opname.startswith("LOAD"):
+            continue
         name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # two loads may be one step
         if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             root = name
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             root = None
-        elif step.opname == "LOAD_CONST" or not step.opname.startswith("LOAD"):
-            continue
         if name in CALLS and (root not in own or name == "_conv_forward"):
             return True
         made |= asked and root not in own  # such as getattr(F, f"conv{rank}d")
@@ -180,9 +180,13 @@ def _classes_inside(module: nn.Module) -> Iterator[type]:
 
 
 def _takes_weights(value: object) -> bool:
-    """Whether it is a function that names what may take a weight out of a convolution."""
+    """Whether it is a function that names what may take a weight out of a convolution, or that convolves."""
     functions = _functions(value) if isinstance(value, (FunctionType, MethodType, partial)) else ()
-    return any(not HANDED_OUT.isdisjoint(one.__code__.co_names) for one in functions if not _is_librarys(one))
+    own = [one for one in functions if not _is_librarys(one)]
+    codes = [
+        (ForwardCode if one.__closure__ else _code_of)(object, one) for one in own
+    ]  # a closure may hold the module
+    return any(code.takes_weights or code.convolves for code in codes)
 
 
 def _is_plain_class(value: object) -> bool:
