@@ -18,7 +18,7 @@ from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy
 from convsim_init.layers.forward.isolation import LIVE, isolated
 from convsim_init.layers.forward.outputs import convolution_outputs
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.memory import memories
+from convsim_init.layers.memory import is_wrapper, memories
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.report.text import error_text, layer_name, some
@@ -180,7 +180,9 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
         full_precision(images.device),
     ):
         for part in model.modules():
-            if isinstance(part, nn.Linear) and not part.weight.any():  # a classifier of zeros hides what enters it
+            if isinstance(part, nn.Linear) and not (
+                is_wrapper(part.weight) or part.weight.any()
+            ):  # a classifier of zeros hides what enters it
                 part.register_forward_pre_hook(note_input)
         try:
             reached += tree_leaves(model(images))

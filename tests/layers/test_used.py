@@ -296,7 +296,8 @@ def test_tensors_that_wrap_others_are_no_obstacle_beside_a_layer_and_one_as_its_
     for report in (ci.measure(model), ci.initialize_(model, settings=SETTINGS)):
         assert report.layers[0].outcome in (ci.Outcome.MEASURED, ci.Outcome.INITIALIZED)
         assert report.layers[1].reason.startswith("of class Pair, which wraps other tensors: initialize the model ")
-    ci.calibrate_(model[:1], input_shape=(3, 3, 3))
+    model[1] = nn.BatchNorm2d(8)
+    ci.calibrate_(model, input_shape=(3, 3, 3))
     for part in (model[0], model[3]):
         with pytest.raises(ci.InputError, match="expected a dense tensor, got a sparse, quantized or wrapped one"):
             ci.save_checkpoint(part, tmp_path / "init.safetensors")
