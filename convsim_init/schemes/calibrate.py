@@ -180,9 +180,8 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
         full_precision(images.device),
     ):
         for part in model.modules():
-            if isinstance(part, nn.Linear) and not (
-                is_wrapper(part.weight) or part.weight.any()
-            ):  # a classifier of zeros hides what enters it
+            # A classifier of zeros hides what enters it.
+            if isinstance(part, nn.Linear) and not (is_wrapper(part.weight) or part.weight.any()):
                 part.register_forward_pre_hook(note_input)
         try:
             reached += tree_leaves(model(images))
