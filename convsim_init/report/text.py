@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
-NAME, PATH = 80, 300  # characters shown of a layer's name or a key, and of a path
+NAME, PATH, ERROR = 80, 300, 500  # characters shown of a layer's name or a key, of a path, and of an error
 
 
 def printable(text: str) -> str:
@@ -41,8 +41,8 @@ def quoted(value: object) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """The kind of an error and what it says, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """The kind of an error and what it says, on one line, which may be a whole tensor."""
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), ERROR)
 
 
 def layer_name(name: str) -> str:
