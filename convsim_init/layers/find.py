@@ -102,18 +102,33 @@ def find_layers(
         if layer.obstacle is not None and not read_only
         for one in memories(layer.weight.sources)
     ]
-    calls: dict[tuple[object, ...], Layer] = {}  # the first of those that one weight may be made of, by its place
+    stored: dict[int, Layer] = {}  # the layers so far, by their sources
+    within: dict[int, Layer] = {}  # and by what the weights are made of that they use
     for layer in layers:
-        if layer.obstacle is None and isinstance(layer.weight, ForwardWeight):
-            first = calls.setdefault(layer.weight.place, layer)
-            if first is not layer:
+        if layer.obstacle is None:
+            sources, parts = _sources(layer), _made_of(layer)
+            first = next(filter(None, [*map(within.get, sources), *map(stored.get, parts)]), None)
+            # The one would change with the other; read are both, unless they are one and the same.
+            if first and not sources & _sources(first) and (not read_only or parts == _made_of(first)):
                 layer.obstacle = f"used together with {shown(first.name)}, as one weight"
+            else:
+                stored |= dict.fromkeys(sources, layer)
+                within = dict.fromkeys(parts, layer) | within
         if layer.obstacle is None:
             own = memories(layer.weight.sources)
             owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
             layer.obstacle = owner and f"shares its weight with {owner}"
             taken += [(one, shown(layer.name)) for one in own]
     return layers
+
+
+def _sources(layer: Layer) -> frozenset[int]:
+    return frozenset(map(id, layer.weight.sources))
+
+
+def _made_of(layer: Layer) -> frozenset[int]:
+    """The parameters that the weight is made of which its forward pass uses, by their ids."""
+    return layer.weight.made_of if isinstance(layer.weight, ForwardWeight) else _sources(layer)
 
 
 def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "") -> Weight:

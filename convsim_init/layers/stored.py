@@ -25,6 +25,7 @@ from convsim_init.layers.weights import (
 )
 from convsim_init.report.text import error_text
 
+SPECTRAL_NORM = getattr(parametrizations, "_SpectralNorm", ())
 ITERATIONS = 15  # as torch's spectral_norm makes when it is put on
 
 
@@ -52,7 +53,8 @@ class ParametrizedWeight(Weight):
         """Whether it is assigned through the parametrization: also where there is no parameter of its shape to set."""
         parts = list(self._module.parametrizations["weight"])
         single = len(self.sources) == 1 and self.shape == list(self.sources[0].shape)
-        return not single or all(hasattr(part, "right_inverse") for part in parts)
+        follows = any(isinstance(part, SPECTRAL_NORM) for part in parts)  # by vectors that are to be set too
+        return not single or follows or all(hasattr(part, "right_inverse") for part in parts)
 
     def obstacle(self, *, read_only: bool) -> str | None:
         """As of a plain weight; also what its own code raised."""
@@ -91,7 +93,7 @@ class ParametrizedWeight(Weight):
     def _follow(self) -> None:
         """Let spectral_norm estimate the norm of the weight that is there now; a training pass iterates once alone."""
         parts = list(self._module.parametrizations["weight"])
-        norms = [part for part in parts if isinstance(part, getattr(parametrizations, "_SpectralNorm", ()))]
+        norms = [part for part in parts if isinstance(part, SPECTRAL_NORM)]
         if norms:
             modes = [(part, part.training) for part in parts]
             try:

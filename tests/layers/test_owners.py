@@ -140,11 +140,9 @@ def embedded(kind):
     return Network()
 
 
-def test_one_that_cannot_be_tried_is_left_alone_or_told():
-    for layer in ci.initialize_(embedded(ByLoop), settings=SETTINGS).layers[1:3]:
-        assert layer.outcome is ci.Outcome.SKIPPED
-        assert layer.reason.startswith("which weight Network uses is not known: a trial pass ended with ")
-    for layer in ci.initialize_(embedded(ByNames), settings=SETTINGS).layers[1:3]:
+@pytest.mark.parametrize("kind", [ByLoop, ByNames, ByModules])
+def test_one_that_cannot_be_tried_is_told(kind):
+    for layer in ci.initialize_(embedded(kind), settings=SETTINGS).layers[1:3]:
         assert layer.reason == "Network may change it in its forward pass, which could not be tried"
 
 
@@ -173,20 +171,50 @@ def test_changes_further_inside_are_told(kind):
     assert ci.initialize_(kind(), settings=SETTINGS).remarks == [remark]
 
 
-def test_asking_for_the_dtype_or_counting_is_no_change():
-    class Asking(Convex):
-        def forward(self, x, more):
-            x = x.to(next(self.parameters()).dtype) * sum(one.numel() for one in self.parameters())
-            for one in self.parameters():
-                one.requires_grad_()
-            return super().forward(x)
+class Asking(nn.Module):
+    """What is named beside weights changes none of them."""
 
-        def alter(self):
-            pass
+    def __init__(self):
+        super().__init__()
+        self.conv, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.embedding, self.norms = nn.Embedding(10, 8), nn.ModuleList([nn.BatchNorm2d(8)])
+        self.lambda_ = 2.0
 
-    report = ci.initialize_(Asking(), settings=SETTINGS)
+    def forward(self, x, t):
+        raise NotImplementedError
+
+
+class InPlaceBeside(Asking):
+    def forward(self, x, t):
+        table = self.embedding
+        x = self.conv(x)
+        x.add_(F.embedding(t, table.weight)[:, :, None, None])
+        for norm in self.norms:
+            x.mul_(norm.weight[:, None, None])
+        return self.body(x)
+
+
+class InPlaceOverChildren(Asking):
+    def forward(self, x, t):
+        for part in self.children():
+            x = F.relu_(part(x))
+        return x
+
+
+class InPlaceByDevice(Asking):
+    def forward(self, x, t):
+        x = self.conv(x.data.to(next(self.parameters()).device, next(self.body.parameters()).dtype))
+        x.sub_(self.body(x)).fill_(sum(one.square().sum() for one in self.parameters()))
+        for one in self.parameters():
+            one.requires_grad_()
+        return F.relu_(x) * self.lambda_
+
+
+@pytest.mark.parametrize("kind", [InPlaceBeside, InPlaceOverChildren, InPlaceByDevice])
+def test_what_is_changed_beside_weights_is_no_change_of_them(kind):
+    report = ci.initialize_(kind(), settings=SETTINGS)
     assert not report.remarks
-    assert [layer.reason for layer in report.layers] == [None] * 4
+    assert [layer.reason for layer in report.layers] == [None] * 2
 
 
 class Merged(nn.Module):
@@ -216,3 +244,40 @@ def test_branches_that_are_merged_in_evaluation_mode_keep_the_norms_of_their_sum
     assert large.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
     assert "in evaluation mode, called no convolution with a weight of that shape" in other.reason
     assert torch.equal(model.small.weight, small)
+
+
+class Shift(nn.Module):
+    """A parametrization that adds another weight."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def forward(self, weight):
+        return weight + self.other
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return F.conv2d(x, self.b.weight) + F.conv2d(x, self.a.weight + self.b.weight)
+
+
+def shifted_by_a_parametrization():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Shift(model[1].weight))
+    return model
+
+
+@pytest.mark.parametrize(("build", "first"), [(shifted_by_a_parametrization, 0), (Shifted, 1)])
+def test_a_weight_within_another_one_that_is_treated_is_left_alone(build, first):
+    model = build()
+    assert [layer.outcome for layer in ci.measure(model).layers] == [ci.Outcome.MEASURED] * 2
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped"]
+    assert report.layers[1].reason.endswith(f"used together with {report.layers[0].name}, as one weight")
+    similarity = float(ci.convolutional_similarity(given(model, torch.randn(1, 8, 9, 9))[first], normalized=True))
+    assert report.layers[0].after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)

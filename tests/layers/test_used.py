@@ -256,6 +256,27 @@ def test_a_parametrization_without_an_inverse_is_tried(kind):
     assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"] / 2
 
 
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_spectral_norm_beside_a_parametrization_without_an_inverse_is_left_alone():
+    module = parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))
+    nn.utils.parametrize.register_parametrization(module, "weight", Twice())
+    before = module.eval().weight.detach().clone()
+    (layer,) = ci.initialize_(nn.Sequential(module), settings=SETTINGS).layers
+    assert "does not implement right_inverse" in layer.reason
+    assert torch.equal(module.weight, before)
+
+
+def test_an_input_is_large_enough_to_be_reflected():
+    module = nn.Conv2d(8, 8, 3, padding=4, padding_mode="reflect")
+    nn.utils.parametrize.register_parametrization(module, "weight", Twice())
+    assert ci.ConvolutionalSimilarity(module)().requires_grad
+    assert ci.initialize_(module, settings=SETTINGS).layers[0].outcome is ci.Outcome.INITIALIZED
+
+
 def test_one_weight_that_cannot_be_assigned_does_not_stop_the_others():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     nn.utils.parametrize.register_parametrization(model[1], "weight", SparseAndStubborn())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -21,6 +22,7 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {"_conv_forward", *(call.__name__ for call in CONVOLUTIONS)}
+LOOP = "<loop>"  # stands for the variable of a loop
 FEW = 16  # functions in a list or dict that are looked at
 MAX_CODE = 1000  # functions that a forward pass is followed into
 HANDED_OUT = {"weight", "parameters", "named_parameters", "state_dict"}  # what may take a weight out of a convolution
@@ -41,7 +43,11 @@ def forward_code(module: nn.Module) -> ForwardCode:
     kind: Any = type(module)
     own = vars(module).get("forward")
     forward = getattr(kind, "forward", None) if own is None else own
-    held = {name: one for name, one in vars(module).items() if _takes_weights(one) or _convolves(one)}
+    held = {
+        name: one
+        for name, one in vars(module).items()
+        if isinstance(one, ModuleType) or _takes_weights(one) or _convolves(one)
+    }
     helpers = frozenset(_classes_inside(module))
     if own is not None or held or type(forward).__hash__ is None:  # not kept in the cache: they may hold the module
         return ForwardCode(kind, forward, helpers, held)
@@ -61,6 +67,7 @@ class ForwardCode:
     def __init__(
         self, kind: Any, forward: Any, helpers: Iterable[type] = (), held: Mapping[str, Callable[..., Any]] = EMPTY
     ) -> None:
+        self._functions: list[list[CodeType]] = []  # each with the ones inside it
         self._codes: list[CodeType] = []
         self._convolving = False
         pending = _functions(forward)
@@ -72,7 +79,8 @@ class ForwardCode:
                 inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
                 known = [function.__globals__.get(name) for name in one.co_names]
                 own = [getattr(kind, name, None) for name in one.co_names] + list(map(held.get, one.co_names))
-                self._convolving |= any(map(_convolves, known + own)) or _names_convolution(one, selves)
+                libraries = any(isinstance(each, ModuleType) for each in own) and not CALLS.isdisjoint(one.co_names)
+                self._convolving |= any(map(_convolves, known + own)) or libraries or _names_convolution(one, selves)
                 spaces = [one for one in known if isinstance(one, ModuleType) or _is_plain_class(one)]
                 known += own
                 for name in one.co_names:
@@ -83,6 +91,7 @@ class ForwardCode:
                     known += [vars(base).get(name) for base in kind.__mro__]
                 pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
             self._codes += inner
+            self._functions.append(inner)
 
     @cached_property
     def names(self) -> set[str]:
@@ -106,10 +115,16 @@ class ForwardCode:
 
     @cached_property
     def alters(self) -> bool:
-        """Whether a function in it that names what takes weights out of modules changes something in place."""
-        return any(
-            not (HANDED_OUT | WALKS).isdisjoint(code.co_names) and any(map(_is_in_place, code.co_names))
-            for code in self._codes
+        """Whether something in it changes weights in place, as far as names tell.
+
+        That is an attribute ``weight`` or ``data``, or the variable of a loop in a function that names what takes
+        weights out of modules.
+        """
+        handing = [not (HANDED_OUT | WALKS).isdisjoint(_names(codes)) for codes in self._functions]
+        changed = [set().union(*map(_changed_in_place, codes)) for codes in self._functions]
+        loops = any(hands and LOOP in what for hands, what in zip(handing, changed, strict=True))
+        return (
+            loops or any("weight" in what for what in changed) or (any(handing) and any("data" in w for w in changed))
         )
 
     @cached_property
@@ -120,10 +135,10 @@ class ForwardCode:
         """
         found = set[str | None]()
         for code in self._codes:
-            steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname != "CACHE"]
+            steps = list(_steps(code))
             for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
                 if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
-                    subscript = steps[index - 1][0].startswith("BINARY")
+                    subscript = steps[index - 1][0].startswith("BINARY_")
                     of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
                     found.add(None if of is None else str(of))
         return found
@@ -139,26 +154,58 @@ def _texts(code: CodeType) -> set[str]:
     return {*code.co_names, *(one for one in code.co_consts if isinstance(one, str) and one.isidentifier())}
 
 
-def _is_in_place(name: str) -> bool:
-    """Whether it is what a method is called that changes a tensor, or the attribute that such a change goes through."""
-    return name == "data" or (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
+def _names(codes: Iterable[CodeType]) -> set[str]:
+    return set().union(*(code.co_names for code in codes))
+
+
+def _steps(code: CodeType) -> Iterator[tuple[str, Any]]:
+    """The instructions of code and what they name; those of two loads or stores, since Python 3.13, as two."""
+    for step in dis.get_instructions(code):
+        kinds = re.findall(r"(?:LOAD|STORE)_FAST(?:_BORROW|_CHECK|_AND_CLEAR)?", step.opname)
+        if len(kinds) == 2 and isinstance(step.argval, tuple):
+            yield from zip(kinds, step.argval, strict=True)
+        elif step.opname != "CACHE":
+            yield step.opname, step.argval
+
+
+def _changed_in_place(code: CodeType) -> set[str]:
+    """Of what code calls a method that ends in an underscore, or sets items or ``data``: attributes and loop variables.
+
+    Loop variables, whatever they are called, are `LOOP`.
+    """
+    found, chain, loops, looping = set[str](), list[str](), set[object](), False
+    for kind, name in _steps(code):
+        if kind.startswith("STORE_FAST") and looping:
+            loops.add(name)
+        looping = kind == "FOR_ITER" or (looping and kind.startswith(("UNPACK", "STORE_FAST")))
+        if kind.startswith("LOAD_FAST"):
+            chain = [LOOP] if name in loops else []
+        elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
+            if name.endswith("_") and not name.startswith("_") and name != "requires_grad_":
+                found.update(chain)
+            chain.append(name)
+        elif kind == "STORE_ATTR" and name in ("data", "weight"):
+            found.update([*chain, name])
+        elif kind == "STORE_SUBSCR" and "weight" in chain:
+            found.add("weight")
+        elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            chain = []
+    return found
 
 
 def _names_convolution(code: CodeType, own: Collection[object]) -> bool:
     """Whether code names a function that convolves; what it asks itself for is the name of a module, perhaps."""
-    root: object = None  # of the attributes that are loaded
+    root: object = None  # of the attributes that are loaded: a variable, or a name of the module
     asked = made = False
-    for step in dis.get_instructions(code):
-        if step.opname == "LOAD_CONST" or not step.opname.startswith("LOAD"):
+    for kind, name in _steps(code):
+        local = kind.startswith(("LOAD_FAST", "LOAD_DEREF"))
+        if not (local or kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")):
             continue
-        name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # two loads may be one step
-        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            root = name
-        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            root = None
-        if name in CALLS and (root not in own or name == "_conv_forward"):
+        if local or kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+            root = name if local else None
+        if name in CALLS and not local and (root not in own or name == "_conv_forward"):
             return True
-        made |= asked and root not in own  # such as getattr(F, f"conv{rank}d")
+        made |= asked and root is None  # such as getattr(F, f"conv{rank}d")
         asked = name == "getattr"
     return made and any(isinstance(one, str) and one.startswith("conv") for one in code.co_consts)
 
@@ -183,9 +230,7 @@ def _takes_weights(value: object) -> bool:
     """Whether it is a function that names what may take a weight out of a convolution, or that convolves."""
     functions = _functions(value) if isinstance(value, (FunctionType, MethodType, partial)) else ()
     own = [one for one in functions if not _is_librarys(one)]
-    codes = [
-        (ForwardCode if one.__closure__ else _code_of)(object, one) for one in own
-    ]  # a closure may hold the module
+    codes = [ForwardCode(object, one) for one in own]  # not in the cache: they may hold the module
     return any(code.takes_weights or code.convolves for code in codes)
 
 
@@ -242,14 +287,13 @@ def _is_librarys(function: FunctionType) -> bool:
 def reads_weight(owner: nn.Module, name: str) -> bool:
     """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
 
-    What is read of a variable may be of any, if a convolution is called or something is changed in place.
+    What is read of a variable may be of any, if a convolution is called.
     """
     code = forward_code(owner)
     others = dict(owner.named_children()).keys() - {name}
     if hasattr(owner, "weight"):
         others |= code.selves
-    of_any = code.convolves or code.alters
-    return any(read == name or (of_any and read not in others) for read in code.weights_read)
+    return any(read == name or (code.convolves and read not in others) for read in code.weights_read)
 
 
 def reads_further_inside(module: nn.Module) -> bool:

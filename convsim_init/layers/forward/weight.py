@@ -7,7 +7,7 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from convsim_init.layers.weights import (
 from convsim_init.report.text import error_text
 
 MAX_ENTRIES = 3  # inputs of other convolutions that are tried
-SIDE = 32  # of such an input: there is something left of it for those that follow
+SIDE = 16  # of such an input: there is something left of it for those that follow
 
 
 def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
@@ -80,8 +80,11 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
                 return weight
             stored.note = stored.note or weight.note
             return None
+        except TypeError:  # as where it takes more than one input
+            break
         except Exception:  # whatever its own code raises at an input that is not what it is made for
             weight.entry = module
+    weight.entry = module
     if alters and not reads:
         stored.note = (
             stored.note or f"{type(owner).__name__} may change it in its forward pass, which could not be tried"
@@ -89,15 +92,13 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
     return weight if reads else None
 
 
-def _entries(owner: nn.Module) -> Iterator[_ConvNd]:
-    """Convolutions whose input a module may take: the first ones in it, of every rank and number of channels."""
-    known = set[tuple[int, int]]()
+def _entries(owner: nn.Module) -> list[_ConvNd]:
+    """Convolutions whose input a module may take: of those inside it the ones of fewest channels, one of a kind."""
+    found: dict[tuple[int, int], _ConvNd] = {}
     for part in owner.modules():
-        if isinstance(part, _ConvNd) and len(known) < MAX_ENTRIES:
-            kind = (len(part.kernel_size), part.in_channels)
-            if kind not in known:
-                yield part
-            known.add(kind)
+        if isinstance(part, _ConvNd):
+            found.setdefault((part.in_channels, len(part.kernel_size)), part)
+    return [found[kind] for kind in sorted(found)[:MAX_ENTRIES]]
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -125,6 +126,10 @@ class ForwardWeight(Weight):
         module: The convolution, or any module that calls one.
         stored: The weight that its attribute holds.
         inner: The convolution whose attribute that is, where it is another module.
+
+    Attributes:
+        entry: The convolution whose input trial passes are made with.
+        made_of: The parameters that the weight is made of which is used, by their ids, once `choose_call` has looked.
     """
 
     def __init__(self, module: nn.Module, stored: Weight, inner: nn.Module | None = None) -> None:
@@ -133,19 +138,14 @@ class ForwardWeight(Weight):
         self._mask = stored.mask
         self._centred, self._known = False, True
         self._index: int | None = None
-        self._made_of = frozenset[int]()
-        self.entry = self._inner  # whose input the trial passes are made with
+        self.made_of = frozenset[int]()
+        self.entry = self._inner
         self.call: Call | None = None
 
     @property
     def shape(self) -> list[int]:
         """Shape of the stored weight."""
         return self._stored.shape
-
-    @property
-    def place(self) -> tuple[object, ...]:
-        """What tells it from others: the module, the shape, and the parameters that it is made of, by their ids."""
-        return id(self.module), *self.shape, self._made_of
 
     @property
     def mask(self) -> Tensor | None:
@@ -192,7 +192,7 @@ class ForwardWeight(Weight):
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError(NO_CALL)
         self.call = chosen = (made or same)[0]
-        self._index, self._made_of = [call is chosen for call in same].index(True), frozenset(_leaves(chosen.weight))
+        self._index, self.made_of = [call is chosen for call in same].index(True), frozenset(_leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self._sources() | {id(one) for one in parameters}
         several = any(
@@ -270,6 +270,8 @@ class ForwardWeight(Weight):
         if isinstance(inner, _ConvNd):
             steps = zip(inner.dilation, inner.kernel_size, strict=True)
             least = 1 if inner is self._inner else SIDE
+            if isinstance(inner.padding, tuple):  # no more than the input can be reflected
+                least = max(least, *(padding + 1 for padding in inner.padding))
             size = [1, inner.in_channels, *(max(least, dilation * (taps - 1) + 1) for dilation, taps in steps)]
         else:  # enough for usual dilations
             size = [1, getattr(inner, "in_channels", shape[1]), *(4 * (taps - 1) + 1 for taps in shape[2:])]

@@ -1,5 +1,7 @@
 """What code names: functions that convolve however they are held, and no attributes of the same name."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -70,6 +72,15 @@ class ByFunction(Held):
         return self.held(x, self.kernel)
 
 
+class ByLibrary(Held):
+    def __init__(self):
+        super().__init__()
+        self.library = F
+
+    def forward(self, x):
+        return self.library.conv2d(x, self.kernel)
+
+
 class ByLocalImport(Held):
     def forward(self, x):
         from torch.nn import functional
@@ -77,7 +88,7 @@ class ByLocalImport(Held):
         return functional.conv2d(x, self.kernel)
 
 
-HOLDING = [ByName, ByAttribute, ByPartial, ByList, ByTable, ByClass, ByMadeName, ByFunction, ByLocalImport]
+HOLDING = [ByName, ByAttribute, ByPartial, ByList, ByTable, ByClass, ByMadeName, ByFunction, ByLibrary, ByLocalImport]
 
 
 @pytest.mark.parametrize("kind", HOLDING)
@@ -102,6 +113,21 @@ class Attributes(nn.Module):
         return self.lstm(x.permute(2, 0, 1))[0], self.parts["conv2d"]
 
 
+class Variables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs, self.fc = nn.ModuleList([nn.Conv1d(4, 8, 3)]), nn.Linear(8, 2)
+        self.conv0 = nn.Identity()
+
+    def forward(self, x):
+        for conv1d in self.convs:
+            x = conv1d(x)
+        for one in self.convs:
+            name = f"conv{0}"
+            x = getattr(self, name)(x) + getattr(one, f"conv{0}", nn.Identity())(x)
+        return self.fc(torch.cat([conv1d(x) for conv1d in self.convs]))
+
+
 class Wrapper(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,9 +138,23 @@ class Wrapper(nn.Module):
         return self.conv(F.pad(x, (1, 1)))
 
 
-@pytest.mark.parametrize("kind", [Attributes, Wrapper])
+@pytest.mark.parametrize("kind", [Attributes, Variables, Wrapper])
 def test_attributes_of_such_a_name_say_nothing(kind):
     assert not forward_code(kind()).convolves
     report = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1))
     assert not report.remarks
     assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED]
+
+
+def test_no_cache_keeps_a_model_alive_by_its_functions():
+    def function(x):
+        return x
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Wrapper())
+    model[1].held, function.owner = function, model
+    model[1].other = lambda x, model=model: model(x)
+    ci.initialize_(model, settings=ci.Settings(steps=1))
+    alive = weakref.ref(model)
+    del model, function
+    gc.collect()
+    assert alive() is None
