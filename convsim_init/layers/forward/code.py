@@ -186,7 +186,7 @@ def _changed_in_place(code: CodeType) -> set[str]:
             chain.append(name)
         elif kind == "STORE_ATTR" and name in ("data", "weight"):
             found.update([*chain, name])
-        elif kind == "STORE_SUBSCR" and "weight" in chain:
+        elif kind in ("STORE_SUBSCR", "STORE_SLICE") and "weight" in chain:
             found.add("weight")
         elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
             chain = []
