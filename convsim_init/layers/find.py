@@ -108,17 +108,18 @@ def find_layers(
         if layer.obstacle is None:
             sources, parts = _sources(layer), _made_of(layer)
             first = next(filter(None, [*map(within.get, sources), *map(stored.get, parts)]), None)
-            # The one would change with the other; read are both, unless they are one and the same.
-            if first and not sources & _sources(first) and (not read_only or parts == _made_of(first)):
+            # The one would change with the other, if that is treated; read are both, unless they are one and the same.
+            meet = first is not None and not sources & _sources(first) and (not read_only or parts == _made_of(first))
+            if first and meet and pair_obstacle(first.bank("matched")) is None:
                 layer.obstacle = f"used together with {shown(first.name)}, as one weight"
-            else:
-                stored |= dict.fromkeys(sources, layer)
-                within = dict.fromkeys(parts, layer) | within
         if layer.obstacle is None:
             own = memories(layer.weight.sources)
             owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
             layer.obstacle = owner and f"shares its weight with {owner}"
             taken += [(one, shown(layer.name)) for one in own]
+        if layer.obstacle is None:
+            stored |= dict.fromkeys(_sources(layer), layer)
+            within = dict.fromkeys(_made_of(layer), layer) | within
     return layers
 
 

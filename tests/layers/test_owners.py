@@ -272,7 +272,22 @@ def shifted_by_a_parametrization():
     return model
 
 
-@pytest.mark.parametrize(("build", "first"), [(shifted_by_a_parametrization, 0), (Shifted, 1)])
+class ShiftByHeld(Shift):
+    """Adds the weight of a convolution that a list of its own holds."""
+
+    def forward(self, weight):
+        return weight + self.other[0].weight
+
+
+def shifted_by_what_is_held():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", ShiftByHeld([model[1]]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "first"), [(shifted_by_a_parametrization, 0), (shifted_by_what_is_held, 0), (Shifted, 1)]
+)
 def test_a_weight_within_another_one_that_is_treated_is_left_alone(build, first):
     model = build()
     assert [layer.outcome for layer in ci.measure(model).layers] == [ci.Outcome.MEASURED] * 2
@@ -281,3 +296,21 @@ def test_a_weight_within_another_one_that_is_treated_is_left_alone(build, first)
     assert report.layers[1].reason.endswith(f"used together with {report.layers[0].name}, as one weight")
     similarity = float(ci.convolutional_similarity(given(model, torch.randn(1, 8, 9, 9))[first], normalized=True))
     assert report.layers[0].after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+
+
+@pytest.mark.parametrize("alone", ["a single filter", "zeros"])
+def test_what_will_not_be_treated_stands_in_no_ones_way(alone):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Conv2d(8, 1 if alone == "a single filter" else 8, 3, padding=1)
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            if alone == "zeros":
+                nn.init.zeros_(self.gate.weight)
+
+        def forward(self, x):
+            return self.gate(x) * F.conv2d(x, self.conv.weight + self.gate.weight, padding=1)
+
+    gate, conv = ci.initialize_(Gated(), settings=SETTINGS).layers
+    assert gate.outcome is ci.Outcome.SKIPPED
+    assert conv.outcome is ci.Outcome.INITIALIZED

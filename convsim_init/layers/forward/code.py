@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import re
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial, partialmethod
@@ -184,9 +185,11 @@ def _changed_in_place(code: CodeType) -> set[str]:
             if name.endswith("_") and not name.startswith("_") and name != "requires_grad_":
                 found.update(chain)
             chain.append(name)
+        elif kind.startswith(("CALL", "PRECALL")):
+            chain = []
         elif kind == "STORE_ATTR" and name in ("data", "weight"):
             found.update([*chain, name])
-        elif kind in ("STORE_SUBSCR", "STORE_SLICE") and "weight" in chain:
+        elif kind in ("STORE_SUBSCR", "STORE_SLICE") and chain[-1:] == ["weight"]:
             found.add("weight")
         elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
             chain = []
@@ -229,9 +232,11 @@ def _classes_inside(module: nn.Module) -> Iterator[type]:
 def _takes_weights(value: object) -> bool:
     """Whether it is a function that names what may take a weight out of a convolution, or that convolves."""
     functions = _functions(value) if isinstance(value, (FunctionType, MethodType, partial)) else ()
-    own = [one for one in functions if not _is_librarys(one)]
-    codes = [ForwardCode(object, one) for one in own]  # not in the cache: they may hold the module
-    return any(code.takes_weights or code.convolves for code in codes)
+    for one in functions:
+        if one not in _HELD:
+            code = None if _is_librarys(one) else ForwardCode(object, one)
+            _HELD[one] = code is not None and (code.takes_weights or code.convolves)
+    return any(map(_HELD.get, functions))
 
 
 def _is_plain_class(value: object) -> bool:
@@ -243,6 +248,7 @@ def names_of(parts: Iterable[nn.Module]) -> set[str]:
     return set().union(*(code.names for code in {forward_code(part) for part in parts}))
 
 
+_HELD = weakref.WeakKeyDictionary[FunctionType, bool]()  # whether it takes weights or convolves; it may hold a module
 _code_of = lru_cache(maxsize=1024)(ForwardCode)
 
 

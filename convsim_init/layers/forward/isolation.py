@@ -28,6 +28,7 @@ from convsim_init.layers.memory import is_wrapper
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
+ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
@@ -182,8 +183,13 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of an attribute, but for the modules and tensors in the memo; itself where it cannot be copied."""
     if isinstance(value, torch.Generator):
         return value.clone_state()
+    known = dict(memo)
     try:
-        return copy.deepcopy(value, dict(memo))
+        twin = copy.deepcopy(value, known)
+        for original, one in known.items():
+            if isinstance(one, nn.Parameter) and original not in memo and original != id(one):
+                vars(one)[ORIGINAL] = original
+        return twin
     except Exception:  # of any kind: a lock, an open file, a tensor that was computed
         if isinstance(value, dict):
             twin = copy.copy(value)

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code, reads_weight
+from convsim_init.layers.forward.isolation import ORIGINAL
 from convsim_init.layers.forward.trial import (
     NO_CALL,
     Call,
@@ -106,14 +107,15 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _leaves(tensor: Tensor) -> set[int]:
-    """The parameters that a tensor is computed from, by their ids."""
+    """The parameters that a tensor is computed from, by their ids; for the copies of a trial those of the originals."""
     nodes: dict[Any, None] = {tensor.grad_fn: None}
     pending = list(nodes)
     for node in pending:
         following = [one for one, _ in getattr(node, "next_functions", ()) if one not in nodes]
         nodes.update(dict.fromkeys(following))
         pending += following
-    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    variables = [node.variable for node in nodes if hasattr(node, "variable")]
+    return {getattr(one, ORIGINAL, id(one)) for one in variables}
 
 
 class ForwardWeight(Weight):
@@ -270,7 +272,7 @@ class ForwardWeight(Weight):
         if isinstance(inner, _ConvNd):
             steps = zip(inner.dilation, inner.kernel_size, strict=True)
             least = 1 if inner is self._inner else SIDE
-            if isinstance(inner.padding, tuple):  # no more than the input can be reflected
+            if inner.padding_mode != "zeros" and isinstance(inner.padding, tuple):  # of which there must be enough
                 least = max(least, *(padding + 1 for padding in inner.padding))
             size = [1, inner.in_channels, *(max(least, dilation * (taps - 1) + 1) for dilation, taps in steps)]
         else:  # enough for usual dilations
