@@ -9,6 +9,7 @@ model and of its parts ask for, over any weights loaded or initialized before. W
 
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ def train(model: nn.Module, weights: dict[str, Tensor], load_from: str | None = 
             custom_hooks=[ShowMatches(weights)],
             default_hooks={"checkpoint": None},
             load_from=load_from,  # not strict, so look at what it reports, and count
+            experiment_name=Path(folder).name,  # else two runs of the same second share what logs them
         )
         runner.train()
 

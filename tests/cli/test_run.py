@@ -172,5 +172,5 @@ def test_processes_that_draw_differently_stay_equal(tmp_path):
     command = [*launcher, "-m", "convsim_init", "run", "parallel.py"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "distance 0.0\n")
+    assert (done.returncode, done.stdout) == (0, "distance 0.0\n"), done.stderr
     assert done.stderr.count("2 convolutions: 2 initialized") == 1
