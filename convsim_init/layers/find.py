@@ -106,11 +106,15 @@ def find_layers(
     within: dict[int, Layer] = {}  # and by what the weights are made of that they use
     for layer in layers:
         if layer.obstacle is None:
-            sources, parts = _sources(layer), _made_of(layer)
+            sources, parts = layer.weight.source_ids, layer.weight.made_of
             first = next(filter(None, [*map(within.get, sources), *map(stored.get, parts)]), None)
             # The one would change with the other, if that is treated; read are both, unless they are one and the same.
-            meet = first is not None and not sources & _sources(first) and (not read_only or parts == _made_of(first))
-            if first and meet and pair_obstacle(first.bank("matched")) is None:
+            if (
+                first is not None
+                and not sources & first.weight.source_ids
+                and (not read_only or parts == first.weight.made_of)
+                and pair_obstacle(first.bank("matched")) is None
+            ):
                 layer.obstacle = f"used together with {shown(first.name)}, as one weight"
         if layer.obstacle is None:
             own = memories(layer.weight.sources)
@@ -118,18 +122,10 @@ def find_layers(
             layer.obstacle = owner and f"shares its weight with {owner}"
             taken += [(one, shown(layer.name)) for one in own]
         if layer.obstacle is None:
-            stored |= dict.fromkeys(_sources(layer), layer)
-            within = dict.fromkeys(_made_of(layer), layer) | within
+            stored |= dict.fromkeys(layer.weight.source_ids, layer)
+            for part in layer.weight.made_of:
+                within.setdefault(part, layer)
     return layers
-
-
-def _sources(layer: Layer) -> frozenset[int]:
-    return frozenset(map(id, layer.weight.sources))
-
-
-def _made_of(layer: Layer) -> frozenset[int]:
-    """The parameters that the weight is made of which its forward pass uses, by their ids."""
-    return layer.weight.made_of if isinstance(layer.weight, ForwardWeight) else _sources(layer)
 
 
 def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "") -> Weight:

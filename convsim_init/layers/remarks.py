@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code, reads_further_inside
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.memory import Memory, has_no_data, is_wrapper, memories, overlap
+from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.weights import KERNEL_RANKS
@@ -133,9 +133,7 @@ def find_twins(model: object, layers: Sequence[Layer]) -> list[Twin]:
         elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
     for name, buffer in unwrap(model).named_buffers() if isinstance(model, nn.Module) else ():
-        readable = not (is_lazy(buffer) or has_no_data(buffer) or is_wrapper(buffer))
-        readable &= buffer.layout is torch.strided
-        if readable and buffer.dim() in KERNEL_RANKS:
+        if memories([buffer]) and buffer.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), buffer))
     found = []
     for name, copy in copies:

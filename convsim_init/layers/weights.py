@@ -45,6 +45,16 @@ class Weight:
         """Shape of the weight; empty while a lazy module has none."""
         return [] if is_lazy(self.sources[0]) else list(self.sources[0].shape)
 
+    @property
+    def source_ids(self) -> frozenset[int]:
+        """The tensors that it is stored in or computed from, by their ids."""
+        return frozenset(map(id, self.sources))
+
+    @property
+    def made_of(self) -> frozenset[int]:
+        """The parameters that the weight is made of which a forward pass uses, by their ids."""
+        return self.source_ids
+
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
         if any(is_lazy(source) for source in self.sources):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dis
-import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial, partialmethod
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
@@ -17,18 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from convsim_init.layers.forward.bytecode import (
+    LOOP,
+    asked_of_bases,
+    changed_in_place,
+    names_convolution,
+    texts,
+    weights_read,
+)
+
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {"_conv_forward", *(call.__name__ for call in CONVOLUTIONS)}
-LOOP = "<loop>"  # stands for the variable of a loop
 FEW = 16  # functions in a list or dict that are looked at
 MAX_CODE = 1000  # functions that a forward pass is followed into
 HANDED_OUT = {"weight", "parameters", "named_parameters", "state_dict"}  # what may take a weight out of a convolution
 WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
-ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
 
 
 def has_forward_of_its_own(module: _ConvNd) -> bool:
@@ -81,14 +86,16 @@ class ForwardCode:
                 known = [function.__globals__.get(name) for name in one.co_names]
                 own = [getattr(kind, name, None) for name in one.co_names] + list(map(held.get, one.co_names))
                 libraries = any(isinstance(each, ModuleType) for each in own) and not CALLS.isdisjoint(one.co_names)
-                self._convolving |= any(map(_convolves, known + own)) or libraries or _names_convolution(one, selves)
+                self._convolving |= (
+                    any(map(_convolves, known + own)) or libraries or names_convolution(one, selves, CALLS)
+                )
                 spaces = [one for one in known if isinstance(one, ModuleType) or _is_plain_class(one)]
                 known += own
                 for name in one.co_names:
                     known += [vars(space).get(name) for space in spaces]
                     if not hasattr(nn.Module, name):
                         known += [getattr(helper, name, None) for helper in helpers]
-                for name in _asked_of_bases(one, kind.__mro__):
+                for name in asked_of_bases(one, kind.__mro__):
                     known += [vars(base).get(name) for base in kind.__mro__]
                 pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
             self._codes += inner
@@ -97,7 +104,7 @@ class ForwardCode:
     @cached_property
     def names(self) -> set[str]:
         """The names of attributes and functions in it, and strings that may be names."""
-        return set().union(*map(_texts, self._codes))
+        return set().union(*map(texts, self._codes))
 
     @property
     def convolves(self) -> bool:
@@ -112,7 +119,7 @@ class ForwardCode:
     @cached_property
     def walks(self) -> bool:
         """Whether a function in it goes through modules and names their weights."""
-        return any("weight" in _texts(code) and not WALKS.isdisjoint(code.co_names) for code in self._codes)
+        return any("weight" in texts(code) and not WALKS.isdisjoint(code.co_names) for code in self._codes)
 
     @cached_property
     def alters(self) -> bool:
@@ -122,7 +129,7 @@ class ForwardCode:
         weights out of modules.
         """
         handing = [not (HANDED_OUT | WALKS).isdisjoint(_names(codes)) for codes in self._functions]
-        changed = [set().union(*map(_changed_in_place, codes)) for codes in self._functions]
+        changed = [set().union(*map(changed_in_place, codes)) for codes in self._functions]
         loops = any(hands and LOOP in what for hands, what in zip(handing, changed, strict=True))
         return (
             loops or any("weight" in what for what in changed) or (any(handing) and any("data" in w for w in changed))
@@ -134,15 +141,7 @@ class ForwardCode:
 
         Its dtype, device and shape do not count.
         """
-        found = set[str | None]()
-        for code in self._codes:
-            steps = list(_steps(code))
-            for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
-                if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
-                    subscript = steps[index - 1][0].startswith("BINARY_")
-                    of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
-                    found.add(None if of is None else str(of))
-        return found
+        return set().union(*map(weights_read, self._codes))
 
     @property
     def selves(self) -> set[str]:
@@ -150,67 +149,8 @@ class ForwardCode:
         return {code.co_varnames[0] for code in self._codes if code.co_name == "forward" and code.co_argcount}
 
 
-def _texts(code: CodeType) -> set[str]:
-    """The names of attributes and functions in code, and strings that may be names."""
-    return {*code.co_names, *(one for one in code.co_consts if isinstance(one, str) and one.isidentifier())}
-
-
 def _names(codes: Iterable[CodeType]) -> set[str]:
     return set().union(*(code.co_names for code in codes))
-
-
-def _steps(code: CodeType) -> Iterator[tuple[str, Any]]:
-    """The instructions of code and what they name; those of two loads or stores, since Python 3.13, as two."""
-    for step in dis.get_instructions(code):
-        kinds = re.findall(r"(?:LOAD|STORE)_FAST(?:_BORROW|_CHECK|_AND_CLEAR)?", step.opname)
-        if len(kinds) == 2 and isinstance(step.argval, tuple):
-            yield from zip(kinds, step.argval, strict=True)
-        elif step.opname != "CACHE":
-            yield step.opname, step.argval
-
-
-def _changed_in_place(code: CodeType) -> set[str]:
-    """Of what code calls a method that ends in an underscore, or sets items or ``data``: attributes and loop variables.
-
-    Loop variables, whatever they are called, are `LOOP`.
-    """
-    found, chain, loops, looping = set[str](), list[str](), set[object](), False
-    for kind, name in _steps(code):
-        if kind.startswith("STORE_FAST") and looping:
-            loops.add(name)
-        looping = kind == "FOR_ITER" or (looping and kind.startswith(("UNPACK", "STORE_FAST")))
-        if kind.startswith("LOAD_FAST"):
-            chain = [LOOP] if name in loops else []
-        elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
-            if name.endswith("_") and not name.startswith("_") and name != "requires_grad_":
-                found.update(chain)
-            chain.append(name)
-        elif kind.startswith(("CALL", "PRECALL")):
-            chain = []
-        elif kind == "STORE_ATTR" and name in ("data", "weight"):
-            found.update([*chain, name])
-        elif kind in ("STORE_SUBSCR", "STORE_SLICE") and chain[-1:] == ["weight"]:
-            found.add("weight")
-        elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
-            chain = []
-    return found
-
-
-def _names_convolution(code: CodeType, own: Collection[object]) -> bool:
-    """Whether code names a function that convolves; what it asks itself for is the name of a module, perhaps."""
-    root: object = None  # of the attributes that are loaded: a variable, or a name of the module
-    asked = made = False
-    for kind, name in _steps(code):
-        local = kind.startswith(("LOAD_FAST", "LOAD_DEREF"))
-        if not (local or kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")):
-            continue
-        if local or kind in ("LOAD_GLOBAL", "LOAD_NAME"):
-            root = name if local else None
-        if name in CALLS and not local and (root not in own or name == "_conv_forward"):
-            return True
-        made |= asked and root is None  # such as getattr(F, f"conv{rank}d")
-        asked = name == "getattr"
-    return made and any(isinstance(one, str) and one.startswith("conv") for one in code.co_consts)
 
 
 def _convolves(value: object) -> bool:
@@ -269,19 +209,6 @@ def _functions(value: object) -> list[FunctionType]:
             pending.append(getattr(one, "__wrapped__", None))
             with suppress(ValueError):  # a cell that is empty yet
                 pending += [cell.cell_contents for cell in one.__closure__ or ()]
-    return found
-
-
-def _asked_of_bases(code: CodeType, bases: Iterable[type]) -> set[str]:
-    """The names that code looks up by ``super()``, or on a class that it names."""
-    owners = {"super", *(base.__name__ for base in bases)}
-    found, asking = set[str](), False
-    for step in dis.get_instructions(code):
-        if step.opname == "LOAD_SUPER_ATTR" or (asking and step.opname in ("LOAD_ATTR", "LOAD_METHOD")):
-            found.add(str(step.argval))
-            asking = False
-        elif step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME"):
-            asking = asking or step.argval in owners
     return found
 
 

@@ -109,12 +109,12 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
     """
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
     wrapper = is_wrapper(data)
-    strided = data.layout is torch.strided  # others, such as sparse ones, have no memory that could be compared
+    strided = data.layout is torch.strided and not wrapper  # others have no memory that could be compared
     values = data.clone() if copy and not (data.is_meta or wrapper) else None
     hooks = dict(tensor._backward_hooks or {})
 
     def put_back() -> None:
-        if not strided or wrapper:
+        if not strided:
             tensor.data = data if values is None else values
         else:
             if _place(tensor.data) != _place(data):

@@ -84,7 +84,7 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         except TypeError:  # as where it takes more than one input
             break
         except Exception:  # whatever its own code raises at an input that is not what it is made for
-            weight.entry = module
+            continue
     weight.entry = module
     if alters and not reads:
         stored.note = (
@@ -131,7 +131,6 @@ class ForwardWeight(Weight):
 
     Attributes:
         entry: The convolution whose input trial passes are made with.
-        made_of: The parameters that the weight is made of which is used, by their ids, once `choose_call` has looked.
     """
 
     def __init__(self, module: nn.Module, stored: Weight, inner: nn.Module | None = None) -> None:
@@ -140,7 +139,7 @@ class ForwardWeight(Weight):
         self._mask = stored.mask
         self._centred, self._known = False, True
         self._index: int | None = None
-        self.made_of = frozenset[int]()
+        self._made_of = frozenset[int]()
         self.entry = self._inner
         self.call: Call | None = None
 
@@ -148,6 +147,11 @@ class ForwardWeight(Weight):
     def shape(self) -> list[int]:
         """Shape of the stored weight."""
         return self._stored.shape
+
+    @property
+    def made_of(self) -> frozenset[int]:
+        """As of a plain weight, once `choose_call` has looked."""
+        return self._made_of
 
     @property
     def mask(self) -> Tensor | None:
@@ -190,20 +194,20 @@ class ForwardWeight(Weight):
         """
         calls, to_the_end = convolution_calls(self.module, self._input(), self._others())
         same = [call for call in calls if list(call.weight.shape) == self.shape]
-        made = [call for call in same if self._sources() & _leaves(call.weight)]
+        made = [call for call in same if self.source_ids & _leaves(call.weight)]
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError(NO_CALL)
         self.call = chosen = (made or same)[0]
-        self._index, self.made_of = [call is chosen for call in same].index(True), frozenset(_leaves(chosen.weight))
+        self._index, self._made_of = [call is chosen for call in same].index(True), frozenset(_leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
-        own = self._sources() | {id(one) for one in parameters}
+        own = self.source_ids | {id(one) for one in parameters}
         several = any(
             own & _leaves(call.weight)
             and not (call[1:] == chosen[1:] and torch.equal(chosen.weight, call.weight))  # its filters are others
             for call in calls
         )
         if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
-            several |= any(list(one.shape) == self.shape and id(one) not in self._sources() for one in parameters)
+            several |= any(list(one.shape) == self.shape and id(one) not in self.source_ids for one in parameters)
         if several:
             kind = type(self.module).__name__
             self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
@@ -282,9 +286,6 @@ class ForwardWeight(Weight):
     def _noise(self) -> Tensor:
         x = self._input()
         return x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x)
-
-    def _sources(self) -> set[int]:
-        return {id(source) for source in self.sources}
 
     def _others(self) -> set[int]:
         """Addresses of the parameters of other modules inside it."""
