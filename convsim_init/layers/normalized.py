@@ -1,8 +1,9 @@
 """Which channels are compared: it depends on whether a normalization follows before another layer.
 
-That is told by a symbolic trace of the model (`torch.fx`), which needs no input; arguments with a default have
-it. Traced is a copy on the meta device without hooks, so that nothing of the model itself is changed. Where the
-whole cannot be traced its parts are, one by one; of a layer whose output leaves such a part nothing is known.
+That is told by a forward pass on unknown values, which needs no input; arguments with a default have it, where all
+convolutions are called so. It is that of a copy on the meta device without hooks, so that nothing of the model itself
+is changed. Where the whole cannot be run its parts are, one by one; of a layer whose output leaves such a part nothing
+is known.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ import copy
 import inspect
 import io
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.isolation import LIVE, copied, heavy_attributes, random_states
+from convsim_init.layers.forward.symbolic import OUTPUT, Node, SymbolicPass
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.settings import Settings
@@ -40,10 +42,19 @@ STATISTICS = {"var", "std", "var_mean", "std_mean", "sqrt", "rsqrt", "norm", "ve
 SCALING = {"mul", "multiply", "div", "divide", "truediv", "true_divide"}
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-SHAPE = {"size", "dim", "shape", "ndim"}  # what is asked of a tensor without its values
-USING = {"linear", "bilinear", *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))}
+SHAPES = {"size", "stride", "numel", *(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))}
+SHAPES |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}  # hold nothing of the values
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+USING = {
+    "linear",
+    "bilinear",
+    "convolution",
+    *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)),
+}
 DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # what a deep copy of the model copies by itself
-LONGEST = 20_000  # calls in a trace
+NORMALIZED, USED, FUSED, PASSED, UNKNOWN = "normalized", "used", "normalized inside", "passed", "unknown"
+ENDS: dict[str, set[bool | None]]  # of ways into the calls of modules, by what they count as
+ENDS = {NORMALIZED: {True}, USED: {False}, FUSED: {False}, PASSED: set(), UNKNOWN: {None}}
 NOT_NORMALIZED = "channels all: no normalization follows"
 NOT_TOLD = "channels matched: whether a normalization follows could not be told"
 
@@ -88,13 +99,15 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
         By the layer's name; layers of which it cannot be told are left out, as is a model that is a
         convolution itself, since what it is used in is not known.
     """
-    # A trace replaces `nn.Module.__call__` for its time, and what is printed then tells of values that are not there.
+    # What is printed tells of values that are not there.
     with LIVE, torch.no_grad(), random_states(()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return {bare_name(name): known for name, known in _followed(_on_meta(model), "", whole=True)}
+            clone = _on_meta(model)
+            told = dict(_followed(SymbolicPass(clone, _call_name), clone, set()))
         except Exception:  # of any kind: what cannot be copied
             return {}
+    return {bare_name(name): known for name, known in told.items() if name}
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -125,75 +138,111 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return clone
 
 
-def _followed(part: nn.Module, path: str, *, whole: bool) -> Iterator[tuple[str, bool]]:
-    """The convolutions of a part of the model of which it is known, by their names; and whether one follows."""
-    try:
-        nodes = list(_Tracer().trace(part, _defaults(part) if whole else None).nodes)
-    except (Exception, SystemExit):  # of any kind: what its code does with values that are not there
-        for name, child in part.named_children():
-            yield from _followed(child, f"{path}{name}.", whole=False)
+def _followed(passes: SymbolicPass, part: nn.Module, seen: set[str], path: str = "") -> Iterator[tuple[str, bool]]:
+    """The layers of a part of the model of which it is known, by their names; and whether one follows."""
+    modules = [(name, module) for name, module in part.named_modules()]
+    names = {
+        id(one): (path + name.partition(".parametrizations.")[0]).rstrip(".")
+        for name, module in reversed(modules)
+        for one in (module, *(one for one in module.parameters(recurse=False) if not is_lazy(one)))
+    }
+    convolutions = {names[id(module)] for _, module in modules if isinstance(module, _ConvNd)}
+    for usual, given in product((True, False), _arguments(part)):
+        if not convolutions - seen:
+            return
+        found = _ends(passes.run(part, given, usual=usual), names, whole=not path)
+        for name in found.keys() - seen:
+            if False in found[name] or found[name] == {True}:
+                yield name, False not in found[name]
+        seen |= found.keys()
+    if not convolutions - seen:
         return
-    ends: dict[fx.Node, set[bool | None]] = {}  # of all ways from a node: normalized, used without it, not known
-    calls: dict[str, set[bool | None]] = {}
+    for name, child in part.named_children():
+        yield from _followed(passes, child, seen, f"{path}{name}.")
+
+
+def _arguments(part: nn.Module) -> Iterator[list[str]]:
+    """Which arguments a forward pass may be given: those without a default; with them others, one, two or all."""
+    try:
+        parameters = inspect.signature(part.forward).parameters.values()
+    except (TypeError, ValueError):  # a function without one
+        return
+    named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    needed = [one.name for one in named if one.default is inspect.Parameter.empty]
+    others = [one.name for one in named if one.default is None]
+    yield from ([needed] if needed else [])
+    yield from ([*needed, one] for one in others)
+    yield from ([*needed, *others[:1], one] for one in others[1:])
+    yield from ([[*needed, *others]] if len(others) > 1 else [])
+
+
+def _ends(nodes: Sequence[Node], names: Mapping[int, str], *, whole: bool) -> dict[str, set[bool | None]]:
+    """How the ways end that begin at each layer: normalized, used without it, or not known."""
+    ends: defaultdict[Node, set[bool | None]] = defaultdict(set)
+    layers: defaultdict[str, set[bool | None]] = defaultdict(set)
     for node in reversed(nodes):  # after all that use it
-        ends[node] = set[bool | None]().union(*(_end(user, part, whole=whole) or ends[user] for user in node.users))
-        if node.target in SHAPE or (node.target is getattr and node.args[1] in SHAPE):
-            ends[node] = set()
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), set()).update(ends[node])
-    for name, found in calls.items():
-        module = part.get_submodule(name)
-        if isinstance(module, _ConvNd):
-            if any(_is_normalization(one) for part, one in module.named_modules() if "parametrizations" not in part):
-                found = {True}  # inside it, as in a fused layer of quantization-aware training
-            if False in found or found == {True}:
-                yield path + name, False not in found
+        for name in _layers(node, names):
+            layers[name] |= {True} if node.name == FUSED else ends[node]
+        for before in () if node.name in SHAPES else node.inputs:
+            ends[before] |= _end(node, whole=whole) or ends[node]
+    return layers
 
 
-def _end(node: fx.Node, part: nn.Module, *, whole: bool) -> set[bool | None]:
-    """How a way through a model ends in that node; empty if it goes on."""
-    if node.op == "output":
+def _layers(node: Node, names: Mapping[int, str]) -> set[str]:
+    """The layers that a call is one of, by their names."""
+    if isinstance(node.module, _ConvNd):
+        return {names[id(node.module)]}
+    made_of = _origins(node.weight) if node.weight else ()
+    return {names[one] for part in made_of for one in part.learned}
+
+
+def _end(node: Node, *, whole: bool) -> set[bool | None]:
+    """How a way through a model ends in a call; empty if it goes on."""
+    if node.name == OUTPUT:
         return {False if whole else None}
-    if node.op == "call_module":
-        module = part.get_submodule(str(node.target))
-        if isinstance(module, USERS):
-            return {False}
-        inner = any(isinstance(one, USERS) for one in module.modules())
-        return {True} if _is_normalization(module) else {None} if inner else set()
-    name = _name(node)
-    if name in NORMALIZING or (name in SCALING and _scales_by_a_statistic(node)):
+    if node.module is not None:
+        return ENDS[node.name]
+    if node.name in NORMALIZING or (node.name in SCALING and _scales_by_a_statistic(node)):
         return {True}
-    learned = name in PRODUCTS and any(one.op == "get_attr" for one in _origins(node))
-    return {False} if learned or name in USING else set()
+    learned = node.name in PRODUCTS and (node.learned or any(map(_is_learned, node.inputs)))
+    return {False} if learned or node.name in USING else set()
 
 
-def _scales_by_a_statistic(node: fx.Node) -> bool:
+def _scales_by_a_statistic(node: Node) -> bool:
     """Whether one factor is a statistic of what the other is computed from, as in ``x / x.std()``."""
-    factors = [_origins(one) for one in node.all_input_nodes]
+    factors = [_origins(one) for one in node.inputs]
     return any(
-        any(_name(origin) in STATISTICS for origin in one) and one & other for one, other in permutations(factors, 2)
+        any(origin.name in STATISTICS for origin in one) and one & other for one, other in permutations(factors, 2)
     )
 
 
-def _origins(node: fx.Node) -> set[fx.Node]:
-    """What a value is computed from by functions, itself among it, back to the modules and weights that begin it."""
+def _is_learned(node: Node) -> bool:
+    """Whether a value is computed from parameters alone."""
+    return all(one.module is None and (one.inputs or one.learned) for one in _origins(node))
+
+
+def _origins(node: Node) -> set[Node]:
+    """What a value is computed from by functions, itself among it, back to the modules and arguments that begin it."""
     found, pending = {node}, [node]
     for one in pending:
-        if one.op in ("call_function", "call_method") and _name(one) not in USING:
-            new = {before for before in one.all_input_nodes if before.op != "placeholder"} - found
+        if one.module is None and one.name not in USING | SHAPES:
+            new = set(one.inputs) - found
             found |= new
             pending += new
     return found
 
 
-def _name(node: fx.Node) -> object:
-    return getattr(node.target, "__name__", node.target)
-
-
-def _defaults(part: nn.Module) -> dict[str, Any]:
-    """The arguments of a forward pass that have a plain default, with it."""
-    parameters = inspect.signature(part.forward).parameters.values()
-    return {one.name: one.default for one in parameters if isinstance(one.default, (bool, int, float, str, type(None)))}
+def _call_name(module: nn.Module) -> tuple[str, bool]:
+    """What a module's call counts as, and whether what happens inside it is of no interest."""
+    if isinstance(module, _ConvNd):
+        return FUSED if any(map(_is_normalization, module.children())) else USED, True
+    if _is_normalization(module):
+        return NORMALIZED, True
+    if isinstance(module, USERS):
+        return USED, True
+    library = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
+    inner = any(isinstance(one, USERS) for one in module.modules())
+    return UNKNOWN if inner else PASSED, library and not isinstance(module, CONTAINERS)
 
 
 def _is_normalization(module: nn.Module) -> bool:
@@ -206,29 +255,3 @@ def _is_normalization(module: nn.Module) -> bool:
     return NAMED.search(type(module).__name__) is not None and not any(
         isinstance(one, USERS) or not USING.isdisjoint(forward_code(one).names) for one in inside
     )
-
-
-class _Tracer(fx.Tracer):
-    """A trace that calls convolutions and normalizations, of whatever class, by their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Note a call; a trace of too many ends, which may be a loop without end."""
-        if len(self.graph.nodes) > LONGEST:
-            raise RuntimeError(f"more than {LONGEST} calls")
-        return super().create_node(*args, **kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether what happens inside it is of no interest."""
-        return isinstance(m, _ConvNd) or _is_normalization(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Note a call, unless another thread runs a module meanwhile."""
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)

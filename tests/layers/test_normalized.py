@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import convsim_init as ci
+from convsim_init.layers.forward import symbolic
 from convsim_init.layers.normalized import NOT_NORMALIZED, NOT_TOLD, normalization_follows
 
 QUICK = ci.Settings(steps=2)
@@ -102,6 +103,97 @@ class Optional(nn.Module):
         return x if style is None else self.last(self.conv(x) * style)
 
 
+class Detector(nn.Module):
+    """A list of images, a dictionary of features, a head for each of them, and checks of what comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)]), nn.BatchNorm2d(4)
+        self.heads = nn.ModuleDict({"low": nn.Conv2d(4, 8, 3), "high": nn.Conv2d(4, 8, 3)})
+
+    def forward(self, images, targets=None):
+        for image in images:
+            if image.dim() != 3 or len(image.shape[-2:]) != 2:
+                raise ValueError(f"expected an image, got {image.shape}")
+        batch = images[0].new_zeros((len(images), *images[0].shape))
+        for i in range(batch.shape[0]):
+            batch[i, :, : images[i].shape[1], : images[i].shape[2]].copy_(images[i])
+        features = {"low": self.norm(self.body[0](batch))}
+        features["high"] = self.body[1](features["low"])
+        results = []
+        for name, feature in features.items():
+            n, _, h, w = (found := self.heads[name](feature)).shape
+            results.append(found.view(n, -1, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, 4))
+        scores, labels = torch.cat(results, 1).max(-1)
+        return [{"scores": score[score > 0.5], "labels": label} for score, label in zip(scores, labels, strict=True)]
+
+
+class OneOf(nn.Module):
+    """Two inputs that each can take the place of the other, but not both."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.sound, self.norm = nn.Conv2d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, image=None, sound=None):
+        if (image is None) == (sound is None):
+            raise ValueError("one of image and sound")
+        return self.norm(self.image(image)) if sound is None else self.sound(sound)
+
+
+class Failing(nn.Module):
+    """A module that no unknown value passes."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, x):
+        return self.parts(torch.from_numpy(np.asarray(x) + 1))
+
+
+class Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).to(x)
+
+
+@torch.jit.script
+def scripted(x):
+    return x + torch.sin(x)
+
+
+def pooled(m, x):
+    while x.shape[-1] > 4:
+        x = F.avg_pool2d(x, 2)
+    return F.batch_norm(x, None, None, training=True)
+
+
+def windowed(m, x):
+    batch, channels, height, width = x.shape
+    assert height % 2 == 0, f"an even height, not {height}"
+    if x.shape != (batch, channels, height, width) or len(x.size()) not in (4, 5):
+        raise ValueError("another shape")
+    causal = width > 1 and not m.training
+    assert isinstance(causal, bool)
+    x = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, channels)
+    return F.layer_norm(x + torch.zeros(4, channels), (channels,))
+
+
+def attended(m, x):
+    q, k, v = F.layer_norm(x.flatten(2), (1,)).chunk(3, dim=1)
+    first, *rest = v.split([1, 1, 2], dim=1)
+    return F.linear((q @ k.transpose(1, 2)).softmax(-1) @ torch.cat([first, *rest][::-1], 1), m.scale)
+
+
+def written(m, x):
+    total = torch.zeros_like(x)
+    total.add_(x)
+    total[:, 0] = 0
+    total += 1
+    return F.normalize(total)
+
+
 NOT_NORMS = ("NoNorm", "NormFreeAct", "NormalNoise", "FrozenBatchNorm2d")
 FUSED = torch.ao.nn.intrinsic.qat.ConvBn2d(4, 4, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
 MODELS = {
@@ -122,13 +214,14 @@ MODELS = {
             ),
             *conv(WeightNormConv2d()),
         ),
-        {"0": False, "2": False, "4": False, "6": False, "8": False},
+        {"0": False, "2": False, "4": False, "6": False, "8": False, "9": False},
     ),
     "written out": (conv(Function(lambda m, x: (x - x.mean(1, True)) / (x.var(1, True) + 1e-5).sqrt())), {"0": True}),
     "by the root of the mean square": (
         conv(Function(lambda m, x: x * torch.rsqrt(x.square().mean(1, keepdim=True)))),
         {"0": True},
     ),
+    "scaled by its shape": (conv(Function(lambda m, x: x / torch.tensor(x.shape[1]).float().sqrt())), {"0": False}),
     "scaled by another's": (conv(Function(lambda m, x: x * m.scale.std())), {"0": False}),
     "behind a product": (
         conv(Function(lambda m, x: F.layer_norm(x.mean((2, 3)) @ m.scale, (4,)))),
@@ -145,7 +238,29 @@ MODELS = {
         {"0": False, "1.conv": True, "1.shortcut": True},
     ),
     "functional": (Functional(), {"conv": True}),
-    "in parts alone": (Stubborn(), {"part.0": False, "part.2": True}),
+    "where values decide": (Stubborn(), {"part.0": False, "part.2": True, "part.4": False, "last": False}),
+    "in parts alone": (
+        nn.Sequential(*conv(nn.BatchNorm2d(4)), *conv(Failing(*conv(*conv(nn.BatchNorm2d(4))))), *conv()),
+        {"0": True, "3.parts.0": False, "3.parts.1": True, "4": False},
+    ),
+    "through what is no layer": (conv(Failing(nn.ReLU()), nn.BatchNorm2d(4)), {"0": True}),
+    "through functions of their own": (
+        conv(Function(lambda m, x: scripted(Step.apply(x))), nn.BatchNorm2d(4)),
+        {"0": True},
+    ),
+    "through loops": (conv(Function(pooled)), {"0": True}),
+    "through checks and shapes": (conv(Function(windowed)), {"0": True}),
+    "through attention": (conv(Function(attended)), {"0": True}),
+    "in place": (conv(Function(written)), {"0": True}),
+    "of many outputs": (
+        Detector(),
+        {"body.0": True, "body.1": False, "heads.low": False, "heads.high": False},
+    ),
+    "one of two": (OneOf(), {"image": True, "sound": False}),
+    "called by their weights": (
+        Function(lambda m, x: F.batch_norm(F.conv2d(x, m.function.weight), None, None, training=True)),
+        {},
+    ),
     "fused": (nn.Sequential(FUSED), {"0": True}),
     "of the weight alone": (
         nn.Sequential(weight_norm(nn.Conv2d(4, 4, 3)), nn.ReLU(), spectral_norm(nn.Conv2d(4, 4, 3))),
@@ -220,7 +335,9 @@ def test_nothing_that_a_model_holds_is_touched():
     assert pickle.dumps(model.__dict__) == before
 
 
-def test_a_forward_pass_that_leaves_or_never_ends_is_not_told():
+def test_a_forward_pass_that_leaves_or_never_ends_is_not_told(monkeypatch):
+    monkeypatch.setattr(symbolic, "LONGEST", 1000)
+
     class Leaving(nn.Module):
         def __init__(self):
             super().__init__()
@@ -313,7 +430,7 @@ def test_heavy_objects_that_the_forward_pass_does_not_name_are_not_copied(monkey
     copies = []
     monkeypatch.setattr(Held, "__deepcopy__", lambda self, _: copies.append(self), raising=False)
     report = ci.initialize_(Holding(), settings=ci.Settings(steps=2))
-    assert [layer.channels for layer in report.layers] == ["matched", "matched"]
+    assert [layer.channels for layer in report.layers] == ["matched", "all"]
     assert copies == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import re
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -25,6 +26,20 @@ def _steps(code: CodeType) -> Iterator[tuple[str, Any]]:
             yield from zip(kinds, step.argval, strict=True)
         elif step.opname != "CACHE":
             yield step.opname, step.argval
+
+
+@lru_cache(maxsize=10_000)
+def unpacked(code: CodeType, position: int) -> int:
+    """How many values are unpacked at a position or right after it, as 2 of ``height, width = x.shape``; 1 if none."""
+    for step in dis.get_instructions(code):
+        if step.offset >= position and step.opname != "CACHE":
+            if step.opname == "UNPACK_SEQUENCE":
+                return int(step.argval)
+            if step.opname == "UNPACK_EX":
+                return int(step.argval & 255) + int(step.argval >> 8)
+            if step.offset > position:
+                break
+    return 1
 
 
 def changed_in_place(code: CodeType) -> set[str]:

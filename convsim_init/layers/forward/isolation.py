@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 import random
+import sys
 import threading
 import warnings
 from collections import OrderedDict, deque
@@ -75,7 +76,7 @@ def undisturbed(
     generators = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
     tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
     undo = [noted(one, copy=copy(one)) for one in tensors]
-    with random_states(tensors), not_compiled(parts):
+    with random_states(tensors), not_compiled():
         TRIALS.append(module)
         try:
             yield
@@ -226,9 +227,9 @@ def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def not_compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Context in which compiled modules run as they are, for what looks on asks for values."""
-    if next(compiled_parts(parts), None) is None or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+def not_compiled() -> Iterator[None]:
+    """Context in which what is compiled runs as it is, for what looks on asks for values."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
         yield
         return
     with torch.compiler.set_stance("force_eager"):

@@ -1,0 +1,74 @@
+"""What code is told that asks for a truth, a number or a length of an unknown value, and tries again with another."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+from convsim_init.layers.forward.bytecode import unpacked
+
+ELSEWHERE = tuple(str(path) + os.sep for path in (Path(__file__).parent, Path(torch.__file__).parent))
+
+Place = tuple[CodeType, int]  # code, and the position in it
+
+
+class Answers:
+    """What code was answered in one run of it, and may be answered in the next.
+
+    Args:
+        proven: The last answers, by the place in the code that asked, with which code came to its end; kept up to date.
+    """
+
+    def __init__(self, proven: dict[Place, int]) -> None:
+        self.proven = proven
+        self._given: list[tuple[Place, list[int]]] = []  # the places and the answers that are left, the present first
+        self._asked = 0
+        self._ranks: dict[Hashable, int] = {}
+
+    def rank(self, value: Hashable, choices: Iterable[int]) -> int:
+        """The number of dimensions of a value, always the same unless the code unpacks another number of sizes."""
+        count = unpacked(*_place(sys._getframe(1)))
+        self._ranks[value] = count if count > 1 else self._ranks.get(value) or self.give(*choices)
+        return self._ranks[value]
+
+    def give(self, *choices: int) -> int:
+        """The answer to the next question."""
+        place = _place(sys._getframe(1))
+        if [place] != [one for one, _ in self._given[self._asked : self._asked + 1]]:
+            del self._given[self._asked :]
+            proven = self.proven.get(place)
+            self._given.append((place, sorted(choices, key=lambda one: one != proven)))
+        self._asked += 1
+        return self._given[self._asked - 1][1][0]
+
+    def change(self, error: BaseException) -> bool:
+        """Begin again with another answer; False if none is left.
+
+        It is the last question that has one which is changed, of those that the failing function asked if there are.
+        """
+        self._asked = 0
+        self._ranks.clear()
+        code = _place([frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1])[0]
+        open_ = [index for index, (_, answers) in enumerate(self._given) if len(answers) > 1]
+        if not open_:
+            return False
+        index = next((one for one in reversed(open_) if self._given[one][0][0] is code), open_[-1])
+        del self._given[index][1][0], self._given[index + 1 :]
+        return True
+
+    def prove(self) -> None:
+        """Note that code came to its end with the present answers."""
+        self.proven.update((place, answers[0]) for place, answers in self._given)
+
+
+def _place(frame: FrameType) -> Place:
+    """Where a model's code is that runs in a frame, or has called what does."""
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ELSEWHERE):
+        frame = frame.f_back
+    return frame.f_code, frame.f_lasti
