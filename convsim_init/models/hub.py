@@ -18,7 +18,7 @@ from convsim_init.errors import InputError
 from convsim_init.models.libraries import import_errors
 from convsim_init.models.spec import CONFIG, Source, Spec
 from convsim_init.models.user_code import user_errors
-from convsim_init.report.text import quoted, shown
+from convsim_init.report.text import error_text, quoted, shown
 
 if TYPE_CHECKING:
     import torch
@@ -69,17 +69,22 @@ def describe(model: torch.nn.Module) -> str:
     """The content of a ``config.json`` from which transformers or timm builds the model again.
 
     Raises:
-        InputError: If it is a model of neither.
+        InputError: If it is a model of neither, or lacks what its library wants to know, as timm's of features do.
     """
+    try:
+        return _described(model)
+    except Exception as error:  # whatever the library and the model raise
+        raise InputError(
+            f"expected a model of timm or transformers for a folder, got {shown(type(model).__name__)}, which cannot "
+            f"be described: {error_text(error)}: write a .safetensors file, or take the whole model from timm"
+        ) from error
+
+
+def _described(model: Any) -> str:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         config.architectures = [type(model).__name__]
         return str(config.to_json_string())
-    if not hasattr(model, "pretrained_cfg"):
-        raise InputError(
-            f"expected a model of timm or transformers for a folder, got {type(model).__name__}: write a .safetensors "
-            f"file, or take the model from timm"
-        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, CONFIG)
         import_module("timm.models._hub").save_config_for_hf(model, str(path))

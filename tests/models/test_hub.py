@@ -106,3 +106,9 @@ def test_a_config_that_describes_no_model_is_refused(content, message, tmp_path)
 def test_a_model_of_another_library_is_not_described():
     with pytest.raises(ci.InputError, match="expected a model of timm or transformers for a folder, got ResNet"):
         describe(ci.build_model("cifar_resnet18"))
+
+
+def test_a_model_that_its_library_cannot_describe_is_refused_before_the_work(command):
+    pytest.importorskip("timm")
+    status, _, err = command("timm:resnet10t", "--model-arg", "features_only=True", "--out", "net/")
+    assert (status, "got FeatureListNet, which cannot be described: AttributeError: " in err) == (2, True)
