@@ -16,6 +16,7 @@ OTHERS = (11, 12)  # numbers of classes, of which a model has one at most by def
 def classifier_keys(
     model: torch.nn.Module,
     spec: str,
+    /,
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,

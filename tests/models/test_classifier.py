@@ -8,7 +8,7 @@ from convsim_init.models.classifier import OTHERS, classifier_keys
 FACTORY = """
 from torch import nn
 
-def network(num_classes=11, width=4):
+def network(num_classes=11, width=4, model="small", spec="flat"):
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, num_classes, 1, bias=False))
 
 def fixed():
@@ -34,7 +34,7 @@ def test_it_is_found(spec, keys):
 @pytest.mark.parametrize("num_classes", [None, *OTHERS])
 def test_it_is_found_whatever_the_number_of_classes_is(num_classes, tmp_path):
     (tmp_path / "nets.py").write_text(FACTORY)
-    options = {"num_classes": num_classes, "width": 6}
+    options = {"num_classes": num_classes, "width": 6, "model": "large", "spec": "round"}  # named as parameters of ours
     spec = f"{tmp_path}/nets.py:network"
     assert classifier_keys(ci.build_model(spec, **options), spec, **options) == ["1.weight"]
 
