@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,13 +13,17 @@ from torch.nn.parameter import Parameter, is_lazy
 
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, Weight
+from convsim_init.report.text import shown
 
 COMPUTED = {  # the key's ending of what a weight is computed from, and the entry that it is multiplied by
-    ".weight_orig": "weight_mask",  # pruning; of spectral_norm there is no mask
-    ".weight_v": "weight_g",  # weight_norm, old and new
-    ".parametrizations.weight.original1": "parametrizations.weight.original0",
+    ".parametrizations.weight.original1": "parametrizations.weight.original0",  # weight_norm, new and old
     ".parametrizations.weight.original": "",
+    ".weight_v": "weight_g",
+    ".weight_orig": "weight_mask",  # pruning; of spectral_norm there is no mask
 }
+ENDINGS = (*COMPUTED, ".weight")  # of several the first is what is used: others are left over
+PARAMETRIZED = "parametrized: its weight is computed from what the state dict holds; use the model itself"
+MASKED = "whether its forward pass uses it like that the model itself tells (--like in the shell)"
 BY_SHAPE = "taken from its shape for a convolution without groups, not transposed"
 BY_BIAS = "taken from the length of its bias for a transposed convolution"
 DEPTHWISE = "looks depthwise, by its shape alone"
@@ -34,18 +40,27 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     """The tensors of rank 3 to 5 whose keys end in ``weight``, or in what its source is called where it is computed.
 
     A transposed convolution gives itself away where its bias is not as long as dimension 0 of its weight; one group per
-    filter shows in a dimension 1 of length 1. Other groups cannot be seen. What pruning and weight_norm compute can be
-    read from the state dict but not set there.
+    filter shows in a dimension 1 of length 1. Other groups cannot be seen. What pruning, masks and weight_norm compute
+    can be read from the state dict but not set there; a ``weight`` beside what it is computed from is a stale one.
     """
+    beside = defaultdict[str, list[str]](list)  # the keys of each module, but for those of weights
+    for key in state:
+        if _owner(key)[0] is None:
+            beside[key.rpartition(".")[0]].append(key)
     for key, value in state.items():
         name, ending = _owner(key)
-        if name is None or not isinstance(value, Tensor) or is_lazy(value) or value.dim() not in KERNEL_RANKS:
+        if name is None or not _may_be_kernels(value):
             continue
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
+        if any(_may_be_kernels(state.get(f"{prefix}{other[1:]}")) for other in ENDINGS[: ENDINGS.index(ending)]):
+            continue
+        factor = state.get(f"{prefix}{COMPUTED.get(ending, '')}")
+        mask = next((one for one in beside[name] if state[one] is not factor and _masks(state[one], value)), "")
         weight = Weight(value, trained=False)
-        if ending in COMPUTED:
-            reason = "parametrized: its weight is computed from what the state dict holds; use the model itself"
-            weight = ComputedWeight(value, _computation(state, prefix, ending), reason)
+        if mask or ending in COMPUTED:
+            compute = _computation(value, ending, factor, [state[mask]] if mask else [])
+            weight = ComputedWeight(value, compute, MASKED if mask else PARAMETRIZED)
+            weight.note = f"times {shown(mask)}, taken for its mask by its zeros and ones" if mask else None
         if _is_doubtful(state, name, value):
             yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
             continue
@@ -57,6 +72,10 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, weight, groups=value.shape[0], note=DEPTHWISE)
         else:
             yield Layer(name, kind, weight, note=BY_SHAPE)
+
+
+def _may_be_kernels(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS
 
 
 def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool:
@@ -90,31 +109,48 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
 
 def _is_far_from_zero(weight: Tensor) -> bool:
     """Whether the mean of the numbers, if they can be read, is above their standard deviation."""
-    if weight.is_meta or type(weight) not in (Tensor, Parameter) or not weight.is_floating_point():
-        return False
-    if weight.layout is not torch.strided or weight.numel() < FEW:
+    if not (_is_plain(weight) and weight.is_floating_point()) or weight.numel() < FEW:
         return False
     deviation, mean = torch.std_mean(weight.detach().double())
     return bool(mean > deviation)
 
 
-def _computation(state: Mapping[str, object], prefix: str, ending: str) -> Callable[[], Tensor] | None:
-    """What computes a weight from a state dict's entries; None if it is not known here."""
-    source, factor = state[f"{prefix}{ending[1:]}"], state.get(f"{prefix}{COMPUTED[ending]}")
-    if not isinstance(source, Tensor) or not isinstance(factor, Tensor):
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers can be read."""
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided
+
+
+def _masks(value: object, weight: Tensor) -> bool:
+    """Whether it holds zeros and ones, both of them and nothing else, for a weight or for each of its kernels."""
+    if not isinstance(value, Tensor) or not _is_plain(value) or not 1 < value.dim() <= weight.dim():
+        return False
+    if not all(own in (1, size) for own, size in zip(reversed(value.shape), reversed(weight.shape), strict=False)):
+        return False
+    ones = value == 1
+    return bool(ones.any() and not ones.all() and (ones | (value == 0)).all())
+
+
+def _computation(source: Tensor, ending: str, factor: object, masks: list[Any]) -> Callable[[], Tensor] | None:
+    """What computes a weight from entries of a state dict; None if it is not known here."""
+    if ending == ".weight":
+        return partial(_product, source, *masks)
+    if not isinstance(factor, Tensor):
         return None
     if ending == ".weight_orig":
-        return partial(torch.mul, source, factor) if factor.shape == source.shape else None
+        return partial(_product, source, factor, *masks) if factor.shape == source.shape else None
     along = [own in (1, size) for own, size in zip(factor.shape, source.shape, strict=False)]
     fits = factor.dim() == 0 or (factor.dim() == source.dim() and all(along) and factor.shape != source.shape)
-    return partial(_normed, source, factor) if fits else None
+    return partial(_normed, source, factor, *masks) if fits else None
 
 
-def _normed(direction: Tensor, length: Tensor) -> Tensor:
+def _product(*factors: Tensor) -> Tensor:
+    return reduce(torch.mul, factors)
+
+
+def _normed(direction: Tensor, length: Tensor, *masks: Tensor) -> Tensor:
     """What weight_norm computes: a direction whose slices, along the dimensions of the length, have that norm."""
     axes = [axis for axis in range(direction.dim()) if length.dim() == 0 or length.shape[axis] == 1]
-    weight: Tensor = direction * (length / torch.linalg.vector_norm(direction, dim=axes, keepdim=True))
-    return weight
+    return _product(direction, length / torch.linalg.vector_norm(direction, dim=axes, keepdim=True), *masks)
 
 
 def _transposed_groups(weight: Tensor, bias: object) -> int:
@@ -128,7 +164,7 @@ def _transposed_groups(weight: Tensor, bias: object) -> int:
 def _owner(key: str) -> tuple[str | None, str]:
     """The layer whose weight, or what its weight is computed from, stands under that key; and the key's ending."""
     dotted = f".{key}"
-    for ending in (".weight", *COMPUTED):
+    for ending in ENDINGS:
         if dotted.endswith(ending):
             return dotted.removesuffix(ending)[1:], ending
     return None, ""

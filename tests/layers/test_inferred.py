@@ -102,6 +102,10 @@ def weight_normed(new: bool, dim: int | None = 0) -> nn.Module:
         return (parametrizations.weight_norm if new else nn.utils.weight_norm)(nn.Conv2d(4, 8, 3), dim=dim)
 
 
+def pruned() -> nn.Module:
+    return prune.random_unstructured(nn.Conv2d(4, 8, 3), "weight", 0.5)
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -122,6 +126,64 @@ def test_what_is_computed_from_entries_is_measured_as_in_the_module_but_not_set(
     assert layer.outcome is ci.Outcome.SKIPPED
     assert "parametrized: its weight is computed" in layer.reason
     assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+class Masked(nn.Conv2d):
+    """As in PixelCNN."""
+
+    def __init__(self, *arguments: int, per_kernel: bool = False) -> None:
+        super().__init__(*arguments)
+        mask = torch.ones_like(self.weight[:1, :1] if per_kernel else self.weight)
+        mask[:, :, 2:] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(images, self.weight * self.mask, self.bias)
+
+
+def beside_its_mask() -> dict[str, torch.Tensor]:
+    return {key.replace("_orig", ""): value for key, value in nn.Sequential(pruned()).state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["mask", "mask of kernels", "weight_mask", "mask and weight_norm"])
+def test_a_mask_beside_a_weight_counts_when_it_is_measured(name):
+    module = Masked(4, 8, 3, per_kernel=name == "mask of kernels")
+    if name == "mask and weight_norm":
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(module)
+    state = beside_its_mask() if name == "weight_mask" else nn.Sequential(module).state_dict()
+    state = {key: value.clone() for key, value in state.items()}
+    mask = next(key for key in state if key.endswith("mask"))
+    used = module.weight * module.mask if mask == "0.mask" else state["0.weight"] * state[mask]
+    (layer,), (twin,) = ci.measure(state).layers, ci.measure({"0.weight": used.detach()}).layers
+    assert layer.before == pytest.approx(twin.before, rel=1e-5)
+    assert layer.reason == f"times {mask}, taken for its mask by its zeros and ones: {BY_SHAPE}"
+    before = {key: value.clone() for key, value in state.items()}
+    (layer,) = ci.initialize_(state, settings=QUICK).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert layer.reason.startswith(f"times {mask}, taken for its mask by its zeros and ones: whether its forward pass")
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("beside", [torch.ones(8, 4, 3, 3), torch.zeros(8, 4, 3, 3), torch.rand(8, 1, 1, 1)])
+def test_what_is_no_mask_does_not_count(beside):
+    weight = torch.eye(8)[:, :4, None, None].repeat(1, 1, 3, 3)  # zeros and ones itself
+    state = {"a.weight": weight, "a.other": beside, "a.bias": torch.eye(8)[0], "b.mask": weight}
+    assert [layer.reason for layer in ci.measure(state).layers] == [BY_SHAPE]
+
+
+@pytest.mark.parametrize("stale_first", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: weight_normed(False), lambda: weight_normed(True), pruned], ids=["old", "new", "prune"]
+)
+def test_what_is_computed_goes_before_a_weight_that_was_left_over(make, stale_first):
+    module = make()
+    state, stale = nn.Sequential(module).state_dict(), {"0.weight": torch.randn(8, 4, 3, 3)}
+    state = stale | state if stale_first else state | stale
+    (layer,), (twin,) = ci.measure(state).layers, ci.measure(module).layers
+    assert layer.before == pytest.approx(twin.before, rel=1e-5)
+    assert [layer.outcome for layer in ci.initialize_(state, settings=QUICK).layers] == [ci.Outcome.SKIPPED]
+    assert torch.equal(state["0.weight"], stale["0.weight"])
 
 
 def test_a_tensor_under_two_names_is_treated_once():
