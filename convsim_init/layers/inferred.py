@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ DOUBTFUL = (
     "doubtful whether it is a convolution's weight in PyTorch's layout, so it is left alone: the model itself (--like "
     "in the shell) settles it"
 )
+ROTATIONS = (4, 8)  # by right angles, and their mirror images
 USUAL_EXTENT = 7  # of a kernel; longer ones want a bias or a norm layer as evidence
 FEW = 32  # numbers, of which the mean says nothing
 OTHER_NAMES = ("bilinear", "expert", "codebook")
@@ -43,16 +44,18 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     filter shows in a dimension 1 of length 1. Other groups cannot be seen. What pruning, masks and weight_norm compute
     can be read from the state dict but not set there; a ``weight`` beside what it is computed from is a stale one.
     """
-    beside = defaultdict[str, list[str]](list)  # the keys of each module, but for those of weights
-    for key in state:
-        if _owner(key)[0] is None:
-            beside[key.rpartition(".")[0]].append(key)
+    weights: dict[str, Tensor] = {}
+    beside = defaultdict[str, list[str]](list)  # other keys of each module
     for key, value in state.items():
+        if not _owner(key)[1]:
+            beside[key.rpartition(".")[0]].append(key)
+        elif isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS:
+            weights[key] = value
+    foreign = _is_channels_last([value.shape for value in weights.values()])
+    for key, value in weights.items():
         name, ending = _owner(key)
-        if name is None or not _may_be_kernels(value):
-            continue
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
-        if any(_may_be_kernels(state.get(f"{prefix}{other[1:]}")) for other in ENDINGS[: ENDINGS.index(ending)]):
+        if any(f"{prefix}{other[1:]}" in weights for other in ENDINGS[: ENDINGS.index(ending)]):
             continue
         factor = state.get(f"{prefix}{COMPUTED.get(ending, '')}")
         mask = next((one for one in beside[name] if state[one] is not factor and _masks(state[one], value)), "")
@@ -61,7 +64,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             compute = _computation(value, ending, factor, [state[mask]] if mask else [])
             weight = ComputedWeight(value, compute, MASKED if mask else PARAMETRIZED)
             weight.note = f"times {shown(mask)}, taken for its mask by its zeros and ones" if mask else None
-        if _is_doubtful(state, name, value):
+        if foreign or _is_doubtful(state, name, value):
             yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
             continue
         groups = _transposed_groups(value, state.get(f"{prefix}bias"))
@@ -74,16 +77,12 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, weight, note=BY_SHAPE)
 
 
-def _may_be_kernels(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS
-
-
 def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool:
     """Whether a tensor may as well be no convolution's weight, or one in another library's layout.
 
     Sparse and channels-last layouts put the kernel before the channels, ``[M, k, k, k, C]`` or
-    ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be, and the factors of a
-    norm over images are all about 1.
+    ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be, group convolutions
+    rotations where its depth would be, and the factors of a norm over images are all about 1.
     """
     inputs, extents = weight.shape[1], weight.shape[2:]
     bias = state.get(f"{name}.bias" if name else "bias")
@@ -92,19 +91,31 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True  # as that of a layer norm over images, or of stacked linear layers
     if any(word in name.lower() for word in OTHER_NAMES):
         return True
-    if len(extents) > 1 and inputs == extents[0] != extents[-1] and len(set(extents[:-1])) == 1:
+    if _looks_channels_last(weight.shape):
         return True  # [M, k, k, C]
+    if len(extents) == 3 and extents[0] in ROTATIONS and extents[1] == extents[2] in (3, 5, 7):
+        return True  # [M, C, rotations, k, k] of a group convolution
     if weight.dim() == 3 and not has_bias and _is_far_from_zero(weight):
         return True
     if max(extents) <= USUAL_EXTENT:
         small = not has_bias and len(set(extents)) == len(extents) == 2
         return small and weight.shape[0] == inputs in (3, 5, 7)  # [k, k, C, M]
-    if weight.shape[0] == inputs <= USUAL_EXTENT < min(extents) and not has_bias:
-        return True  # [k, k, C, C]
+    if max(weight.shape[:2]) <= USUAL_EXTENT and not has_bias:
+        return True  # [k, k, C, C], or a few tokens [N, 1, C]
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
         return True  # [k, k, C, M]
     square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs
-    return square or not (has_bias or weight.shape[1] == 1 or len(set(extents)) == 1 < len(extents))
+    return square or not (has_bias or inputs == 1 or (len(extents) > 1 and extents[-1] == extents[-2]))
+
+
+def _is_channels_last(shapes: Sequence[torch.Size]) -> bool:
+    """Whether some of the weights in a file can only be of that layout, and none is surely of PyTorch's."""
+    sure = (shape[1] not in (1, *shape[2:]) and len(shape) > 3 and len(set(shape[2:])) == 1 for shape in shapes)
+    return any(map(_looks_channels_last, shapes)) and not any(sure)
+
+
+def _looks_channels_last(shape: torch.Size) -> bool:
+    return len(shape) > 3 and shape[1] == shape[2] != shape[-1] and len(set(shape[2:-1])) == 1
 
 
 def _is_far_from_zero(weight: Tensor) -> bool:
@@ -161,10 +172,8 @@ def _transposed_groups(weight: Tensor, bias: object) -> int:
     return groups if groups and not rest and weight.shape[0] % groups == 0 else 0
 
 
-def _owner(key: str) -> tuple[str | None, str]:
+def _owner(key: str) -> tuple[str, str]:
     """The layer whose weight, or what its weight is computed from, stands under that key; and the key's ending."""
     dotted = f".{key}"
-    for ending in ENDINGS:
-        if dotted.endswith(ending):
-            return dotted.removesuffix(ending)[1:], ending
-    return None, ""
+    ending = next((one for one in ENDINGS if dotted.endswith(one)), "")
+    return dotted.removesuffix(ending)[1:], ending

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
-from convsim_init.layers.inferred import BY_BIAS, BY_SHAPE, DEPTHWISE
+from convsim_init.layers.inferred import BY_BIAS, BY_SHAPE, DEPTHWISE, DOUBTFUL
 
 QUICK = ci.Settings(steps=4, channels="matched")
 
@@ -80,6 +80,9 @@ def test_what_is_left_alone(entry, reason):
         pytest.param(1 + torch.randn(16, 7, 7) / 4, id="factors-of-a-norm-over-images"),
         pytest.param(torch.randn(5, 5, 1, 6), id="tensorflow"),
         pytest.param(torch.randn(3, 3, 4, 1), id="tensorflow-depthwise"),
+        pytest.param(torch.randn(7, 3, 12, 12), id="tensorflow-not-square"),
+        pytest.param(torch.randn(6, 5, 4, 3, 3), id="rotations-of-a-group-convolution"),
+        pytest.param(torch.randn(4, 1, 12), id="tokens"),
     ],
 )
 def test_what_is_doubtful_is_left_alone(weight):
@@ -89,11 +92,20 @@ def test_what_is_doubtful_is_left_alone(weight):
         "f.weight": torch.randn(3, 3, 1, 3, 3),
         "g.weight": torch.randn(4, 4, 3, 1),
         "h.weight": torch.rand(9, 4, 3, 3),
+        "i.weight": torch.randn(9, 3, 2, 8, 8),
     }
     layer, *convolutions = ci.initialize_(state, settings=QUICK).layers
     assert layer.reason.startswith("doubtful whether it is a convolution's weight")
     assert torch.equal(state["a.weight"], weight)
     assert {one.reason for one in convolutions} == {BY_SHAPE}
+
+
+def test_what_looks_the_same_in_two_layouts_is_doubtful_in_a_file_of_the_other_one():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1))
+    own = model.state_dict()
+    other = {key: value.movedim(1, -1) if value.dim() == 4 else value for key, value in own.items()}
+    assert [layer.reason for layer in ci.measure(own).layers] == [BY_SHAPE] * 3
+    assert [layer.reason for layer in ci.measure(other).layers] == [DOUBTFUL] * 3
 
 
 def weight_normed(new: bool, dim: int | None = 0) -> nn.Module:
