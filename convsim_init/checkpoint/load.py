@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -115,10 +116,11 @@ def _try_out(
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
     state = with_versions(checkpoint.tensors, checkpoint.versions)
     outcome = _try_loading(trial, state, strict=True)
-    if not isinstance(outcome, Exception):
-        return replace(_settled(report, set(), set()), removed=[], added=""), state
-    if report.exact:
-        report = replace(report, refused=error_text(outcome))
+    if isinstance(outcome, Exception):
+        report = replace(report, refused=error_text(outcome)) if report.exact else report
+    elif isinstance(_try_loading(trial, {}, strict=True), Exception):  # else it is never strict, and takes anything
+        report = replace(_settled(report, set(), set()), removed=[], added="")
+        return _less_ignored(report, checkpoint.tensors, inner, trial), state
 
     # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
     own = inner.state_dict()
@@ -136,6 +138,7 @@ def _try_out(
             if missing is not None and unexpected is not None:
                 left = {source for source in checkpoint.tensors if keys.get(source) in {None, *unexpected}}
                 report = _settled(report, dict.fromkeys(map(bare_name, missing)), left)
+            report = _less_ignored(report, checkpoint.tensors, inner, trial)
             break
     return report, state
 
@@ -155,9 +158,18 @@ def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the meta device nothing is loaded, which is all right here
         try:
-            return model.load_state_dict(state, strict=strict)
+            return _load(model, state, strict=strict)
         except Exception as error:  # whatever a module's own loading raises
             return error
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:
+    """What a model's own loading returns, which need not know of ``strict``."""
+    try:
+        inspect.signature(model.load_state_dict).bind(state, strict=strict)
+    except (TypeError, ValueError):
+        return model.load_state_dict(state)
+    return model.load_state_dict(state, strict=strict)
 
 
 def _settled(report: LoadReport, missing: Collection[str], unexpected: Collection[str]) -> LoadReport:
@@ -176,6 +188,28 @@ def _settled(report: LoadReport, missing: Collection[str], unexpected: Collectio
         unexpected=[*(key for key in report.unexpected if key in unexpected), *lost],
         renamed={old: new for old, new in report.renamed.items() if old in unexpected and new in missing},
     )
+
+
+def _less_ignored(report: LoadReport, tensors: Mapping[str, Tensor], model: nn.Module, loaded: nn.Module) -> LoadReport:
+    """The report without what the model's own loading took and left in a copy as it was."""
+    before, after = ({bare_name(key): one for key, one in each.state_dict().items()} for each in (model, loaded))
+    ignored = {
+        key: source
+        for key, source in report.matched.items()
+        if model is not loaded and _is_unchanged(before[key], after.get(key), tensors[source])
+    }
+    return replace(
+        report,
+        matched={key: source for key, source in report.matched.items() if key not in ignored},
+        missing=[*report.missing, *ignored],
+        unexpected=[*report.unexpected, *ignored.values()],
+    )
+
+
+def _is_unchanged(before: object, after: object, file: Tensor) -> bool:
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or after.is_meta:
+        return False
+    return torch.equal(before, after) and not torch.equal(after, file.to(after))
 
 
 def _moved(key: str, report: LoadReport) -> str:
@@ -210,12 +244,13 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
     restore = _backup(model)
     try:
-        model.load_state_dict(state, strict=False)
+        _load(model, state, strict=False)
     except BaseException as error:
         restore()
-        if isinstance(error, RuntimeError):
-            text = " ".join(str(error).split())
-            raise RunError(f"the model's tensors cannot be written, it is as it was: {text}") from error
+        if isinstance(error, Exception):
+            raise RunError(
+                f"the model's tensors cannot be written, it is as it was: its own loading raised {error_text(error)}"
+            ) from error
         raise
 
 

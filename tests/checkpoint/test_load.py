@@ -718,6 +718,52 @@ def test_a_model_that_refuses_keys_of_its_own_is_believed():
         ci.load_checkpoint(model, "a.pt")
 
 
+class Strict(nn.Sequential):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+
+
+class Lenient(nn.Sequential):
+    def load_state_dict(self, state_dict, **options):
+        return super().load_state_dict(state_dict, strict=False)
+
+
+class Silent(nn.Sequential):
+    """It takes what it knows, but for its classifier, and says nothing."""
+
+    def load_state_dict(self, state):
+        own = self.state_dict()
+        for key in own.keys() & state.keys():
+            if not key.startswith("4."):
+                own[key].copy_(state[key])
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize("kind", [Strict, Lenient, Silent])
+def test_a_loading_of_its_own_need_neither_know_strict_nor_say_what_it_does(kind, prefix):
+    model, before = kind(*small(2)), values(small(2))
+    path = saved({f"{prefix}{key}": value for key, value in small(1).state_dict().items()})
+    left = ["4.weight", "4.bias"] if kind is Silent else []
+    for act in (verify_checkpoint, ci.load_checkpoint):
+        report = act(model, path)
+        assert report.missing == left
+        assert (report.complete, report.exact) == (not left, not (left or prefix))
+        assert report.removed == ([prefix] if prefix else [])
+    assert_equal(model, values(small(1)) | {key: before[key] for key in left})
+
+
+def test_a_loading_that_wants_something_else_ends_in_one_line_and_changes_nothing():
+    class Staged(nn.Sequential):
+        def load_state_dict(self, state, stage):
+            raise AssertionError
+
+    model = Staged(*small(2))
+    assert "missing 1 required positional argument: 'stage'" in verify_checkpoint(model, saved(small(1))).refused
+    with pytest.raises(ci.RunError, match=r"it is as it was: its own loading raised TypeError: .* argument: 'stage'"):
+        ci.load_checkpoint(model, "a.pt")
+    assert_equal(model, values(small(2)))
+
+
 def test_a_model_that_cannot_be_copied_is_tried_itself_and_put_back():
     model = small(2)
     model.lock = threading.Lock()
