@@ -145,7 +145,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             exclude=without,
             dtype=getattr(torch, choices.dtype),
         )
-        complete.remarks += _rounded_remarks(network, checkpoint, choices)
+        complete.remarks += [*_rounded_remarks(network, checkpoint, choices), *checkpoint.remarks]
     drawn = not (is_file(run.model) or start.filled)
     return Result(run, Status.DONE, complete, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
 

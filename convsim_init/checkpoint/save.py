@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from convsim_init.checkpoint.state_dict import (
     changed_entries,
+    faded_remarks,
     module_versions,
     plain_tensors,
     state_entries,
@@ -59,7 +61,7 @@ def save_checkpoint(
         prefix: Text to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
         exclude: Shell patterns of keys to leave out, such as ``"fc.*"`` for another number of classes.
-        dtype: Dtype of the floating tensors; None keeps each one's own.
+        dtype: Dtype of the floating tensors; None keeps each one's own. A warning says if it rounds filters away.
         overwrite: Replace an existing file.
 
     Returns:
@@ -80,6 +82,8 @@ def save_checkpoint(
     contents = checkpoint_contents(
         model_or_state_dict, report=report, prefix=prefix, convs_only=convs_only, exclude=exclude, dtype=dtype
     )
+    for remark in contents.remarks:
+        warnings.warn(remark, stacklevel=2)
     return write_checkpoint(contents, path, overwrite=overwrite)
 
 
@@ -91,11 +95,13 @@ class Contents:
         tensors: Plain tensors, each with memory of its own, under the keys of the file.
         versions: Notes of the modules beside them; for a file of `torch.save`.
         metadata: Metadata of a safetensors file.
+        remarks: Sentences on what the dtype does to the weights.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
     versions: Mapping[str, object] | None
     metadata: dict[str, str]
+    remarks: list[str] = field(default_factory=list)
 
 
 def checkpoint_contents(
@@ -119,8 +125,10 @@ def checkpoint_contents(
         kept = {key: value for key, value in kept.items() if key in changed}
         if not kept:
             raise InputError("convs_only: expected a changed convolution to write, got all of them excluded")
-    tensors = {prefix + key: tensor for key, tensor in plain_tensors(kept, dtype).items()}
-    return Contents(tensors, module_versions(model_or_state_dict, prefix), _metadata(report))
+    plain = plain_tensors(kept, dtype)
+    tensors = {prefix + key: tensor for key, tensor in plain.items()}
+    versions = module_versions(model_or_state_dict, prefix)
+    return Contents(tensors, versions, _metadata(report), faded_remarks(kept, plain))
 
 
 def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -13,11 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite
-from convsim_init.functional.dtypes import name_of
+from convsim_init.functional.dtypes import name_of, narrows
 from convsim_init.layers.memory import is_sharded, is_wrapper
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
+from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.report import Report, unmatched_pattern
-from convsim_init.report.text import alternatives, quoted, shown
+from convsim_init.report.text import alternatives, quoted, shown, some
 
 MODEL_PREFIX = "model."
 OF_A_WEIGHT = re.compile(
@@ -130,6 +131,30 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     return tensors
+
+
+def faded_remarks(entries: Mapping[str, object], tensors: Mapping[str, Tensor]) -> list[str]:
+    """A remark on filters that are too small for the dtype they were converted to, by `plain_tensors`."""
+    faded = [key for key, tensor in tensors.items() if _owner(key) is not None and _fades(entries[key], tensor)]
+    if not faded:
+        return []
+    text = f"filters so small that {name_of(tensors[faded[0]].dtype)} rounds them away in the file"
+    return [f"{text}: {some(map(shown, faded))}; another dtype keeps them"]
+
+
+def _fades(source: object, converted: Tensor) -> bool:
+    """Whether a filter, of a transposed convolution too, is another one after the change of dtype."""
+    if not isinstance(source, Tensor) or source.dim() not in KERNEL_RANKS or not narrows(source.dtype, converted.dtype):
+        return False
+    wide = source.detach().cpu().double()
+    change, most = wide - converted.double(), 4 * torch.finfo(converted.dtype).eps
+    axes = [axis for axis in (0, 1) if wide.numel() > wide.shape[axis]]  # single numbers may be small by chance
+    return any(bool((_norms(change, axis) > most * _norms(wide, axis)).any()) for axis in axes)
+
+
+def _norms(weight: Tensor, axis: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(weight.movedim(axis, 0).flatten(1), dim=1)
+    return norms
 
 
 def _owner(key: str) -> str | None:

@@ -498,6 +498,24 @@ def test_numbers_that_would_all_be_zero_in_a_files_dtype_are_refused(tmp_path):
     ci.save_checkpoint(model, tmp_path / "a.safetensors", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-6])  # zero, and of a few bits
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_filters_that_a_files_dtype_rounds_away_are_told(kind, scale, tmp_path, command):
+    state = nn.Sequential(kind(4, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
+    (state["0.weight"][2] if kind is nn.Conv2d else state["0.weight"][:, 2]).mul_(scale)
+    state |= {"cls_token": torch.tensor([[[1e-6, 1]]]), "gain.weight": torch.tensor([1e-6, 1])[:, None, None]}
+    told = "filters so small that float16 rounds them away in the file: 0.weight; another dtype keeps them"
+    with pytest.warns(UserWarning, match=told):
+        ci.save_checkpoint(state, tmp_path / "a.safetensors", dtype=torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.bfloat16, torch.float32, None):
+            ci.save_checkpoint(state, tmp_path / "a.safetensors", dtype=dtype, overwrite=True)
+    for dtype, expected in (("float16", True), ("bfloat16", False)):
+        out = command("a.safetensors", "--exclude", "0", "--steps", "1", "--dtype", dtype, "--out", f"{dtype}.pt")[1]
+        assert (told in out) is expected
+
+
 def test_a_weight_that_becomes_nan_is_put_back():
     class Divided(nn.Conv2d):
         def forward(self, x):
