@@ -229,6 +229,8 @@ def _load_file(path: str, key: str | None) -> Loaded:
     checkpoint = read_checkpoint(path, key)
     state = without_model_prefix(bare_tensors(checkpoint, path))
     remarks = [INFERRED, *_entry_remarks(checkpoint.wrapper, checkpoint.others)]
+    extra = [*checkpoint.extra, *checkpoint.unread]
+    remarks += [f"left out, for it is no tensor: {some(map(shown, extra))}"] if extra else []
     remarks += _prefix_remarks(list(checkpoint.tensors), list(state), path)
     return Loaded(state, path, None, remarks)
 

@@ -114,7 +114,7 @@ def _rehearse(
 def _try_out(
     report: LoadReport, checkpoint: Checkpoint, inner: nn.Module, trial: nn.Module
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
-    state = with_versions(checkpoint.tensors, checkpoint.versions)
+    state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
     outcome = _try_loading(trial, state, strict=True)
     if isinstance(outcome, Exception):
         report = replace(report, refused=error_text(outcome)) if report.exact else report
@@ -129,6 +129,7 @@ def _try_out(
     moved = {source: key for source in report.unexpected if (key := _moved(source, report)) not in taken}
     keys = {source: real[key] for key, source in report.matched.items()} | moved
     tensors = {key: checkpoint.tensors[source] for source, key in keys.items()}
+    tensors |= {_moved(source, report): value for source, value in checkpoint.extra.items()}
     # The file's own versions say which conversions it needs; some modules refuse a file without any.
     for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
         state = with_versions(tensors, versions)

@@ -23,6 +23,7 @@ class LoadReport:
         expected: Number of the model's keys.
         wrapper: Key that the file keeps its state dict under, such as ``"state_dict"``; mostly empty.
         others: Keys of other state dicts in the file, which were not looked at.
+        unread: The file's keys of extra states of modules that are neither tensors nor plain data, and were not read.
         removed: Prefixes that were taken off the file's keys.
         added: Prefix that was put in their place; mostly empty.
         matched: The file's key for each key whose tensor is in the file in the model's shape.
@@ -54,6 +55,7 @@ class LoadReport:
     expected: int
     wrapper: str = ""
     others: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     added: str = ""
     matched: dict[str, str] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class LoadReport:
     @property
     def exact(self) -> bool:
         """Whether it is complete for strict loaders too, which change no key and know no tied ones."""
-        return self.complete and not (self.removed or self.added or self.tied or self.retyped or self.refused)
+        changed = self.removed or self.added or self.tied or self.retyped
+        return self.complete and not (changed or self.refused or self.unread)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
@@ -116,6 +119,7 @@ class LoadReport:
                 f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
                 f"which holds it"
             )
+        yield from _line("extra state of modules, no plain data and not read", map(shown, self.unread))
         yield from _line("not in the file as the model has it, set by its own loading", map(shown, self.supplied))
         yield from _line("converted by the model's own loading", map(shown, self.converted))
         yield from _line("missing in the file", map(shown, self.missing))

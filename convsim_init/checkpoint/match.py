@@ -1,18 +1,17 @@
-"""Which tensor of a checkpoint belongs to which key of a model, and what stands in the way."""
+"""Which tensor of a checkpoint belongs to which key of a model, under which prefix, and what stands in the way."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsim_init.checkpoint.load_report import LoadReport
-from convsim_init.checkpoint.prefixes import find_prefixes
 from convsim_init.checkpoint.read import Checkpoint
 from convsim_init.checkpoint.state_dict import is_finite, state_entries
 from convsim_init.errors import InputError
@@ -21,6 +20,7 @@ from convsim_init.layers.names import WRAPPER_PARTS, bare_name, unwrap
 from convsim_init.report.text import shown, some
 
 MAX_CANDIDATES = 64  # for one renamed key: comparing names takes time
+DEEPEST = 16  # parts of a prefix, so that a key made of dots alone costs no more than others
 
 Shapes = Mapping[str, list[int]]
 
@@ -86,6 +86,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         expected=len(own),
         wrapper=checkpoint.wrapper,
         others=list(checkpoint.others),
+        unread=list(checkpoint.unread),
         removed=[*wrappers, *filter(None, [removed])],
         added=added,
         matched=matched,
@@ -158,3 +159,52 @@ def _renamed(
             for best in get_close_matches(key, candidates, n=1, cutoff=0.0 if only else 0.6):
                 candidates.remove(best)
                 yield key, best
+
+
+def find_prefixes(file: Shapes, model: Shapes) -> list[tuple[str, str]]:
+    """The prefix to take off a file's keys and the one to put in its place, either or both of them empty.
+
+    Prefixes are whole parts of a dotted name, ``"model."`` or ``"0.model."``. Chosen are those under which most
+    tensors have the name and shape of one of the model's, then most the name; the fewest parts where that is equal. A
+    change must bring together more than half of the keys of the smaller side.
+
+    Args:
+        file: Shapes by the file's keys.
+        model: Shapes by the model's keys.
+
+    Returns:
+        The changes that serve best: one, or several where which is meant cannot be known, as with two
+        copies of a network in one file.
+    """
+    enough = min(len(file), len(model)) / 2
+    scores = {("", ""): _score("", "", file, model)}
+    for removed in _shared_prefixes(file, enough):
+        for added in _shared_prefixes(model, enough):
+            score = _score(removed, added, file, model)
+            if score[1] > enough:
+                scores[removed, added] = score
+    best = max(scores.values())
+    return [prefixes for prefixes, score in scores.items() if score == best]
+
+
+def _shared_prefixes(keys: Shapes, enough: float) -> list[str]:
+    """The prefixes that more than so many keys begin with."""
+    counts = Counter(prefix for key in keys for prefix in _prefixes(key))
+    return [prefix for prefix, count in counts.items() if count > enough]
+
+
+def _prefixes(key: str) -> list[str]:
+    parts = key.split(".", DEEPEST)[:-1]
+    return list(accumulate((part + "." for part in parts), initial=""))
+
+
+def _score(removed: str, added: str, file: Shapes, model: Shapes) -> tuple[int, int, int]:
+    if len(file) <= len(model):
+        names = [key[len(removed) :] for key in file if key.startswith(removed)]
+    else:
+        names = [key[len(added) :] for key in model if key.startswith(added)]
+    met = [name for name in names if removed + name in file and added + name in model]
+    if removed and added:
+        met = [name for name in met if "." in name]  # that both have a "weight" says nothing
+    fitting = sum(list(file[removed + name]) == list(model[added + name]) for name in met)
+    return fitting, len(met), -(removed.count(".") + added.count("."))

@@ -20,7 +20,6 @@ OBJECT, MEMO, CALL = 64, 64, 400  # bytes that an operation takes, beside those 
 TEXT = 5  # times its length that a text takes: its bytes, and letters of four bytes
 LINE = 2**20  # bytes of a line at most
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_TUPLE": tuple}
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -41,6 +40,26 @@ class Made:
     maker: Name
     arguments: tuple[object, ...]
     state: object = None
+
+
+class Items(list[object]):
+    """The items of a set, which is not made: each would have to be hashed."""
+
+
+EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": Items, "EMPTY_TUPLE": tuple}
+PLAIN = (dict, OrderedDict, list, tuple, str, bytes, int, float, bool, type(None))
+
+
+def is_plain(value: object) -> bool:
+    """Whether what was read is what was written: of plain types throughout, without tensors and what is not made."""
+    known, pending = set[int](), [value]
+    for one in pending:
+        if type(one) not in PLAIN:
+            return False
+        if id(one) not in known and isinstance(one, (dict, list, tuple)):
+            known.add(id(one))
+            pending += [*one, *one.values()] if isinstance(one, dict) else one
+    return True
 
 
 def type_name(value: object) -> str:

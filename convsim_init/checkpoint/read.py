@@ -10,21 +10,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 from torch import Tensor
 
 from convsim_init.checkpoint.distributed import read_distributed
-from convsim_init.checkpoint.pickles import check_room, type_name
-from convsim_init.checkpoint.state_dict import module_versions
+from convsim_init.checkpoint.nested import unwrapped
+from convsim_init.checkpoint.pickles import check_room, is_plain, type_name
+from convsim_init.checkpoint.state_dict import is_extra_state, module_versions
 from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
 from convsim_init.files import check_source
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
 WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffixes
 NAME_LENGTH = 255  # characters of a file's name, at most
 JSON = 32  # times its length that the header of safetensors or an index takes in memory, with tensors without numbers
@@ -37,6 +37,8 @@ class Checkpoint(NamedTuple):
         tensors: Dense tensors on the CPU.
         wrapper: Key that the file keeps them under, such as ``"state_dict"``; empty if under nothing.
         others: Keys of other state dicts in the file, which were not read.
+        extra: Extra states of modules that are no tensors but plain data, all of them.
+        unread: Their keys where one is neither.
         versions: Notes of the modules that `torch.save` kept, see `module_versions`.
     """
 
@@ -44,6 +46,8 @@ class Checkpoint(NamedTuple):
     wrapper: str
     versions: OrderedDict[str, object] | None = None
     others: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = {}
+    unread: tuple[str, ...] = ()
 
 
 def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -62,10 +66,10 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """The tensors of a checkpoint, on the CPU, under the keys that they have there.
 
     What a file holds decides how it is read, not its name. A dict that holds the state dict under one of
-    `WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state dict
-    under any other key, or nothing but another dict. Files of `torch.save` are not unpickled: their pickles
-    are followed, and the tensors in them built anew, so that no code is run. Tensors stay on the disk until
-    they are used.
+    `nested.WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state
+    dict under any other key, be it in further dicts, or nothing but another dict. Files of `torch.save` are
+    not unpickled: their pickles are followed, and the tensors in them built anew, so that no code is run.
+    Tensors stay on the disk until they are used.
 
     Args:
         path: A file of safetensors or of `torch.save`, or a folder of Hugging Face or `torch.distributed.checkpoint`.
@@ -169,15 +173,19 @@ def _errors(path: Path) -> Iterator[None]:
 
 
 def _checked(name: str, content: object, size: int, wanted: str | None) -> Checkpoint:
-    inner, opened, others = _unwrapped(name, content, wanted)
+    inner, opened, others = unwrapped(name, content, wanted)
     place = f" under {opened!r}" if opened else ""
     if not isinstance(inner, Mapping):
         raise InputError(
             f"expected a state dict in {name}, got {shown(type_name(inner))}{place}: save the model's state_dict()"
         )
-    if not inner:
-        raise InputError(f"expected weights in {name}, got an empty state dict{place}: save the model's state_dict()")
-    for key, value in inner.items():
+    tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor) or not is_extra_state(key)}
+    if not tensors:
+        got = "extra states of modules alone" if inner else "an empty state dict"
+        raise InputError(f"expected weights in {name}, got {got}{place}: save the model's state_dict()")
+    extra = {key: value for key, value in inner.items() if key not in tensors}
+    extra, unread = (extra, ()) if is_plain(extra) else ({}, tuple(extra))
+    for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             what = f"{shown(type_name(value))} under {quoted(key)}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
@@ -187,7 +195,7 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
         if max(value.nbytes, *value.shape, 0) > size:
             what = f"shape {list(value.shape)} under {quoted(key)}{place}"
             raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
-    return Checkpoint(dict(inner), opened, _plain(module_versions(inner)), others)
+    return Checkpoint(tensors, opened, _plain(module_versions(inner)), others, extra, unread)
 
 
 def _is_unicode(text: str) -> bool:
@@ -209,55 +217,3 @@ def _plain(versions: Mapping[str, object] | None) -> OrderedDict[str, object] | 
                 key: value for key, value in noted.items() if isinstance(key, str) and isinstance(value, (int, str))
             }
     return plain
-
-
-def _unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, str, tuple[str, ...]]:
-    """The innermost state dict, the names of what it was in, joined by dots, and others that it could have been."""
-    opened: list[str] = []
-    others: tuple[str, ...] = ()
-    while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
-        found = [key for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)]
-        if wanted is not None:
-            texts = [key for key in content if isinstance(key, str)]
-            wrapper = next((key for key in texts if f"{wanted}.".startswith(f"{key}.")), None)
-            part = {key[len(wanted) + 1 :]: content[key] for key in texts if key.startswith(f"{wanted}.")}
-            if wrapper is None and part:
-                return part, ".".join([*opened, wanted]), others
-            if wrapper is None:
-                there = f"there is {some(map(shown, found))}" if found else "there is none"
-                raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")
-            wanted = wanted[len(wrapper) + 1 :] or None
-        else:
-            usual = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-            wrapper = next((key for key in usual if _leads_to_tensors(content[key])), None)
-            if wrapper is None and found and not any(isinstance(value, Tensor) for value in content.values()):
-                if len(found) > 1:
-                    raise InputError(
-                        f"expected one state dict in {name}, got {some(map(shown, found))}: choose one with key (--key "
-                        f"NAME in the shell)"
-                    )
-                (wrapper,) = found
-            elif wrapper is None and not found:
-                alone = [key for key in content if isinstance(key, str)] if len(content) == 1 else []
-                wrapper = next((key for key in (*usual, *alone) if isinstance(content[key], Mapping)), None)
-            if wrapper is None:
-                break
-        others = tuple(key for key in found if key != wrapper)
-        content = content[wrapper]
-        opened.append(wrapper)
-    return content, ".".join(opened), others
-
-
-def _leads_to_tensors(value: object) -> bool:
-    known, pending = set[int](), [(value, 0)]
-    for one, depth in pending:
-        if _holds_tensors(one):
-            return True
-        if isinstance(one, Mapping) and id(one) not in known and depth < len(WRAPPERS):
-            known.add(id(one))
-            pending += [(inner, depth + 1) for inner in one.values()]
-    return False
-
-
-def _holds_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())

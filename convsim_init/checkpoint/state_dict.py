@@ -175,9 +175,14 @@ def check_entries(entries: Mapping[str, object]) -> None:
         _checked(key, value)
 
 
+def is_extra_state(key: object) -> bool:
+    """Whether it is the key of what a module saves beside its tensors, of whatever type."""
+    return isinstance(key, str) and f".{key}".endswith("._extra_state")
+
+
 def _checked(key: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        if f".{key}".endswith("._extra_state"):
+        if is_extra_state(key):
             raise InputError(
                 f"{shown(key)}: expected only tensors in the state dict, got a module's extra state of type "
                 f"{type(value).__name__}, which no file of tensors holds: {LEAVE_OUT}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,8 +122,11 @@ class Twin(NamedTuple):
 
 
 @torch.no_grad()
-def find_twins(model: object, layers: Sequence[Layer]) -> list[Twin]:
-    """Copies of treated weights that are not treated: frozen or loaded layers, as momentum encoders, and buffers."""
+def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> list[Twin]:
+    """Copies of treated weights that are not treated: frozen or loaded layers, as momentum encoders, and buffers.
+
+    In a state dict: entries that are no layer's, such as averages.
+    """
     treated: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
     copies: list[tuple[str, Tensor]] = []
     for layer in layers:
@@ -132,9 +135,14 @@ def find_twins(model: object, layers: Sequence[Layer]) -> list[Twin]:
             treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
         elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
-    for name, buffer in unwrap(model).named_buffers() if isinstance(model, nn.Module) else ():
-        if memories([buffer]) and buffer.dim() in KERNEL_RANKS:
-            copies.append((shown(bare_name(name)), buffer))
+    if isinstance(model, nn.Module):
+        others: dict[str, object] = dict(unwrap(model).named_buffers())
+    else:
+        own = {id(source) for layer in layers for source in layer.weight.sources}
+        others = {key: value for key, value in model.items() if id(value) not in own}
+    for name, other in others.items():
+        if isinstance(other, Tensor) and memories([other]) and other.dim() in KERNEL_RANKS:
+            copies.append((shown(bare_name(name)), other))
     found = []
     for name, copy in copies:
         of = next((one for one in treated.get(tuple(copy.shape), ()) if _same(copy, one[1])), None)

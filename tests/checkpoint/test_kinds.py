@@ -53,6 +53,41 @@ def test_which_one_was_read_and_which_others_there_are_is_said(tmp_path):
     assert read_checkpoint(tmp_path / "a.pth", "state_dict_ema").wrapper == "state_dict_ema"
 
 
+COPY = {f"module.{key}": value for key, value in TENSORS.items()}
+OPTIMIZER = {"state": {"a.weight": {"exp_avg": torch.zeros(3)}, 0: {"step": torch.zeros(())}}, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("content", "wrapper", "others"),
+    [
+        (
+            {"model": TENSORS, "model_ema": {"module": COPY, "decay": 0.9}, "optimizer": OPTIMIZER},
+            "model",
+            ["model_ema.module"],
+        ),
+        ({"app": {"model": {"module": TENSORS}, "ema": {"shadow": COPY}}}, "app.model.module", ["app.ema.shadow"]),
+        ({"run": {"model": TENSORS, "ema": {"b": torch.ones(5)}}}, "run.model", ["run.ema"]),
+        ({"epoch": 3, "model_ema": {"module": COPY, "decay": 0.9}}, "model_ema.module", []),
+    ],
+    ids=["beside", "deeper", "siblings", "alone"],
+)
+def test_copies_further_inside_are_found_and_named(content, wrapper, others, tmp_path, command):
+    torch.save(content, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert (found.wrapper, list(found.others)) == (wrapper, others)
+    for key in others:
+        assert read_checkpoint(tmp_path / "a.pth", key).wrapper == key
+    more = f"; --key takes another: {others[0]}" if others else ""
+    assert f"the weights are those under '{wrapper}'{more}\n" in command("inspect", "a.pth")[1]
+
+
+def test_two_copies_of_which_none_has_a_usual_name_are_chosen_from(tmp_path):
+    torch.save({"epoch": 3, "mine": {"now": TENSORS}, "yours": {"now": COPY}}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"expected one state dict in .*, got mine, yours: choose one with key"):
+        read_checkpoint(tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth", "yours").wrapper == "yours.now"
+
+
 def test_a_key_may_go_through_several_dicts(tmp_path):
     torch.save({"states": {"model": TENSORS, "ema": {"b": torch.ones(5)}}}, tmp_path / "a.pth")
     assert read_checkpoint(tmp_path / "a.pth", "states.ema").tensors["b"].sum() == 5

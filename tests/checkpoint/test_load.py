@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import convsim_init as ci
 from convsim_init.checkpoint.load import verify_checkpoint
-from convsim_init.checkpoint.prefixes import find_prefixes
+from convsim_init.checkpoint.match import find_prefixes
 
 State = dict[str, Tensor]
 
@@ -523,6 +523,33 @@ def test_extra_state_counts_as_a_key():
 
     report = ci.load_checkpoint(Extra(2, 2), saved(nn.Linear(2, 2)))
     assert (report.missing, report.expected, report.complete) == (["_extra_state"], 3, False)
+
+
+class Noted(nn.Sequential):
+    def get_extra_state(self):
+        return self.note
+
+    def set_extra_state(self, state):
+        self.note = state
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize(("note", "plain"), [({"scale": [1, 2.5, None]}, True), ({"seen": {1, 2}}, False)])
+def test_extra_state_of_plain_data_is_loaded_and_other_is_named(note, plain, prefix, command):
+    model, other = Noted(*small(1)), Noted(*small(2))
+    model.note, other.note = note, "before"
+    path = saved({f"{prefix}{key}": value for key, value in model.state_dict().items()})
+    report = ci.load_checkpoint(other, path)
+    assert other.note == (note if plain else "before")
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert (report.unread, report.complete) == ([] if plain else [f"{prefix}_extra_state"], plain)
+    assert ("extra state of modules, no plain data and not read, 1: " in str(report)) is not plain
+    assert not verify_checkpoint(small(2), path).exact  # which has none
+    out = command(path, "--out", "b.pt", "--steps", "1")[1]
+    assert "left out, for it is no tensor: " in out
+    torch.save({"_extra_state": [note]}, "c.pt")
+    with pytest.raises(ci.InputError, match=r"expected weights in .*, got extra states of modules alone"):
+        ci.load_checkpoint(other, "c.pt")
 
 
 def test_what_is_not_a_value_stays_as_it_was():

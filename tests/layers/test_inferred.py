@@ -204,6 +204,15 @@ def test_a_tensor_under_two_names_is_treated_once():
     assert [layer.reason for layer in report.layers] == [BY_SHAPE, "shares its weight with a"]
 
 
+def test_copies_beside_the_weights_that_part_from_them_are_told():
+    state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
+    state |= {f"{key}_ema": value.clone() for key, value in state.items()}
+    told = "copies that are no longer equal to what they were copied from: 0.weight_ema (of 0), 1.weight_ema (of 1)"
+    remarks = ci.initialize_(state, settings=QUICK).remarks
+    assert [one for one in remarks if one.startswith(told)]
+    assert not [one for one in ci.initialize_(state, settings=QUICK).remarks if one.startswith(told)]
+
+
 def test_patterns_select_entries_too():
     state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
     report = ci.initialize_(state, include=["1"], settings=QUICK)

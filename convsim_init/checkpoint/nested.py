@@ -1,0 +1,90 @@
+"""Finding the state dict in what a file holds, which may be in other dicts and beside copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from convsim_init.errors import InputError
+from convsim_init.report.text import shown, some
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
+LONGEST = 255  # letters of a name that leads to a state dict
+
+
+def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, str, tuple[str, ...]]:
+    """The innermost state dict, the names of what it was in, joined by dots, and others that it could have been.
+
+    Args:
+        name: Name of the file, for errors.
+        content: What the file holds.
+        wanted: Key of the state dict, as in `read_checkpoint`.
+
+    Raises:
+        InputError: If there are several and none is wanted, or not the one that is.
+    """
+    opened: list[str] = []
+    whole = content
+    while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
+        inside = list(_state_dicts(content))
+        holding = {id(one) for _, one in inside}  # each looked at once, though many keys may lead to it
+        found = [key for key, value in content.items() if isinstance(key, str) and id(value) in holding]
+        if wanted is not None:
+            texts = [key for key in content if isinstance(key, str)]
+            wrapper = next((key for key in texts if f"{wanted}.".startswith(f"{key}.")), None)
+            part = {key[len(wanted) + 1 :]: content[key] for key in texts if key.startswith(f"{wanted}.")}
+            if wrapper is None and part:
+                content = part
+                opened.append(wanted)
+                break
+            if wrapper is None:
+                there = f"there is {some(map(shown, found))}" if found else "there is none"
+                raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")
+            wanted = wanted[len(wrapper) + 1 :] or None
+        else:
+            usual = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+            wrapper = next((key for key in usual if any(_state_dicts(content[key]))), None)
+            leading = found or list(dict.fromkeys(path[0] for path, _ in inside if path))
+            if wrapper is None and leading and not any(isinstance(value, Tensor) for value in content.values()):
+                if len(leading) > 1:
+                    keys = some(shown(".".join([*opened, key])) for key in leading)
+                    raise InputError(
+                        f"expected one state dict in {name}, got {keys}: choose one with key (--key NAME in the shell)"
+                    )
+                (wrapper,) = leading
+            elif wrapper is None and not found:
+                alone = [key for key in content if isinstance(key, str)] if len(content) == 1 else []
+                wrapper = next((key for key in (*usual, *alone) if isinstance(content[key], Mapping)), None)
+            if wrapper is None:
+                break
+        content = content[wrapper]
+        opened.append(wrapper)
+    return content, ".".join(opened), tuple(_others(whole, opened, content))
+
+
+def _others(whole: object, opened: Sequence[str], content: object) -> Iterator[str]:
+    """The keys of state dicts beside the one that was opened, and of those elsewhere with names as in it."""
+    names = _last_names(content)
+    for path, other in _state_dicts(whole) if opened else ():
+        beside, around = path[:-1] == tuple(opened[:-1]), path == tuple(opened[: len(path)])
+        if not around and (beside or not names.isdisjoint(_last_names(other))):
+            yield ".".join(path)
+
+
+def _last_names(state: object) -> set[str]:
+    """What keys end in: the name of a module and that of its tensor."""
+    return {".".join(str(key).split(".")[-2:]) for key in state} if isinstance(state, Mapping) else set()
+
+
+def _state_dicts(value: object) -> Iterator[tuple[tuple[str, ...], Mapping[object, object]]]:
+    """The dicts with tensors in a value, itself or in other dicts, and the keys that lead to them."""
+    known = set[int]()
+    pending: list[tuple[tuple[str, ...], object]] = [((), value)]
+    for path, one in pending:
+        if isinstance(one, Mapping) and id(one) not in known and len(path) <= len(WRAPPERS):
+            known.add(id(one))
+            if any(isinstance(value, Tensor) for value in one.values()):
+                yield path, one
+            names = (key for key in one if isinstance(key, str) and len(key) <= LONGEST)
+            pending += [((*path, key), one[key]) for key in names if isinstance(one[key], Mapping)]
