@@ -110,8 +110,9 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
 
 def _is_channels_last(shapes: Sequence[torch.Size]) -> bool:
     """Whether some of the weights in a file can only be of that layout, and none is surely of PyTorch's."""
-    sure = (shape[1] not in (1, *shape[2:]) and len(shape) > 3 and len(set(shape[2:])) == 1 for shape in shapes)
-    return any(map(_looks_channels_last, shapes)) and not any(sure)
+    foreign = [_looks_channels_last(shape) for shape in shapes]
+    own = (len(shape) > 3 and (shape[1] > USUAL_EXTENT or shape[1] not in (1, *shape[2:])) for shape in shapes)
+    return any(foreign) and not any(mine and not other for mine, other in zip(own, foreign, strict=True))
 
 
 def _looks_channels_last(shape: torch.Size) -> bool:

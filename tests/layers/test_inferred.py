@@ -106,6 +106,9 @@ def test_what_looks_the_same_in_two_layouts_is_doubtful_in_a_file_of_the_other_o
     other = {key: value.movedim(1, -1) if value.dim() == 4 else value for key, value in own.items()}
     assert [layer.reason for layer in ci.measure(own).layers] == [BY_SHAPE] * 3
     assert [layer.reason for layer in ci.measure(other).layers] == [DOUBTFUL] * 3
+    over_time, over_electrodes = nn.Conv2d(1, 9, (1, 25)), nn.Conv2d(9, 9, (22, 1))
+    layers = ci.measure(nn.Sequential(over_time, over_electrodes).state_dict()).layers
+    assert [layer.reason for layer in layers] == [DOUBTFUL, BY_SHAPE]
 
 
 def weight_normed(new: bool, dim: int | None = 0) -> nn.Module:
