@@ -236,7 +236,7 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             f"{name_of(tensor.dtype)}"
         )
     if not is_finite(key, tensor):
-        raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: nothing was written")
+        raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: draw it anew, or {LEAVE_OUT}")
     return converted
 
 

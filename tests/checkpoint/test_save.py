@@ -503,7 +503,8 @@ def test_an_existing_file_is_replaced_only_on_demand(name, tmp_path):
     path.write_bytes(OLD)
     with pytest.raises(InputError) as caught:
         save_checkpoint(small(), path)
-    assert str(caught.value) == (f"'{path}' exists already: choose another name or overwrite it (--force in the shell)")
+    advice = "choose another name or overwrite it (--force in the shell)"
+    assert str(caught.value) == f"'{path}' exists already: {advice}"
     assert path.read_bytes() == OLD
     model = small()
     save_checkpoint(model, path, overwrite=True)
@@ -741,7 +742,8 @@ def test_masks_of_infinities_are_written(name, tmp_path):
         save_checkpoint(model, tmp_path / f"other{name}")
 
 
-NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: nothing was written"
+NOT_FINITE = "layer.weight: expected finite numbers, got infinities or NaN: draw it anew, or leave it out with exclude"
+NOT_FINITE += " (--without in the shell)"
 
 
 @formats

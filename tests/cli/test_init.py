@@ -147,7 +147,10 @@ def test_what_is_printed_as_json_is_json_and_what_a_record_holds(command, tmp_pa
         about = json.loads(file.metadata()["convsim_init"], parse_constant=pytest.fail)
     assert about["totals"]["before"]["similarity"] is None
     status, _, err = command("large.pt", "--norm", "free", "--steps", "2")
-    assert (status, "Error: a failed, left as it was: the loss or the weights became infinite" in err) == (1, True)
+    assert (status, "Error: layer 'a' failed, left as it was: the loss or the weights became infinite" in err) == (
+        1,
+        True,
+    )
     inspected = json.loads(command("inspect", "large.pt", "--json")[1], parse_constant=pytest.fail)
     assert (inspected["format_version"], inspected["layers"][0]["losses"]) == (1, [])
 
@@ -856,7 +859,7 @@ def test_a_model_without_convolutions_is_refused(options, build, command, tmp_pa
 
 @pytest.mark.parametrize(
     ("where", "layers"),
-    [("0.weight", "0"), ("0.weight last.weight", "0 and 1 more")],
+    [("0.weight", "layer '0'"), ("0.weight last.weight", "layer '0' and 1 more")],
     ids=["one", "two"],
 )
 @pytest.mark.parametrize("options", [[], ["--out", "old.pt", "--force"]], ids=["show", "write"])
@@ -865,11 +868,20 @@ def test_a_layer_that_fails_fails_the_run(where, layers, options, build, command
     build(small(nan_in=where))
     status, out, err = command("resnet18", *options)
     reason = "left as it was: its weight holds infinities or NaN"
-    advice = "nothing was written; --exclude leaves a layer alone"
-    assert (status, err) == (1, f"Error: {layers} failed, {reason}; {advice}\n")
+    advice = "nothing was written; --base draws layers anew, --exclude leaves them alone, --without leaves them out"
+    assert (status, err) == (1, f"Error: {layers} failed, {reason}; {advice} of the file\n")
     assert re.search(rf"^0 +4x3x3x3 +failed +{reason}$", out, re.M)
     assert out.endswith("nothing written\n")
     assert (tmp_path / "old.pt").read_bytes() == OLD
+
+
+@pytest.mark.parametrize(
+    "remedy", [["--base", "kaiming_normal"], ["--exclude", "0", "--without", "0.*"]], ids=["drawn-anew", "left-out"]
+)
+def test_what_is_advised_for_a_layer_that_fails_helps(remedy, build, command, tmp_path):
+    build(small(nan_in="0.weight"))
+    assert command("resnet18", "--out", "init.pt", *remedy)[0] == 0
+    assert names(tmp_path) == ["init.pt"]
 
 
 @pytest.mark.parametrize(
@@ -901,7 +913,8 @@ def test_a_layer_that_fails_is_in_the_json(build, command):
 @pytest.mark.parametrize("where", ["head.bias", "1.bias"], ids=["no-convolution", "bias-of-a-convolution"])
 def test_other_weights_that_are_not_finite_are_refused(where, build, command, tmp_path):
     build(small(nan_in=where))
-    message = f"Error: {where}: expected finite numbers, got infinities or NaN: nothing was written\n"
+    message = f"Error: {where}: expected finite numbers, got infinities or NaN: draw it anew, or leave it out "
+    message += "with exclude (--without in the shell)\n"
     assert command("resnet18", "--out", "init.pt") == (2, "", message)
     assert names(tmp_path) == []
 

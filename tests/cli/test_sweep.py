@@ -282,11 +282,11 @@ def test_what_fails_fails_alone_and_is_named_at_the_end(command, tmp_path):
     lines = out.splitlines()
     assert len(lines) == 9
     assert lines[2].startswith("nets.py:raising seed 0  failed: nets.py:raising raised RuntimeError: not today")
-    assert "failed: 0 failed, left as it was: its weight holds infinities or NaN" in lines[4]
+    assert "failed: layer '0' failed, left as it was: its weight holds infinities or NaN" in lines[4]
     assert lines[-1] == "8 runs: 4 done, 4 failed"
     assert len(err.splitlines()) == 1
     assert err.startswith("Error: 4 of 8 runs failed; nets.py:raising seed 0, nets.py:raising seed 1: ")
-    assert "; nets.py:broken seed 0, nets.py:broken seed 1: 0 failed" in err
+    assert "; nets.py:broken seed 0, nets.py:broken seed 1: layer '0' failed" in err
 
 
 def test_a_pattern_that_matches_in_one_model_alone_fails_the_others(command, tmp_path):

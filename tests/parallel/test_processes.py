@@ -212,7 +212,9 @@ def test_each_machine_tells_of_what_it_cannot_read(tmp_path):
             "rank 1: nets.py:raising_in_rank_1 raised RuntimeError: not here",
             id="one-raises",
         ),
-        pytest.param("nets.py:nan", 1, "2 failed, left as it was: its weight holds infinities", id="layer-fails"),
+        pytest.param(
+            "nets.py:nan", 1, "layer '2' failed, left as it was: its weight holds infinities", id="layer-fails"
+        ),
     ],
 )
 def test_an_error_is_told_once_and_ends_all(model, status, message, tmp_path):
