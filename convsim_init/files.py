@@ -253,7 +253,9 @@ def _mode_at(target: Path) -> int | None:
 
 
 def _exists(target: Path) -> ExistsError:
-    return ExistsError(f"{str(target)!r} exists already: choose another name or overwrite it (--force in the shell)")
+    return ExistsError(
+        f"{str(target)!r} exists already: choose another name or pass overwrite=True (--force in the shell)"
+    )
 
 
 def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:

@@ -503,7 +503,7 @@ def test_an_existing_file_is_replaced_only_on_demand(name, tmp_path):
     path.write_bytes(OLD)
     with pytest.raises(InputError) as caught:
         save_checkpoint(small(), path)
-    advice = "choose another name or overwrite it (--force in the shell)"
+    advice = "choose another name or pass overwrite=True (--force in the shell)"
     assert str(caught.value) == f"'{path}' exists already: {advice}"
     assert path.read_bytes() == OLD
     model = small()

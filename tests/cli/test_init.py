@@ -623,12 +623,12 @@ GONE = "gone/init.pt"
         ),
         pytest.param(
             ["resnet18", "--out", "old.pt"],
-            "'old.pt' exists already: choose another name or overwrite it (--force in the shell)",
+            "'old.pt' exists already: choose another name or pass overwrite=True (--force in the shell)",
             id="file-exists",
         ),
         pytest.param(
             ["resnet18", "--dry-run", "--out", "old.pt"],
-            "'old.pt' exists already: choose another name or overwrite it (--force in the shell)",
+            "'old.pt' exists already: choose another name or pass overwrite=True (--force in the shell)",
             id="file-exists-dry-run",
         ),
         *(

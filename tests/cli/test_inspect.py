@@ -348,7 +348,7 @@ def see(name: str = "") -> str:
     return f"(see 'convsim-init {name} --help')" if name else "(see 'convsim-init --help')"
 
 
-EXISTS = "exists already: choose another name or overwrite it (--force in the shell)"
+EXISTS = "exists already: choose another name or pass overwrite=True (--force in the shell)"
 ENDING = "expected a file name ending in"
 NOT_DRAWN = "nothing is drawn without --plot"
 

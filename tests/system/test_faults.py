@@ -342,7 +342,7 @@ def test_what_appears_during_the_run_is_kept(appears, hard_links, tmp_path, monk
             unfinished.write_bytes(b"new")
             appears(path)
 
-    with pytest.raises(InputError, match="exists already: choose another name or overwrite it"):
+    with pytest.raises(InputError, match="exists already: choose another name or pass overwrite=True"):
         run()
     assert path.is_symlink() or path.read_bytes() == OLD
     assert names(tmp_path) == [path.name]
