@@ -64,7 +64,7 @@ hf-hub:NAME of the local cache or a function of your own that returns a model: p
 path/to/file.py:function. Its convolutions are drawn as usual; then every layer's filters are
 moved, without changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. Or start from the
 weights in a FILE (.safetensors, .pt, .pth, .ckpt and the like). What is written is an ordinary full state dict.
-Without --out nothing is written: the table alone shows what would be gained.
+Without --out no weights are written: the table shows what would be gained.
 
 Several MODELs and seeds are initialized one after the other, a line of the result for each; what was written before is
 kept. {model} and {seed} in a file's name stand for the run's.
@@ -140,7 +140,7 @@ def init(
     useless = [f"--{name.replace('_', '-')}" for name in of_entries if is_by_hand(name)]
     useless += ["--force"] if forced and is_by_hand("force") else []
     if out is None and useless:
-        raise click.UsageError(f"{', '.join(useless)}: nothing is written without --out")
+        raise click.UsageError(f"{', '.join(useless)}: no weights are written without --out")
     if is_by_hand("seed") != is_by_hand("seeds"):  # that one counts, whatever a file has for the other
         how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
         del ctx.params["seeds" if is_by_hand("seed") else "seed"]

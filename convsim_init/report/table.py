@@ -226,5 +226,5 @@ def _change(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[st
 
 def _file(data: Mapping[str, Any]) -> str:
     if data["file"] is None or data["file_bytes"] is None:
-        return "nothing written"
+        return "no weights written"
     return f"{shown(data['file'], PATH)} ({data['file_bytes'] / 1e6:.1f} MB)"

@@ -451,7 +451,7 @@ def test_a_terminal_shows_one_bar_for_all_runs(command, monkeypatch):
             [SMALL, "resnet18", *PATTERN, "--model-arg", "width=8"], "resnet18", id="argument-not-taken-by-one"
         ),
         pytest.param([SMALL, "list"], "'list' is a command, not a model", id="command"),
-        pytest.param([SMALL, WIDE, "--prefix", "x."], "--prefix: nothing is written without --out", id="no-out"),
+        pytest.param([SMALL, WIDE, "--prefix", "x."], "--prefix: no weights are written without --out", id="no-out"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments, message, command, tmp_path, monkeypatch):
