@@ -145,7 +145,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             exclude=without,
             dtype=getattr(torch, choices.dtype),
         )
-        complete.remarks += [*_rounded_remarks(network, checkpoint, choices), *checkpoint.remarks]
+        complete.remarks += [*_file_remarks(network, checkpoint, choices, head), *checkpoint.remarks]
     drawn = not (is_file(run.model) or start.filled)
     return Result(run, Status.DONE, complete, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
 
@@ -161,17 +161,19 @@ def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str
     ]
 
 
-def _rounded_remarks(
-    network: torch.nn.Module | Mapping[str, torch.Tensor], checkpoint: Contents, choices: Choices
+def _file_remarks(
+    network: torch.nn.Module | Mapping[str, torch.Tensor], checkpoint: Contents, choices: Choices, head: Classifier
 ) -> list[str]:
     from convsim_init.checkpoint.state_dict import state_entries
 
-    if choices.dtype != "float32":  # what was asked for needs no remark
-        return []
-    own = {choices.prefix + key: getattr(value, "dtype", None) for key, value in state_entries(network).items()}
-    rounded = [key for key in checkpoint.tensors if str(own[key]) == "torch.float64"]
-    text = f"float64 in the model, float32 in the file: {some(map(shown, rounded))}; --dtype float64 keeps them"
-    return [text] if rounded else []
+    own = {choices.prefix + key: value for key, value in state_entries(network).items() if key not in head.keys}
+    left_out = [key for key in own if key not in checkpoint.tensors]
+    rounded = [key for key in checkpoint.tensors if str(getattr(own[key], "dtype", None)) == "torch.float64"]
+    remarks = [f"left out of the file: {some(map(shown, left_out))}"] if left_out else []
+    if rounded and choices.dtype == "float32":  # another dtype was asked for
+        text = f"float64 in the model, float32 in the file: {some(map(shown, rounded))}; --dtype float64 keeps them"
+        remarks.append(text)
+    return remarks
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def test_every_kind_of_option_is_taken_from_a_file_and_from_the_environment(comm
         "from run.toml: --out a.safetensors, --in-chans 1, --seed 3, --norm free, --steps 1, --prefix m., --json",
         "from CONVSIM_INIT_EXCLUDE: --exclude layer1*, --exclude layer2*",
         "from CONVSIM_INIT_CONVS_ONLY: --convs-only",
+        "left out of the file: m.bn1.weight, m.bn1.bias, m.bn1.running_mean, m.bn1.running_var and 107 more",
     ]
     assert report["totals"]["skipped"] == 9
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:

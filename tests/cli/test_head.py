@@ -15,6 +15,7 @@ def test_the_classifier_is_left_out_of_the_file(command, tmp_path):
     status, out, err = command("cifar_resnet18", *QUICK, "--head", "drop", "--out", "init.pt")
     assert (status, err) == (0, "")
     assert "left out of the file, for they depend on the number of classes: fc.weight, fc.bias" in out
+    assert out.count("left out of the file") == 1
     state = torch.load(tmp_path / "init.pt", weights_only=True)
     model = ci.build_model("cifar_resnet18", num_classes=7)
     assert model.state_dict().keys() - state.keys() == {"fc.weight", "fc.bias"}
@@ -41,15 +42,18 @@ def test_a_head_that_cannot_be_found_is_named_by_the_user(command, tmp_path):
     assert status == 2
     assert err.startswith("Error: --head drop: nets.py:net: expected arguments that fit ()")
     assert err.endswith(": name the entries, as --without 'fc.*' does\n")
-    status, _, err = command("nets.py:net", *QUICK, "--without", "1.*", "--out", "init.pt")
+    status, out, err = command("nets.py:net", *QUICK, "--without", "1.*", "--out", "init.pt")
     assert (status, err) == (0, "")
+    assert "\nleft out of the file: 1.weight, 1.bias\n" in out
     assert torch.load(tmp_path / "init.pt", weights_only=True).keys() == {"0.weight", "0.bias"}
     (tmp_path / "two.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))\n"
     )
-    status, _, err = command("two.py:net", *QUICK, "--convs-only", "--without", "0.*", "--out", "convs.pt")
+    left_out = ["--prefix", "m.", "--convs-only", "--without", "0.*"]
+    status, out, err = command("two.py:net", *QUICK, *left_out, "--out", "convs.pt")
     assert (status, err) == (0, "")
-    assert torch.load(tmp_path / "convs.pt", weights_only=True).keys() == {"1.weight"}
+    assert "\nleft out of the file: m.0.weight, m.0.bias, m.1.bias\n" in out
+    assert torch.load(tmp_path / "convs.pt", weights_only=True).keys() == {"m.1.weight"}
     status, _, err = command("init.pt", "--head", "drop", "--out", "again.pt")
     assert (status, "a file alone does not say which entries are its classifier" in err) == (2, True)
     status, _, err = command("nets.py:net", "--without", "2.*", "--out", "again.pt")
