@@ -17,6 +17,7 @@ from convsim_init.report.record import json_text
 
 from .options import check_found
 from .run import Choices, make, write
+from .signals import FAILED, fail
 from .terminal import tell
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def sweep(
         except KeyboardInterrupt:
             if show_table:
                 show(summary(results, len(runs), folders=choices.folder))
+            raise
+        except BrokenPipeError:  # of which click makes the exit status 1, without a word
+            fail(f"stdout was closed after {len(results)} of {len(runs)} runs: send it to a file", FAILED)
             raise
     if show_table:
         click.echo(summary(results, len(runs), folders=choices.folder))

@@ -1,6 +1,7 @@
 """Several models and seeds in one command: what each run writes, what is kept, and what fails alone."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -327,6 +328,16 @@ def test_an_interrupt_keeps_what_is_finished(command, monkeypatch, tmp_path):
     assert (status, err) == (130, "Error: interrupted; no partial file is left\n")
     assert written(tmp_path) == ["nets-small-s0.safetensors"]
     assert out.splitlines()[-1] == "3 runs: 1 done, 2 not run"
+
+
+def test_a_reader_that_leaves_early_ends_a_sweep_with_a_word(tmp_path):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    arguments = [sys.executable, "-m", "convsim_init", SMALL, "--seeds", "0:3", *PATTERN, *QUICK]
+    done = subprocess.run(arguments, stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "Error: stdout was closed after 1 of 3 runs: send it to a file\n")
+    assert written(tmp_path) == ["nets-small-s0.safetensors"]
 
 
 # What is shown
