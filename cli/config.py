@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from convsim_init.report.table import shape_text
 from convsim_init.report.text import PATH, did_you_mean, quoted, shown
+from convsim_init.settings import SWITCH
 
 from .terminal import tell
 
@@ -95,8 +96,8 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
             _check(ctx, variable, options[variable], value)
             for name in EITHER if value is not None and options[variable].name in EITHER else ():
                 ctx.default_map.pop(name, None)
-        elif variable.startswith(PREFIX) and (hint := did_you_mean(variable.removeprefix(PREFIX), known)):
-            tell(f"{variable} is not read{hint}")
+        elif variable.startswith(PREFIX) and variable != SWITCH:
+            tell(f"{shown(variable)} is not read{did_you_mean(variable.removeprefix(PREFIX), known)}")
 
 
 def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:

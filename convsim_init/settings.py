@@ -28,6 +28,7 @@ SCHEMES = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal", "
 FAN_SCHEMES = SCHEMES[:2]
 FANS = ("fan_in", "fan_out")  # that these may name
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+SWITCH = "CONVSIM_INIT_COMPILED"  # variable of the environment: with "0" torch's operations do the step
 BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in FAN_SCHEMES for fan in FANS))
 
 

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import convsim_init as ci
 from convsim_init.backends import gpu
-from convsim_init.backends.compiled import SWITCH
 from convsim_init.backends.gradient import Layout, summed_similarity
+from convsim_init.settings import SWITCH
 
 CHOICES = list(itertools.product(["all", "adjacent"], ["matched", "all"]))
 choices = pytest.mark.parametrize(("pairs", "channels"), CHOICES)

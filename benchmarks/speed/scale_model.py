@@ -21,10 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from convsim_init.backends.compiled import SWITCH
 from convsim_init.optim.descent import descend
 from convsim_init.parallel.partition import OVERHEAD, deal
-from convsim_init.settings import Settings
+from convsim_init.settings import SWITCH, Settings
 
 FILTERS, CHANNELS = 64, 64  # of the layer that is counted: one block on the CPU, as any layer is on a GPU
 FEW, MANY = 5, 15  # steps; the difference leaves out what is done once

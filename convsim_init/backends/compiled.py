@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from convsim_init.functional.fourier import Fourier
-from convsim_init.settings import Channels, Pairs, Settings
+from convsim_init.settings import SWITCH, Channels, Pairs, Settings
 
-SWITCH = "CONVSIM_INIT_COMPILED"
 NAME = "_step.so"  # as in setup.py: of no Python in particular
 INTERFACE = 4  # as interface_version() in step.c: a library built from another version is not used
 CHUNK = 32  # filters side by side, as in step.c
