@@ -41,7 +41,7 @@ Examples:
     help=HELP,
     epilog=EPILOG,
     short_help="Run a training script whose networks are initialized.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
 @click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
 @click.option("--preset", type=click.Choice(PRESETS), default="convsim", help="Settings to start from.")
@@ -99,6 +99,10 @@ def run(
     except UnmatchedError:
         raise
     except (Exception, KeyboardInterrupt) as error:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ImportError) and last.f_globals is vars(runpy):  # it found nothing to run
+            quiet = True
+            raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
         traceback.print_exc()
         return FAILED if isinstance(error, Exception) else INTERRUPTED
     finally:

@@ -127,12 +127,27 @@ def test_a_script_that_makes_no_optimizer_is_told(run):
         (["missing.py"], "expected a Python file to run, got 'missing.py'"),
         (["--exclude", "stem", "code/train.py", "exit", "0"], "exclude: no convolution matches 'stem'; there are 0, 2"),
         ([], "Missing argument 'SCRIPT'"),
+        (["--stepps", "code/train.py", "--steps", "1"], "No such option '--stepps'. Did you mean "),
+        (["-m", "nothere"], "expected a script or module to run, got 'nothere': No module named nothere: check"),
+        (["-m", "json"], "expected a script or module to run, got 'json': No module named json.__main__; "),
+        (["-m", "nothere.train"], "expected a script or module to run, got 'nothere.train': Error while finding"),
+        (["-m", ".train"], "expected a script or module to run, got '.train': Relative module names"),
     ],
 )
 def test_what_cannot_be_run_is_an_error_of_one_line(arguments, message, run):
     status, _, err = run(*arguments)
     assert status == 2
     assert err.splitlines()[-1].startswith(f"Error: {message}")
+    assert "--exclude" in arguments or len(err.splitlines()) == 1
+
+
+def test_an_import_that_fails_in_a_module_shows_where(run, tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("import nothere\n")
+    status, _, err = run("-q", "-m", "package.train")
+    assert status == 1
+    assert f'package{os.sep}__init__.py", line 1, in <module>\n' in err
+    assert err.endswith("ModuleNotFoundError: No module named 'nothere'\n")
 
 
 def test_a_signal_ends_the_script_as_it_would_alone(tmp_path):
