@@ -17,8 +17,8 @@ from convsim_init.functional.dtypes import name_of, narrows
 from convsim_init.layers.memory import is_sharded, is_wrapper
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
-from convsim_init.report.report import Report, unmatched_pattern
-from convsim_init.report.text import alternatives, quoted, shown, some
+from convsim_init.report.report import Report, nearest_pattern, unmatched_pattern
+from convsim_init.report.text import quoted, shown, some
 
 MODEL_PREFIX = "model."
 OF_A_WEIGHT = re.compile(
@@ -76,8 +76,8 @@ def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[
     """
     pattern = unmatched_pattern("exclude", exclude, entries)
     if pattern is not None:
-        among = alternatives(pattern, entries)
-        raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {among}")
+        nearest = nearest_pattern(pattern, entries)
+        raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {nearest}")
     kept = {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
     if entries and not kept:
         raise InputError(f"expected patterns that leave a key, got {', '.join(map(quoted, exclude))}: all keys match")

@@ -255,7 +255,15 @@ def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -
     """
     pattern = unmatched_pattern(option, patterns, names)
     if pattern is not None:
-        raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {alternatives(pattern, names)}")
+        raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {nearest_pattern(pattern, names)}")
+
+
+def nearest_pattern(pattern: str, names: Collection[str]) -> str:
+    """As `alternatives`, of a pattern; of a module's name, the pattern of what is in it."""
+    inside = f"{pattern}.*"
+    if any(fnmatchcase(name, inside) for name in names):
+        return f"did you mean {quoted(inside)}?"
+    return alternatives(pattern, names)
 
 
 def unmatched_pattern(option: str, patterns: Sequence[str], names: Collection[str]) -> str | None:

@@ -888,9 +888,10 @@ def test_what_is_advised_for_a_layer_that_fails_helps(remedy, build, command, tm
     ("patterns", "message"),
     [
         (["nope.*"], "expected a pattern that a key matches, got 'nope.*'; there are "),
+        (["head"], "expected a pattern that a key matches, got 'head'; did you mean 'head.*'?"),
         (["*.weight", "*"], "expected patterns that leave a key, got '*.weight', '*': all keys match"),
     ],
-    ids=["none-matches", "all-match"],
+    ids=["none-matches", "module", "all-match"],
 )
 @pytest.mark.parametrize("more", [[], ["--convs-only"]], ids=["all", "convs"])
 def test_what_to_leave_out_is_refused_before_the_work(patterns, message, more, build, command, monkeypatch, tmp_path):

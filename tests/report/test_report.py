@@ -338,6 +338,8 @@ def test_layers_are_selected_by_patterns(include, names):
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(InputError, match=r"no convolution matches 'head'; did you mean 'head\.\*'\?$"):
+        run().select(["stem", "head"])
     with pytest.raises(InputError, match=r"no convolution matches 'x\*'; there are stem, head.0, frozen$"):
         run().select(["*", "x*"])
     with pytest.raises(InputError, match=r"'head0'; there are stem, head.0, frozen: did you mean head.0\?$"):
