@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,13 +10,13 @@ from pathlib import Path
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
+from convsim_init.files import METADATA_KEY, safetensors_header
 from convsim_init.models.libraries import installed, names_in_sources
 from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.settings import ACTIVATIONS, BASES
 
 PLAIN = re.compile(r"[\w./-]+")  # what needs no quotes in any shell; other names of a checkpoint are not offered
-MAX_BYTES = 10**7  # of a header that is read
 
 
 def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -57,9 +56,8 @@ def _layers(spec: str) -> list[str]:
             state = MODELS[spec].build({}).state_dict()
         ranks = {key: tensor.dim() for key, tensor in state.items()}
     else:
-        with Path(spec).open("rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_BYTES)))
-        ranks = {key: len(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+        header = safetensors_header(Path(spec))
+        ranks = {key: len(entry["shape"]) for key, entry in header.items() if key != METADATA_KEY}
     return [key.removesuffix(".weight") for key, rank in ranks.items() if rank > 2 and key.endswith(".weight")]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +15,8 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import ExistsError
-from convsim_init.report.record import json_text
+from convsim_init.report.record import json_text, read_record
+from convsim_init.report.text import quoted
 
 from .options import check_found
 from .run import Choices, make, write
@@ -63,6 +66,42 @@ def sweep(
     failed = failures(results)
     if failed is not None:
         raise RunError(failed)
+
+
+def check_kept(runs: Sequence[Run], choices: Choices) -> None:
+    """Refuse to keep a file that says it is of another model, seed, base or other settings than its run.
+
+    Raises:
+        InputError: If one does.
+    """
+    for run in () if choices.force else runs:
+        for path in run.files.values():
+            others = _others(read_record(path), run, choices)
+            if others:
+                raise InputError(
+                    f"expected the files of an earlier run of this command or none, got {str(path)!r}, made with "
+                    f"{', '.join(others)}: choose another name, or write it anew with --force"
+                )
+
+
+def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
+    """What a record says of its run that is not so of this one."""
+    settings = record.get("settings")
+    if not isinstance(settings, Mapping):
+        return []
+    found = {"calibrated": None, **{key: value for key, value in record.items() if value is not None}, **settings}
+    wanted = {"model": run.model, "seed": run.seed, "base": choices.base, **asdict(choices.settings)}
+    wanted["calibrated"] = choices.calibrate and list(choices.calibrate)
+    if choices.settings.channels == "auto":
+        del wanted["channels"]  # a file has what that came to
+    if _last_part(found.get("model", "")) == _last_part(run.model):  # its library and path are written in many ways
+        del wanted["model"]
+    other = [name for name, value in wanted.items() if found.get(name, value) != value]
+    return [f"{name} {quoted(found[name])}, not {quoted(wanted[name])}" for name in other]
+
+
+def _last_part(model: object) -> str:
+    return re.split(r"[:/\\]", str(model))[-1]
 
 
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: bool) -> Iterator[Result]:

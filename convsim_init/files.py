@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from convsim_init.errors import InputError, RunError
 
@@ -38,6 +40,8 @@ FOLDER_FILES = (  # of Hugging Face, where an index names several files
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ".metadata",  # of torch.distributed.checkpoint, beside the files of each process
 )
+METADATA_KEY = "__metadata__"  # of safetensors
+MAX_HEADER = 10**7  # bytes that are read
 STDOUT = Path("-")  # as a name to write to, by convention
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 
@@ -96,6 +100,20 @@ def check_source(path: str | os.PathLike[str]) -> Path:
     if not os.access(source, os.R_OK):
         raise InputError(f"expected a file that may be read, got {str(source)!r}: change its permissions")
     return source
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, by their keys, and of itself.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is none, or its header is very long.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+    if not isinstance(header, dict):
+        raise ValueError("no safetensors file")
+    return header
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: Sequence[str] = SUFFIXES) -> Path:

@@ -33,7 +33,7 @@ from ..config import config_option, is_by_hand, origins
 from ..options import ModelOptions, check_found, check_sources, is_file
 from ..run import UNTREATED, Choices, make, write
 from ..signals import exit_on_signal
-from ..sweep import sweep
+from ..sweep import check_kept, sweep
 from ..terminal import show_json, show_table, tell
 from .init_options import DTYPES, init_options
 
@@ -189,6 +189,8 @@ def init(
     )
     if dry_run and not launch.leads:
         return
+    if not alone and launch.on_first_machine:
+        check_kept(runs, options)
     progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
     if verbose:
         with exit_on_signal():

@@ -29,12 +29,10 @@ from convsim_init.checkpoint.state_dict import (
     without_keys,
 )
 from convsim_init.errors import InputError, RunError
-from convsim_init.files import TORCH_SUFFIXES, check_target, replacing
+from convsim_init.files import METADATA_KEY, TORCH_SUFFIXES, check_target, replacing
 from convsim_init.report.record import json_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__
-
-METADATA_KEY = "__metadata__"
 
 
 def save_checkpoint(

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from convsim_init.files import write_text
+from convsim_init.files import METADATA_KEY, folder_file, safetensors_header, write_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__, installed_version
 
@@ -41,6 +41,18 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
         RunError: If writing fails; a file that was there is still there.
     """
     return write_text(path, json_text(run_record(report), indent=1) + "\n", suffixes=SUFFIXES, overwrite=overwrite)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a record, or the weights in a safetensors file, say of the run that made them; nothing where they do not."""
+    try:
+        if path.suffix in SUFFIXES:
+            record = json.loads(path.read_bytes())
+        else:
+            record = json.loads(safetensors_header(folder_file(path) or path)[METADATA_KEY]["convsim_init"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def json_text(data: object, *, indent: int | None = None, sort_keys: bool = False) -> str:

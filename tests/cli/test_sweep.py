@@ -219,6 +219,45 @@ def test_finished_files_are_kept_and_force_redoes_them(command, tmp_path):
     assert [path.read_bytes() for path in paths] == bytes_before
 
 
+@pytest.mark.parametrize("name", ["{model}-s{seed}.safetensors", "{model}-s{seed}.json", "{model}-s{seed}/"])
+def test_what_was_made_otherwise_is_not_kept_in_silence(name, command, tmp_path):
+    option = "--report" if name.endswith(".json") else "--out"
+    arguments = ["timm:resnet10t", "--include", "conv1.*", "--seeds", "1:2", option, name]
+    assert command(*arguments, "--steps", "2")[0] == 0
+    assert command(*arguments, "--steps", "2", "--channels", "auto")[1].splitlines()[-1].startswith("1 runs: 1 kept")
+    status, out, err = command(*arguments, "--steps", "3", "--norm", "free", "--calibrate", "3x32x32")
+    path = name.format(model="timm-resnet10t", seed=1).rstrip("/")
+    assert (status, out) == (2, "")
+    assert err == (
+        f"Error: expected the files of an earlier run of this command or none, got '{path}', made with norm "
+        "'preserve', not 'free', steps 2, not 3, calibrated None, not [3, 32, 32]: choose another name, or write it "
+        "anew with --force\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "seed", "options", "message"),
+    [
+        ("nets.py:wide", "0", [], "model 'nets.py:small', not 'nets.py:wide'"),
+        ("./nets.py:small", "1", [], "seed 0, not 1"),
+        ("nets.py:small", "0", ["--base", "orthogonal"], "base 'model', not 'orthogonal'"),
+        ("./nets.py:small", "0", ["--exclude", "2"], ""),
+    ],
+)
+def test_a_file_of_one_name_may_be_of_another_run(model, seed, options, message, command):
+    assert command(SMALL, "--seeds", "0", "--out", "a.safetensors", *QUICK)[0] == 0
+    status, _, err = command(model, "--seeds", seed, "--out", "a.safetensors", *QUICK, *options)
+    assert (status, f"made with {message}: choose" in err) == ((2, True) if message else (0, False))
+    assert command(model, "--seeds", seed, "--out", "a.safetensors", *QUICK, *options, "--force")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": [1]}', '{"settings": {"steps": "' + "x" * 999 + '"}}'])
+def test_what_says_little_of_its_run_is_kept(text, command, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    status, _, err = command(SMALL, "--seeds", "0", "--report", "a.json", *QUICK)
+    assert (status, len(err) < 400) == (2 if "steps" in text else 0, True)
+
+
 def test_what_is_all_there_needs_no_torch(tmp_path):
     for seed in range(2):
         (tmp_path / f"resnet18-s{seed}.safetensors").write_bytes(b"")
