@@ -60,7 +60,10 @@ def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Modu
         name = next(iter(config.architectures or ()), "")
         found = _transformers_class(name, spec.text)
         if found is None:
-            raise InputError(f"{spec.text}: expected a config that names a class of transformers, got {quoted(name)}")
+            raise InputError(
+                f"{spec.text}: expected a config that names a class of transformers, got {quoted(name)}: write it into "
+                f'{CONFIG}, such as "architectures": ["ResNetForImageClassification"]'
+            )
         return partial(_build_transformers, spec.text, found, partial(_changed, config))
     return partial(_build_timm, spec.text, _load("timm", spec.text), folder)
 

@@ -89,7 +89,7 @@ def test_what_describes_no_model_is_refused(spec, arguments, message):
         ("{", "cannot read"),
         ("[]", "expected the config of a model of transformers or timm"),
         ('{"name": "net"}', "expected the config of a model of transformers or timm"),
-        ('{"model_type": "resnet"}', "expected a config that names a class of transformers, got ''"),
+        ('{"model_type": "resnet"}', """got '': write it into config.json, such as "architectures": """),
         ('{"model_type": "resnet", "architectures": ["Own"]}', "names a class of transformers, got 'Own'"),
         ('{"model_type": "of my own", "architectures": ["Own"]}', "raised ValueError"),
         ('{"architecture": "of my own", "pretrained_cfg": {}}', "raised RuntimeError: Unknown model"),
