@@ -58,9 +58,9 @@ class ExistsError(InputError):
 
 
 def is_source(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one."""
+    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one; no path does not."""
     source = Path(path)
-    return source.suffix in READ_SUFFIXES or folder_file(source) is not None
+    return path != "" and (source.suffix in READ_SUFFIXES or folder_file(source) is not None)
 
 
 def folder_file(folder: Path) -> Path | None:
@@ -84,6 +84,8 @@ def check_source(path: str | os.PathLike[str]) -> Path:
         InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
     """
     source = folder_file(Path(path)) or Path(path)
+    if source.is_dir():
+        raise without_weights(path)
     if source.suffix in FOREIGN:
         raise InputError(
             f"expected weights of PyTorch, got {str(source)!r}, which is another program's: save the PyTorch model's "

@@ -1,7 +1,7 @@
 """Does it help? A small network on scikit-learn's digits, trained from three starts with the same seeds.
 
     pip install scikit-learn
-    python examples/digits.py [--seeds 8] [--epochs 8] [--train 400]
+    python examples/digits.py [--seeds 8] [--epochs 6] [--train 400]
 
 Every start has the same filter norms, layer by layer: PyTorch users' Kaiming draw; the same with each layer's filters
 made orthogonal; a control in which each filter sees one random channel; and the first decorrelated by convsim-init.

@@ -59,7 +59,7 @@ def check_library_model(library: Source, name: str, arguments: Mapping[str, obje
             f"{library.value}:{name} needs the package {library.value}, which is not installed: "
             f"pip install 'convsim-init[{library.value}]'"
         )
-    trained = [argument for argument in arguments if argument in TRAINED[library]]
+    trained = [argument for argument, value in arguments.items() if value and argument in TRAINED[library]]
     if trained:
         raise InputError(
             f"{library.value}:{name}: expected arguments of a model that is yet to be trained, got {trained[0]}: leave "
@@ -178,16 +178,21 @@ def find_builder(library: Source, name: str) -> Callable[[Mapping[str, object]],
         # A detection or segmentation model's backbone would be downloaded if its weights were not declined too.
         declined = {"weights", "weights_backbone"} & inspect.signature(builder).parameters.keys()
         builder = partial(builder, **dict.fromkeys(declined))
-    return partial(_build, f"{library.value}:{name}", builder)
+    return partial(_build, library, name, builder)
 
 
-def _build(text: str, builder: Callable[..., torch.nn.Module], arguments: Mapping[str, object]) -> torch.nn.Module:
+def _build(
+    library: Source, name: str, builder: Callable[..., torch.nn.Module], arguments: Mapping[str, object]
+) -> torch.nn.Module:
+    given = {key: value for key, value in arguments.items() if key not in TRAINED[library]}  # the others are declined
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of defaults that torchvision means to change one day
-            return builder(**arguments)
+            return builder(**given)
     except Exception as error:  # whatever the library raises at arguments that do not fit
-        raise InputError(f"{text} raised {type(error).__name__}: {error}; --debug shows where") from error
+        raise InputError(
+            f"{library.value}:{name} raised {type(error).__name__}: {error}; --debug shows where"
+        ) from error
 
 
 @cache

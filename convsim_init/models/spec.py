@@ -56,6 +56,8 @@ def parse(text: str) -> Spec:
     Raises:
         InputError: If it is not of one of the forms.
     """
+    if not text:
+        raise _refused(text, "name one")
     place, colon, name = text.rpartition(":")
     named = (*LIBRARIES, Source.TRANSFORMERS, Source.HUB)
     library = next((source for source in named if text.startswith(f"{source.value}:")), None)

@@ -167,9 +167,15 @@ def test_an_index_says_which_file_a_tensor_is_in(tmp_path):
 @pytest.mark.parametrize("name", ["hf", "runs/hf"])
 def test_a_folder_without_weights_says_which_file_it_lacks(name, tmp_path, command):
     (tmp_path / name).mkdir(parents=True)
-    status, _, err = command("inspect", name)
-    assert (status, "expected a folder with model.safetensors, model.safetensors.index.json, " in err) == (2, True)
-    assert f"got '{name}', which has none of them" in err
+    for arguments in (["inspect", name], ["verify", name, "cifar_resnet18"]):
+        status, _, err = command(*arguments)
+        assert (status, "expected a folder with model.safetensors, model.safetensors.index.json, " in err) == (2, True)
+        assert f"got '{name}', which has none of them" in err
+
+
+def test_an_empty_name_is_not_that_of_the_folder(tmp_path, command):
+    safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
+    assert "got '': name one" in command("inspect", "")[2]
 
 
 def write_distributed(folder: Path, **entries: object) -> None:

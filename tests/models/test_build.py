@@ -375,6 +375,19 @@ def test_the_list_shows_the_libraries_models(pattern, expected, command):
     assert [entry["name"] for entry in json.loads(command("list", pattern, "--json")[1])] == expected
 
 
+@pytest.mark.parametrize(
+    ("spec", "declined"),
+    [
+        ("torchvision:squeezenet1_1", {"weights": None, "pretrained": False}),
+        ("timm:resnet10t", {"pretrained": False, "checkpoint_path": ""}),
+    ],
+)
+def test_weights_that_are_declined_need_not_be_left_out(spec, declined):
+    pytest.importorskip(spec.partition(":")[0])
+    states = [build_model(spec, **arguments).state_dict() for arguments in (declined, {})]
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
 def test_the_list_of_a_library_is_its_own(command):
     timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
     assert command("list", "timm:*")[1].split() == [f"timm:{name}" for name in timm.list_models()]
@@ -414,6 +427,7 @@ BAD = [
     ("gone.py:make", "expected a Python file to read, got 'gone.py', which is none"),
     ("nett.py:make", "did you mean net.py?"),
     ("own.py:make", "expected a Python file to read, got 'own.py'"),
+    ("", f"expected {FORMS}, got '': name one"),
     ("net.py", "name the function in it that returns the model: net.py:FUNCTION"),
     ("net-1.txt:make", f"expected {FORMS}, got 'net-1.txt:make'"),
     ("net.py:", "after the colon stands the name of a function or class"),
