@@ -8,8 +8,8 @@ It adds the gradient just before the optimizer's step, once for several accumula
 import lightning
 import torch
 from lightning_train import Classifier
+from network import small
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
 
 import convsim_init as ci
 
@@ -41,7 +41,7 @@ def main(weight: float = 20) -> None:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(24, 3, 32, 32), torch.randint(10, (24,)))  # put yours here
     trainer = lightning.Trainer(max_epochs=6, callbacks=[Regularize(weight)], logger=False, enable_checkpointing=False)
-    trainer.fit(Classifier(resnet18(num_classes=10)), DataLoader(data, batch_size=8))
+    trainer.fit(Classifier(small()), DataLoader(data, batch_size=8))
 
 
 if __name__ == "__main__":

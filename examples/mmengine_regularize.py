@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmengine_train import Classifier
+from network import small
 from torch.utils.data import DataLoader, TensorDataset
 
 import convsim_init as ci
@@ -43,10 +44,12 @@ class Regularize(Hook):
 
 def main(weight: float = 20) -> None:
     torch.manual_seed(0)
+    model = Classifier({"type": "Kaiming", "layer": "Conv2d"})
+    model.backbone = small()
     data = TensorDataset(torch.randn(24, 3, 32, 32), torch.randint(10, (24,)))  # put yours here
     with tempfile.TemporaryDirectory() as folder:  # put yours here
         runner = Runner(
-            Classifier({"type": "Kaiming", "layer": "Conv2d"}),
+            model,
             work_dir=folder,
             train_dataloader=DataLoader(data, batch_size=8),
             train_cfg={"by_epoch": True, "max_epochs": 6},

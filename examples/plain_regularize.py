@@ -7,14 +7,14 @@ In timm's train.py it is the line `loss = loss_fn(output, target)`.
 
 import torch
 import torch.nn.functional as F
-from torchvision.models import resnet18
+from network import small
 
 import convsim_init as ci
 
 
 def main(weight: float = 20, epochs: int = 6) -> None:
     torch.manual_seed(0)
-    model = resnet18(num_classes=10)
+    model = small()
     similarity = ci.ConvolutionalSimilarity(model, normalized=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for epoch in range(epochs):
