@@ -112,7 +112,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         ValueError: If it is none, or its header is very long.
     """
     with path.open("rb") as file:
-        header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if length <= MAX_HEADER else None
     if not isinstance(header, dict):
         raise ValueError("no safetensors file")
     return header
