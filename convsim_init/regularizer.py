@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
@@ -62,9 +63,11 @@ class ConvolutionalSimilarity:
         if not isinstance(model, nn.Module):
             raise InputError(f"expected a module to regularize, got {type(model).__name__}")
         self.skipped: dict[str, str] = {}
-        self._modules = dict(find_convolutions(model))
+        convolutions = dict(find_convolutions(model))
+        self._modules: dict[str, _ConvNd] = {}
+        self._layouts: list[Layout] = []
         for layer in find_layers(model, include, exclude):
-            module = self._modules.get(layer.name)
+            module = convolutions.get(layer.name)
             if module is None:
                 self.skipped[layer.name] = (
                     "no module of PyTorch's convolutions, such as a call in a graph: make the term of the model that a "
@@ -73,11 +76,13 @@ class ConvolutionalSimilarity:
                 continue
             if isinstance(layer.weight, ForwardWeight) and layer.weight.module is not module:
                 layer.obstacle = layer.obstacle or "the module around it uses another weight, which does not count here"
-            filters = module.out_channels // (module.groups if channels == "matched" else 1)
-            reason = layer.obstacle or count_obstacle(filters, module.groups)
+            count = 1 if channels == "matched" else layer.groups
+            reason = layer.obstacle or count_obstacle(layer.filters * count, layer.groups)
             if reason is not None:
                 self.skipped[layer.name] = reason
-                del self._modules[layer.name]
+            else:
+                self._modules[layer.name] = module
+                self._layouts.append(Layout(layer.groups, layer.transposed))
         if not self._modules:
             name, reason = next(iter(self.skipped.items()))
             raise InputError(
@@ -104,7 +109,7 @@ class ConvolutionalSimilarity:
         modules = self._modules.values()
         return summed_similarity(
             [used_weight(module).compute() for module in modules],
-            [Layout(module.groups, module.transposed) for module in modules],
+            self._layouts,
             self._pairs,
             self._channels,
             normalized=self._normalized,

@@ -90,11 +90,11 @@ def find_layers(
     check_patterns("exclude", exclude, names)
     for layer in layers:
         layer.obstacle = (
-            unselected(layer.name, include, exclude)
-            or obstacle(layer)
-            or layer.weight.obstacle(read_only=read_only)
-            or _ungrouped(layer.shape[0], layer.groups)
+            unselected(layer.name, include, exclude) or obstacle(layer) or layer.weight.obstacle(read_only=read_only)
         )
+        if layer.weight.call is not None:  # which counts, whatever the attributes of the module are
+            _, layer.groups, layer.transposed, layer.strides, _ = layer.weight.call
+        layer.obstacle = layer.obstacle or _ungrouped(layer.shape[0], layer.groups)
     # What is left alone comes first: a layer that shares its memory would change it.
     taken = [
         (one, f"{shown(layer.name)}, left alone: {layer.obstacle.partition(':')[0]}")
@@ -193,9 +193,7 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             layer.strides = math.prod(module.stride)
             layers.append(layer)
         elif found := find_call(module):
-            weight, call = found
-            kind = type(module).__name__
-            layers.append(Layer(bare_name(name), kind, weight, groups=call.groups, transposed=call.transposed))
+            layers.append(Layer(bare_name(name), type(module).__name__, found))
         elif in_graph := graph_layers(bare_name(name), module):
             layers += in_graph
             within += (f"{name}." if name else "",)

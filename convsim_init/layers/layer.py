@@ -50,6 +50,11 @@ class Layer:
         return self.weight.shape
 
     @property
+    def filters(self) -> int:
+        """Number of filters of a group."""
+        return self.shape[1] if self.transposed else self.shape[0] // self.groups
+
+    @property
     def device(self) -> torch.device:
         """Device of the weight, or of what it is computed from."""
         return self.weight.sources[0].device

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers.forward.trial import Call
 from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, overlaps_itself
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
@@ -28,12 +29,14 @@ class Weight:
 
     Attributes:
         note: What its layer's report should say of it, once `obstacle` has looked.
+        call: The call that it was seen to be given to; None where the module alone tells what that is.
     """
 
     def __init__(self, *sources: Tensor, trained: bool = True) -> None:
         self.sources = sources
         self._trained = trained
         self.note: str | None = None
+        self.call: Call | None = None
 
     @property
     def mask(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
 from convsim_init.initialize import plan
+from convsim_init.layers.find import find_layers
 from convsim_init.layers.memory import memory, overlap
 
 SETTINGS = ci.Settings(steps=8, channels="matched")
@@ -649,6 +650,141 @@ def test_a_weight_that_depends_on_the_input_is_left_alone():
         ci.Outcome.SKIPPED,
         "the weight that Dynamic uses depends on its input",
     )
+
+
+class GroupedByItsCall(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, stride=2, groups=2)
+
+
+class TransposedByItsCall(nn.Conv2d):
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.weight, stride=(1, 4))
+
+
+class TransposedAround(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.conv.weight, stride=4)
+
+
+def with_weight(module, *shape):
+    module.weight = nn.Parameter(torch.randn(shape))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "strides"),
+    [
+        (lambda: with_weight(GroupedByItsCall(4, 8, 3), 8, 2, 3, 3), {"groups": 2}, 4),
+        (lambda: with_weight(TransposedByItsCall(8, 4, 3), 8, 4, 3, 3), {"transposed": True}, 4),
+        (lambda: TransposedAround(nn.Conv2d(8, 8, 3)), {"transposed": True}, 16),
+    ],
+    ids=["groups", "transposed", "around"],
+)
+@pytest.mark.parametrize("channels", ["matched", "all"])
+def test_the_call_says_groups_and_direction_whatever_the_attributes_are(module, options, strides, channels):
+    model = module()
+    weight = next(model.parameters())
+    (layer,) = ci.measure(model).layers
+    expected = float(ci.convolutional_similarity(weight.detach(), normalized=True, **options))
+    assert layer.before["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+    expected = ci.convolutional_similarity(weight, channels=channels, **options)
+    torch.testing.assert_close(ci.ConvolutionalSimilarity(model, channels=channels)(), expected)
+    assert [layer.strides for layer in find_layers(model)] == [strides]
+
+
+class GroupsOfChannels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 1, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, groups=x.shape[1])
+
+
+class GroupsOfSamples(GroupsOfChannels):
+    def forward(self, x):
+        return F.conv2d(x.flatten(0, 1), self.weight, groups=x.shape[0])
+
+
+@pytest.mark.parametrize("kind", [GroupsOfChannels, GroupsOfSamples])
+def test_groups_that_depend_on_the_input_are_not_known(kind):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), kind())
+    for report in (ci.measure(model), ci.initialize_(model, settings=SETTINGS)):
+        assert report.layers[1].reason == f"the groups that {kind.__name__} convolves with depend on its input"
+    model[1].in_channels = 8
+    if kind is GroupsOfChannels:
+        assert ci.measure(model).layers[1].reason == "one filter per group shares its channels with no other"
+
+
+def test_weights_repeated_for_each_sample_are_those_of_one():
+    class Repeated(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight.repeat(len(x), 1, 1, 1)
+            return F.conv2d(x.flatten(0, 1)[None], weight, groups=len(x)).unflatten(1, (len(x), -1))[0]
+
+    (layer,) = ci.initialize_(Repeated(4, 8, 3), settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+
+
+def test_a_weight_that_becomes_nan_at_zeros_is_left_alone():
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight * (x.sum() / x.sum())) + F.conv2d(x, self.weight.flip(2))
+
+    for report in (ci.measure(Scaled(3, 8, 3)), plan(Scaled(3, 8, 3))):
+        (layer,) = report.layers
+        assert layer.outcome is ci.Outcome.SKIPPED
+        assert layer.reason.startswith(
+            "the weight that Scaled makes of its finite parameter, at an input of zeros, hol"
+        )
+
+
+class Iterated(nn.Conv2d):
+    """Divides its weight by its norm as a map, from an iteration that takes more or fewer steps."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_buffer("u", torch.randn(1, self.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+    def estimate(self):
+        u, norm = self.u, 0.0
+        for _ in range(50):
+            v = F.normalize(F.conv2d(u, self.weight, padding=1), dim=(1, 2, 3))
+            u = F.conv_transpose2d(v, self.weight, padding=1)
+            before, norm = norm, float(u.norm().detach())
+            if abs(norm - before) < 0.01 * norm:
+                break
+            u = F.normalize(u, dim=(1, 2, 3))
+        return (F.conv2d(u / u.norm(), self.weight, padding=1) * v).sum()
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.estimate(), padding=1)
+
+
+def test_convolutions_that_estimate_a_norm_do_not_count():
+    module = Iterated(8, 8, 3)
+    norm = float(module.estimate().detach())
+    (layer,) = ci.measure(module).layers
+    expected = float(ci.convolutional_similarity(module.weight.detach() / norm))
+    assert layer.reason is None
+    assert layer.before["similarity"] == pytest.approx(expected, rel=1e-4)
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    expected = float(ci.convolutional_similarity((module.weight / module.estimate()).detach()))
+    assert layer.after["similarity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_second_weight_counts_as_one_though_its_input_is_not_that_of_the_pass():
+    class Recurrent(Complex):
+        def forward(self, x):
+            return F.conv2d(x, self.weight) + F.conv2d(torch.zeros_like(x), self.weight_i)
+
+    (layer,) = ci.measure(Recurrent(4, 4, 3)).layers
+    assert layer.reason == "one of several weights that Recurrent convolves with: the others count for nothing here"
 
 
 def test_a_weight_that_is_random_is_left_alone_and_a_little_noise_is_not():

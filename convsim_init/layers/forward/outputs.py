@@ -83,7 +83,7 @@ class _Calls(TorchFunctionMode):
         if func not in CONVOLUTIONS or not self._running:
             return output
         name, module = self._running[-1]
-        weight, bias, _, _ = convolution_arguments(func, args, kwargs)
+        _, weight, bias, *_ = convolution_arguments(func, args, kwargs)
         others = (*vars(module).values(), *(one for key, one in module._buffers.items() if key != "weight"))
         if self._shapes[id(module)] not in (None, weight.shape) or any(weight is one for one in others):
             return output  # such as one that counts what a mask covers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED
-from convsim_init.layers.forward.isolation import draw_numbers, isolated
+from convsim_init.layers.forward.isolation import ORIGINAL, draw_numbers, isolated
 
 NO_CALL = "its forward pass, in evaluation mode, called no convolution with a weight of that shape"
 
@@ -27,11 +28,15 @@ class Call(NamedTuple):
         weight: The weight at that moment; it shares no memory with the module.
         groups: Groups of the convolution.
         transposed: Whether it is a transposed convolution.
+        strides: Product of its strides.
+        fed: Whether its input is computed from that of the pass, as far as derivatives tell.
     """
 
     weight: Tensor
     groups: int
     transposed: bool
+    strides: int
+    fed: bool
 
 
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
@@ -50,13 +55,14 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     Raises:
         Exception: Whatever the module's own code raises before the first call.
     """
-    capture = _Capture(None, others)
+    leaf = _leaf(module, x)
+    capture = _Capture(None, others, leaf)
     with isolated(module), capture, torch.enable_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
         try:
-            module(x)
+            module(leaf.clone())
         except Exception:
             if not capture.calls:
                 raise
@@ -64,17 +70,18 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     return capture.calls, True
 
 
-def weight_given_to_convolution(
+def convolution_call(
     module: nn.Module,
     stored: Tensor,
     x: Tensor,
     others: Collection[int] = (),
     *,
     index: int = 0,
+    fed: bool = False,
     probe: Tensor | None = None,
     redraw: bool = False,
-) -> Tensor:
-    """The weight that a module's forward pass, in evaluation mode, gives to a convolution.
+) -> Call:
+    """What a module's forward pass, in evaluation mode, gives to a convolution.
 
     Args:
         module: Module that calls a convolution.
@@ -82,27 +89,46 @@ def weight_given_to_convolution(
         x: Input of the pass.
         others: Addresses of weights that do not count.
         index: Position among the calls with a weight of that shape.
+        fed: Whether only those count whose input is computed from x.
         probe: Values to be tried in the parameter's place.
         redraw: Whether random numbers are others than without it.
 
     Returns:
-        The weight at that moment, differentiable by the module's parameters; it shares no memory with
-        them.
+        The call; its weight is differentiable by the module's parameters.
 
     Raises:
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
-    capture = _Capture(stored.shape, others, last=index)
-    with isolated(module), capture, contextlib.suppress(_CapturedError):
+    leaf = _leaf(module, x)
+    capture = _Capture(stored.shape, others, leaf, last=index, fed=fed)
+    with isolated(module), capture, torch.enable_grad(), contextlib.suppress(_CapturedError):
         if probe is not None:
             stored.data.copy_(probe)
         if redraw:
             draw_numbers(stored.device)
-        module(x)
+        module(leaf.clone())
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError(NO_CALL)
-    return capture.calls[index].weight
+    return capture.calls[index]
+
+
+def _leaf(module: nn.Module, x: Tensor) -> Tensor:
+    """The input, such that derivatives tell what is computed from it; what inference mode made has none."""
+    tensors = (*nn.Module.parameters(module), *module.buffers())
+    return x.detach().requires_grad_(x.is_floating_point() and not any(one.is_inference() for one in tensors))
+
+
+def leaves(tensor: Tensor) -> set[int]:
+    """The leaves that a tensor is computed from, by their ids; for the copies of a trial those of the originals."""
+    nodes: dict[Any, None] = {tensor.grad_fn: None}
+    pending = list(nodes)
+    for node in pending:
+        following = [one for one, _ in getattr(node, "next_functions", ()) if one not in nodes]
+        nodes.update(dict.fromkeys(following))
+        pending += following
+    variables = [node.variable for node in nodes if hasattr(node, "variable")]
+    return {getattr(one, ORIGINAL, id(one)) for one in variables}
 
 
 class _CapturedError(BaseException):
@@ -115,12 +141,22 @@ class _Capture(TorchFunctionMode):
     Args:
         shape: Shape of the weight; None for any.
         others: Addresses of weights that do not count.
+        leaf: What the input of the pass is computed from.
         last: Position of the call that ends the forward pass. Default: None; it goes on.
+        fed: Whether only calls count whose input is computed from it.
     """
 
-    def __init__(self, shape: Sequence[int] | None, others: Collection[int], last: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int] | None,
+        others: Collection[int],
+        leaf: Tensor,
+        *,
+        last: int | None = None,
+        fed: bool = False,
+    ) -> None:
         super().__init__()
-        self._shape, self._others, self._last = shape, others, last
+        self._shape, self._others, self._leaf, self._last, self._fed = shape, others, leaf, last, fed
         self.calls: list[Call] = []
 
     def __torch_function__(
@@ -132,11 +168,15 @@ class _Capture(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
-            weight, _, transposed, groups = convolution_arguments(func, args, kwargs)
+            x, weight, _, strides, transposed, groups = convolution_arguments(func, args, kwargs)
             if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
                 weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
             if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
-                self.calls.append(Call(weight.clone(), groups, transposed))  # before its memory is put back
+                fed = isinstance(x, Tensor) and id(self._leaf) in leaves(x)
+                if fed or not self._fed:
+                    steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
+                    copy = weight.clone()  # before its memory is put back
+                    self.calls.append(Call(copy, groups, transposed, steps, fed))
                 if len(self.calls) - 1 == self._last:
                     raise _CapturedError
         return func(*args, **kwargs)
@@ -144,13 +184,14 @@ class _Capture(TorchFunctionMode):
 
 def convolution_arguments(
     func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None, bool, int]:
-    """The weight of a convolution, its bias, whether it is transposed, and its groups."""
+) -> tuple[Any, Tensor, Tensor | None, Sequence[int], bool, int]:
+    """The input of a convolution, its weight, its bias, its strides, whether it is transposed, and its groups."""
 
     def argument(name: str, position: int, default: Any = None) -> Any:
         return args[position] if len(args) > position else kwargs.get(name, default)
 
-    weight, bias = argument("weight", 1), argument("bias", 2)
+    x, weight, bias, stride = argument("input", 0), argument("weight", 1), argument("bias", 2), argument("stride", 3, 1)
+    strides = (stride,) if isinstance(stride, int) else stride
     if func is torch.convolution:
-        return weight, bias, argument("transposed", 6), argument("groups", 8)
-    return weight, bias, func in TRANSPOSED, argument("groups", 6, 1)
+        return x, weight, bias, strides, argument("transposed", 6), argument("groups", 8)
+    return x, weight, bias, strides, func in TRANSPOSED, argument("groups", 6, 1)

@@ -16,13 +16,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code, reads_weight
-from convsim_init.layers.forward.isolation import ORIGINAL
 from convsim_init.layers.forward.trial import (
     NO_CALL,
     Call,
     NoConvolutionError,
+    convolution_call,
     convolution_calls,
-    weight_given_to_convolution,
+    leaves,
 )
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.weights import (
@@ -38,8 +38,8 @@ MAX_ENTRIES = 3  # inputs of other convolutions that are tried
 SIDE = 16  # of such an input: there is something left of it for those that follow
 
 
-def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
-    """The weight of a module that is no convolution of PyTorch and gives it to one itself, and that call.
+def find_call(module: nn.Module) -> ForwardWeight | None:
+    """The weight of a module that is no convolution of PyTorch and gives it to one itself.
 
     Modules with kernels inside them are left out: those are found by themselves.
     """
@@ -52,7 +52,8 @@ def find_call(module: nn.Module) -> tuple[ForwardWeight, Call] | None:
         if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in child.parameters()):
             return None
         weight = ForwardWeight(module, stored)
-        return weight, weight.choose_call()
+        weight.choose_call()
+        return weight
     except Exception:  # whatever its own code raises at an input that is not what it is made for
         return None
 
@@ -79,7 +80,7 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
         try:
             if not weight.is_stored():
                 return weight
-            stored.note = stored.note or weight.note
+            stored.note, stored.call = stored.note or weight.note, weight.call
             return None
         except TypeError:  # as where it takes more than one input
             break
@@ -106,18 +107,6 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     return [child for name, child in module.named_children() if name != "parametrizations"]
 
 
-def _leaves(tensor: Tensor) -> set[int]:
-    """The parameters that a tensor is computed from, by their ids; for the copies of a trial those of the originals."""
-    nodes: dict[Any, None] = {tensor.grad_fn: None}
-    pending = list(nodes)
-    for node in pending:
-        following = [one for one, _ in getattr(node, "next_functions", ()) if one not in nodes]
-        nodes.update(dict.fromkeys(following))
-        pending += following
-    variables = [node.variable for node in nodes if hasattr(node, "variable")]
-    return {getattr(one, ORIGINAL, id(one)) for one in variables}
-
-
 class ForwardWeight(Weight):
     """The weight that a forward pass uses: the stored one, masked, or with its filters centred or scaled.
 
@@ -139,9 +128,9 @@ class ForwardWeight(Weight):
         self._mask = stored.mask
         self._centred, self._known = False, True
         self._index: int | None = None
+        self._fed = False
         self._made_of = frozenset[int]()
         self.entry = self._inner
-        self.call: Call | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -161,18 +150,29 @@ class ForwardWeight(Weight):
     @torch.no_grad()
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why the stored weight cannot be had, or the one that is used cannot be seen."""
-        obstacle = self._stored.obstacle(read_only=read_only)
+        obstacle = self._stored.obstacle(read_only=read_only) or self._hidden()
         if obstacle is not None:
-            return obstacle
+            self.note = None
+        return obstacle
+
+    def _hidden(self) -> str | None:
         kind = type(self.module).__name__
         try:
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
-            depends = describe_mismatch("class", used, self._given(self._noise()))  # it may be rounded anew
+            other = self._at_another_input()
             random = is_random(used, self._given(redraw=True))
         except Exception as error:  # whatever the class's own code raises
             return f"which weight {kind} uses is not known: a trial pass ended with {error_text(error)}"
-        if depends and not used.isnan().any():
+        assert self.call is not None
+        if other.groups != self.call.groups:
+            return f"the groups that {kind} convolves with depend on its input"
+        if not used.isfinite().all() and stored.isfinite().all():
+            made = (
+                f"the weight that {kind} makes of its finite parameter, at an input of zeros, holds infinities or NaN"
+            )
+            return f"{made}: look for a division by zero in its code"
+        if describe_mismatch("class", used, other.weight) and not used.isnan().any():  # it may be rounded anew
             return f"the weight that {kind} uses depends on its input"
         if random:
             return f"the weight that {kind} uses is random, in evaluation mode too"
@@ -188,22 +188,28 @@ class ForwardWeight(Weight):
     def choose_call(self) -> Call:
         """Choose the call whose weight counts: the first that depends on parameters, or else the first.
 
+        Calls whose input is not that of the pass do not count beside such as have it: those of an estimate of the
+        weight's norm.
+
         Raises:
             NoConvolutionError: If there is none.
             Exception: Whatever the module's own code raises.
         """
         calls, to_the_end = convolution_calls(self.module, self._input(), self._others())
         same = [call for call in calls if list(call.weight.shape) == self.shape]
-        made = [call for call in same if self.source_ids & _leaves(call.weight)]
+        self._fed = any(call.fed for call in same)
+        same = [call for call in same if call.fed or not self._fed]
+        made = [call for call in same if self.source_ids & leaves(call.weight)]
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError(NO_CALL)
         self.call = chosen = (made or same)[0]
-        self._index, self._made_of = [call is chosen for call in same].index(True), frozenset(_leaves(chosen.weight))
+        self._index, self._made_of = [call is chosen for call in same].index(True), frozenset(leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self.source_ids | {id(one) for one in parameters}
         several = any(
-            own & _leaves(call.weight)
-            and not (call[1:] == chosen[1:] and torch.equal(chosen.weight, call.weight))  # its filters are others
+            (used := leaves(call.weight)) & own
+            and (call.fed or not self._fed or used - self._made_of)
+            and not _same_filters(call, chosen)
             for call in calls
         )
         if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
@@ -264,28 +270,38 @@ class ForwardWeight(Weight):
         return self._stored.storage()
 
     def _given(self, x: Tensor | None = None, **how: Any) -> Tensor:
+        return self._call(self._input() if x is None else x, **how).weight
+
+    def _call(self, x: Tensor, **how: Any) -> Call:
         if self._index is None:
             self.choose_call()
-        x = self._input() if x is None else x
-        stored = self._stored.read()
-        return weight_given_to_convolution(self.module, stored, x, self._others(), index=self._index or 0, **how)
+        stored, others = self._stored.read(), self._others()
+        return convolution_call(self.module, stored, x, others, index=self._index or 0, fed=self._fed, **how)
 
-    def _input(self) -> Tensor:
-        """Zeros that the convolution takes."""
+    def _at_another_input(self) -> Call:
+        """The call at an input of noise: of two samples and, if channels are a guess, of twice as many, if it can."""
+        try:
+            return self._call(self._noise(2))
+        except Exception:  # whatever the class's own code raises
+            return self._call(self._noise())
+
+    def _noise(self, times: int = 1) -> Tensor:
+        x = self._input(times)
+        return x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x)
+
+    def _input(self, times: int = 1) -> Tensor:
+        """Zeros that the convolution takes, so many samples."""
         inner, shape = self.entry, self.shape
         if isinstance(inner, _ConvNd):
             steps = zip(inner.dilation, inner.kernel_size, strict=True)
             least = 1 if inner is self._inner else SIDE
             if inner.padding_mode != "zeros" and isinstance(inner.padding, tuple):  # of which there must be enough
                 least = max(least, *(padding + 1 for padding in inner.padding))
-            size = [1, inner.in_channels, *(max(least, dilation * (taps - 1) + 1) for dilation, taps in steps)]
+            size = [times, inner.in_channels, *(max(least, dilation * (taps - 1) + 1) for dilation, taps in steps)]
         else:  # enough for usual dilations
-            size = [1, getattr(inner, "in_channels", shape[1]), *(4 * (taps - 1) + 1 for taps in shape[2:])]
+            channels = getattr(inner, "in_channels", shape[1] * times)
+            size = [times, channels, *(4 * (taps - 1) + 1 for taps in shape[2:])]
         return torch.zeros(size, dtype=self.sources[0].dtype, device=self.sources[0].device)
-
-    def _noise(self) -> Tensor:
-        x = self._input()
-        return x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x)
 
     def _others(self) -> set[int]:
         """Addresses of the parameters of other modules inside it."""
@@ -308,6 +324,10 @@ class ForwardWeight(Weight):
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
         weight = to_float64(weight) * (1 if self._mask is None else self._mask)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
+
+
+def _same_filters(one: Call, other: Call) -> bool:
+    return one is other or (one[1:3] == other[1:3] and torch.equal(one.weight, other.weight))
 
 
 def _probe(stored: Tensor) -> Tensor:

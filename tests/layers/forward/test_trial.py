@@ -13,7 +13,7 @@ from torch import nn
 import convsim_init as ci
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward.isolation import isolated
-from convsim_init.layers.forward.trial import NoConvolutionError, weight_given_to_convolution
+from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call
 
 
 class Everything(nn.Conv2d):
@@ -75,7 +75,7 @@ def same(a, b):
 def test_nothing_of_what_a_forward_pass_changes_remains():
     module = Everything()
     before = traces(module)
-    weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     after = traces(module)
     assert [name for name in before if not same(before[name], after[name])] == []
     module(torch.zeros(1, 3, 3, 3))  # the test can fail: a real pass changes nearly all of it
@@ -105,7 +105,7 @@ def masked(hooked):
 def test_it_sees_what_a_hook_does_to_the_weight(hooked):
     module, mask = masked(hooked)
     before = module.weight.detach().clone()
-    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    found = convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3)).weight
     torch.testing.assert_close(found, before * mask, rtol=0, atol=0)
     assert torch.equal(module.weight, before)
 
@@ -114,7 +114,7 @@ def test_hooks_that_follow_the_pass_do_not_fire():
     module, calls = nn.Conv2d(3, 4, 3), []
     module.register_forward_hook(lambda *_: calls.append("after"))
     module.register_full_backward_hook(lambda *_: calls.append("backward"))
-    weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     module(torch.zeros(1, 3, 3, 3))
     assert calls == ["after"]
 
@@ -125,7 +125,7 @@ def test_it_is_differentiable_by_the_parameters():
             return F.conv2d(x, 2 * self.weight)
 
     module = Doubled(3, 4, 3)
-    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    found = convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3)).weight
     (gradient,) = torch.autograd.grad(found.sum(), module.weight)
     assert gradient.eq(2).all()
 
@@ -140,7 +140,7 @@ def test_an_error_of_the_module_puts_all_back_too():
     module = Broken(3, 4, 3)
     before = module.weight.detach().clone()
     with pytest.raises(LookupError):
-        weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+        convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert torch.equal(module.weight, before)
     assert not hasattr(module, "calls")
 
@@ -152,7 +152,7 @@ def test_a_pass_without_a_convolution_says_so():
 
     module = Linear(3, 4, 3)
     with pytest.raises(NoConvolutionError):
-        weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+        convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
 
 
 @pytest.mark.parametrize("attribute", ["lock", "computed", "inference"])
@@ -185,7 +185,7 @@ def test_closures_over_live_memory_and_hooks_that_remove_themselves_leave_no_tra
     before = memory.clone()
     module.register_forward_pre_hook(lambda *_: (memory.mul_(mask), None)[1])
     handle = module.register_forward_pre_hook(lambda *_: handle.remove())
-    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    found = convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3)).weight
     assert torch.equal(found, before * mask)
     assert torch.equal(module.weight, before)
     assert len(module._forward_pre_hooks) == 2
@@ -203,7 +203,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     module = Module(3, 4, 3)
     module.weight.grad = gradient = torch.ones_like(module.weight)
     module.notes = {"calls": torch.zeros(1), "computed": module.weight * 2}
-    weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert module.weight.grad is gradient
     assert not module.weight._backward_hooks
     assert module.weight.requires_grad
@@ -261,7 +261,7 @@ def test_a_hook_of_a_part_of_the_module_counts():
 
     module = Module()
     module.gate.register_forward_hook(lambda _, __, output: output * 3)
-    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    found = convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3)).weight
     torch.testing.assert_close(found, 3 * module.weight)
 
 
@@ -274,7 +274,7 @@ def test_code_that_catches_everything_does_not_hide_the_weight():
                 return F.conv2d(x, self.weight.sign())
 
     module = Module(3, 4, 3)
-    found = weight_given_to_convolution(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    found = convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3)).weight
     torch.testing.assert_close(found, 2 * module.weight)
 
 
@@ -289,7 +289,7 @@ def test_a_convolution_inside_of_the_same_shape_is_not_taken_for_it():
 
     module = Module()
     x, others = torch.zeros(1, 4, 3, 3), {module.first.weight.data_ptr()}
-    found = weight_given_to_convolution(module, module.weight, x, others)
+    found = convolution_call(module, module.weight, x, others).weight
     torch.testing.assert_close(found, module.weight)
     (layer,) = [one for one in find_layers(module) if not one.name]
     assert (layer.obstacle, layer.weight.note) == (None, None)
