@@ -1052,6 +1052,39 @@ def test_a_module_around_a_convolution_may_mask_its_weight(build):
         ci.ConvolutionalSimilarity(model)
 
 
+class InTime(nn.Conv2d):
+    """Takes samples of several times, ``[T, N, C, H, W]``, as layers of spiking networks do."""
+
+    def forward(self, x):
+        times, samples, *_ = x.shape
+        if x.dim() != 5:
+            raise ValueError(f"expected x with shape [T, N, C, H, W], but got {x.shape}")
+        return F.conv2d(x.flatten(0, 1), self.weight * 2).unflatten(0, (times, samples))
+
+
+class InTimeAround(Around):
+    def forward(self, x):
+        times, samples, *_ = x.shape
+        if x.dim() != 5:
+            raise ValueError("expected 5 axes")
+        return F.conv2d(x.flatten(0, 1), self.conv.weight * 2).unflatten(0, (times, samples))
+
+
+class OneSignal(nn.Conv1d):
+    def forward(self, x):
+        channels, length = x.shape
+        return F.conv1d(x.view(1, channels, length), self.weight * 2)
+
+
+@pytest.mark.parametrize("build", [lambda: InTime(4, 8, 3), InTimeAround, lambda: OneSignal(4, 8, 5)])
+def test_a_forward_pass_may_take_more_axes_or_fewer(build):
+    model = build()
+    (layer,) = ci.initialize_(model, settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    used = 2 * next(model.parameters()).detach()
+    assert layer.after["similarity"] == pytest.approx(float(ci.convolutional_similarity(used)), rel=1e-4)
+
+
 class Signed(Around):
     """A network of kernels that are not negative."""
 

@@ -8,6 +8,7 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class ForwardWeight(Weight):
         self._mask = stored.mask
         self._centred, self._known = False, True
         self._index: int | None = None
-        self._fed = False
+        self._fed, self._axes = False, 0
         self._made_of = frozenset[int]()
         self.entry = self._inner
 
@@ -195,7 +196,7 @@ class ForwardWeight(Weight):
             NoConvolutionError: If there is none.
             Exception: Whatever the module's own code raises.
         """
-        calls, to_the_end = convolution_calls(self.module, self._input(), self._others())
+        calls, to_the_end = self._calls()
         same = [call for call in calls if list(call.weight.shape) == self.shape]
         self._fed = any(call.fed for call in same)
         same = [call for call in same if call.fed or not self._fed]
@@ -269,12 +270,24 @@ class ForwardWeight(Weight):
         """The tensors that the stored weight is stored in."""
         return self._stored.storage()
 
-    def _given(self, x: Tensor | None = None, **how: Any) -> Tensor:
-        return self._call(self._input() if x is None else x, **how).weight
+    def _calls(self) -> tuple[list[Call], bool]:
+        """All calls of a pass, at an input of more or fewer axes where its code rejects the usual ones."""
+        others, self._axes = self._others(), 0
+        try:
+            return convolution_calls(self.module, self._input(), others)
+        except Exception:  # whatever the module's own code raises
+            for self._axes in (1, -1):  # such as one of time before that of samples; or no axis of samples
+                with suppress(Exception):
+                    return convolution_calls(self.module, self._input(), others)
+            raise
 
-    def _call(self, x: Tensor, **how: Any) -> Call:
+    def _given(self, **how: Any) -> Tensor:
+        return self._call(**how).weight
+
+    def _call(self, x: Tensor | None = None, **how: Any) -> Call:
         if self._index is None:
             self.choose_call()
+        x = self._input() if x is None else x
         stored, others = self._stored.read(), self._others()
         return convolution_call(self.module, stored, x, others, index=self._index or 0, fed=self._fed, **how)
 
@@ -301,6 +314,7 @@ class ForwardWeight(Weight):
         else:  # enough for usual dilations
             channels = getattr(inner, "in_channels", shape[1] * times)
             size = [times, channels, *(4 * (taps - 1) + 1 for taps in shape[2:])]
+        size = size[1:] if self._axes < 0 else [*[1] * self._axes, *size]
         return torch.zeros(size, dtype=self.sources[0].dtype, device=self.sources[0].device)
 
     def _others(self) -> set[int]:
