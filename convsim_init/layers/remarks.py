@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers.find import used_weight
 from convsim_init.layers.forward.code import forward_code, reads_further_inside
+from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import Memory, memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.layers.stored import has_unknown_hook
-from convsim_init.layers.weights import KERNEL_RANKS
+from convsim_init.layers.weights import KERNEL_RANKS, Weight
 from convsim_init.report.text import layer_name, shown, some
 
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
@@ -28,7 +30,8 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
         return []
     inner = unwrap(model)
     names = [layer.name for layer in layers]
-    return [*_other_kernels(inner, names), *_hooks_around(inner), *_read_above(inner), *_ties(inner, layers)]
+    seen = [*_other_kernels(inner, names), *_hooks_around(inner), *_read_above(inner), *_used_elsewhere(inner, layers)]
+    return [*seen, *_ties(inner, layers)]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -90,6 +93,46 @@ def _read_above(model: nn.Module) -> list[str]:
     """A remark on forward passes that may use other weights of convolutions further inside than is tried."""
     found = [layer_name(bare_name(name)) for name, module in model.named_modules() if reads_further_inside(module)]
     return [f"not tried, though they may use other weights: the forward passes of {some(found)}"] if found else []
+
+
+def _used_elsewhere(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
+    parents: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}
+    for name, owner in model.named_modules():
+        for key, child in owner._modules.items():
+            if child is not None:
+                parents.setdefault(child, []).append((name, owner, key))
+
+    def holders(part: nn.Module, inner: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+        for name, owner, key in parents.get(part, ()):
+            path = f"{key}.{inner}".rstrip(".")
+            if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
+                yield from holders(owner, path)
+            else:
+                yield name, owner, path
+
+    weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
+    found = []
+    for full, module in model.named_modules():
+        weight = weights.get(bare_name(full))
+        if isinstance(module, _ConvNd) and weight is not None and len(held := list(holders(module))) > 1:
+            uses = [(name, used_weight(module, owner, inner)) for name, owner, inner in held]
+            others = [layer_name(bare_name(name)) for name, use in uses if _may_differ(use, weight, module)]
+            found += [f"{layer_name(bare_name(full))} (in {one})" for one in dict.fromkeys(others)]
+    if not found:
+        return []
+    return [f"held by other modules too, which may use other weights, and those do not count: {some(found)}"]
+
+
+@torch.no_grad()
+def _may_differ(use: Weight, weight: Weight, module: nn.Module) -> bool:
+    """Whether a use of a convolution may be one of another weight, which the module around it makes."""
+    if not any(isinstance(one, ForwardWeight) and one.module is not module for one in (use, weight)):
+        return use.note not in (None, weight.note)
+    try:
+        return not torch.equal(use.read(), weight.read())
+    except Exception:  # whatever the module's own code raises
+        return True
 
 
 def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:

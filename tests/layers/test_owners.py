@@ -314,3 +314,46 @@ def test_what_will_not_be_treated_stands_in_no_ones_way(alone):
     gate, conv = ci.initialize_(Gated(), settings=SETTINGS).layers
     assert gate.outcome is ci.Outcome.SKIPPED
     assert conv.outcome is ci.Outcome.INITIALIZED
+
+
+class Holding(nn.Module):
+    """Holds a convolution that others hold too."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.convs, self.mask = nn.ModuleList([conv]), torch.rand(conv.weight.shape) < 0.5
+
+    def forward(self, x):
+        return self.convs[0](x)
+
+
+class HoldingMasked(Holding):
+    def forward(self, x):
+        return F.conv2d(x, self.convs[0].weight * self.mask)
+
+
+class HoldingMaskedInPlace(Holding):
+    def forward(self, x, scale):
+        self.convs[0].weight.data *= self.mask
+        return super().forward(x) * scale
+
+
+KINDS = [(Holding, HoldingMasked), (HoldingMasked, Holding), (HoldingMasked, HoldingMasked)]
+
+
+@pytest.mark.parametrize("kinds", [*KINDS, (Holding, HoldingMaskedInPlace), (Holding, Holding, HoldingMasked)])
+def test_another_module_that_holds_a_convolution_too_may_use_another_weight_of_it(kinds):
+    conv = nn.Conv2d(4, 8, 3)
+    model = nn.Sequential(*(kind(conv) for kind in kinds))
+    remark = "held by other modules too, which may use other weights, and those do not count: 0.convs.0 (in "
+    for report in (ci.measure(model), ci.initialize_(model, settings=SETTINGS)):
+        assert report.remarks == [f"{remark}{len(kinds) - 1})"]
+
+
+def test_a_convolution_that_several_modules_hold_and_use_alike_is_no_trouble():
+    conv = nn.Conv2d(4, 8, 3)
+    masked = HoldingMasked(conv)
+    further = HoldingMasked(conv)
+    further.mask = masked.mask
+    for parts in ((Holding(conv), Holding(conv), conv), (masked, nn.Sequential(masked), further)):
+        assert ci.initialize_(nn.ModuleDict(dict(zip("abc", parts, strict=True))), settings=SETTINGS).remarks == []
