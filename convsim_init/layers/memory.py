@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+MAX_WORK: Any = 10**5  # candidates that are tried where entries leave gaps
+SOMEWHERE = 2**20  # an address that is not 0, where NumPy would take memory of its own
+
 
 class Memory(NamedTuple):
-    """The stretch of a storage that a tensor's entries lie in, in bytes."""
+    """Where a tensor's entries lie, in bytes: in a stretch that they may leave gaps in.
+
+    Attributes:
+        device: Their device.
+        storage: The storage that is counted from; 0 where positions are addresses, of whatever storage.
+        start: Position of the first.
+        end: Position after the last.
+        size: Of an entry.
+        shape: Shape of the tensor.
+        strides: Its strides.
+    """
 
     device: torch.device
     storage: int
     start: int
     end: int
+    size: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def memory(tensor: Tensor) -> Memory:
-    """Where the entries of a dense tensor lie; those of a strided one may leave gaps."""
-    extent = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    end = start + int(extent) * tensor.element_size() if tensor.numel() else start
-    return Memory(tensor.device, tensor.untyped_storage().data_ptr(), start, end)
+    """Where the entries of a dense tensor lie."""
+    size, shape = tensor.element_size(), tuple(tensor.shape)
+    strides = tuple(stride * size for stride in tensor.stride())
+    storage, start = 0, tensor.data_ptr()
+    if tensor.device.type not in ("cpu", "cuda"):  # where a pointer may be no address but a handle
+        storage, start = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()) * size
+    extent = sum(stride * (count - 1) for stride, count in zip(strides, shape, strict=True)) + size
+    return Memory(tensor.device, storage, start, start + extent if tensor.numel() else start, size, shape, strides)
 
 
 def memories(tensors: Iterable[Tensor]) -> list[Memory]:
@@ -34,8 +56,28 @@ def memories(tensors: Iterable[Tensor]) -> list[Memory]:
 
 
 def overlap(a: Memory, b: Memory) -> bool:
-    """Whether two tensors lie in a stretch of memory that both use."""
-    return a[:2] == b[:2] and a.start < b.end and b.start < a.end
+    """Whether an entry of one tensor lies where one of another does; where that is hard to tell it counts as so."""
+    if not (a.start < b.end and b.start < a.end and a[:2] == b[:2]):
+        return False
+    if all(math.prod(one.shape) * one.size == one.end - one.start for one in (a, b)):  # no gaps
+        return True
+    first = min(a.start, b.start)
+    try:
+        return np.shares_memory(_array(a, first), _array(b, first), max_work=MAX_WORK)
+    except RuntimeError:  # too much work
+        return True
+
+
+def _array(one: Memory, first: int) -> np.ndarray[Any, Any]:
+    """An array that lies as the tensor does, behind the first of the positions; it is not to be read."""
+    interface = {
+        "version": 3,
+        "typestr": f"|V{one.size}",
+        "shape": one.shape,
+        "strides": one.strides,
+        "data": (one.start - first + SOMEWHERE, True),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from convsim_init.layers.find import used_weight
 from convsim_init.layers.forward.code import forward_code, reads_further_inside
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.memory import Memory, memories, overlap
+from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.weights import KERNEL_RANKS, Weight
@@ -138,14 +140,16 @@ def _may_differ(use: Weight, weight: Weight, module: nn.Module) -> bool:
 def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
     own = {id(source) for layer in layers for source in layer.weight.sources}
-    treated: dict[tuple[object, ...], list[Memory]] = {}
-    for one in memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources):
-        treated.setdefault(one[:2], []).append(one)
+    treated = memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources)
+    treated.sort(key=attrgetter("start"))
+    starts, longest = [one.start for one in treated], max((one.end - one.start for one in treated), default=0)
     found = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in own and any(overlap(a, b) for a in memories([tensor]) for b in treated.get(a[:2], ())):
-            found.append(shown(bare_name(name)))
-    return [f"in the memory of treated weights, and changed with them: {some(found)}"] if found else []
+        for one in memories([tensor]) if id(tensor) not in own else ():
+            near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
+            if any(overlap(one, other) for other in near):
+                found.append(shown(bare_name(name)))
+    return [f"in the memory of weights of layers, and change with them: {some(found)}"] if found else []
 
 
 class Twin(NamedTuple):

@@ -112,8 +112,9 @@ def scale_layers(
         images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
     if images.numel() == 0 or not images.isfinite().all():
         raise InputError("expected images of finite numbers, got infinities or NaN, or none at all: leave those out")
-    owners = {tuple(memories(layer.weight.sources)): layer.name for layer in layers}
-    owner = {layer.name: owners.get(tuple(memories(layer.weight.sources))) for layer in found}
+    places = {layer.name: tuple(one[:4] for one in memories(layer.weight.sources)) for layer in found}
+    owners = {places[layer.name]: layer.name for layer in layers}
+    owner = {layer.name: owners.get(places[layer.name]) for layer in found}
     scaled = [(name, module) for key, module in modules.items() if (name := owner.get(key)) is not None]
     factors = _find_factors(model, scaled, images)
     with LIVE, torch.no_grad():

@@ -8,6 +8,7 @@ import warnings
 from functools import partialmethod
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ def test_what_a_mask_hides_stays_as_it_was():
     assert not torch.equal(module.weight[~hidden], before[~hidden])
 
 
-@pytest.mark.parametrize("kind", ["same data", "a view", "a transposed view", "one parameter"])
+@pytest.mark.parametrize("kind", ["same data", "a view", "a transposed view", "one array", "one parameter"])
 @pytest.mark.parametrize("source", ["module", "state dict"])
 def test_memory_says_what_is_shared(kind, source):
     first, second = nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3)
@@ -137,6 +138,9 @@ def test_memory_says_what_is_shared(kind, source):
     elif kind == "a view":
         whole = torch.randn(12, 4, 3, 3)
         first.weight.data, second.weight.data = whole[:8], whole[4:]
+    elif kind == "one array":  # behind two storages
+        whole = np.random.default_rng(0).normal(size=(12, 4, 3, 3)).astype("float32")
+        first.weight.data, second.weight.data = torch.from_numpy(whole[:8]), torch.from_numpy(whole[4:])
     elif kind == "a transposed view":
         second.weight = nn.Parameter(first.weight.data.transpose(2, 3))
     else:
@@ -153,7 +157,7 @@ def test_other_tensors_in_the_memory_of_a_treated_weight_are_told():
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 1), "linear": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
     model["linear"].weight.data = model["conv"].weight.data.view(8, 4)
     report = ci.initialize_(model, settings=SETTINGS)
-    assert report.remarks == ["in the memory of treated weights, and changed with them: linear.weight"]
+    assert report.remarks == ["in the memory of weights of layers, and change with them: linear.weight"]
     assert ci.initialize_(model, exclude=["*"]).remarks == []
 
 
@@ -162,6 +166,24 @@ def test_parts_of_one_storage_that_do_not_overlap_are_apart():
     assert overlap(memory(whole[:8]), memory(whole[7:]))
     assert not overlap(memory(whole[:8]), memory(whole[8:]))
     assert not overlap(memory(whole), memory(whole.clone()))
+    assert not overlap(memory(whole[::2]), memory(whole[1::2]))
+    assert not overlap(memory(whole[:, :2]), memory(whole[:, 2:]))
+    assert overlap(memory(whole[:, :2]), memory(whole[1::2]))
+    assert not overlap(memory(whole[:0]), memory(whole))
+    values = torch.randn(8, 4, 3, 3, dtype=torch.complex64)
+    assert not overlap(memory(values.real), memory(values.imag))
+    assert overlap(memory(values.real), memory(values))
+
+
+def test_the_two_halves_of_a_complex_weight_are_two_layers_and_a_tie_by_an_array_is_told():
+    values, array = torch.randn(8, 4, 3, 3, dtype=torch.complex64), np.ones((9, 4, 1, 1), "float32")
+    model = nn.ModuleDict({"a": nn.Conv2d(4, 8, 3), "b": nn.Conv2d(4, 8, 3), "c": nn.Conv2d(4, 8, 1)})
+    model["a"].weight.data, model["b"].weight.data = values.real, values.imag
+    model["c"].weight.data = torch.from_numpy(array[:8])
+    model["c"].register_buffer("last", torch.from_numpy(array[1:]))
+    report = plan(model, settings=SETTINGS)
+    assert [layer.outcome.value for layer in report.layers] == ["planned"] * 3
+    assert report.remarks == ["in the memory of weights of layers, and change with them: c.last"]
 
 
 def test_quantization_aware_convolutions_are_approximated_and_their_observers_untouched():
