@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers.forward.code import names_of
 from convsim_init.layers.memory import is_wrapper
@@ -30,6 +31,7 @@ LIVE = threading.RLock()  # of all that reads, tries or writes the weights of li
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
+LIBRARIES = {"torch", *sys.stdlib_module_names}  # whose objects may be more than what they hold
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
@@ -181,22 +183,59 @@ def _is_heavy(value: object) -> bool:
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an attribute, but for the modules and tensors in the memo; itself where it cannot be copied."""
+    """A copy of an attribute, but for the modules and tensors in the memo and for what cannot be copied."""
     if isinstance(value, torch.Generator):
         return value.clone_state()
     known = dict(memo)
     try:
-        twin = copy.deepcopy(value, known)
-        for original, one in known.items():
-            if isinstance(one, nn.Parameter) and original not in memo and original != id(one):
-                vars(one)[ORIGINAL] = original
-        return twin
-    except Exception:  # of any kind: a lock, an open file, a tensor that was computed
-        if isinstance(value, dict):
-            twin = copy.copy(value)
-            twin.update({key: copied(one, memo) for key, one in value.items()})
-            return twin
-        return [copied(one, memo) for one in value] if type(value) is list else value
+        with _ComputedToo():
+            twin = copy.deepcopy(value, known)
+    except Exception:  # of any kind: a lock, an open file
+        return _copied_in_part(value, memo)
+    for original, one in known.items():
+        if isinstance(one, nn.Parameter) and original not in memo and original != id(one):
+            vars(one)[ORIGINAL] = original
+    return twin
+
+
+def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an object of somebody's own, or of a container, by its parts; anything else itself.
+
+    What other threads may wait for, such as a queue, has to stay the same.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(copied(one, memo) for one in value)
+    twin: Any = value
+    if isinstance(value, dict) or _is_plain(value):
+        with suppress(Exception):  # of any kind
+            twin = memo[id(value)] = copy.copy(value)
+    if twin is not value:
+        parts = twin if isinstance(value, dict) else vars(twin)
+        parts.update({name: copied(one, memo) for name, one in parts.items()})
+    return twin
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an object is of a class of somebody's own and ends without a trace."""
+    kind = type(value)
+    library = str(kind.__module__).partition(".")[0] in LIBRARIES
+    return hasattr(value, "__dict__") and not (library or hasattr(kind, "__del__"))
+
+
+class _ComputedToo(TorchFunctionMode):
+    """Context in which tensors that were computed are copied too; they depend on what they did."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            with torch.enable_grad():
+                return args[0].clone()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

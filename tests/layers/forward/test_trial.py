@@ -1,7 +1,10 @@
 """A trial pass sees what the convolution is given, and leaves no trace."""
 
 import copy
+import queue
 import random
+import threading
+import types
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -157,8 +160,6 @@ def test_a_pass_without_a_convolution_says_so():
 
 @pytest.mark.parametrize("attribute", ["lock", "computed", "inference"])
 def test_what_cannot_be_copied_is_no_obstacle(attribute):
-    import threading
-
     module = nn.Conv2d(3, 4, 3)
     if attribute == "inference":
         with torch.inference_mode():
@@ -169,6 +170,49 @@ def test_what_cannot_be_copied_is_no_obstacle(attribute):
     with isolated(module):
         assert module(torch.zeros(1, 3, 3, 3)).shape == (1, 4, 1, 1)
     assert module.extra is value
+
+
+class Counting(nn.Conv2d):
+    """Counts in what cannot be copied whole, or with a plain copy."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        held = types.SimpleNamespace(
+            lock=threading.Lock(), seen=[], cache=(self.weight * 2).sum(0), queue=queue.Queue()
+        )
+        self.held, self.pair, self.values = (
+            Held(held),
+            (threading.Lock(), []),
+            {"computed": self.weight * 2, "seen": []},
+        )
+        self.held.itself = self.held
+
+    def forward(self, x):
+        self.held.count += 1
+        self.held.itself.seen.append(1)
+        self.held.cache.data.add_(1)
+        self.pair[1].append(1)
+        self.values["seen"].append(1)
+        self.values["computed"].data.zero_()
+        assert self.held.queue.get(timeout=10) == 0
+        return F.conv2d(x, self.weight)
+
+
+class Held:
+    def __init__(self, attributes):
+        self.count = 0
+        vars(self).update(vars(attributes))
+
+
+def test_what_stands_beside_a_lock_is_left_as_it_was_and_a_queue_is_the_same():
+    module = Counting()
+    computed, cache = module.values["computed"].detach().clone(), module.held.cache.detach().clone()
+    module.held.queue.put(0)
+    convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
+    assert (module.held.count, module.held.seen, module.pair[1], module.values["seen"]) == (0, [], [], [])
+    assert torch.equal(module.values["computed"], computed)
+    assert torch.equal(module.held.cache, cache)
+    assert module.held.queue.empty()
 
 
 def test_copies_are_still_equal():
