@@ -40,8 +40,14 @@ class Weight:
 
     @property
     def mask(self) -> Tensor | None:
-        """Where the weight that is used may differ from zero, of its shape; None for everywhere."""
-        return None
+        """Where the weight that is used may differ from zero, of its shape; None for everywhere.
+
+        Zeros of a parameter with a hook on its gradient are taken for one: such a hook keeps them in training.
+        """
+        if type(self) is not Weight or not self.sources[0]._backward_hooks:
+            return None
+        mask = self.sources[0].detach() != 0
+        return None if mask.all() else mask
 
     @property
     def shape(self) -> list[int]:
@@ -104,7 +110,8 @@ class Weight:
         Raises:
             RefusedError: If it cannot be set; then nothing was changed.
         """
-        self.sources[0].copy_(weight)
+        source, mask = self.sources[0], self.mask
+        source.copy_(weight if mask is None else torch.where(mask, weight.to(source), source))
         return None
 
     def backup(self) -> Callable[[], None]:

@@ -76,6 +76,19 @@ def hooked():
     return module
 
 
+def kept_by_a_gradient_hook(kind=nn.Conv2d):
+    module = kind(3, 16, 5)
+    mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    module.weight.data *= mask
+    module.weight.register_hook(lambda gradient: gradient * mask)
+    return module
+
+
+class Scaling(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 2)
+
+
 def pruned(times=1):
     module = nn.Conv2d(3, 16, 5)
     for _ in range(times):
@@ -88,6 +101,8 @@ MASKS = {
     "multiplied": lambda: MaskedCopy(3, 16, 5),
     "in its call": lambda: MaskedInCall(3, 16, 5),
     "by a hook": hooked,
+    "by a hook on the gradient": kept_by_a_gradient_hook,
+    "and scaled": lambda: kept_by_a_gradient_hook(Scaling),
     "pruned": pruned,
     "twice pruned": lambda: pruned(2),
 }
@@ -118,6 +133,21 @@ def given_of(module):
     if hasattr(module, "weight_mask"):
         return (module.weight_orig * module.weight_mask).detach()
     return given(module)
+
+
+def test_a_draw_leaves_zeros_that_a_hook_on_the_gradient_keeps():
+    module = kept_by_a_gradient_hook()
+    before = module.weight.detach().clone()
+    assert ci.draw_base_(module, "kaiming_normal") == [""]
+    assert torch.equal(module.weight == 0, before == 0)
+    assert not torch.equal(module.weight, before)
+
+
+def test_a_hook_on_the_gradient_of_a_weight_without_zeros_is_no_mask():
+    module = nn.Conv2d(3, 16, 5)
+    module.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
 
 
 def test_what_a_mask_hides_stays_as_it_was():

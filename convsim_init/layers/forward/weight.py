@@ -126,7 +126,7 @@ class ForwardWeight(Weight):
     def __init__(self, module: nn.Module, stored: Weight, inner: nn.Module | None = None) -> None:
         super().__init__(*stored.sources)
         self.module, self._stored, self._inner = module, stored, inner or module
-        self._mask = stored.mask
+        self._mask: Tensor | None = None
         self._centred, self._known = False, True
         self._index: int | None = None
         self._fed, self._axes = False, 0
