@@ -293,8 +293,10 @@ def _lower(
     after, kept = measure_bank(written, channels), filter_norms(written)
     change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
     counting = list(before)
-    if change > NORM_CHANGE + torch.finfo(layer.weight.sources[0].dtype).eps:
-        difference = difference or f"its forward pass changes the norms of filters by up to {change:.1%}"
+    dtype = layer.weight.sources[0].dtype
+    if change > NORM_CHANGE + torch.finfo(dtype).eps:
+        cause = f"the range of {dtype}" if type(layer.weight) is Weight else "its forward pass"
+        difference = difference or f"{cause} changes the norms of filters by up to {change:.1%}"
         counting.remove("similarity")  # which falls with the norms
     if not any(after[name] < before[name] for name in counting):
         with LIVE:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import used_weight
 from convsim_init.layers.forward.code import forward_code, reads_further_inside
+from convsim_init.layers.forward.isolation import is_plain
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import memories, overlap
@@ -23,6 +24,8 @@ from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.weights import KERNEL_RANKS, Weight
 from convsim_init.report.text import layer_name, shown, some
 
+Holder = tuple[str, nn.Module, str]  # a module's name, the module, and the name of what it holds in it
+USUAL = frozenset(vars(nn.Module()))  # attributes of every module
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
 
 
@@ -99,31 +102,32 @@ def _read_above(model: nn.Module) -> list[str]:
 
 def _used_elsewhere(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
-    parents: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}
+    parents: dict[nn.Module, list[Holder]] = {}
     for name, owner in model.named_modules():
         for key, child in owner._modules.items():
             if child is not None:
                 parents.setdefault(child, []).append((name, owner, key))
-
-    def holders(part: nn.Module, inner: str = "") -> Iterator[tuple[str, nn.Module, str]]:
-        for name, owner, key in parents.get(part, ()):
-            path = f"{key}.{inner}".rstrip(".")
-            if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
-                yield from holders(owner, path)
-            else:
-                yield name, owner, path
-
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
     for full, module in model.named_modules():
         weight = weights.get(bare_name(full))
-        if isinstance(module, _ConvNd) and weight is not None and len(held := list(holders(module))) > 1:
+        if isinstance(module, _ConvNd) and weight is not None and len(held := list(_holders(parents, module))) > 1:
             uses = [(name, used_weight(module, owner, inner)) for name, owner, inner in held]
             others = [layer_name(bare_name(name)) for name, use in uses if _may_differ(use, weight, module)]
             found += [f"{layer_name(bare_name(full))} (in {one})" for one in dict.fromkeys(others)]
     if not found:
         return []
     return [f"held by other modules too, which may use other weights, and those do not count: {some(found)}"]
+
+
+def _holders(parents: Mapping[nn.Module, Sequence[Holder]], part: nn.Module, inner: str = "") -> Iterator[Holder]:
+    """The modules with a forward pass that a module is in, or is in a list of."""
+    for name, owner, key in parents.get(part, ()):
+        path = f"{key}.{inner}".rstrip(".")
+        if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
+            yield from _holders(parents, owner, path)
+        else:
+            yield name, owner, path
 
 
 @torch.no_grad()
@@ -170,9 +174,10 @@ class Twin(NamedTuple):
 
 @torch.no_grad()
 def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> list[Twin]:
-    """Copies of treated weights that are not treated: frozen or loaded layers, as momentum encoders, and buffers.
+    """Copies of treated weights, in whatever dtype, that are not treated.
 
-    In a state dict: entries that are no layer's, such as averages.
+    These are frozen or loaded layers, as momentum encoders, other parameters, buffers, and what attributes hold, as
+    averages of weights; in a state dict entries that are no layer's.
     """
     treated: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
     copies: list[tuple[str, Tensor]] = []
@@ -182,19 +187,35 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
             treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
         elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
-    if isinstance(model, nn.Module):
-        others: dict[str, object] = dict(unwrap(model).named_buffers())
-    else:
-        own = {id(source) for layer in layers for source in layer.weight.sources}
-        others = {key: value for key, value in model.items() if id(value) not in own}
-    for name, other in others.items():
-        if isinstance(other, Tensor) and memories([other]) and other.dim() in KERNEL_RANKS:
-            copies.append((shown(bare_name(name)), other))
+    known = {id(one) for layer in layers for one in layer.weight.storage()}
+    for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():
+        if isinstance(tensor, Tensor) and id(tensor) not in known and memories([tensor]) and tensor.dim() in KERNEL_RANKS:
+            copies.append((shown(bare_name(name)), tensor))
+            known.add(id(tensor))
     found = []
     for name, copy in copies:
         of = next((one for one in treated.get(tuple(copy.shape), ()) if _same(copy, one[1])), None)
         found += [Twin(name, of[0], copy, of[1])] if of else []
     return found
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model, those that attributes hold by the names of the attributes."""
+    yield from (*model.named_parameters(), *model.named_buffers())
+    for name, part in model.named_modules():
+        for key, value in vars(part).items():
+            if key not in USUAL:
+                yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in _held(value))
+
+
+def _held(value: object, depth: int = 2) -> Iterator[Tensor]:
+    """The tensors that an attribute is, or has in a container, or in the attributes of an object."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, nn.Module):
+        inside = value if isinstance(value, (list, tuple, dict)) else vars(value) if is_plain(value) else ()
+        for one in list(inside.values()) if isinstance(inside, dict) else inside:
+            yield from _held(one, depth - 1)
 
 
 def divergence_remarks(twins: Sequence[Twin]) -> list[str]:
@@ -210,5 +231,6 @@ def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
     return [f"copies that are no longer equal to what they were copied from: {names}: copy them again"]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+def _same(copy: Tensor, original: Tensor) -> bool:
+    alike = copy.device == original.device and copy.is_floating_point()
+    return alike and torch.equal(copy, original.to(copy.dtype))

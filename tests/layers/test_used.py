@@ -19,6 +19,7 @@ import convsim_init as ci
 from convsim_init.initialize import plan
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.memory import memory, overlap
+from convsim_init.report.text import some
 
 SETTINGS = ci.Settings(steps=8, channels="matched")
 
@@ -1229,6 +1230,40 @@ def test_copies_among_the_buffers_that_part_are_told():
     assert ci.initialize_(model, settings=SETTINGS).remarks == [
         "copies that are no longer equal to what they were copied from: average (of 0): copy them again"
     ]
+
+
+class Shadow:
+    def __init__(self, model):
+        self.values = {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+def test_copies_of_other_dtypes_and_in_attributes_that_part_are_told():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, bias=False))
+    weight = model[0].weight.detach()
+    model.average = nn.ParameterList([nn.Parameter(one.detach().clone(), False) for one in model[0].parameters()])
+    model.low, model.shadow = copy.deepcopy(model[0]).half().requires_grad_(False), Shadow(model[1])
+    model.register_buffer("high", weight.double())
+    model.kernels = [weight.clone(), torch.randn_like(weight)]
+    model.same, model.ones = model[0].weight, torch.ones(8, 4, 3, 3, dtype=torch.bool)
+    (remark,) = ci.initialize_(model, settings=SETTINGS).remarks
+    copies = ("low (of 0)", "average.0 (of 0)", "high (of 0)", "shadow (of 1)", "kernels (of 0)")
+    assert remark == (f"copies that are no longer equal to what they were copied from: {some(copies)}: copy them again")
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_hook_left_on_a_module_is_no_copy(norm):
+    model = nn.Sequential(norm(nn.Conv2d(4, 8, 3)))
+    model[0].weight.data.copy_(getattr(model[0], "weight_v" if norm is torch.nn.utils.weight_norm else "weight_orig"))
+    assert ci.initialize_(model, settings=SETTINGS).remarks == []
+
+
+def test_norms_that_are_too_small_for_a_dtype_are_told_as_such():
+    model = nn.Sequential(nn.Conv2d(64, 32, 3))
+    model[0].weight.data.mul_(1e-5)
+    (layer,) = ci.initialize_(model.half(), settings=SETTINGS).layers
+    assert layer.outcome is ci.Outcome.APPROXIMATED
+    assert layer.reason.startswith("the range of torch.float16 changes the norms of filters by up to ")
 
 
 def test_a_model_may_group_its_parameters_for_an_optimizer():

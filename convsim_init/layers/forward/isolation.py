@@ -206,7 +206,7 @@ def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(copied(one, memo) for one in value)
     twin: Any = value
-    if isinstance(value, dict) or _is_plain(value):
+    if isinstance(value, dict) or is_plain(value):
         with suppress(Exception):  # of any kind
             twin = memo[id(value)] = copy.copy(value)
     if twin is not value:
@@ -215,7 +215,7 @@ def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
     return twin
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     """Whether an object is of a class of somebody's own and ends without a trace."""
     kind = type(value)
     library = str(kind.__module__).partition(".")[0] in LIBRARIES
