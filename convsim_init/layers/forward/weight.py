@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.code import forward_code, reads_weight
+from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
 from convsim_init.layers.forward.trial import (
     NO_CALL,
     Call,
@@ -181,7 +182,7 @@ class ForwardWeight(Weight):
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
         self._mask = mask
         for self._centred in (False, True):
-            if _is_multiple(used, self._variable(stored)):
+            if is_multiple(used, self._variable(stored)):
                 return None
         self._mask, self._centred, self._known = self._stored.mask, False, False
         return None
@@ -228,8 +229,8 @@ class ForwardWeight(Weight):
         """
         self.choose_call()
         stored = self._stored.read()
-        probe = _probe(stored)
-        probes = (probe, probe * _signs(probe), stored)  # of one sign, of both, and what is there now
+        probe = probe_like(stored)
+        probes = (probe, probe * signs_like(probe), stored)  # of one sign, of both, and what is there now
         return type(self._stored) is Weight and all(torch.equal(self._given(probe=one), one) for one in probes)
 
     def compute(self) -> Tensor:
@@ -243,8 +244,8 @@ class ForwardWeight(Weight):
         if not self._known or torch.equal(used, stored):
             return self._write_nearest(weight, used, stored)
         variable, target = self._variable(stored), self._variable(weight)
-        slopes = _slopes(used, variable)  # [M, 1, ...]
-        target *= _ratios(_norms(weight), _norms(target))
+        slopes = slopes_of(used, variable)  # [M, 1, ...]
+        target *= ratios(norms_of(weight), norms_of(target))
         # What a mask hides is no part of the variable and stays, to the bit.
         changed = to_float64(stored) - variable + target / torch.where(slopes == 0, 1, slopes)
         self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
@@ -326,13 +327,13 @@ class ForwardWeight(Weight):
         """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""
         if self._stored.mask is not None or type(self._stored) is not Weight:
             return self._stored.mask
-        probe = _probe(stored)
-        probe *= _signs(probe)
+        probe = probe_like(stored)
+        probe *= signs_like(probe)
         used, opposite = self._given(probe=probe), self._given(probe=-probe)
         mask = used != 0
         if mask.all() or not torch.equal(opposite != 0, mask):  # it depends on the weight, as a ReLU of it does
             return None
-        return mask if _is_multiple(used, to_float64(probe * mask)) else None
+        return mask if is_multiple(used, to_float64(probe * mask)) else None
 
     def _variable(self, weight: Tensor) -> Tensor:
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
@@ -342,33 +343,3 @@ class ForwardWeight(Weight):
 
 def _same_filters(one: Call, other: Call) -> bool:
     return one is other or (one[1:3] == other[1:3] and torch.equal(one.weight, other.weight))
-
-
-def _probe(stored: Tensor) -> Tensor:
-    """A weight without zeros."""
-    return (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
-
-
-def _signs(weight: Tensor) -> Tensor:
-    """Ones of both signs, by turns."""
-    return (1 - 2 * (torch.arange(weight.numel(), device=weight.device) % 2)).view(weight.shape).to(weight)
-
-
-def _is_multiple(used: Tensor, variable: Tensor) -> bool:
-    """Whether each filter that is used is a multiple of one."""
-    return describe_mismatch("class", _slopes(used, variable) * variable, used) is None
-
-
-def _slopes(used: Tensor, variable: Tensor) -> Tensor:
-    """For each filter the factor by which one is used, ``[M, 1, ...]``."""
-    axes = tuple(range(1, used.dim()))
-    return _ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
-
-
-def _norms(weight: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(to_float64(weight), dim=tuple(range(1, weight.dim())), keepdim=True)
-    return norms
-
-
-def _ratios(above: Tensor, below: Tensor) -> Tensor:
-    return above / torch.where(below == 0, 1, below)
