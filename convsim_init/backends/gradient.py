@@ -47,10 +47,9 @@ class _Sum(torch.autograd.Function):
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
         ctx.weights = weights  # not saved for the backward pass: they may change until then
-        specs = [WeightSpec(w.shape, w.dtype, w.device, layout) for w, layout in zip(weights, layouts, strict=True)]
         found = [
-            _value_and_gradient(spec, weight, pairs, channels, normalized)
-            for spec, weight in zip(specs, weights, strict=True)
+            _value_and_gradient(weight, layout, pairs, channels, normalized)
+            for weight, layout in zip(weights, layouts, strict=True)
         ]
         ctx.save_for_backward(*(gradient for _, gradient in found))
         return _total([value for value, _ in found], weights[0])
@@ -81,47 +80,30 @@ class _Once(torch.autograd.Function):
         )
 
 
-class WeightSpec(NamedTuple):
-    """What is known of a weight before its values."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    layout: Layout
-
-    def in_order(self, weight: Tensor) -> Tensor:
-        """The weight with its kernels in the order of its filters; of another shape, perhaps."""
-        return filter_bank(weight, **self.layout._asdict()) if self.layout.transposed else weight
-
-    def weight(self, ordered: Tensor) -> Tensor:
-        """The weight whose entries these are, in the order of its filters."""
-        if self.layout.transposed:
-            bank = ordered.view(_bank_shape(self, "matched"))
-            return bank_weight(bank, groups=self.layout.groups, transposed=True)
-        return ordered if ordered.shape == self.shape else ordered.view(self.shape)
-
-
 def _value_and_gradient(
-    spec: WeightSpec, weight: Tensor, pairs: Pairs, channels: Channels, normalized: bool
+    weight: Tensor, layout: Layout, pairs: Pairs, channels: Channels, normalized: bool
 ) -> tuple[float | Tensor, Tensor]:
     """The similarity of one weight, and its gradient, of the weight's shape."""
-    ordered, shape, real = spec.in_order(weight), _bank_shape(spec, channels), _has_memory(weight)
-    if real and compiled.fits(spec.dtype, spec.device, pairs, channels):
-        ordered = ordered.resolve_neg().contiguous()
-        gradient = torch.empty_like(ordered)
-        value = _compiled(shape)(ordered, gradient, normalized=normalized)
-        if value is not None:
-            return value, spec.weight(gradient)
-    with full_precision(spec.device):
-        kernels = ordered.reshape(-1, spec.shape[2:].numel()).to(accumulation_dtype(spec.dtype)).contiguous()  # [K, T]
-        if real and _has_fused(shape, kernels.dtype, spec.device, pairs, channels):
-            from convsim_init.backends import fused_similarity
+    shape, real = _bank_shape(weight.shape, weight.dtype, layout, channels), _has_memory(weight)
+    ordered = filter_bank(weight, **layout._asdict()) if layout.transposed else weight  # its kernels as in the bank
+    value: float | Tensor | None = None
+    if real and compiled.fits(weight.dtype, weight.device, pairs, channels):
+        kernels = ordered.resolve_neg().contiguous()
+        gradient = torch.empty_like(kernels)
+        value = _compiled(shape)(kernels, gradient, normalized=normalized)
+    if value is None:
+        with full_precision(weight.device):
+            kernels = ordered.reshape(-1, shape[3:].numel()).to(accumulation_dtype(weight.dtype)).contiguous()  # [K, T]
+            if real and _has_fused(shape, kernels.dtype, weight.device, pairs, channels):
+                from convsim_init.backends import fused_similarity
 
-            kernels = kernels.resolve_neg()
-            total, gradient = fused_similarity.value_and_gradient(kernels, shape, normalized=normalized)
-        else:
-            total, gradient = value_and_gradient(kernels, shape, pairs, channels, normalized=normalized)
-        return total, spec.weight(gradient)
+                kernels = kernels.resolve_neg()
+                value, gradient = fused_similarity.value_and_gradient(kernels, shape, normalized=normalized)
+            else:
+                value, gradient = value_and_gradient(kernels, shape, pairs, channels, normalized=normalized)
+    if layout.transposed:
+        return value, bank_weight(gradient.view(shape), **layout._asdict())
+    return value, gradient.view(weight.shape)
 
 
 def _has_memory(weight: Tensor) -> bool:
@@ -149,10 +131,9 @@ def _total(values: Sequence[float | Tensor], first: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _bank_shape(spec: WeightSpec, channels: Channels) -> torch.Size:
-    """Shape ``[G, M, C, *kernel_size]`` of its filter bank."""
-    empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    return filter_bank(empty, **spec.layout._asdict(), channels=channels).shape
+def _bank_shape(shape: torch.Size, dtype: torch.dtype, layout: Layout, channels: Channels) -> torch.Size:
+    """Shape ``[G, M, C, *kernel_size]`` of a weight's filter bank."""
+    return filter_bank(torch.empty(shape, dtype=dtype, device="meta"), **layout._asdict(), channels=channels).shape
 
 
 @lru_cache(maxsize=256)

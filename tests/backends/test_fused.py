@@ -14,7 +14,7 @@ from card import OnCard
 
 import convsim_init as ci
 from convsim_init.backends import block, gpu, gradient, torch_ops
-from convsim_init.backends.gradient import Layout, WeightSpec
+from convsim_init.backends.gradient import Layout
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.functional.fourier import Fourier
 from convsim_init.optim.descent import descend
@@ -225,11 +225,10 @@ def test_on_a_gpu_it_computes_the_regularizer_in_a_handful_of_launches(
 ):
     monkeypatch.setattr(gradient, "_has_memory", lambda weight: True)
     weight = torch.randn(shape).to(dtype)
-    spec = WeightSpec(weight.shape, dtype, OnCard.device, layout)
-    arguments = OnCard(weight), "all", "matched", normalized
-    gradient._value_and_gradient(spec, *arguments)  # the basis is copied to the GPU
+    arguments = OnCard(weight), layout, "all", "matched", normalized
+    gradient._value_and_gradient(*arguments)  # the basis is copied to the GPU
     fused_card.launches = fused_card.waits = 0
-    value, found = gradient._value_and_gradient(spec, *arguments)
+    value, found = gradient._value_and_gradient(*arguments)
     copies = (dtype != torch.float32) + 2 * layout.transposed  # of the weight, and of the gradient
     assert fused_card.launches == (4 if normalized else 3) + copies
     assert fused_card.waits == 0
@@ -246,8 +245,7 @@ def test_the_regularizer_of_many_groups_is_left_to_torch(monkeypatch):
     monkeypatch.setattr(gradient, "_has_memory", lambda weight: True)
     monkeypatch.setattr(fused_similarity, "value_and_gradient", None)
     weight = torch.randn(130, 2, 3)
-    spec = WeightSpec(weight.shape, weight.dtype, OnCard.device, Layout(65))
-    value, _ = gradient._value_and_gradient(spec, OnCard(weight), "all", "matched", normalized=True)
+    value, _ = gradient._value_and_gradient(OnCard(weight), Layout(65), "all", "matched", normalized=True)
     torch.testing.assert_close(value.held, ci.convolutional_similarity(weight, groups=65, normalized=True))
 
 
