@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from convsim_init.backends import gpu
+from convsim_init.backends import compiled, gpu
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import MaskedBlock, TorchBlock
-from convsim_init.functional.fourier import Fourier
+from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ class Block(Protocol):
     call.
     """
 
-    groups: slice
-    channels: slice
+    part: Part
 
     @property
     def weights(self) -> Tensor:
@@ -79,15 +78,15 @@ def cut_into_blocks(
     kind = _kind(bank, settings) if mask is None else MaskedBlock
     whole = settings.channels == "all" or bank.device.type != "cpu"
     memory = threading.local()
-    for groups, channels, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
-        block = kind(groups, channels, weights, fourier, settings, memory)
+    for part, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
+        block = kind(part, weights, fourier, settings, memory)
         if isinstance(block, MaskedBlock) and mask is not None:
-            block.mask = mask.flatten(3)[groups, :, channels].permute(3, 0, 2, 1).to(weights)
+            block.mask = mask.flatten(3)[part].permute(3, 0, 2, 1).to(weights)
         yield block
 
 
 def _kind(bank: Tensor, settings: Settings) -> type[CompiledBlock | FusedBlock | TorchBlock]:
-    if CompiledBlock.fits(bank, settings):
+    if compiled.fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels):
         return CompiledBlock
     if gpu.fits(bank.shape, bank.dtype, bank.device, settings.pairs, settings.compared_channels):
         from convsim_init.backends.fused import FusedBlock

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convsim_init.functional.fourier import Fourier
+from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.settings import SWITCH, Channels, Pairs, Settings
 
 NAME = "_step.so"  # as in setup.py: of no Python in particular
@@ -49,21 +49,12 @@ class _Layout(ctypes.Structure):
     @classmethod
     def of(cls, fourier: Fourier, groups: int, channels: int, filters: int) -> _Layout:
         """That of a bank whose kernels lie in the coordinates of ``fourier``."""
-        full, coarse, free = fourier.full, fourier.coarse, fourier.coarse_is_free
-        matrices = (full.first, full.second, fourier.identity, coarse.first, coarse.second)
-        kept = [matrix.contiguous() for matrix in matrices]
-        first, second, identity, coarse_first, coarse_second = (tensor.data_ptr() for tensor in kept)
+        coarse = () if fourier.coarse_is_free else (fourier.coarse.first, fourier.coarse.second)
+        kept = [one.contiguous() for one in (fourier.full.first, fourier.full.second, fourier.identity, *coarse)]
         layout = cls(
-            full=_Sizes.of(len(fourier.rotation), fourier.points),
-            coarse=_Sizes.of(len(fourier.rotation), fourier.coarse_points),
-            groups=groups,
-            channels=channels,
-            filters=filters,
-            first=first,
-            second=second,
-            identity=identity,
-            coarse_first=None if free else coarse_first,
-            coarse_second=None if free else coarse_second,
+            *(_Sizes.of(len(fourier.rotation), points) for points in (fourier.points, fourier.coarse_points)),
+            *(groups, channels, filters),
+            *(tensor.data_ptr() for tensor in kept),
             coarse_constant=fourier.coarse_constant,
         )
         layout.kept = kept  # as long as it points to them
@@ -163,17 +154,11 @@ class CompiledBlock:
     max_weights = 2**19  # a channel at a time is in the cache, whatever the block: blocks only share out work
 
     def __init__(
-        self,
-        groups: slice,
-        channels: slice,
-        weights: Tensor,
-        fourier: Fourier,
-        settings: Settings,
-        memory: threading.local,
+        self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
     ) -> None:
         library_ = library()
         assert library_ is not None
-        self.groups, self.channels = groups, channels
+        self.part = part
         self._library, self._memory = library_, memory
         _, group_count, channel_count, filters = self._shape = weights.shape
         self._weights = _chunked(weights)
@@ -184,11 +169,6 @@ class CompiledBlock:
         self._sums, self._grad_dot_prev, self._coefficients = (
             weights.new_empty(s, dtype=torch.float64) for s in shapes
         )
-
-    @staticmethod
-    def fits(bank: Tensor, settings: Settings) -> bool:
-        """Whether blocks of this bank can be compiled ones."""
-        return fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels)
 
     @property
     def weights(self) -> Tensor:

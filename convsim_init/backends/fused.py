@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from convsim_init.backends.gpu import MAX_WEIGHTS
-from convsim_init.functional.fourier import Basis, Fourier
+from convsim_init.functional.fourier import Basis, Fourier, Part
 from convsim_init.settings import Settings
 
 MIN_PROGRAMS, MAX_CHANNELS = 1024, 16  # some programs for each of a GPU's processors; channels of one
@@ -180,15 +180,9 @@ class FusedBlock:
     max_weights = MAX_WEIGHTS
 
     def __init__(
-        self,
-        groups: slice,
-        channels: slice,
-        weights: Tensor,
-        fourier: Fourier,
-        settings: Settings,
-        memory: threading.local,
+        self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
     ) -> None:
-        self.groups, self.channels = groups, channels
+        self.part = part
         self.weights = weights  # [T, g, c, M]
         self._direction, self._gradient = torch.zeros_like(weights), torch.zeros_like(weights)
         taps, group_count, channel_count, filters = weights.shape

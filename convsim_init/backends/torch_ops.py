@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.functional.bank import count_pairs, nonzero
-from convsim_init.functional.fourier import CACHED, Fourier, Halves, cuts, real_fourier_basis
+from convsim_init.functional.fourier import CACHED, Fourier, Halves, Part, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power
 from convsim_init.settings import Channels, Pairs, Settings
 
@@ -23,15 +23,9 @@ class TorchBlock:
     max_weights = CACHED  # each operation passes over all of them
 
     def __init__(
-        self,
-        groups: slice,
-        channels: slice,
-        weights: Tensor,
-        fourier: Fourier,
-        settings: Settings,
-        memory: threading.local,
+        self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
     ) -> None:
-        self.groups, self.channels = groups, channels
+        self.part = part
         self._memory = memory
         self._fourier, self._pairs, self._summed = fourier, settings.pairs, settings.channels == "all"
         self._weights = Halves(weights)
@@ -185,8 +179,8 @@ def _raw(kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels
         value, gradients = _raw_block(bank, basis, pairs, channels)
         return value, gradients.view_as(kernels)
     values, gradients = list[Tensor](), torch.empty_like(bank)
-    for groups, some in cuts(shape, CACHED):
-        value, gradients[groups, :, some] = _raw_block(bank[groups, :, some], basis, pairs, channels)
+    for part in cuts(shape, CACHED):
+        value, gradients[part] = _raw_block(bank[part], basis, pairs, channels)
         values.append(value)
     return torch.stack(values).sum(), gradients.view_as(kernels)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,16 @@ from torch import Tensor
 CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
 
 
-def cuts(shape: Sequence[int], max_weights: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and channels of the blocks of about ``max_weights`` into which a bank ``[G, M, C, ...]`` is cut.
+class Part(NamedTuple):
+    """Index of a part of a bank ``[G, M, C, ...]``: all filters of some groups, of some channels."""
+
+    groups: slice
+    filters: slice
+    channels: slice
+
+
+def cuts(shape: Sequence[int], max_weights: int) -> Iterator[Part]:
+    """The parts of about ``max_weights`` into which a bank ``[G, M, C, ...]`` is cut.
 
     A power of two of them and of nearly equal size, where that is possible: so they suit most numbers of threads.
     """
@@ -30,7 +39,7 @@ def cuts(shape: Sequence[int], max_weights: int) -> Iterator[tuple[slice, slice]
     group_step, channel_step = max(1, room // channels), min(room, channels)
     for g in range(0, groups, group_step):
         for c in range(0, channels, channel_step):
-            yield slice(g, g + group_step), slice(c, c + channel_step)
+            yield Part(slice(g, g + group_step), slice(None), slice(c, c + channel_step))
 
 
 def real_fourier_basis(
@@ -101,25 +110,25 @@ class Fourier:
         self.full = Basis(full @ rotation.T, self.rotation)
         self.coarse = Basis(coarse @ rotation.T, self.rotation)
 
-    def blocks(self, bank: Tensor, scale: Tensor, max_weights: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Cut a bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]`` into blocks of about ``max_weights``.
+    def blocks(self, bank: Tensor, scale: Tensor, max_weights: int) -> Iterator[tuple[Part, Tensor]]:
+        """The parts of `cuts` of a bank ``[G, M, C, *kernel_size]`` over ``scale`` ``[G, M]``.
 
         Yields:
-            Groups, channels, and the coordinates ``[T, g, c, M]`` of what they select.
+            A part, and the coordinates ``[T, g, c, M]`` of what it selects.
         """
         kernels = bank.flatten(3)  # [G, M, C, T]
-        for groups, channels in cuts(bank.shape, max_weights):
-            scaled = kernels[groups, :, channels] / scale[groups, :, None, None]
+        for part in cuts(bank.shape, max_weights):
+            scaled = kernels[part] / scale[part.groups, :, None, None]
             some = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
             rotated = torch.mm(self.rotation, some.reshape(len(some), -1))
-            yield groups, channels, rotated.view(some.shape)
+            yield part, rotated.view(some.shape)
 
-    def bank(self, blocks: Iterable[tuple[slice, slice, Tensor]], shape: torch.Size) -> Tensor:
+    def bank(self, blocks: Iterable[tuple[Part, Tensor]], shape: torch.Size) -> Tensor:
         """The bank of that shape that was cut into blocks by `blocks`."""
         bank = self.rotation.new_empty(*shape[:3], len(self.rotation))  # [G, M, C, T]
-        for groups, channels, coordinates in blocks:
+        for part, coordinates in blocks:
             taps = torch.mm(self.rotation.T, coordinates.flatten(1)).view(coordinates.shape)
-            bank[groups, :, channels] = taps.permute(1, 3, 2, 0)
+            bank[part] = taps.permute(1, 3, 2, 0)
         return bank.view(shape)
 
 

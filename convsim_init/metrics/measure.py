@@ -94,13 +94,13 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0
     whole = channels == "all" or bank.device.type != "cpu"
-    for groups, some in cuts(bank.shape, max_weights=bank.numel() if whole else CACHED):
-        kernels = (flat[groups, :, some] / lengths[groups]).to(bank.dtype)  # [g, M, c, T]
+    for part in cuts(bank.shape, max_weights=bank.numel() if whole else CACHED):
+        kernels = (flat[part] / lengths[part.groups]).to(bank.dtype)  # [g, M, c, T]
         spectrum = torch.mm(basis, kernels.reshape(-1, kernels.shape[-1]).T).view(-1, *kernels.shape[:-1])
         power = power_spectrum(spectrum.transpose(2, 3), channels)  # [F, g, c, M]
         partners = partner_power(power, "all")
         normalized += float(torch.mul(power, partners, out=partners).sum()) / 2
-        power *= energies[groups]
+        power *= energies[part.groups]
         partner_power(power, "all", out=partners)
         raw += float(torch.mul(power, partners, out=partners).sum()) / 2
     pairs = int(count_pairs(norms > 0, "all").clamp(min=1))

@@ -64,7 +64,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convsim_init.backends.block import Block, cut_into_blocks
-from convsim_init.functional.fourier import Fourier
+from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.optim.line_search import first_minimum
 from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings
@@ -155,10 +155,10 @@ class ConjugateGradient:
     def into_bank(self) -> Tensor:
         """The weights where they are, ``[G, M, C, *kernel_size]``; the blocks are given up on the way."""
 
-        def parts() -> Iterator[tuple[slice, slice, Tensor]]:
+        def parts() -> Iterator[tuple[Part, Tensor]]:
             while self._blocks:
                 block = self._blocks.pop()
-                yield block.groups, block.channels, block.weights
+                yield block.part, block.weights
 
         return self._fourier.bank(parts(), self._shape)
 
@@ -173,7 +173,8 @@ class ConjugateGradient:
         keep, add, shift = self._tensors(old / (new * self._norms), (self._step - step) / new, self._shift)
 
         def evaluate(block: Block) -> tuple[Tensor, float]:
-            return block.evaluate(keep[block.groups], add[block.groups], shift[block.groups])
+            groups = block.part.groups
+            return block.evaluate(keep[groups], add[groups], shift[groups])
 
         sums, overlaps = zip(*self._team.map(evaluate, self._blocks), strict=True)
         grad_dot_w, self._grad_sq_norm, self._grad_dot_dir, sq_norms = self._gather(sums)
@@ -219,7 +220,8 @@ class ConjugateGradient:
         weight_coefficient, curvature = self._tensors(beta * dir_radial - radial, -dir_sq_norm * self._preserve)
 
         def turn(block: Block) -> Tensor:
-            return block.turn(beta, weight_coefficient[block.groups], curvature[block.groups])
+            groups = block.part.groups
+            return block.turn(beta, weight_coefficient[groups], curvature[groups])
 
         # Last block first: what was passed over last is still in the cache.
         parts = [part.cpu() for part in self._team.map(turn, self._blocks[::-1])]
@@ -242,7 +244,7 @@ class ConjugateGradient:
         """Sums over blocks of several values per filter ``[n, g, M]``, in a fixed order: ``[n, G, 1, M]``."""
         total = np.zeros((len(parts[0]), *self._dir_sq_norm.shape))
         for block, part in zip(self._blocks, parts, strict=True):
-            total[:, block.groups, 0] += part.cpu().numpy()
+            total[:, block.part.groups, 0] += part.cpu().numpy()
         return total
 
     def _tensors(self, *values: PerFilter) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_init.backends import compiled
+from convsim_init.backends import block, compiled
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.devices import describe_environment
@@ -61,15 +61,13 @@ def test_a_block_does_what_torchs_operations_do(shape):
     for _ in range(3):
         keep, add, shift = per_filter(), per_filter() / length, per_filter()
         weight_coefficient, curvature = per_filter() / 8, -per_filter()
-        (sums, overlap), (expected_sums, expected_overlap) = (
-            block.evaluate(keep, add, shift) for block in blocks[::-1]
-        )
+        (sums, overlap), (expected_sums, expected_overlap) = (one.evaluate(keep, add, shift) for one in blocks[::-1])
         for found, expected in zip(sums, expected_sums, strict=True):
             close = 1e-4 * float(expected.abs().max()) + 1e-6 * length**2
             torch.testing.assert_close(found.to(expected), expected, rtol=1e-4, atol=close)
         length = float(expected_sums[1].sum()) ** 0.5  # of the gradient
         assert overlap == pytest.approx(expected_overlap, rel=1e-4, abs=1e-4 * length**2)
-        found, expected = (block.turn(0.3, weight_coefficient, curvature) for block in blocks[::-1])
+        found, expected = (one.turn(0.3, weight_coefficient, curvature) for one in blocks[::-1])
         upper = torch.ones(3, 3).triu().bool()
         upper[0, 0] = False  # the loss where it stands is known
         close = 1e-4 * float(expected.abs().max()) + 1e-6 * length**2
@@ -86,10 +84,10 @@ def test_a_descent_takes_the_same_steps(shape, norm, most, monkeypatch):
         monkeypatch.setattr(kind, "max_weights", most)
     bank = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     settings = Settings(steps=6, tolerance=0, norm=norm)
-    assert CompiledBlock.fits(bank, settings)
+    assert block._kind(bank, settings) is CompiledBlock
     found = descend(bank, settings)
     monkeypatch.setenv(compiled.SWITCH, "0")
-    assert not CompiledBlock.fits(bank, settings)
+    assert block._kind(bank, settings) is TorchBlock
     expected = descend(bank, settings)
     start = expected.losses[0]
     assert found.losses[:3] == pytest.approx(expected.losses[:3], rel=1e-4, abs=1e-6 * start)
@@ -155,7 +153,7 @@ def test_the_similarity_of_a_layer_and_its_gradient(shape, normalized):
     ids=["float64", "adjacent", "all channels"],
 )
 def test_what_it_cannot_do_is_left_to_torch(dtype, changed):
-    assert not CompiledBlock.fits(torch.randn(1, 4, 3, 3, 3, dtype=dtype), Settings(**changed))
+    assert block._kind(torch.randn(1, 4, 3, 3, 3, dtype=dtype), Settings(**changed)) is TorchBlock
 
 
 def test_the_environment_is_told_and_can_switch_it_off(monkeypatch):

@@ -71,4 +71,4 @@ def test_a_bank_is_put_together_from_its_blocks(shape, max_weights):
 def test_cuts_are_a_power_of_two_of_nearly_equal_size():
     blocks = list(cuts((1, 512, 512, 3, 3), 2**19))
     assert len(blocks) == 8
-    assert {channels.stop - channels.start for _, channels in blocks} == {64}
+    assert {part.channels.stop - part.channels.start for part in blocks} == {64}
