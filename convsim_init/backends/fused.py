@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from convsim_init.backends.gpu import MAX_WEIGHTS
-from convsim_init.functional.fourier import Basis, Fourier, Part
+from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.settings import Settings
 
 MIN_PROGRAMS, MAX_CHANNELS = 1024, 16  # some programs for each of a GPU's processors; channels of one
@@ -32,20 +32,16 @@ SIZES = ["channels", "filters", "span"]  # with Triton's special cases each woul
 
 
 @triton.jit
-def _add_tap(cosines, sines, basis, values, t: constexpr, taps: constexpr, freqs: constexpr):
-    """Add what coordinate t contributes to the spectra ``[F, TILE]`` of kernels."""
-    row = tl.load(basis + t * freqs + tl.arange(0, freqs))
-    if t < (taps + 1) // 2:
-        cosines += row[:, None] * values[None, :]
-    else:
-        sines += row[:, None] * values[None, :]
+def transform(values, basis, taps: constexpr, freqs: constexpr):
+    """Cosines and sines ``[F, TILE]`` of kernels, from a tuple of their coordinates ``[TILE]``, even ones first."""
+    cosines, sines = tl.zeros([freqs, TILE], tl.float32), tl.zeros([freqs, TILE], tl.float32)
+    for t in tl.static_range(taps):
+        row = tl.load(basis + t * freqs + tl.arange(0, freqs))
+        if t < (taps + 1) // 2:
+            cosines += row[:, None] * values[t][None, :]
+        else:
+            sines += row[:, None] * values[t][None, :]
     return cosines, sines
-
-
-@triton.jit
-def _add_to(sums, values, known, here):
-    """Add values to those of the sums that are known, and set the others to them."""
-    tl.store(sums, values + tl.load(sums, mask=known, other=0.0), mask=here)
 
 
 @triton.jit(do_not_specialize=["keep", "add", "shift", *SIZES])
@@ -57,16 +53,14 @@ def _evaluate(
     group, first = program // parts, program % parts * span
     taps_stride = tl.num_programs(0) // parts * channels * filters
     frequency, lane = tl.arange(0, freqs), tl.arange(0, TILE)
-    nothing = tl.zeros([freqs, TILE], tl.float32)
     for channel in range(first, tl.minimum(first + span, channels)):
         row = (group * channels + channel) * filters
-        power = nothing
+        power = tl.zeros([freqs, TILE], tl.float32)
         for start in range(0, filters, TILE):
             here = start + lane < filters
             own = group * filters + start + lane
             factor = tl.load(keep + own, mask=here, other=0.0)
             step = tl.load(add + own, mask=here, other=0.0)
-            cosines, sines = nothing, nothing
             moved = ()
             for t in tl.static_range(taps):
                 at = t * taps_stride + row + start + lane
@@ -74,17 +68,17 @@ def _evaluate(
                 moved += (w + step * tl.load(direction + at, mask=here, other=0.0),)
             for t in tl.static_range(taps):
                 tl.store(weights + t * taps_stride + row + start + lane, moved[t], mask=here)
-                cosines, sines = _add_tap(cosines, sines, basis, moved[t], t, taps, freqs)
+            cosines, sines = transform(moved, basis, taps, freqs)
             power += cosines * cosines + sines * sines
         total = tl.sum(power, 1)
         tl.debug_barrier()  # what is read below may have been written by another thread
         for start in range(0, filters, TILE):
             here = start + lane < filters
             lift = tl.load(shift + group * filters + start + lane, mask=here, other=0.0) / 2
-            cosines, sines = nothing, nothing
+            ws = ()
             for t in tl.static_range(taps):
-                w = tl.load(weights + t * taps_stride + row + start + lane, mask=here, other=0.0)
-                cosines, sines = _add_tap(cosines, sines, basis, w, t, taps, freqs)
+                ws += (tl.load(weights + t * taps_stride + row + start + lane, mask=here, other=0.0),)
+            cosines, sines = transform(ws, basis, taps, freqs)
             # The shift is subtracted from the partners' power, before anything cancels.
             unit = tl.load(basis + taps * freqs + frequency)
             partners = total[:, None] - (cosines * cosines + sines * sines) - unit[:, None] * lift[None, :]
@@ -96,20 +90,18 @@ def _evaluate(
                 at = t * taps_stride + row + start + lane
                 spectrum = cosines if t < (taps + 1) // 2 else sines
                 new = tl.sum(tl.load(basis + t * freqs + frequency)[:, None] * spectrum, 0)
-                w = tl.load(weights + at, mask=here, other=0.0)
-                dot_w += new * w
+                dot_w += new * ws[t]
                 sq_norm += new * new
                 dot_dir += new * tl.load(direction + at, mask=here, other=0.0)
-                w_sq_norm += w * w
+                w_sq_norm += ws[t] * ws[t]
                 dot_prev += new * tl.load(grad + at, mask=here, other=0.0)
                 tl.store(grad + at, new, mask=here)
             to = sums + program * 5 * filters + start + lane
             known = start + lane < tl.where(channel > first, filters, 0)  # from the channels before
-            _add_to(to, dot_w, known, here)
-            _add_to(to + filters, sq_norm, known, here)
-            _add_to(to + 2 * filters, dot_dir, known, here)
-            _add_to(to + 3 * filters, w_sq_norm, known, here)
-            _add_to(to + 4 * filters, dot_prev, known, here)
+            found = dot_w, sq_norm, dot_dir, w_sq_norm, dot_prev
+            for i in tl.static_range(5):
+                tl.store(to, found[i] + tl.load(to, mask=known, other=0.0), mask=here)
+                to += filters
 
 
 @triton.jit(do_not_specialize=["beta", "turn", "bend", *SIZES])
@@ -134,7 +126,6 @@ def _turn(
             own = group * filters + start + lane
             factor = tl.load(turn + own, mask=here, other=0.0)
             curvature = tl.load(bend + own, mask=here, other=0.0)
-            w_cosines, w_sines, d_cosines, d_sines = nothing, nothing, nothing, nothing
             ws, ds = (), ()
             for t in tl.static_range(taps):
                 at = t * taps_stride + row + start + lane
@@ -144,8 +135,8 @@ def _turn(
                 ds += (d + beta * tl.load(direction + at, mask=here, other=0.0),)
             for t in tl.static_range(taps):
                 tl.store(direction + t * taps_stride + row + start + lane, ds[t], mask=here)
-                w_cosines, w_sines = _add_tap(w_cosines, w_sines, basis, ws[t], t, taps, freqs)
-                d_cosines, d_sines = _add_tap(d_cosines, d_sines, basis, ds[t], t, taps, freqs)
+            w_cosines, w_sines = transform(ws, basis, taps, freqs)
+            d_cosines, d_sines = transform(ds, basis, taps, freqs)
             p0 = w_cosines * w_cosines + w_sines * w_sines
             p1 = w_cosines * d_cosines + w_sines * d_sines
             p2 = d_cosines * d_cosines + d_sines * d_sines + curvature[None, :] * p0
@@ -188,7 +179,7 @@ class FusedBlock:
         taps, group_count, channel_count, filters = weights.shape
         span, parts = programs(group_count, channel_count)
         self._grid, self._sizes = (group_count * parts,), (channel_count, filters, span)
-        self._basis, self._coarse_basis = _rows(fourier.full, taps), _rows(fourier.coarse, taps)
+        self._basis, self._coarse_basis = (rows(basis.first, basis.second) for basis in (fourier.full, fourier.coarse))
         self._basis[taps, : len(fourier.identity)] = fourier.identity.flatten()
         self._sums = weights.new_empty(group_count, parts, 5, filters)
         self._coefficients = weights.new_empty(group_count * parts, 5)
@@ -218,10 +209,11 @@ def programs(groups: int, channels: int) -> tuple[int, int]:
     return span, triton.cdiv(channels, span)
 
 
-def _rows(basis: Basis, taps: int) -> Tensor:
-    """A row for each coordinate, and one of zeros, ``[T + 1, F]``; F is padded to a power of 2."""
-    frequencies, even = basis.first.shape
-    rows = basis.first.new_zeros(taps + 1, max(2, triton.next_power_of_2(frequencies)))
-    rows[:even, :frequencies] = basis.first.T
-    rows[even:taps, 1:frequencies] = basis.second.T
-    return rows
+def rows(cosines: Tensor, sines: Tensor) -> Tensor:
+    """The basis of `transform`, ``[T + 1, F]``: a row for each coordinate, and zeros; F is padded to a power of 2."""
+    frequencies, even = cosines.shape
+    taps = even + sines.shape[1]
+    padded = cosines.new_zeros(taps + 1, max(2, triton.next_power_of_2(frequencies)))
+    padded[:even, :frequencies] = cosines.T
+    padded[even:taps, 1:frequencies] = sines.T
+    return padded

@@ -16,25 +16,24 @@ from torch import Tensor
 from triton.language import constexpr
 
 from convsim_init.backends import fused
-from convsim_init.backends.fused import SIZES, TILE, _add_to, programs
+from convsim_init.backends.fused import SIZES, TILE, programs, rows, transform
 from convsim_init.functional.fourier import real_fourier_basis
 
 OPTIONS = fused.OPTIONS | {"maxnreg": 168}  # so that three programs share a processor
 
 
 @triton.jit
-def _transform(kernels, scales, basis, here, taps: constexpr, freqs: constexpr):
+def _spectra(kernels, scales, basis, here, taps: constexpr, freqs: constexpr):
     """Cosines and sines ``[F, TILE]`` of scaled kernels, from the sums and the differences of opposite taps."""
-    cosines, sines = tl.zeros([freqs, TILE], tl.float32), tl.zeros([freqs, TILE], tl.float32)
     scale = tl.load(scales, mask=here, other=0.0)
+    sums, differences = (), ()
     for t in tl.static_range((taps + 1) // 2):
         two = here & (2 * t + 1 < taps)  # there is one tap in the middle
         ahead = (scale * tl.load(kernels + t, mask=here, other=0.0)).to(tl.float32)
         behind = (scale * tl.load(kernels + taps - 1 - t, mask=two, other=0.0)).to(tl.float32)
-        row = basis + 2 * t * freqs + tl.arange(0, freqs)
-        cosines += tl.load(row)[:, None] * (ahead + behind)[None, :]
-        sines += tl.load(row + freqs)[:, None] * (ahead - behind)[None, :]
-    return cosines, sines
+        sums += (ahead + behind,)
+        differences += (ahead - behind,)
+    return transform(sums + differences, basis, taps, freqs)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -48,23 +47,25 @@ def _differentiate(kernels, scales, grad, basis, shares, channels, filters, span
         for start in range(0, filters, TILE):
             here, own = start + lane < filters, group * filters + start + lane
             at = kernels + (own * channels + channel) * taps
-            cosines, sines = _transform(at, scales + own, basis, here, taps, freqs)
+            cosines, sines = _spectra(at, scales + own, basis, here, taps, freqs)
             power += cosines * cosines + sines * sines
         total = tl.sum(power, 1)
         for start in range(0, filters, TILE):
             here, own = start + lane < filters, group * filters + start + lane
             at = (own * channels + channel) * taps
-            cosines, sines = _transform(kernels + at, scales + own, basis, here, taps, freqs)
+            cosines, sines = _spectra(kernels + at, scales + own, basis, here, taps, freqs)
             power = cosines * cosines + sines * sines
             partners = total[:, None] - power
             known = start + lane < tl.where(channel > first, filters, 0)  # from the channels before
-            _add_to(shares + program * filters + start + lane, tl.sum(power * partners, 0) / 2, known, here)
+            to = shares + program * filters + start + lane
+            before = tl.load(to, mask=known, other=0.0)
+            tl.store(to, before + tl.sum(power * partners, 0) / 2, mask=here)
             cosines *= 2 * partners
             sines *= 2 * partners
             for t in tl.static_range((taps + 1) // 2):
-                row = basis + 2 * t * freqs + tl.arange(0, freqs)
+                row = basis + t * freqs + tl.arange(0, freqs)
                 even = tl.sum(tl.load(row)[:, None] * cosines, 0)
-                odd = tl.sum(tl.load(row + freqs)[:, None] * sines, 0)  # 0 in the middle
+                odd = tl.sum(tl.load(row + (taps + 1) // 2 * freqs)[:, None] * sines, 0)  # 0 in the middle
                 tl.store(grad + at + t, even + odd, mask=here)
                 tl.store(grad + at + taps - 1 - t, even - odd, mask=here & (2 * t + 1 < taps))
 
@@ -113,7 +114,7 @@ def value_and_gradient(kernels: Tensor, shape: Sequence[int], *, normalized: boo
     basis, gradient = _basis(tuple(shape[3:]), kernels.device), torch.empty_like(kernels)
     shares = kernels.new_empty(groups, parts, filters, dtype=torch.float64)
     scales = kernels.new_empty(groups, filters, dtype=torch.float64)
-    state, constants = (kernels, scales, gradient), (len(basis), basis.shape[-1])
+    state, constants = (kernels, scales, gradient), (len(basis) - 1, basis.shape[1])
     with torch.cuda.device_of(kernels):
         if normalized:
             _scale[groups * filters,](kernels, scales, size, **OPTIONS)
@@ -129,13 +130,10 @@ def value_and_gradient(kernels: Tensor, shape: Sequence[int], *, normalized: boo
 
 @lru_cache(maxsize=256)
 def _basis(kernel_size: tuple[int, ...], device: torch.device) -> Tensor:
-    """Cosines and sines of each tap, ``[T, 2, F]``; F is padded to a power of 2.
+    """The basis of `rows` for sums and differences of opposite taps: that of the first of them.
 
     Made on the CPU, from where the copy is waited for: whatever stream uses it next, it is there.
     """
     basis = real_fourier_basis(kernel_size, torch.float32, torch.device("cpu"))  # [N, T]
-    frequencies = len(basis) // 2 + 1
-    padded = basis.new_zeros(basis.shape[1], 2, max(2, triton.next_power_of_2(frequencies)))
-    padded[:, 0, :frequencies] = basis[:frequencies].T
-    padded[:, 1, 1:frequencies] = basis[frequencies:].T
-    return padded.to(device)
+    frequencies, taps = len(basis) // 2 + 1, basis.shape[1]
+    return rows(basis[:frequencies, : (taps + 1) // 2], basis[frequencies:, : taps // 2]).to(device)
