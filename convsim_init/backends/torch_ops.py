@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convsim_init.functional.bank import count_pairs, nonzero
 from convsim_init.functional.fourier import CACHED, Fourier, Halves, Part, cuts, real_fourier_basis
-from convsim_init.functional.similarity import partner_power
+from convsim_init.functional.similarity import partner_power, power_spectrum
 from convsim_init.settings import Channels, Pairs, Settings
 
 
@@ -188,13 +188,10 @@ def _raw(kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels
 def _raw_block(bank: Tensor, basis: Tensor, pairs: Pairs, channels: Channels) -> tuple[Tensor, Tensor]:
     """What some channels ``[g, M, c, T]`` contribute, and its gradient: CS = <P, Q P> / 2, dCS/dx = 2 Q P x."""
     spectrum = torch.mm(basis, bank.reshape(-1, bank.shape[-1]).T).view(-1, *bank.shape[:3])  # [N, g, M, c]
-    cosines, sines = spectrum[: len(basis) // 2 + 1], spectrum[len(basis) // 2 + 1 :]
-    power = cosines.square()  # [F, g, M, c]
-    power[1:].addcmul_(sines, sines)
-    power = power.sum(-1, keepdim=True) if channels == "all" else power
-    partners = partner_power(power, pairs, dim=2)
+    power = power_spectrum(spectrum.mT, channels)  # [F, g, c, M]
+    partners = partner_power(power, pairs)
     value = torch.sum(power * partners) / 2
-    cosines.mul_(partners)
-    sines.mul_(partners[1:])
+    spectrum[: len(power)].mul_(partners.mT)
+    spectrum[len(power) :].mul_(partners[1:].mT)
     gradient = torch.addmm(basis[0], spectrum.flatten(1).T, basis, beta=0, alpha=2)  # in one launch
     return value, gradient.view(bank.shape)

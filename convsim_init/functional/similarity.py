@@ -100,15 +100,14 @@ def power_spectrum(spectrum: Tensor, channels: Channels) -> Tensor:
     return power.sum(2, keepdim=True) if channels == "all" else power
 
 
-def partner_power(power: Tensor, pairs: Pairs, *, dim: int = -1, out: Tensor | None = None) -> Tensor:
-    """For each filter, along ``dim``, the summed power of those it is paired with; in ``out`` if given.
+def partner_power(power: Tensor, pairs: Pairs, *, out: Tensor | None = None) -> Tensor:
+    """For each filter, along the last dimension, the summed power of those it is paired with; in ``out`` if given.
 
     Linear and symmetric: with P the power, ``CS = <P, partner_power(P)> / 2`` and ``dCS/dP = partner_power(P)``.
     """
     if pairs == "all":
-        return torch.sub(power.sum(dim, keepdim=True), power, out=out)
+        return torch.sub(power.sum(-1, keepdim=True), power, out=out)
     partners = torch.zeros_like(power) if out is None else out.zero_()
-    others = power.shape[dim] - 1
-    partners.narrow(dim, 1, others).add_(power.narrow(dim, 0, others))
-    partners.narrow(dim, 0, others).add_(power.narrow(dim, 1, others))
+    partners[..., 1:].add_(power[..., :-1])
+    partners[..., :-1].add_(power[..., 1:])
     return partners
