@@ -56,6 +56,13 @@ INLINE int same(Sizes a, Sizes b) {
     return SPECIALIZED && a.taps == b.taps && a.even == b.even && a.points == b.points && a.cosines == b.cosines;
 }
 
+/* A function of these sizes first, or of n filters first: by themselves where the compiler knows them. */
+#define SIZED(z, usual, function, ...)                   \
+    (same(z, usual)     ? function(usual, __VA_ARGS__)   \
+     : same(z, ALL_1X1) ? function(ALL_1X1, __VA_ARGS__) \
+                        : function(z, __VA_ARGS__))
+#define FILTERS(n, function, ...) (n == CHUNK ? function(CHUNK, __VA_ARGS__) : function(n, __VA_ARGS__))
+
 /* To be raised, with INTERFACE in compiled.py, whenever a function or the layout changes: a library that
  * was built from an older version is then not used. */
 #if LANES == 4
@@ -194,9 +201,9 @@ INLINE float keep_gradient(int64_t n, int64_t taps, const float *restrict chunk,
 }
 
 /* Turn n filters' directions, and copy them and the weights to chunks. */
-INLINE void turn_chunk(int64_t n, int64_t taps, float beta, const float *restrict weight_coefficient, const float *restrict weights,
-                 const float *restrict gradient, float *restrict direction, float *restrict weights_chunk,
-                 float *restrict direction_chunk) {
+INLINE void turn_chunk(int64_t n, int64_t taps, float beta, const float *restrict weight_coefficient,
+                       const float *restrict weights, const float *restrict gradient, float *restrict direction,
+                       float *restrict weights_chunk, float *restrict direction_chunk) {
     for (int64_t t = 0; t < taps; t++) {
         for (int64_t i = 0; i < n; i++) {
             weights_chunk[i] = weights[i];
@@ -218,9 +225,9 @@ int64_t scratch_size(const Layout *l) {
 /* Move to weights * keep + direction * add (both per filter), and take the gradient there, less
  * all_shifts * weights. sums[4, g, M]: inner products of that gradient with the weights, itself and the
  * direction; squared norms of the weights. */
-INLINE void evaluate_sized(const Layout *l, Sizes z, const float *keep, const float *add, const float *all_shifts,
-                         float *weights, const float *direction, float *gradient, float *scratch, double *sums,
-                         double *dot_previous) {
+INLINE void evaluate_sized(Sizes z, const Layout *l, const float *keep, const float *add, const float *all_shifts,
+                           float *weights, const float *direction, float *gradient, float *scratch, double *sums,
+                           double *dot_previous) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters, next = l->groups * M; /* between sums */
     float *all_w = scratch, *all_x = all_w + chunks(l) * T * CHUNK, *power_sums = all_x + chunks(l) * N * CHUNK;
     float *g = power_sums + F * CHUNK;
@@ -234,12 +241,9 @@ INLINE void evaluate_sized(const Layout *l, Sizes z, const float *keep, const fl
             const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
             float *w = all_w + m * T, *x = all_x + m * N;
             prefetch(gradient + at, n * T);
-            if (n == CHUNK) {
-                move(CHUNK, T, keep + filter, add + filter, weights + at, direction + at, w, sums + 3 * next + filter);
-            } else {
+            if (n < CHUNK)
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
-                move(n, T, keep + filter, add + filter, weights + at, direction + at, w, sums + 3 * next + filter);
-            }
+            FILTERS(n, move, T, keep + filter, add + filter, weights + at, direction + at, w, sums + 3 * next + filter);
             transform(l, z, w, x, power_sums);
         }
         for (int64_t f = 0; f < F; f++) power_sums[f] = total(power_sums + f * CHUNK);
@@ -250,10 +254,7 @@ INLINE void evaluate_sized(const Layout *l, Sizes z, const float *keep, const fl
             prefetch(direction + at + M * T, n * T);
             for (int64_t i = 0; i < n; i++) shift[i] = all_shifts[filter + i] / 2;
             differentiate(l, z, power_sums, shift, x, g, NULL);
-            if (n == CHUNK)
-                *dot_previous += keep_gradient(CHUNK, T, g, w, direction + at, gradient + at, sums + filter, next);
-            else
-                *dot_previous += keep_gradient(n, T, g, w, direction + at, gradient + at, sums + filter, next);
+            *dot_previous += FILTERS(n, keep_gradient, T, g, w, direction + at, gradient + at, sums + filter, next);
         }
     }
 }
@@ -280,7 +281,7 @@ INLINE void unfold(int64_t T, const float *restrict folded, int64_t step, float 
         kernel[T / 2] = folded[T / 2 * step];
 }
 
-INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, const float *factors, float *gradient,
+INLINE double similarity_sized(Sizes z, const Layout *l, const float *kernels, const float *factors, float *gradient,
                                float *scratch) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters, C = l->channels;
     const float shift[CHUNK] = {0};
@@ -312,14 +313,15 @@ INLINE double similarity_sized(const Layout *l, Sizes z, const float *kernels, c
 /* Turn the directions to gradient + beta * direction + weight_coefficient * weights, and expand the loss
  * along them: with the power P0 - 2 t P1 + t^2 P2 on the coarse lattice, P2 including curvature * P0, the
  * coefficients[3, 3] are <P_i, S_j - P_j> for i <= j, (0, 0) aside, S the sums over filters. */
-INLINE void turn_sized(const Layout *l, Sizes z, float beta, const float *weight_coefficient, const float *curvature, const float *weights,
-                      const float *gradient, float *direction, float *scratch, double *coefficients) {
+INLINE void turn_sized(Sizes z, const Layout *l, float beta, const float *weight_coefficient, const float *curvature,
+                       const float *weights, const float *gradient, float *direction, float *scratch,
+                       double *coefficients) {
     const int64_t T = z.taps, N = z.points, F = z.cosines, M = l->filters;
     float *w = scratch, *a = w + T * CHUNK, *wx = l->coarse_first ? a + T * CHUNK : w;
     float *ax = l->coarse_first ? wx + N * CHUNK : a, *power_sums = a + (T + 2 * N) * CHUNK, zeros[CHUNK] = {0};
     for (int64_t i = 0; i < 9; i++) coefficients[i] = 0;
 
-    for (int64_t row = l->groups * l->channels; row-- > 0;) { /* backwards: what was passed over last is still in the cache */
+    for (int64_t row = l->groups * l->channels; row-- > 0;) { /* backwards: the last ones are still in the cache */
         const int64_t group = row / l->channels * M;
         float products[5][CHUNK] = {{0}};
         for (int64_t i = 0; i < 3 * F * CHUNK; i++) power_sums[i] = 0;
@@ -330,12 +332,10 @@ INLINE void turn_sized(const Layout *l, Sizes z, float beta, const float *weight
             prefetch(direction + at - M * T, n * T);
             prefetch(gradient + at - M * T, n * T);
             for (int64_t i = 0; i < n; i++) curvatures[i] = curvature[filter + i];
-            if (n == CHUNK) {
-                turn_chunk(CHUNK, T, beta, weight_coefficient + filter, weights + at, gradient + at, direction + at, w, a);
-            } else {
+            if (n < CHUNK)
                 for (int64_t i = 0; i < 2 * T * CHUNK; i++) w[i] = 0;
-                turn_chunk(n, T, beta, weight_coefficient + filter, weights + at, gradient + at, direction + at, w, a);
-            }
+            FILTERS(n, turn_chunk, T, beta, weight_coefficient + filter, weights + at, gradient + at, direction + at,
+                    w, a);
             if (l->coarse_first) {
                 project(l->coarse_first, l->coarse_second, z, w, wx);
                 project(l->coarse_first, l->coarse_second, z, a, ax);
@@ -361,28 +361,24 @@ INLINE void turn_sized(const Layout *l, Sizes z, float beta, const float *weight
             coefficients[1] += s0 * s1, coefficients[2] += s0 * s2, coefficients[4] += s1 * s1;
             coefficients[5] += s1 * s2, coefficients[8] += s2 * s2;
         }
-        coefficients[1] -= total(products[0]), coefficients[2] -= total(products[1]), coefficients[4] -= total(products[2]);
-        coefficients[5] -= total(products[3]), coefficients[8] -= total(products[4]);
+        coefficients[1] -= total(products[0]), coefficients[2] -= total(products[1]);
+        coefficients[4] -= total(products[2]), coefficients[5] -= total(products[3]);
+        coefficients[8] -= total(products[4]);
     }
 }
 
-void NAME(evaluate, LANES)(const Layout *l, const float *keep, const float *add, const float *all_shifts, float *weights,
-            const float *direction, float *gradient, float *scratch, double *sums, double *dot_previous) {
-    if (same(l->full, FULL_3X3))
-        evaluate_sized(l, FULL_3X3, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
-    else if (same(l->full, ALL_1X1))
-        evaluate_sized(l, ALL_1X1, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
-    else
-        evaluate_sized(l, l->full, keep, add, all_shifts, weights, direction, gradient, scratch, sums, dot_previous);
+void NAME(evaluate, LANES)(const Layout *l, const float *keep, const float *add, const float *all_shifts,
+                           float *weights, const float *direction, float *gradient, float *scratch, double *sums,
+                           double *dot_previous) {
+    SIZED(l->full, FULL_3X3, evaluate_sized, l, keep, add, all_shifts, weights, direction, gradient, scratch, sums,
+          dot_previous);
 }
-void NAME(turn, LANES)(const Layout *l, float beta, const float *weight_coefficient, const float *curvature, const float *weights, const float *gradient,
-         float *direction, float *scratch, double *coefficients) {
-    if (same(l->coarse, COARSE_3X3))
-        turn_sized(l, COARSE_3X3, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
-    else if (same(l->coarse, ALL_1X1))
-        turn_sized(l, ALL_1X1, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
-    else
-        turn_sized(l, l->coarse, beta, weight_coefficient, curvature, weights, gradient, direction, scratch, coefficients);
+
+void NAME(turn, LANES)(const Layout *l, float beta, const float *weight_coefficient, const float *curvature,
+                       const float *weights, const float *gradient, float *direction, float *scratch,
+                       double *coefficients) {
+    SIZED(l->coarse, COARSE_3X3, turn_sized, l, beta, weight_coefficient, curvature, weights, gradient, direction,
+          scratch, coefficients);
 }
 
 INLINE double dot(int64_t n, const float *a, const float *b) {
@@ -405,9 +401,7 @@ double NAME(similarity, LANES)(const Layout *l, float radius, const float *kerne
         if (!(squares > SMALL_SQUARE && squares < LARGE_SQUARE)) return -1;
         factors[i] = radius ? radius / sqrt(squares) : 1;
     }
-    const double found = same(l->full, FULL_3X3)  ? similarity_sized(l, FULL_3X3, kernels, factors, gradient, rest)
-                         : same(l->full, ALL_1X1) ? similarity_sized(l, ALL_1X1, kernels, factors, gradient, rest)
-                                                  : similarity_sized(l, l->full, kernels, factors, gradient, rest);
+    const double found = SIZED(l->full, FULL_3X3, similarity_sized, l, kernels, factors, gradient, rest);
     for (int64_t i = 0; radius && i < filters; i++) { /* project: radial changes do not count */
         const float *w = kernels + i * length;
         float *g = gradient + i * length;
