@@ -145,11 +145,8 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     The old file, or none, is there until the new one is complete; the mode follows the umask. If
     the target is a symbolic link, what it points to is replaced. What a file system cannot do, such
-    as syncing, is a warning.
-
-    Args:
-        target: Path that `check_target` has accepted.
-        overwrite: Replace a file that is there, even if it was made within the block.
+    as syncing, is a warning. `check_target` has accepted the target; to overwrite replaces a file that
+    was made within the block, too.
 
     Raises:
         ExistsError: If another file appeared there within the block and may not be replaced.
@@ -211,10 +208,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, suffixes: Sequence[st
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the target's place, synced, when the block ends well.
-
-    Args:
-        target: Path that `check_new_folder` has accepted.
+    """A temporary folder that takes the place of a target that `check_new_folder` accepts, synced, at a good end.
 
     Raises:
         ExistsError: If something appeared there within the block.

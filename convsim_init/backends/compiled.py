@@ -115,11 +115,7 @@ def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Chann
 
 
 class CompiledSimilarity:
-    """Convolutional Similarity of a layer, with its gradient, for what `fits`.
-
-    Args:
-        shape: ``[G, M, C, *kernel_size]`` of its filter bank.
-    """
+    """Convolutional Similarity of banks ``[G, M, C, *kernel_size]`` of one shape, with its gradient, for what `fits`."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         groups, filters, channels, *kernel_size = shape

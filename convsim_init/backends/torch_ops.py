@@ -147,12 +147,7 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Convolutional Similarity of a layer and its gradient, in closed form; never waits for the device.
 
-    Args:
-        kernels: Kernels ``[G M C, T]`` of the filter bank, float32 or float64.
-        shape: Shape ``[G, M, C, *kernel_size]`` of the bank.
-        pairs: Filter pairs that count.
-        channels: Kernels compared.
-        normalized: Take the mean over pairs of filters scaled to unit norm.
+    The kernels ``[G M C, T]`` are those of a bank of that shape, ``[G, M, C, *kernel_size]``, float32 or float64.
     """
     if not normalized:
         return _raw(kernels, shape, pairs, channels)

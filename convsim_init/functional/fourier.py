@@ -73,13 +73,7 @@ class Halves:
 
 
 class Fourier:
-    """The transforms of kernels of one size.
-
-    Args:
-        kernel_size: Size of the kernels.
-        dtype: Dtype to compute in.
-        device: Device to compute on.
-        folded: Whether the coordinates shall be sums and differences of opposite taps, whatever the sides.
+    """The transforms of kernels of one size; ``folded`` coordinates are sums and differences of opposite taps always.
 
     Attributes:
         rotation: Orthogonal ``[T, T]``: from taps to the coordinates, even ones first.
@@ -133,12 +127,7 @@ class Fourier:
 
 
 class Basis:
-    """A Fourier basis ``[N, T]`` over even and odd coordinates.
-
-    Attributes:
-        first: Its block of cosines over even coordinates.
-        second: That of sines over odd ones; elsewhere there are zeros.
-    """
+    """A Fourier basis ``[N, T]``: ``first`` of cosines over even coordinates, ``second`` of sines over odd ones."""
 
     def __init__(self, basis: Tensor, like: Tensor) -> None:
         cosines, even = (len(basis) + 1) // 2, (basis.shape[1] + 1) // 2

@@ -135,10 +135,7 @@ class Comparison:
 
 
 def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> Comparison:
-    """Measure models or state dicts and find in what they differ.
-
-    Args:
-        sources: At least two, each with what to call it.
+    """Measure models or state dicts, each after what to call it, and find in what they differ.
 
     Raises:
         InputError: If there are fewer than two, or one has no convolution.

@@ -36,13 +36,9 @@ def expected_correlation(
 ) -> Tensor:
     """Correlation of every two feature maps of a convolution, expected over a random input of that spectrum.
 
-    Args:
-        weight: ``[out_channels, in_channels / groups, *kernel_size]``, or, if ``transposed``,
-            ``[in_channels, out_channels / groups, *kernel_size]``; any floating dtype, kernels of any rank.
-        spectrum: ``"white"`` has the same power at every frequency; ``"natural"`` has power 1/|f|^2 on a grid of 64
-            points an axis and none at f = 0, about as photographs have.
-        groups: Groups of the convolution. Feature maps of different groups are uncorrelated.
-        transposed: Whether the weight is that of a transposed convolution, whose filters lie along dimension 1.
+    The weight is as in `convolutional_similarity`. Feature maps of different groups are uncorrelated. The spectrum
+    ``"white"`` has the same power at every frequency; ``"natural"`` has power 1/|f|^2 on a grid of 64 points an axis
+    and none at f = 0, about as photographs have.
 
     Returns:
         ``[out_channels, out_channels]``, from -1 to 1, float64 for float64 weights, else float32. The rows and columns
@@ -64,13 +60,9 @@ def unit_filters(bank: Tensor) -> Tensor:
 
 
 def covariance_rows(bank: Tensor, spectrum: Spectrum, *, grid: int = GRID) -> Tensor:
-    """Rows ``[G, M, C * T]`` whose inner products are the expected covariances of a bank's feature maps.
+    """Rows ``[G, M, C * T]`` whose inner products are the covariances of the feature maps of a bank.
 
-    Args:
-        bank: ``[G, M, C, *kernel_size]``.
-        spectrum: Spectrum of the input, whose variance is 1.
-        grid: Points an axis of the grid that the natural spectrum lives on; an axis where the kernel is longer has as
-            many as the kernel.
+    They are expected over inputs of variance 1. Where the kernel is longer, the grid has as many points as it.
     """
     kernels = bank.reshape(*bank.shape[:3], -1)  # [G, M, C, T]
     if spectrum == "white" or kernels.shape[-1] == 1:
@@ -119,10 +111,7 @@ def effective_rank(rows: Tensor) -> float:
     """Exponential of the entropy of the normalized eigenvalues of ``rows rows^T``, over the number of rows.
 
     Roy and Vetterli, *The effective rank: a measure of effective dimensionality* (2007). Between 0, exclusive, and 1,
-    where all rows are orthogonal and of one length; 0 where all are zero.
-
-    Args:
-        rows: ``[G, M, K]``; rows of different groups are orthogonal.
+    where all rows ``[G, M, K]`` are orthogonal, as those of different groups are, and of one length; 0 where all are 0.
     """
     groups, filters, width = rows.shape
     gram = rows @ rows.mT if filters <= width else rows.mT @ rows  # the same eigenvalues but for zeros

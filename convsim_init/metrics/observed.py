@@ -75,17 +75,11 @@ class FeatureMaps:
 
     The sums of chunks are merged as by Chan, Golub and LeVeque, *Updating formulae and a pairwise algorithm for
     computing sample variances* (1979): nothing cancels where means are large.
-
-    Args:
-        rank: Number of positional dimensions.
-
-    Attributes:
-        count: Positions seen, over all samples.
     """
 
     def __init__(self, rank: int) -> None:
-        self.count = 0
-        self._rank = rank
+        self.count = 0  # positions seen, over all samples
+        self._rank = rank  # number of positional dimensions
         self._varies = self._origin = self._mean = self._scatter = torch.empty(0)
         self._unit = 1.0
 

@@ -53,9 +53,6 @@ class Construction:
     told again before a later optimizer if a convolution's ``reset_parameters`` drew it anew, as between the folds of a
     cross-validation. A model is a module, built or copied in the context, that is part of no other one and has a
     convolution that was. Those whose weights have no data do not count.
-
-    Args:
-        treat: What is called with the models, and with the moment.
     """
 
     def __init__(self, treat: Treat) -> None:

@@ -35,19 +35,12 @@ DESCRIBED = (Source.TRANSFORMERS, Source.HUB, Source.FOLDER)
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec in its parts.
+    """A spec in its parts."""
 
-    Attributes:
-        text: Spec as the user wrote it.
-        source: Origin of the model.
-        place: The module or the path; empty for other sources.
-        name: The model's name, or the factory's, which may have dots.
-    """
-
-    text: str
+    text: str  # as the user wrote it
     source: Source
-    place: str
-    name: str
+    place: str  # the module or the path; empty for other sources
+    name: str  # the model's, or the factory's, which may have dots
 
 
 def parse(text: str) -> Spec:

@@ -20,11 +20,7 @@ from convsim_init.models.patching import replaced
 def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> Iterator[None]:
     """Context in which a function is called before a forward pass of a part of some models, or before it is compiled.
 
-    Passes that are traced or transformed, and trials of our own, do not count.
-
-    Args:
-        models: The models.
-        act: What is called; the first time it is to end the context.
+    Passes that are traced or transformed, and trials of our own, do not count. The first call is to end the context.
     """
     named = [named for model in models for named in model.named_modules()]
     # Parametrizations run whenever their weight is looked at.

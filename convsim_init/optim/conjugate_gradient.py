@@ -123,13 +123,9 @@ class ConjugateGradient:
     length, and `retract` to it; again to shorter ones where the loss is not lower. At the end
     `into_bank`, which empties it.
 
-    Args:
-        bank: Filter bank ``[G, M, C, *kernel_size]``.
-        scale: Divisors of the filters, ``[G, M]``; where norms are preserved their norms (1 for zero).
-        settings: Which similarity is lowered, and whether norms are preserved.
-        team: Threads to work on the blocks of the bank.
-        mask: Where the weights may differ from zero, of the bank's shape; None for everywhere. The
-            formulas above are those of the subspace.
+    The filters are those of a bank ``[G, M, C, *kernel_size]``, divided by a scale ``[G, M]``, where norms
+    are preserved their norms (1 for zero). Where a mask, of the bank's shape, is zero, they stay zero: then
+    the formulas above are those of the subspace.
     """
 
     def __init__(self, bank: Tensor, scale: Tensor, settings: Settings, team: Team, mask: Tensor | None = None) -> None:

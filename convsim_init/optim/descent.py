@@ -62,15 +62,10 @@ def descend(
     team: Team | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Descent:
-    """Lower the Convolutional Similarity of a filter bank.
+    """Lower the Convolutional Similarity of a filter bank ``[G, M, C, *kernel_size]``, float32 or float64, in a copy.
 
-    Args:
-        bank: ``[G, M, C, *kernel_size]``, float32 or float64; left as it is.
-        settings: What is lowered, and how.
-        mask: Where the bank may differ from zero, of its shape: elsewhere it is zero and stays so.
-            None for everywhere.
-        team: Threads to work on the blocks of a large layer, on the CPU; None works in the caller's.
-        on_step: Called before each step; what it raises ends the descent.
+    Where a mask of its shape is zero, it is zero and stays so. The team works on the blocks of a large layer, on the
+    CPU. ``on_step`` is called before each step; what it raises ends the descent.
     """
     if settings.optimizer == "adam":
         descent = _adam(bank, settings, mask, on_step)
@@ -82,17 +77,10 @@ def descend(
 
 
 class StoppingRule:
-    """The losses so far, and when to stop.
-
-    Args:
-        settings: The most steps, and the tolerance.
-
-    Attributes:
-        losses: The loss at the start and after each step.
-    """
+    """The losses so far, and when to stop."""
 
     def __init__(self, settings: Settings) -> None:
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # at the start and after each step
         self._settings = settings
         self._idle = 0
 

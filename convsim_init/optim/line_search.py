@@ -12,13 +12,7 @@ BISECTIONS = 60  # of an interval, until nothing but rounding is left of it
 def first_minimum(a: float, b: float, c: float, d: float, *, otherwise: float) -> float:
     """The least positive t at which the slope ``a + b t + c t^2 + d t^3`` changes its sign.
 
-    Args:
-        a: Slope at 0.
-        b: Coefficient of t.
-        c: Coefficient of its square.
-        d: Coefficient of its cube.
-        otherwise: The step to return where there is no such t up to a thousand times it, or where a
-            coefficient is not finite.
+    It is ``otherwise`` where there is none up to a thousand times that, or where a coefficient is not finite.
     """
     longest = LONGEST * otherwise
     # In units of the longest step, so that all coefficients are of one size:

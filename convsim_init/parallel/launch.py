@@ -7,18 +7,11 @@ from typing import NamedTuple  # not dataclasses: importing those takes longer t
 
 
 class Launch(NamedTuple):
-    """A process among those that torchrun started, by default the only one.
-
-    Attributes:
-        rank: Number of the process among all, from 0.
-        size: Number of processes.
-        local_rank: Number of the process among those of its machine, from 0.
-        local_size: Number of processes of its machine.
-    """
+    """A process among those that torchrun started, by default the only one."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # among the processes of its machine
     local_size: int = 1
 
     @property

@@ -37,22 +37,11 @@ def cost(layer: Layer) -> int:
 
 
 def share(
-    layers: Sequence[Layer],
-    own: Mapping[str, LayerReport],
-    ranks: Ranks,
-    *,
-    device: torch.device | str | None = None,
+    layers: Sequence[Layer], own: Mapping[str, LayerReport], ranks: Ranks, *, device: torch.device | str | None = None
 ) -> list[LayerReport]:
-    """Give every rank all new weights and reports.
+    """Give every rank all new weights; the reports of all layers, in order, from this rank's own by name.
 
-    Args:
-        layers: All layers, in order.
-        own: Reports of the layers that this rank has treated, by name.
-        ranks: Ranks that `own_layers` divided the layers over.
-        device: Device that weights travel from. Default: each weight's.
-
-    Returns:
-        The reports of all layers, in order.
+    Weights travel from the device, or else from where they are.
     """
     reports = {name: (report, rank) for rank, some in enumerate(ranks.exchange(own)) for name, report in some.items()}
     for layer in layers:

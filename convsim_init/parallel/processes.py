@@ -28,17 +28,9 @@ def of_several_processes() -> bool:
 
 
 class Ranks:
-    """The ranks of a process group, this one among them.
+    """The ranks of a process group, this one among them; None is this process alone.
 
     Every method but the constructor must be called by all of them, in the same order.
-
-    Args:
-        group: Process group of `torch.distributed`; None for this process alone.
-
-    Attributes:
-        group: Process group of `torch.distributed`, or None.
-        rank: Number of this rank, from 0.
-        size: Number of ranks.
 
     Raises:
         InputError: If this process is not in the group.
@@ -94,12 +86,9 @@ class Ranks:
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor], owner: int, *, device: torch.device | str | None = None) -> None:
-        """Give tensors of all ranks the values that the owner's have.
+        """Give tensors, of the same shapes and dtypes in every rank, the values that the owner's have.
 
-        Args:
-            tensors: Tensors of the same shapes and dtypes in every rank.
-            owner: Rank whose values count.
-            device: Device that they travel from, if the group connects such devices. Default: each tensor's.
+        They travel from the device, or else from where they are, if the group connects such devices.
 
         Raises:
             RunError: If a rank has died.
@@ -138,9 +127,6 @@ def process_group(launch: Launch) -> Iterator[Ranks]:
     """All ranks that torchrun started, for as long as the context lasts; they leave it together.
 
     An error that leaves the context in one rank leaves it in all of them.
-
-    Args:
-        launch: This rank's place among them.
 
     Raises:
         RunError: If not all of them come.

@@ -33,10 +33,7 @@ class Team:
     """Threads that work for as long as the context lasts.
 
     Within it torch has one intra-op thread; the caller's number is put back at the end. Workers
-    compute in the caller's inference mode, without gradients.
-
-    Args:
-        threads: Number of threads; with one, the caller does the work.
+    compute in the caller's inference mode, without gradients. In a team of one the caller does the work.
     """
 
     def __init__(self, threads: int) -> None:

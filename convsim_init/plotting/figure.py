@@ -53,18 +53,7 @@ def is_dark(path: Path) -> bool:
 def figure_of_run(
     report: Report, before: Snapshot, after: Snapshot, *, layer: str | None = None, dark: bool = False
 ) -> Figure:
-    """Draw what a run did: feature-map correlation of a layer, first filters, similarity of every layer, and losses.
-
-    Args:
-        report: Report of the run.
-        before: Snapshot of the model before it.
-        after: Snapshot of the model after it.
-        layer: Name of the layer whose feature-map correlations are shown. Default: the most changed layer.
-        dark: Light text on a dark background.
-
-    Raises:
-        InputError: If matplotlib is not installed, nothing was measured, or there is no such layer.
-    """
+    """Draw what a run did, as `figure_of` does, to the snapshots of a model before and after it."""
     losses = {layer.name: layer.losses for layer in report.layers if layer.after}
     return figure_of([before, after], title=_title_of_run(report), losses=losses, layer=layer, dark=dark)
 
@@ -77,15 +66,9 @@ def figure_of(
     layer: str | None = None,
     dark: bool = False,
 ) -> Figure:
-    """Draw one model or checkpoint, or several side by side.
+    """Draw one model or checkpoint, or several side by side: one row of panels with `choose_layer`'s and first filters.
 
-    Args:
-        snapshots: Snapshots to draw, at least one.
-        title: Title of the whole picture.
-        losses: Loss of each layer at the start and after each step.
-        layer: Name of the layer whose feature-map correlations are shown. Default: the layer that differs most or, of
-            a single model, the one whose feature maps are most correlated.
-        dark: Light text on a dark background.
+    Below are the similarity of every layer, and the losses, of each layer at the start and after each step.
 
     Raises:
         InputError: If matplotlib is not installed, nothing was measured, or there is no such layer.
@@ -143,15 +126,7 @@ def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a figure as PNG, SVG or PDF, whole or not at all; the same figure gives the same bytes.
-
-    Args:
-        figure: Figure to write.
-        path: Path that ends in ``.png``, ``.svg`` or ``.pdf``.
-        overwrite: Replace an existing file.
-
-    Returns:
-        The path given.
+    """Write a figure as PNG, SVG or PDF, as its path ends, whole or not at all; the same figure gives the same bytes.
 
     Raises:
         InputError: If the path cannot be written.

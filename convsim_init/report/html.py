@@ -105,20 +105,9 @@ def save_page(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write a run as a page of HTML, whole or not at all.
+    """Write a run as a page of HTML to a path that ends in ``.html``; fails as `write_text` does.
 
-    Args:
-        report: Report of the run.
-        path: Ends in ``.html``.
-        pictures: Of layers by name, ``data:`` addresses of images by their captions.
-        overwrite: Replace an existing file.
-
-    Returns:
-        The path given.
-
-    Raises:
-        InputError: If the path cannot be written.
-        RunError: If writing fails; a file that was there is still there.
+    The pictures are, of layers by name, ``data:`` addresses of images by their captions.
     """
     return write_text(path, page(report, pictures), suffixes=SUFFIXES, overwrite=overwrite)
 

@@ -26,20 +26,7 @@ def run_record(report: Report) -> dict[str, Any]:
 
 
 def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write the record of a run as JSON, whole or not at all.
-
-    Args:
-        report: Report of the run.
-        path: Ends in ``.json``.
-        overwrite: Replace an existing file.
-
-    Returns:
-        The path given.
-
-    Raises:
-        InputError: If the path cannot be written.
-        RunError: If writing fails; a file that was there is still there.
-    """
+    """Write the record of a run as JSON to a path that ends in ``.json``; fails as `write_text` does."""
     return write_text(path, json_text(run_record(report), indent=1) + "\n", suffixes=SUFFIXES, overwrite=overwrite)
 
 

@@ -149,13 +149,7 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
 
 
 def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], images: Tensor) -> dict[str, float]:
-    """The factors, from a pass that multiplies outputs by them; the model is left as it was.
-
-    Args:
-        model: Model without wrappers.
-        modules: Convolutions, each after the name of its factor.
-        images: Input of the pass.
-    """
+    """The factors, by name, from a pass that multiplies outputs by them; the unwrapped model is left as it was."""
     scales: dict[str, Tensor] = {}
     reached: list[Tensor] = []
 

@@ -28,23 +28,13 @@ class UnknownModelError(InputError):
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """One built-in model.
-
-    Attributes:
-        name: Name that the user types.
-        module: Module of `convsim_init.models.zoo` that defines it.
-        factory: Class in that module, called with `arguments`, `num_classes` and `in_chans`.
-        summary: One line for people.
-        arguments: Keyword arguments that make this model out of the family.
-        num_classes: Default number of outputs of the classifier.
-        in_chans: Default number of channels of the input.
-    """
+    """One built-in model."""
 
     name: str
-    module: str
-    factory: str
+    module: str  # of `convsim_init.models.zoo`
+    factory: str  # class in that module, called with all of these:
     summary: str
-    arguments: Mapping[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)  # that make this model out of the family
     num_classes: int = 1000
     in_chans: int = 3
 
@@ -125,14 +115,7 @@ MODELS: dict[str, BuiltIn] = {entry.name: entry for entry in _ENTRIES}
 
 
 def names(pattern: str | None = None) -> list[str]:
-    """The built-in names in catalog order, all of them or those that match a pattern.
-
-    Args:
-        pattern: A shell pattern such as `"resnet*"`, case-sensitive. None matches every name.
-
-    Returns:
-        The names; empty when nothing matches.
-    """
+    """The built-in names in catalog order, all of them or those that match a shell pattern such as ``"resnet*"``."""
     return [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
 
 

@@ -99,15 +99,6 @@ class ResNet(nn.Module):
 
     The CIFAR network is that of kuangliu/pytorch-cifar (`models/resnet.py`, with basic blocks): a 3x3 stem of
     stride 1, no max-pool, and PyTorch's default initialization throughout. Only its keys are torchvision's.
-
-    Args:
-        depths: Blocks in each of the four stages.
-        num_classes: Outputs of `fc`.
-        in_chans: Channels of the input.
-        bottleneck: Whether the blocks are `Bottleneck` or `BasicBlock`.
-        groups: Groups of a bottleneck's 3x3 convolution.
-        group_width: Channels of each group in the first stage.
-        cifar: Whether to take the stem and the initialization of the CIFAR network.
     """
 
     def __init__(

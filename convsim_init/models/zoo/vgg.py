@@ -25,16 +25,10 @@ def _features(convolutions: Sequence[int], in_chans: int, *, batch_norm: bool) -
 
 
 class VGG(nn.Module):
-    """VGG (Simonyan and Zisserman 2014, arXiv:1409.1556), torchvision's to the bit.
+    """VGG (Simonyan and Zisserman 2014, arXiv:1409.1556), torchvision's to the bit, by its convolutions in each stage.
 
     Every layer is drawn once by PyTorch's default; then convolutions from He's normal distribution over the fan-out
     and linear layers from N(0, 0.01²), with biases 0 and batch norm 1 and 0.
-
-    Args:
-        convolutions: Convolutions in each of the five stages.
-        batch_norm: Whether a batch norm follows each convolution.
-        num_classes: Outputs of the last linear layer.
-        in_chans: Channels of the input.
     """
 
     def __init__(self, convolutions: Sequence[int], *, batch_norm: bool, num_classes: int, in_chans: int) -> None:
@@ -70,11 +64,6 @@ class CifarVGG(nn.Module):
 
     PyTorch's default initialization throughout, as there. Images larger than 32x32 are averaged over what is left
     of the plane; at 32x32 that is one pixel.
-
-    Args:
-        convolutions: Convolutions in each of the five stages.
-        num_classes: Outputs of `classifier`.
-        in_chans: Channels of the input.
     """
 
     def __init__(self, convolutions: Sequence[int], *, num_classes: int, in_chans: int) -> None:

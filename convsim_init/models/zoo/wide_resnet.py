@@ -40,18 +40,12 @@ def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.S
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen` without dropout.
+    """WRN-`depth`-`widen` without dropout: 6n + 4 convolutions for n blocks in each stage, so many times as wide.
 
     Initialized as in szagoruyko/wide-residual-networks (`models/utils.lua`): convolutions from He's normal distribution
     over the fan-out, batch norm 1 and 0, the bias of `fc` 0 and its weight left at the framework's default. The keys
     and the order of random draws are those of xternalz/WideResNet-pytorch (`wideresnet.py`): the original has no
     modules in PyTorch.
-
-    Args:
-        depth: All convolutions together, shortcuts included: 6n + 4 for n blocks in each of the three stages.
-        widen: Factor on the channels 16, 32 and 64 of the stages.
-        num_classes: Outputs of `fc`.
-        in_chans: Channels of the input.
     """
 
     def __init__(self, depth: int, widen: int, *, num_classes: int, in_chans: int) -> None:
