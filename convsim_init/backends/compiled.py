@@ -115,7 +115,7 @@ def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Chann
 
 
 class CompiledSimilarity:
-    """Convolutional Similarity of banks ``[G, M, C, *kernel_size]`` of one shape, with its gradient, for what `fits`."""
+    """Convolutional Similarity, with its gradient, of banks ``[G, M, C, *kernel_size]`` of one shape that `fits`."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         groups, filters, channels, *kernel_size = shape

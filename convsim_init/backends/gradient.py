@@ -19,6 +19,7 @@ from convsim_init.backends.torch_ops import value_and_gradient
 from convsim_init.functional.bank import accumulation_dtype, bank_weight, filter_bank, full_precision
 from convsim_init.settings import Channels, Pairs
 
+_compiled = lru_cache(maxsize=256)(CompiledSimilarity)  # by the shape of the bank
 MAX_GROUPS = 64  # of a fused layer: some of its programs run through all groups one after the other
 
 
@@ -134,11 +135,6 @@ def _total(values: Sequence[float | Tensor], first: Tensor) -> Tensor:
 def _bank_shape(shape: torch.Size, dtype: torch.dtype, layout: Layout, channels: Channels) -> torch.Size:
     """Shape ``[G, M, C, *kernel_size]`` of a weight's filter bank."""
     return filter_bank(torch.empty(shape, dtype=dtype, device="meta"), **layout._asdict(), channels=channels).shape
-
-
-@lru_cache(maxsize=256)
-def _compiled(shape: torch.Size) -> CompiledSimilarity:
-    return CompiledSimilarity(shape)
 
 
 @lru_cache(maxsize=256)

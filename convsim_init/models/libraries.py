@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from convsim_init.errors import InputError
 from convsim_init.files import without_weights
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
+from convsim_init.models.user_code import user_errors
 from convsim_init.models.zoo.catalog import MODELS, UnknownModelError, closest
 from convsim_init.version import installed_version
 
@@ -185,14 +186,9 @@ def _build(
     library: Source, name: str, builder: Callable[..., torch.nn.Module], arguments: Mapping[str, object]
 ) -> torch.nn.Module:
     given = {key: value for key, value in arguments.items() if key not in TRAINED[library]}  # the others are declined
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of defaults that torchvision means to change one day
-            return builder(**given)
-    except Exception as error:  # whatever the library raises at arguments that do not fit
-        raise InputError(
-            f"{library.value}:{name} raised {type(error).__name__}: {error}; --debug shows where"
-        ) from error
+    with user_errors(f"{library.value}:{name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of defaults that torchvision means to change one day
+        return builder(**given)
 
 
 @cache

@@ -59,7 +59,7 @@ def _modules_beside(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Turn whatever code raises, but an interrupt, into one line.
+    """Turn whatever code of others raises, but an interrupt, into one line.
 
     Raises:
         InputError: In place of what the code raises.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from convsim_init.metrics.expected import expected_correlation
+from convsim_init.report.text import layer_name, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +71,7 @@ def draw_correlations(figure: SubFigure, snapshots: Sequence[Snapshot], name: st
     bank = snapshots[0].banks[name]
     count = max(math.prod(snapshot.banks[name].shape[:2]) for snapshot in snapshots)
     some = f"first {MAX_MAPS} of {count}" if count > MAX_MAPS else f"{count}"
-    title = f"Expected correlation of feature maps: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}"
+    title = f"Expected correlation of feature maps: {layer_name(name)}, {some} filters, {_size(bank.shape[3:])}"
     highest = max((float(np.nanmax(matrix)) for matrix in matrices if np.isfinite(matrix).any()), default=1.0)
     panels = _panels(figure, snapshots, title)
     for axes, snapshot, matrix in zip(panels, snapshots, matrices, strict=True):
@@ -87,7 +88,7 @@ def draw_filters(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     count, channels = math.prod(bank.shape[:2]), bank.shape[2]
     some = f"first {MAX_FILTERS} of {count}" if count > MAX_FILTERS else f"{count}"
     coloured = {1: "one channel", 3: "as RGB"}.get(channels, f"strongest of {channels} channels each")
-    title = f"First layer: {_shown(name)}, {some} filters, {_size(bank.shape[3:])}, {coloured}; grey is zero"
+    title = f"First layer: {layer_name(name)}, {some} filters, {_size(bank.shape[3:])}, {coloured}; grey is zero"
     stacks = [tiles(snapshot.banks[name]) for snapshot in snapshots]
     largest = max(float(np.abs(stack).max()) for stack in stacks) or 1.0
     for axes, stack in zip(_panels(figure, snapshots, title), stacks, strict=True):
@@ -122,7 +123,7 @@ def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     axes.set_yscale("log")
     axes.grid(axis="y")
     axes.set_xlim(-0.7, len(names) - 0.3)
-    _name_layers(axes, [_shortened(_shown(name)) for name in names], _characters(figure))
+    _name_layers(axes, [shortened(layer_name(name), MAX_CHARACTERS) for name in names], _characters(figure))
     _legend(figure, list(zip((one.label for one in snapshots), colours, strict=True)), markers)
 
 
@@ -180,16 +181,6 @@ def _legend(figure: SubFigure, colours: Sequence[tuple[str, Any]], markers: Mapp
 
 def _characters(figure: SubFigure) -> int:
     return int(figure.bbox.width / figure.dpi / INCHES_A_CHARACTER)
-
-
-def _shown(name: str) -> str:
-    return name or "(the model itself)"
-
-
-def _shortened(name: str) -> str:
-    """The name, or its start and its end, which tell layers apart."""
-    half = MAX_CHARACTERS // 2
-    return name if len(name) <= MAX_CHARACTERS else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _size(kernel: Sequence[int]) -> str:

@@ -316,7 +316,7 @@ def test_as_many_layers_are_named_as_fit_side_by_side(names):
 
 def test_a_long_name_keeps_its_start_and_its_end():
     axes = panel(figure_of([synthetic("x", NAMES["thirty-long"])], title="x"), SIMILARITY).axes[0]
-    assert axes.get_xticklabels()[0].get_text() == "backbone.sta…n.pointwise"
+    assert axes.get_xticklabels()[0].get_text() == "backbone.st....pointwise"
 
 
 def contrast(a: object, b: object) -> float:
