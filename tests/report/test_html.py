@@ -3,9 +3,9 @@
 import base64
 import hashlib
 import re
-from html.parser import HTMLParser
 
 import pytest
+from page import Page
 
 from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings
 from convsim_init.report.html import page, save_page
@@ -22,34 +22,6 @@ HOSTILE = [
     "\u202egnp.\nrow\x00",
     "\udcff",
 ]
-VOID = {"meta", "br", "img"}
-
-
-class Page(HTMLParser):
-    """What a browser makes of it: elements with their attributes, the texts of cells, whether all tags are closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self.texts.setdefault(tag, []).append("")
-        if tag not in VOID and tag != "polyline":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        for tag in set(self.open):
-            self.texts[tag][-1] += data
 
 
 def run(*names: str, model: str = "net") -> Report:

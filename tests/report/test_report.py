@@ -8,11 +8,11 @@ import math
 import platform
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from page import Page
 from torch import nn
 
 import convsim_init
@@ -200,7 +200,7 @@ def test_a_name_is_data_in_every_table(name, outcome):
     assert all(part.isprintable() for part in str(report).split("\n"))
     table = str(report).split("\n\n")[0]
     assert max(map(len, table.splitlines())) < 400
-    seen = "".join(Tags(report._repr_html_()).text)
+    seen = Page(report._repr_html_()).texts["div"][0]
     assert seen.isprintable()
     assert report.to_dict()["layers"][0]["name"] == name
     assert json.loads(json.dumps(report.to_dict()))["model"] == name
@@ -240,38 +240,15 @@ def test_the_file_is_named_whatever_bytes_its_name_is_made_of():
     str(report).encode()
 
 
-class Tags(HTMLParser):
-    """The open tags, which must close in order, and the text between."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.seen.append(tag)
-        if tag != "br":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
 def test_a_notebook_shows_the_same_escaped():
     report = run()
     report.model = "<script>alert(1)</script>"
-    tags = Tags(report._repr_html_())
-    assert tags.open == []
-    assert tags.seen.count("tr") == 4
-    assert "script" not in tags.seen
-    assert "frozen: <requires_grad> & more" in tags.text
-    assert "<script>alert(1)</script>, 3 convolutions: 2 initialized, 1 skipped" in tags.text
+    shown = Page(report._repr_html_())
+    assert shown.open == []
+    assert len(shown.texts["tr"]) == 4
+    assert "script" not in shown.texts
+    assert "frozen: <requires_grad> & more" in shown.texts["td"]
+    assert shown.texts["p"][0].startswith("<script>alert(1)</script>, 3 convolutions: 2 initialized, 1 skipped")
 
 
 @pytest.mark.parametrize(("layers", "opened"), [(2, True), (150, False)])
