@@ -99,11 +99,7 @@ $versions
 
 
 def save_page(
-    report: Report,
-    path: str | os.PathLike[str],
-    pictures: Mapping[str, Mapping[str, str]],
-    *,
-    overwrite: bool = False,
+    report: Report, path: str | os.PathLike[str], pictures: Mapping[str, Mapping[str, str]], *, overwrite: bool = False
 ) -> Path:
     """Write a run as a page of HTML to a path that ends in ``.html``; fails as `write_text` does.
 
