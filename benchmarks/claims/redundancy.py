@@ -9,19 +9,16 @@ sampled, nothing is trained. With ``--write`` the table goes to ``benchmarks/res
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import convsim_init as ci
 from benchmarks.machine import cpu_name
-from convsim_init.devices import describe_environment
+from benchmarks.page import RESULTS, Page
 
-RESULTS = Path(__file__).parents[1] / "results"
 COLUMNS = {
     "feature_correlation_white": "correlation, white",
     "feature_correlation_natural": "correlation, natural",
@@ -38,28 +35,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     options = parser.parse_args()
     runs = [measure_starts(options.model, seed) for seed in range(options.seeds)]
-    lines = [
-        f"# Expected redundancy of a {options.model} at the start, {datetime.date.today()}",
-        "",
+    page = Page(
+        f"Expected redundancy of a {options.model} at the start",
         f"Made by `python -m benchmarks.claims.redundancy --write` on {cpu_name()}. Means over the 3×3 layers, then "
         f"mean ± standard deviation over {options.seeds} seeds. Correlation: mean absolute correlation of two "
         "feature maps of a layer; effective rank: of their covariance, over their number. Both expected over a random "
         "input of white or natural (1/|f|²) spectrum and independent channels.",
-        "",
-        *(f"- {name}: {value}" for name, value in describe_environment().items()),
-        "",
-        "| start | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---|" * len(COLUMNS),
-    ]
-    for start in runs[0]:
-        cells = [spread([run[start][measure] for run in runs]) for measure in COLUMNS]
-        lines.append(f"| {start} | " + " | ".join(cells) + " |")
-    print("\n".join(lines))
+    )
+    page.head(["start", *COLUMNS.values()])
+    page.rows([start, *(spread([run[start][measure] for run in runs]) for measure in COLUMNS)] for start in runs[0])
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        target = RESULTS / "redundancy.md"
-        target.write_text("\n".join(lines) + "\n")
-        print(f"written to {target}")
+        page.write(RESULTS / "redundancy.md")
 
 
 def measure_starts(name: str, seed: int) -> dict[str, dict[str, float]]:

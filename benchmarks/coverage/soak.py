@@ -9,7 +9,6 @@ memory grew by more than 1 %, or files or threads by any. With ``--write`` the r
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import os
 import sys
@@ -23,9 +22,8 @@ from torch import Tensor, nn
 
 import convsim_init as ci
 from benchmarks.machine import cpu_name
-from convsim_init.devices import describe_environment
+from benchmarks.page import RESULTS, Page
 
-RESULTS = Path(__file__).parents[1] / "results"
 GROWTH = 0.01
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SETTINGS = ci.Settings(steps=5)
@@ -44,24 +42,20 @@ def main() -> int:
     growth = after["KiB of memory"] / before["KiB of memory"] - 1
     steady = growth <= GROWTH and all(after[name] <= before[name] for name in ("open files", "threads"))
     same = as_in_turn(threads=4, models=12)
-    lines = [
-        f"# {options.runs} initializations in one process, {datetime.date.today()}",
-        "",
+    page = Page(
+        f"{options.runs} initializations in one process",
         f"Made by `python -m benchmarks.coverage.soak --write` on {cpu_name()}. Each run draws a model of four layers, "
         "initializes it, writes it and reads it.",
-        "",
-        *(f"- {name}: {value}" for name, value in describe_environment().items()),
-        "",
-        f"| | after the first {max(options.runs // 10, 1)} | after {options.runs} more |",
-        "|---|---|---|",
-        *(f"| {name} | {before[name]} | {after[name]} |" for name in before),
+    )
+    page.head(["", f"after the first {max(options.runs // 10, 1)}", f"after {options.runs} more"])
+    page.rows([name, str(before[name]), str(after[name])] for name in before)
+    page.add(
         "",
         f"Memory grew by {growth:.2%}. From four threads at once, twelve models came out "
         f"{'to the bit as' if same else 'OTHER than'} in turn.",
-    ]
-    print("\n".join(lines))
+    )
     if options.write:
-        (RESULTS / "soak.md").write_text("\n".join(lines) + "\n")
+        page.write(RESULTS / "soak.md")
     return int(not (steady and same))
 
 

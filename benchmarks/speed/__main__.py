@@ -11,17 +11,14 @@ cores, most of it the peers'.
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from benchmarks.machine import cpu_name, file_name
+from benchmarks.page import RESULTS, Page
 from benchmarks.speed.commands import Row, command_rows, ranks_rows, stage_rows, sweep_rows
 from benchmarks.speed.roofline import roofline_rows
 from benchmarks.speed.steps import scaling_rows, step_rows, target_rows
-from convsim_init.devices import describe_environment
 
-RESULTS = Path(__file__).parents[1] / "results"
 PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "command": command_rows,
     "stages": stage_rows,
@@ -53,37 +50,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"expected --repeats to be at least 1, got {options.repeats}")
-    cpu, lines = cpu_name(), list[str]()
-
-    def say(line: str = "") -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    say(f"# Speed on {cpu}, {datetime.date.today()}")
-    say()
     chosen = [] if options.parts == list(PARTS) else options.parts
     changed = [f"--{name} {getattr(options, name)}" for name in DEFAULTS if getattr(options, name) != DEFAULTS[name]]
     command = " ".join(["python -m benchmarks.speed", *(["--parts", *chosen] if chosen else []), *changed, "--write"])
     bound = f"a peer has {options.cap} s for a layer's target"
-    say(f"Made by `{command}`; medians of {options.repeats}, peers in turn; {bound}.")
-    say()
-    for name, value in describe_environment().items():
-        say(f"- {name}: {value}")
+    made = f"Made by `{command}`; medians of {options.repeats}, peers in turn; {bound}."
+    page = Page(f"Speed on {cpu_name()}", made)
     for note in NOTES:
-        say()
-        say(note)
-    say()
-    say("| what | median | peer | ratio | goal |")
-    say("|---|---|---|---|---|")
+        page.add("", note)
+    page.head(["what", "median", "peer", "ratio", "goal"])
     for part in options.parts:
         bounds = {"cap": options.cap} if part == "target" else {}
-        for row in PARTS[part](options.repeats, **bounds):
-            say("| " + " | ".join(row) + " |")
+        page.rows(PARTS[part](options.repeats, **bounds))
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        target = RESULTS / ("-".join(["speed", file_name(cpu), *chosen]) + ".md")
-        target.write_text("\n".join(lines) + "\n")
-        print(f"written to {target}")
+        page.write(RESULTS / ("-".join(["speed", file_name(cpu_name()), *chosen]) + ".md"))
 
 
 if __name__ == "__main__":

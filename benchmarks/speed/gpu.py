@@ -11,7 +11,6 @@ wrong nothing is timed. If a part fails the others are run, and the exit status 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import os
 import subprocess
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 
 import convsim_init as ci
 from benchmarks.machine import cpu_name, file_name
+from benchmarks.page import Page
 from benchmarks.speed import peers, scale_model
 from benchmarks.speed.descents import time_step
 from benchmarks.speed.roofline import step_bytes
@@ -39,7 +39,6 @@ from convsim_init.backends.block import cut_into_blocks
 from convsim_init.backends.gpu import MAX_TAPS
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.backends.torch_ops import TorchBlock
-from convsim_init.devices import describe_environment
 from convsim_init.functional.bank import filter_bank
 from convsim_init.functional.fourier import Fourier
 from convsim_init.optim.descent import descend
@@ -79,18 +78,15 @@ def main() -> None:
             "build it with python setup.py build_ext --inplace, or copy convsim_init/backends/_step.so here"
         )
     card = torch.cuda.get_device_name()
-    lines = [f"# Speed on {card}, {datetime.date.today()}", "", "Made by `python -m benchmarks.speed.gpu`.", ""]
-    lines += [f"- {name}: {value}" for name, value in describe_environment().items()]
-    lines += [f"- cpu: {cpu_name()}", "", "| what | result | compared with | goal |", "|---|---|---|---|"]
-    print("\n".join(lines))
+    page = Page(f"Speed on {card}", "Made by `python -m benchmarks.speed.gpu`.", cpu=cpu_name())
+    page.head(["what", "result", "compared with", "goal"])
     failed = False
     for part in (correctness_rows, step_rows, network_rows, billion_rows, regularizer_rows, graph_rows):
         for row in rows_or_failure(part):
             failed |= row[1] == FAILED
-            lines.append("| " + " | ".join(row) + " |")
-            print(lines[-1], flush=True)
+            page.rows([row])
             if options.out is not None:
-                (options.out / f"gpu-{file_name(card)}.md").write_text("\n".join(lines) + "\n")
+                page.write(options.out / f"gpu-{file_name(card)}.md")
     sys.exit(int(failed))
 
 

@@ -10,21 +10,22 @@ is the median of the differences to the step without it in the same round. With 
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import convsim_init as ci
 from benchmarks.machine import cpu_name
+from benchmarks.page import RESULTS, Page
 from benchmarks.training.networks import NETWORKS
-from convsim_init.devices import describe_environment
 
-RESULTS = Path(__file__).parents[1] / "results"
 BATCH = 64
+COLUMNS = (
+    *("network", "input", "convolution weights"),
+    *("step without", "with, raw", "more", "with, normalized", "more"),
+)
 CASES = {"resnet": (3, 32), "vgg": (3, 32), "cifar_resnet18": (3, 32)}
 
 
@@ -40,24 +41,16 @@ def main() -> None:
     if options.write and options.networks != list(CASES):
         parser.error("--write wants all networks")
     torch.set_num_threads(options.threads)
-    lines = [
-        f"# Cost of the regularizer on {cpu_name()}, {datetime.date.today()}",
-        "",
+    page = Page(
+        f"Cost of the regularizer on {cpu_name()}",
         f"Made by `python -m benchmarks.speed.regularizer --repeats {options.repeats} --threads {options.threads} "
         "--write`: a step of SGD at batch 64, medians of many steps in turn; of the costs, of the differences within "
         "a round.",
-        "",
-        *(f"- {name}: {value}" for name, value in describe_environment().items()),
-        "",
-        "| network | input | convolution weights | step without | with, raw | more | with, normalized | more |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))
-    for name in options.networks:
-        lines.append("| " + " | ".join(row(name, options.repeats)) + " |")
-        print(lines[-1], flush=True)
+    )
+    page.head(COLUMNS)
+    page.rows(row(name, options.repeats) for name in options.networks)
     if options.write:
-        (RESULTS / "regularizer-cpu.md").write_text("\n".join(lines) + "\n")
+        page.write(RESULTS / "regularizer-cpu.md")
 
 
 def row(name: str, repeats: int) -> list[str]:
