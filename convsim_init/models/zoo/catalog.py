@@ -32,7 +32,7 @@ class BuiltIn:
 
     name: str
     module: str  # of `convsim_init.models.zoo`
-    factory: str  # class in that module, called with all of these:
+    factory: str  # class in that module, called with the last three
     summary: str
     arguments: Mapping[str, object] = field(default_factory=dict)  # that make this model out of the family
     num_classes: int = 1000
