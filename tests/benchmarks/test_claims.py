@@ -59,7 +59,6 @@ def test_the_cosine_of_feature_maps():
 
 
 def test_the_loss_of_ocnn_makes_filters_orthogonal_at_every_shift():
-    torch.manual_seed(0)
     weight = torch.randn(6, 8, 3, 3)
 
     def energy(filters):

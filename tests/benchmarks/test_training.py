@@ -191,7 +191,6 @@ def test_missing_fonts_are_named_with_the_command():
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "cifar_resnet18"])
 def test_networks_classify_and_learn_everywhere(name):
-    torch.manual_seed(0)
     model = NETWORKS[name](1, 7, 0.5)
     logits = model(torch.randn(4, 1, 16, 16))
     assert logits.shape == (4, 7)
@@ -229,7 +228,6 @@ ABOUT_NORMS |= {f"convsim, {which}unit variance" for which in ("", "matched chan
 
 @pytest.mark.parametrize("name", ARMS)
 def test_arms_change_filters_and_keep_their_norms(name):
-    torch.manual_seed(0)
     model = NETWORKS["resnet"](1, 10, 0.5).to(memory_format=torch.channels_last)  # as the trainer has it
     draw_base(model, "fan_out")
     before = [conv.weight.detach().clone() for conv in convolutions(model)]
@@ -268,7 +266,6 @@ def test_every_arm_takes_depthwise_layers(name):
 
 @pytest.mark.parametrize(("fan", "number"), [("fan_in", 8), ("fan_out", 64)])
 def test_the_base_is_drawn_over_the_fan_that_is_named(fan, number):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 64, 3))
     draw_base(model, fan)
     assert model[0].weight.std().item() == pytest.approx((2 / (9 * number)) ** 0.5, rel=0.05)
@@ -277,7 +274,6 @@ def test_the_base_is_drawn_over_the_fan_that_is_named(fan, number):
 
 @pytest.mark.parametrize("name", ["unit variance", "LSUV", "convsim, unit variance"])
 def test_every_layer_s_output_has_unit_variance(name):
-    torch.manual_seed(0)
     model, images = NETWORKS["plain10"](1, 7, 0.5), torch.randn(64, 1, 16, 16)
     draw_base(model, "fan_in")
     ARMS[name].start(model, images)
@@ -288,7 +284,6 @@ def test_every_layer_s_output_has_unit_variance(name):
 
 
 def test_fixed_kernel_norms_lower_the_similarity_and_fix_them():
-    torch.manual_seed(0)
     model = NETWORKS["plain"](1, 7, 0.5)
     draw_base(model, "fan_in")
     before = [conv.weight.detach().clone() for conv in convolutions(model)]
@@ -300,7 +295,6 @@ def test_fixed_kernel_norms_lower_the_similarity_and_fix_them():
 
 
 def test_signed_permutations_use_every_channel_before_any_twice():
-    torch.manual_seed(0)
     kept = signed_permutations(torch.randn(10, 4, 1, 1)).flatten(1) != 0
     assert (kept.sum(1) == 1).all()
     assert set(kept.sum(0).tolist()) == {2, 3}
@@ -309,7 +303,6 @@ def test_signed_permutations_use_every_channel_before_any_twice():
 
 
 def test_patch_whitened_feature_maps_do_not_correlate():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 8, 3, bias=False))
     images = F.avg_pool2d(torch.randn(200, 1, 20, 20), 5, 1)
     correlations = []
@@ -320,7 +313,6 @@ def test_patch_whitened_feature_maps_do_not_correlate():
 
 
 def test_without_1x1_leaves_just_those():
-    torch.manual_seed(0)
     model = NETWORKS["resnet"](1, 10, 0.5)
     before = {name: conv.weight.detach().clone() for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
     ARMS["convsim, not 1x1"].start(model, torch.zeros(1))
@@ -429,7 +421,6 @@ def test_an_assignment_is_the_least_similarity_of_a_1x1_layer():
 
 
 def test_a_scrambled_kernel_keeps_its_values():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     lowered = copy.deepcopy(model)
     ci.initialize_(lowered)
@@ -440,7 +431,6 @@ def test_a_scrambled_kernel_keeps_its_values():
 
 
 def test_similarity_for_natural_inputs_falls_by_its_own_measure():
-    torch.manual_seed(0)
     weight = torch.randn(6, 2, 3, 3)
     frequency = torch.fft.fftfreq(6)
     power = 1 / (frequency[:, None] ** 2 + frequency**2).clamp_min((0.5 / 6) ** 2)

@@ -171,7 +171,6 @@ def test_the_first_layers_filters_are_shown_with_zero_in_grey(run):
     "shape", [(70, 1, 3, 3), (4, 2, 3, 3), (4, 2, 5), (4, 3, 2, 3, 4), (2, 3, 16, 16), (5, 3, 1, 7)]
 )
 def test_filters_of_any_shape_are_shown(shape):
-    torch.manual_seed(0)
     snapshot = take_snapshot("x", {"stem.weight": torch.randn(shape)} if shape[1] > 1 else conv(shape))
     part = panel(figure_of([snapshot], title="x"), "First layer")
     assert np.isfinite(image(part, 0)).all()
