@@ -189,7 +189,12 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
             copies.append((layer_name(layer.name), source))
     known = {id(one) for layer in layers for one in layer.weight.storage()}
     for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():
-        if isinstance(tensor, Tensor) and id(tensor) not in known and memories([tensor]) and tensor.dim() in KERNEL_RANKS:
+        if (
+            isinstance(tensor, Tensor)
+            and id(tensor) not in known
+            and memories([tensor])
+            and tensor.dim() in KERNEL_RANKS
+        ):
             copies.append((shown(bare_name(name)), tensor))
             known.add(id(tensor))
     found = []
