@@ -238,7 +238,7 @@ class SymbolicPass(TorchFunctionMode):
                 return known
         symbol = self.symbol(name, args, kwargs)
         if func in CONVOLUTIONS:
-            symbol.node.weight = self.symbol("weight", convolution_arguments(func, args, kwargs)[0]).node
+            symbol.node.weight = self.symbol("weight", convolution_arguments(func, args, kwargs)[1]).node
         count = _count(name, args, kwargs)
         if count is not None:
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
