@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
+from convsim_init.layers.forward.around import kept_outside
 from convsim_init.layers.forward.code import forward_code, has_forward_of_its_own
 from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
 from convsim_init.layers.graphs import graph_layers
@@ -198,7 +199,9 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             layers += in_graph
             within += (f"{name}." if name else "",)
     if not layers:
-        calling = next((type(module).__name__ for module in owners.values() if forward_code(module).convolves), None)
+        known = set(map(id, owners.values()))
+        own = (one for one in owners.values() if forward_code(one).convolves or any(kept_outside(one, known)))
+        calling = next((type(one).__name__ for one in own), None)
         why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers

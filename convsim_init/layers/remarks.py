@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.find import used_weight
-from convsim_init.layers.forward.code import forward_code, reads_further_inside
+from convsim_init.layers.forward.around import has_attribute, hooks_elsewhere, kept_outside, reads_further_inside
+from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.isolation import is_plain
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer
@@ -35,8 +36,14 @@ def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
         return []
     inner = unwrap(model)
     names = [layer.name for layer in layers]
-    seen = [*_other_kernels(inner, names), *_hooks_around(inner), *_read_above(inner), *_used_elsewhere(inner, layers)]
-    return [*seen, *_ties(inner, layers)]
+    return [
+        *_other_kernels(inner, names),
+        *_kept(inner),
+        *_hooks_around(inner),
+        *_read_above(inner),
+        *_used_elsewhere(inner, layers),
+        *_ties(inner, layers),
+    ]
 
 
 def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -81,17 +88,35 @@ def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     return [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
 
 
-def _hooks_around(model: nn.Module) -> list[str]:
-    """A remark on hooks that may change the weights of convolutions further inside than a trial pass is made."""
+def _kept(model: nn.Module) -> list[str]:
+    """A remark on convolutions that plain lists, objects or functions hold and a forward pass uses."""
+    parts = dict(nn.Module.named_modules(model))
+    known = set(map(id, parts.values()))
     found = [
-        layer_name(bare_name(name))
-        for name, module in model.named_modules()
-        if has_unknown_hook(module)
-        and any(isinstance(one, _ConvNd) for child in module.children() for one in list(child.modules())[1:])
+        f"{bare_name(name)}.{one}".lstrip(".") for name, part in parts.items() for one in kept_outside(part, known)
     ]
     if not found:
         return []
-    return [f"not tried, though they may change weights: hooks before the forward pass of {some(found)}"]
+    return [f"not looked at, for they are no parts of the model: the convolutions in {some(map(shown, found))}"]
+
+
+def _hooks_around(model: nn.Module) -> list[str]:
+    """Remarks on hooks that may change the weights of other convolutions than those that a trial pass is made for."""
+    around, elsewhere = list[str](), list[str]()
+    for name, module in nn.Module.named_modules(model):
+        children = nn.Module.children(module)
+        if has_unknown_hook(module) and any(
+            isinstance(one, _ConvNd) for child in children for one in list(nn.Module.modules(child))[1:]
+        ):
+            around.append(layer_name(bare_name(name)))
+        elif hooks_elsewhere(module):
+            elsewhere.append(layer_name(bare_name(name)))
+    remarks = []
+    if around:
+        remarks.append(f"not tried, though they may change weights: hooks before the forward pass of {some(around)}")
+    if elsewhere:
+        remarks.append(f"not tried, though they may change weights of others or later: hooks of {some(elsewhere)}")
+    return remarks
 
 
 def _read_above(model: nn.Module) -> list[str]:

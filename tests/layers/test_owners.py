@@ -1,5 +1,7 @@
 """Forward passes that change the weights of several convolutions: what is reported is what those are given."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,7 +104,138 @@ class Absolute(Convex):
         return self.last(x)
 
 
-KINDS = [ByLoop, ByIndex, ByParameters, ByNames, ByStateDict, ByModules, ByApplication, OnTheWay, Absolute]
+def limited(layer, low):
+    layer.weight.data.clamp_(min=low)
+
+
+class Limit:
+    """No module, but what one may hold."""
+
+    def __init__(self, layers=()):
+        self.weights = [layer.weight for layer in layers]
+
+    def __call__(self, layer):
+        self.apply(layer)
+
+    def apply(self, layer):
+        limited(layer, 0)
+
+    def step(self):
+        for one in self.weights:
+            one.data.clamp_(min=0)
+
+
+LIMIT = Limit()
+
+
+class Holding(Convex):
+    def __init__(self):
+        super().__init__()
+        self.limit, self.bound = Limit(self.hidden), Limit(self.hidden).step
+        self.limits = {"all": [partial(limited, low=0), Limit()]}
+        self.gathered = list(self.hidden.parameters())
+
+
+class ByObject(Holding):
+    def alter(self):
+        self.limit.apply(self.hidden[0])
+
+
+class ByCallable(Holding):
+    def alter(self):
+        self.limit(self.hidden[0])
+
+
+class ByGlobalCallable(Holding):
+    def alter(self):
+        LIMIT(self.hidden[0])
+
+
+class ByWhatAnObjectHolds(Holding):
+    def alter(self):
+        self.limit.step()
+
+
+class ByBoundMethod(Holding):
+    def alter(self):
+        self.bound()
+
+
+class ByPartialInDict(Holding):
+    def alter(self):
+        self.limits["all"][0](self.hidden[0])
+
+
+class ByCallableInDict(Holding):
+    def alter(self):
+        self.limits["all"][1](self.hidden[0])
+
+
+class ByGathered(Holding):
+    def alter(self):
+        for one in self.gathered:
+            one.data.clamp_(min=0)
+
+
+class ByFunction(Holding):
+    def alter(self):
+        with torch.no_grad():
+            for one in self.gathered:
+                torch.clamp_(one, min=0)
+
+
+class ByFunctionOfMany(Holding):
+    @torch.no_grad()
+    def alter(self):
+        torch._foreach_clamp_min_(self.gathered, 0)
+
+
+class ByInitialization(Holding):
+    def alter(self):
+        for one in self.gathered:
+            nn.init.constant_(one, 0.1)
+
+
+class ByVariable(Convex):
+    @torch.no_grad()
+    def alter(self):
+        for layer in self.hidden:
+            weight = layer.weight
+            weight *= 0.5 + 0.5 * weight.sign()
+
+
+class ByLoading(Convex):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(16, 16, 3, 3))
+
+    def alter(self):
+        self.hidden[0].load_state_dict({"weight": self.kernel}, strict=False)
+
+
+class OwnCall(Convex):
+    def __call__(self, x):
+        self.hidden[0].weight.data.clamp_(min=0)
+        return super().__call__(x)
+
+    def alter(self):
+        """Nothing."""
+
+
+class Functional(Convex):
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer in self.hidden:
+            used = {name: one.abs() for name, one in layer.named_parameters()}
+            x = torch.func.functional_call(layer, used, (x,)).relu()
+        return self.last(x)
+
+
+KINDS = [
+    *(ByLoop, ByIndex, ByParameters, ByNames, ByStateDict, ByModules, ByApplication, OnTheWay, Absolute),
+    *(ByObject, ByCallable, ByGlobalCallable, ByWhatAnObjectHolds, ByBoundMethod, ByPartialInDict, ByCallableInDict),
+    *(ByGathered, ByFunction, ByFunctionOfMany, ByInitialization, ByVariable, ByLoading, OwnCall, Functional),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +273,7 @@ def embedded(kind):
     return Network()
 
 
-@pytest.mark.parametrize("kind", [ByLoop, ByNames, ByModules])
+@pytest.mark.parametrize("kind", [ByLoop, ByNames, ByModules, ByWhatAnObjectHolds, ByFunctionOfMany, Functional])
 def test_one_that_cannot_be_tried_is_told(kind):
     for layer in ci.initialize_(embedded(kind), settings=SETTINGS).layers[1:3]:
         assert layer.reason == "Network may change it in its forward pass, which could not be tried"
@@ -165,7 +298,18 @@ class LoopWithinSequential(WithinSequential):
         return self.body(x)
 
 
-@pytest.mark.parametrize("kind", [WithinSequential, LoopWithinSequential])
+class GatheredWithinSequential(WithinSequential):
+    def __init__(self):
+        super().__init__()
+        self.gathered = list(self.body.parameters())
+
+    def forward(self, x):
+        for one in self.gathered:
+            one.data.clamp_(min=0)
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", [WithinSequential, LoopWithinSequential, GatheredWithinSequential])
 def test_changes_further_inside_are_told(kind):
     remark = "not tried, though they may use other weights: the forward passes of (the model itself)"
     assert ci.initialize_(kind(), settings=SETTINGS).remarks == [remark]
@@ -210,11 +354,129 @@ class InPlaceByDevice(Asking):
         return F.relu_(x) * self.lambda_
 
 
-@pytest.mark.parametrize("kind", [InPlaceBeside, InPlaceOverChildren, InPlaceByDevice])
+class InPlaceByTheWay(Asking):
+    """Its buffers, counters, gradients, and the weights of what is no convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.count, self.history, self.means = nn.Linear(8, 8), 0, [torch.zeros(1)], {}
+        self.register_buffer("mean", torch.zeros(8))
+
+    def limit(self):
+        self.linear.weight.data.clamp_(-1, 1)
+
+    def forward(self, x, t):
+        for one in self.parameters():
+            self.count += one.numel()
+            if one.grad is not None:
+                one.grad.clamp_(-1, 1)
+        for one in (*self.buffers(), *self.history):
+            one.data.mul_(0.9)
+        for part in self.modules():
+            part.calls = getattr(part, "calls", 0)
+            part.calls += 1
+        x.data.clamp_(-1, 1)
+        self.mean.data.mul_(0.9)
+        self.means["all"] = torch.zeros_like(self.linear.bias).add_(1)
+        self.limit()
+        return self.body(F.relu_(self.conv(x)))
+
+
+@pytest.mark.parametrize("kind", [InPlaceBeside, InPlaceOverChildren, InPlaceByDevice, InPlaceByTheWay])
 def test_what_is_changed_beside_weights_is_no_change_of_them(kind):
     report = ci.initialize_(kind(), settings=SETTINGS)
     assert not report.remarks
     assert [layer.reason for layer in report.layers] == [None] * 2
+
+
+def clamp(part, *_):
+    part.conv.weight.data.clamp_(min=0)
+
+
+class Clamping:
+    def __call__(self, part, inputs):
+        for one in part.parameters():
+            one.data.clamp_(min=0)
+
+
+class Watching:
+    """Looks at what comes by, as a profiler does."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, part, inputs, *outputs):
+        self.seen.append((sum(one.numel() for one in part.parameters()), next(part.parameters()).dtype))
+        part.calls = getattr(part, "calls", 0) + 1
+        for one in inputs:
+            one.mul_(1)
+
+
+class Several(nn.Module):
+    """Cannot be tried: it takes several inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x, t):
+        return self.conv(x) + t
+
+
+@pytest.mark.parametrize("hook", [clamp, Clamping(), Watching()], ids=["function", "object", "harmless"])
+def test_a_hook_before_what_cannot_be_tried_is_told_if_it_may_change_weights(hook):
+    model = nn.ModuleList([Several()])
+    model[0].register_forward_pre_hook(hook)
+    (layer,) = ci.measure(model).layers
+    harmless = isinstance(hook, Watching)
+    expected = None if harmless else "a hook of Several may change it in its forward pass, which could not be tried"
+    assert layer.reason == expected
+
+
+def with_hook(place, *, after=False, own=False, harmless=False):
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+
+    def hook(part, *_):
+        model[2].weight.data.clamp_(min=0)
+
+    def hook_of_its_own(part, *_):
+        part.weight.data.clamp_(min=0)
+
+    register = model[place].register_forward_hook if after else model[place].register_forward_pre_hook
+    register(Watching() if harmless else hook_of_its_own if own else hook)
+    return model
+
+
+def with_part_that_clamps():
+    class Clamp(nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.others = [other]
+
+        def forward(self, x):
+            self.others[0].weight.data.clamp_(min=0)
+            return x
+
+    conv = nn.Conv2d(3, 8, 3)
+    return nn.Sequential(Clamp(conv), conv)
+
+
+HOOKS = "not tried, though they may change weights of others or later: hooks of "
+ELSEWHERE = {
+    "before-relu": (lambda: with_hook(0), [HOOKS + "0"]),
+    "before-conv": (lambda: with_hook(1), [HOOKS + "1"]),
+    "after-conv": (lambda: with_hook(1, after=True), [HOOKS + "1"]),
+    "after-own": (lambda: with_hook(1, after=True, own=True), [HOOKS + "1"]),
+    "harmless": (lambda: with_hook(0, harmless=True), []),
+    "harmless-after": (lambda: with_hook(1, after=True, harmless=True), []),
+    "part": (with_part_that_clamps, ["not tried, though they may use other weights: the forward passes of 0"]),
+}
+
+
+@pytest.mark.parametrize("build", ELSEWHERE)
+def test_changes_from_elsewhere_are_told(build):
+    model, remarks = ELSEWHERE[build]
+    assert ci.measure(model()).remarks == remarks
 
 
 class Merged(nn.Module):

@@ -7,25 +7,45 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
-LOOP = "<loop>"  # stands for the variable of a loop
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "is_cuda", "data_ptr", "requires_grad"}
+
+
+class Step(NamedTuple):
+    """One thing that code does: an instruction, or half of one that loads or stores twice (since Python 3.13).
+
+    Attributes:
+        kind: Name of the instruction.
+        name: What it names.
+        effect: By how much the stack grows.
+        number: The number that it takes, such as that of arguments.
+        sign: An operator's.
+        at: Where it is in the code.
+        target: Where it may go on instead; None if nowhere.
+        effect_there: By how much the stack grows then.
+    """
+
+    kind: str
+    name: Any
+    effect: int
+    number: int = 0
+    sign: str = ""
+    at: int = -1
+    target: int | None = None
+    effect_there: int = 0
 
 
 def texts(code: CodeType) -> set[str]:
     """The names of attributes and functions in code, and strings that may be names."""
-    return {*code.co_names, *(one for one in code.co_consts if isinstance(one, str) and one.isidentifier())}
+    constants = [each for one in code.co_consts for each in (one if isinstance(one, tuple) else (one,))]
+    return {*code.co_names, *(one for one in constants if isinstance(one, str) and one.isidentifier())}
 
 
-def _steps(code: CodeType) -> Iterator[tuple[str, Any]]:
-    """The instructions of code and what they name; those of two loads or stores, since Python 3.13, as two."""
-    for step in dis.get_instructions(code):
-        kinds = re.findall(r"(?:LOAD|STORE)_FAST(?:_BORROW|_CHECK|_AND_CLEAR)?", step.opname)
-        if len(kinds) == 2 and isinstance(step.argval, tuple):
-            yield from zip(kinds, step.argval, strict=True)
-        elif step.opname != "CACHE":
-            yield step.opname, step.argval
+@lru_cache(maxsize=64)
+def steps(code: CodeType) -> tuple[Step, ...]:
+    """What code does, in the order in which it is written down."""
+    return tuple(_steps(code))
 
 
 @lru_cache(maxsize=10_000)
@@ -42,31 +62,23 @@ def unpacked(code: CodeType, position: int) -> int:
     return 1
 
 
-def changed_in_place(code: CodeType) -> set[str]:
-    """Of what code calls a method that ends in an underscore, or sets items or ``data``: attributes and loop variables.
+def global_names(code: CodeType) -> list[str]:
+    """The names of which code takes the global value."""
+    return list(dict.fromkeys(step.name for step in steps(code) if step.kind in ("LOAD_GLOBAL", "LOAD_NAME")))
 
-    Loop variables, whatever they are called, are `LOOP`.
-    """
-    found, chain, loops, looping = set[str](), list[str](), set[object](), False
-    for kind, name in _steps(code):
-        if kind.startswith("STORE_FAST") and looping:
-            loops.add(name)
-        looping = kind == "FOR_ITER" or (looping and kind.startswith(("UNPACK", "STORE_FAST")))
-        if kind.startswith("LOAD_FAST"):
-            chain = [LOOP] if name in loops else []
-        elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
-            if name.endswith("_") and not name.startswith("_") and name != "requires_grad_":
-                found.update(chain)
-            chain.append(name)
-        elif kind.startswith(("CALL", "PRECALL")):
-            chain = []
-        elif kind == "STORE_ATTR" and name in ("data", "weight"):
-            found.update([*chain, name])
-        elif kind in ("STORE_SUBSCR", "STORE_SLICE") and chain[-1:] == ["weight"]:
-            found.add("weight")
-        elif kind in ("LOAD_GLOBAL", "LOAD_DEREF"):
-            chain = []
-    return found
+
+def _steps(code: CodeType) -> Iterator[Step]:
+    for one in dis.get_instructions(code):
+        kinds = re.findall(r"(?:LOAD|STORE)_FAST(?:_BORROW|_CHECK|_AND_CLEAR)?", one.opname)
+        if len(kinds) == 2 and isinstance(one.argval, tuple):
+            for kind, name in zip(kinds, one.argval, strict=True):
+                yield Step(kind, name, 1 if kind.startswith("LOAD") else -1)
+        elif one.opname not in ("CACHE", "PRECALL"):  # what the latter takes off is counted with the call behind it
+            number = one.arg if one.opcode >= dis.HAVE_ARGUMENT else None
+            effect, there = (dis.stack_effect(one.opcode, number, jump=jump) for jump in (False, True))
+            jumps = one.opcode in dis.hasjrel or one.opcode in dis.hasjabs
+            target = one.argval if jumps else None
+            yield Step(one.opname, one.argval, effect, one.arg or 0, one.argrepr, one.offset, target, there)
 
 
 def names_convolution(code: CodeType, own: Collection[object], calls: Collection[str]) -> bool:
@@ -79,7 +91,7 @@ def names_convolution(code: CodeType, own: Collection[object], calls: Collection
     """
     root: object = None  # of the attributes that are loaded: a variable, or a name of the module
     asked = made = False
-    for kind, name in _steps(code):
+    for kind, name, *_ in steps(code):
         local = kind.startswith(("LOAD_FAST", "LOAD_DEREF"))
         if not (local or kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")):
             continue
@@ -97,11 +109,11 @@ def weights_read(code: CodeType) -> set[str | None]:
 
     Its dtype, device and shape do not count.
     """
-    found, steps = set[str | None](), list(_steps(code))
-    for index, (opcode, attribute) in enumerate(steps[1:-1], 1):
-        if attribute == "weight" and opcode.startswith("LOAD") and steps[index + 1][1] not in ASKED:
-            subscript = steps[index - 1][0].startswith("BINARY_")
-            of = steps[index - 2][1] if subscript and index > 1 else steps[index - 1][1]
+    found, known = set[str | None](), steps(code)
+    for index, step in enumerate(known[1:-1], 1):
+        if step.name == "weight" and step.kind.startswith("LOAD") and known[index + 1].name not in ASKED:
+            subscript = known[index - 1].kind.startswith("BINARY_")
+            of = known[index - 2 if subscript and index > 1 else index - 1].name
             found.add(None if of is None else str(of))
     return found
 
@@ -110,7 +122,7 @@ def asked_of_bases(code: CodeType, bases: Iterable[type]) -> set[str]:
     """The names that code looks up by ``super()``, or on a class that it names."""
     owners = {"super", *(base.__name__ for base in bases)}
     found, asking = set[str](), False
-    for kind, name in _steps(code):
+    for kind, name, *_ in steps(code):
         if kind == "LOAD_SUPER_ATTR" or (asking and kind in ("LOAD_ATTR", "LOAD_METHOD")):
             found.add(str(name))
             asking = False

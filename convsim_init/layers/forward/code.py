@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial, partialmethod
+from inspect import getattr_static
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
@@ -15,14 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from convsim_init.layers.forward.bytecode import (
-    LOOP,
-    asked_of_bases,
-    changed_in_place,
-    names_convolution,
-    texts,
-    weights_read,
-)
+from convsim_init.layers.forward.bytecode import asked_of_bases, global_names, names_convolution, texts, weights_read
+from convsim_init.layers.forward.changes import ARGUMENT, HANDED_OUT, ITERATED, REPLACING, WALKS, changed_in_place
+from convsim_init.layers.forward.held import enclosed, flat, held_by, is_librarys, is_plain
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
@@ -30,10 +24,8 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 CALLS = {"_conv_forward", *(call.__name__ for call in CONVOLUTIONS)}
-FEW = 16  # functions in a list or dict that are looked at
+CALLED = ("__call__", "_call_impl")  # before a forward pass
 MAX_CODE = 1000  # functions that a forward pass is followed into
-HANDED_OUT = {"weight", "parameters", "named_parameters", "state_dict"}  # what may take a weight out of a convolution
-WALKS = {"modules", "named_modules", "children", "named_children", "apply"}
 
 
 def has_forward_of_its_own(module: _ConvNd) -> bool:
@@ -49,15 +41,18 @@ def forward_code(module: nn.Module) -> ForwardCode:
     kind: Any = type(module)
     own = vars(module).get("forward")
     forward = getattr(kind, "forward", None) if own is None else own
-    held = {
-        name: one
-        for name, one in vars(module).items()
-        if isinstance(one, ModuleType) or _takes_weights(one) or _convolves(one)
-    }
+    held = _held(module)
     helpers = frozenset(_classes_inside(module))
     if own is not None or held or type(forward).__hash__ is None:  # not kept in the cache: they may hold the module
         return ForwardCode(kind, forward, helpers, held)
     return _code_of(kind, forward, helpers)
+
+
+def hook_code(hook: Any) -> ForwardCode:
+    """The code of a hook; without any of one of a library's own."""
+    owner = getattr(hook, "__self__", hook)
+    kind, held = (type(owner), _held(owner)) if is_plain(owner) or isinstance(owner, nn.Module) else (object, EMPTY)
+    return ForwardCode(kind, None if all(map(is_librarys, _functions(hook))) else hook, held=held)
 
 
 class ForwardCode:
@@ -67,39 +62,50 @@ class ForwardCode:
         kind: Class of the module.
         forward: Its forward pass.
         helpers: Classes of convolutions inside it, whose own methods it may call.
-        held: Functions that its attributes hold and that take weights or convolve, by their names.
+        held: What its attributes hold and has to do with weights or convolutions, by their names.
     """
 
     def __init__(
-        self, kind: Any, forward: Any, helpers: Iterable[type] = (), held: Mapping[str, Callable[..., Any]] = EMPTY
+        self, kind: Any, forward: Any, helpers: Iterable[type] = (), held: Mapping[str, Sequence[object]] = EMPTY
     ) -> None:
-        self._functions: list[list[CodeType]] = []  # each with the ones inside it
+        self._functions: list[tuple[bool, list[CodeType]]] = []  # whether it is a method of the class; codes within
         self._codes: list[CodeType] = []
         self._convolving = False
-        pending = _functions(forward)
+        self._handing = HANDED_OUT | {name for name, values in held.items() if any(map(_is_parameter, values))}
+        calls = [each for name in CALLED for each in _functions(getattr(kind, name, None)) if not is_librarys(each)]
+        pending = [*_functions(forward), *calls]
+        methods, plain = set(pending), set[type]()
         for function in pending:
             if function.__code__ in self._codes or len(self._codes) > MAX_CODE:
                 continue
             inner, selves = [function.__code__], {"self", *function.__code__.co_varnames[:1]}
             for one in inner:
                 inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
-                known = [function.__globals__.get(name) for name in one.co_names]
-                own = [getattr(kind, name, None) for name in one.co_names] + list(map(held.get, one.co_names))
+                known = [each for name in global_names(one) for each in flat(function.__globals__.get(name))]
+                known += [*flat(function)][1:]
+                self._handing |= {name for name, value in enclosed(function) if any(map(_is_parameter, flat(value)))}
+                own = [each for name in one.co_names for each in flat(getattr(kind, name, None))]
+                methods.update(each for value in own for each in _functions(value))
+                own += [each for name in one.co_names for each in held.get(name, ())]
                 libraries = any(isinstance(each, ModuleType) for each in own) and not CALLS.isdisjoint(one.co_names)
                 self._convolving |= (
                     any(map(_convolves, known + own)) or libraries or names_convolution(one, selves, CALLS)
                 )
                 spaces = [one for one in known if isinstance(one, ModuleType) or _is_plain_class(one)]
                 known += own
+                plain.update(type(each) for each in known if is_plain(each))
                 for name in one.co_names:
                     known += [vars(space).get(name) for space in spaces]
+                    known += [getattr_static(each, name, None) for each in plain]
                     if not hasattr(nn.Module, name):
                         known += [getattr(helper, name, None) for helper in helpers]
                 for name in asked_of_bases(one, kind.__mro__):
-                    known += [vars(base).get(name) for base in kind.__mro__]
-                pending += [each for value in known for each in _functions(value) if not _is_librarys(each)]
+                    asked = [vars(base).get(name) for base in kind.__mro__]
+                    methods.update(each for value in asked for each in _functions(value))
+                    known += asked
+                pending += [each for value in known for each in _functions(value) if not is_librarys(each)]
             self._codes += inner
-            self._functions.append(inner)
+            self._functions.append((function in methods, inner))
 
     @cached_property
     def names(self) -> set[str]:
@@ -112,9 +118,14 @@ class ForwardCode:
         return self._convolving
 
     @property
+    def changes(self) -> bool:
+        """Whether it changes anything in place."""
+        return any(map(changed_in_place, self._codes))
+
+    @property
     def takes_weights(self) -> bool:
-        """Whether it names what may take a weight out of a convolution."""
-        return not HANDED_OUT.isdisjoint(self.names)
+        """Whether it names what may take a weight out of a convolution, or give it another one."""
+        return not (HANDED_OUT | REPLACING).isdisjoint(self.names) or bool(self.altered)
 
     @cached_property
     def walks(self) -> bool:
@@ -122,18 +133,24 @@ class ForwardCode:
         return any("weight" in texts(code) and not WALKS.isdisjoint(code.co_names) for code in self._codes)
 
     @cached_property
-    def alters(self) -> bool:
-        """Whether something in it changes weights in place, as far as names tell.
+    def altered(self) -> set[frozenset[str]]:
+        """What it changes in place that may be weights of the modules inside, as far as names tell, each by its names.
 
-        That is an attribute ``weight`` or ``data``, or the variable of a loop in a function that names what takes
-        weights out of modules.
+        With `ARGUMENT` where those are not all of them the class's own.
         """
-        handing = [not (HANDED_OUT | WALKS).isdisjoint(_names(codes)) for codes in self._functions]
-        changed = [set().union(*map(changed_in_place, codes)) for codes in self._functions]
-        loops = any(hands and LOOP in what for hands, what in zip(handing, changed, strict=True))
-        return (
-            loops or any("weight" in what for what in changed) or (any(handing) and any("data" in w for w in changed))
-        )
+        naming = [not (self._handing | WALKS).isdisjoint(_names(codes)) for _, codes in self._functions]
+        found = set[frozenset[str]]()
+        for hands, (method, codes) in zip(naming, self._functions, strict=True):
+            for what in set[frozenset[str]]().union(*map(changed_in_place, codes)):
+                given = (hands and ITERATED in what) or (any(naming) and {ARGUMENT, "data"} <= what)
+                beside = (method and what <= {"weight", "data"}) or "grad" in what
+                if not beside and (given or not self._handing.isdisjoint(what)):
+                    found.add(what if method else what | {ARGUMENT})
+        return found
+
+    def alters(self, names: Collection[str], children: Collection[str]) -> bool:
+        """Whether it may change weights in children of those names, given the names of all."""
+        return any(ARGUMENT in what or not what.isdisjoint(names) or what.isdisjoint(children) for what in self.altered)
 
     @cached_property
     def weights_read(self) -> set[str | None]:
@@ -154,10 +171,25 @@ def _names(codes: Iterable[CodeType]) -> set[str]:
 
 
 def _convolves(value: object) -> bool:
-    """Whether it is a function that convolves, a partial one, or a short list or dict with one."""
-    values = list(value.values()) if type(value) is dict else value if type(value) in (list, tuple) else [value]
-    bare = [one.func if isinstance(one, partial) else one for one in values[:FEW]]  # type: ignore[index]
-    return any(one is known for one in bare for known in CONVOLUTIONS)
+    """Whether it is a function that convolves, or a partial one."""
+    bare = value.func if isinstance(value, partial) else value
+    return any(bare is known for known in CONVOLUTIONS)
+
+
+def _is_parameter(value: object) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+def _held(owner: object) -> dict[str, list[object]]:
+    """What the attributes of a module or object hold and has to do with weights or convolutions."""
+    found = held_by(owner)
+    if isinstance(owner, nn.Module) and owner._parameters and not isinstance(owner, _ConvNd):  # of one inside, perhaps
+        inside = {
+            id(p) for one in nn.Module.modules(owner) if isinstance(one, _ConvNd) for p in one._parameters.values()
+        }
+        found |= {name: [one] for name, one in owner._parameters.items() if one is not None and id(one) in inside}
+    kept = {name: [one for one in values if _matters(one)] for name, values in found.items()}
+    return {name: values for name, values in kept.items() if values}
 
 
 def _classes_inside(module: nn.Module) -> Iterator[type]:
@@ -169,14 +201,19 @@ def _classes_inside(module: nn.Module) -> Iterator[type]:
             yield type(child)
 
 
-def _takes_weights(value: object) -> bool:
-    """Whether it is a function that names what may take a weight out of a convolution, or that convolves."""
-    functions = _functions(value) if isinstance(value, (FunctionType, MethodType, partial)) else ()
-    for one in functions:
-        if one not in _HELD:
-            code = None if _is_librarys(one) else ForwardCode(object, one)
-            _HELD[one] = code is not None and (code.takes_weights or code.convolves)
-    return any(map(_HELD.get, functions))
+def _matters(value: object) -> bool:
+    """Whether it holds a weight, convolves, names what may take a weight out of a convolution, or has such methods."""
+    if isinstance(value, (ModuleType, nn.Parameter)) or _convolves(value):
+        return True
+    methods = [each for base in type(value).__mro__ for each in vars(base).values()] if is_plain(value) else [value]
+    return any(_takes_weights(each) for method in methods for each in _functions(method) if not is_librarys(each))
+
+
+def _takes_weights(function: FunctionType) -> bool:
+    if function not in _HELD:
+        code = ForwardCode(object, function)
+        _HELD[function] = code.takes_weights or code.convolves or code.changes
+    return _HELD[function]
 
 
 def _is_plain_class(value: object) -> bool:
@@ -204,49 +241,10 @@ def _functions(value: object) -> list[FunctionType]:
             pending.append(one.fget)
         elif isinstance(one, MethodType):
             pending.append(one.__func__)
+        elif is_plain(one):
+            pending.append(getattr_static(type(one), "__call__", None))
         elif isinstance(one, FunctionType) and one not in found:
             found.append(one)
             pending.append(getattr(one, "__wrapped__", None))
-            with suppress(ValueError):  # a cell that is empty yet
-                pending += [cell.cell_contents for cell in one.__closure__ or ()]
+            pending += [value for _, value in enclosed(one)]
     return found
-
-
-def _is_librarys(function: FunctionType) -> bool:
-    """Whether it is one of torch's or of Python's own, whose names say nothing of a model."""
-    return function.__module__ is None or function.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}
-
-
-def reads_weight(owner: nn.Module, name: str) -> bool:
-    """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
-
-    What is read of a variable may be of any, if a convolution is called.
-    """
-    code = forward_code(owner)
-    others = dict(owner.named_children()).keys() - {name}
-    if hasattr(owner, "weight"):
-        others |= code.selves
-    return any(read == name or (code.convolves and read not in others) for read in code.weights_read)
-
-
-def reads_further_inside(module: nn.Module) -> bool:
-    """Whether a forward pass seems to read or change weights of convolutions that are no children of the module."""
-    code = forward_code(module)
-    if not (code.walks or code.alters or code.weights_read):
-        return False
-    inside = {
-        name.rpartition(".")[2]
-        for name, one in module.named_modules()
-        if isinstance(one, _ConvNd) and name and not _is_direct(module, name)
-    }
-    own = dict(module.named_children()).keys() | code.selves | {"self"}
-    loops = code.convolves and not code.weights_read <= own  # over a sequence of them, perhaps
-    return bool(inside) and (code.walks or code.alters or loops or not inside.isdisjoint(code.weights_read))
-
-
-def _is_direct(module: nn.Module, name: str) -> bool:
-    """Whether a part of a module lies in nothing but its lists."""
-    above = name.rpartition(".")[0]
-    return not above or (
-        isinstance(module.get_submodule(above), (nn.ModuleList, nn.ModuleDict)) and _is_direct(module, above)
-    )

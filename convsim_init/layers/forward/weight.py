@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.forward.code import forward_code, reads_weight
+from convsim_init.layers.forward.around import alters_weight, hooks_alter, reads_weight
+from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
 from convsim_init.layers.forward.trial import (
     NO_CALL,
@@ -76,7 +77,8 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
     if not forward_code(owner).takes_weights and not has_unknown_hook(owner):
         return None
     weight = ForwardWeight(owner, stored, module)
-    reads, alters = reads_weight(owner, name), forward_code(owner).alters
+    reads, hooked = reads_weight(owner, name), hooks_alter(owner)
+    alters = hooked or alters_weight(owner, name)
     for entry in (module, *(_entries(owner) if reads or alters else ())):
         weight.entry = entry
         try:
@@ -90,9 +92,8 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
             continue
     weight.entry = module
     if alters and not reads:
-        stored.note = (
-            stored.note or f"{type(owner).__name__} may change it in its forward pass, which could not be tried"
-        )
+        what = f"a hook of {type(owner).__name__}" if hooked else type(owner).__name__
+        stored.note = stored.note or f"{what} may change it in its forward pass, which could not be tried"
     return weight if reads else None
 
 

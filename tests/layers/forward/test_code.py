@@ -88,7 +88,54 @@ class ByLocalImport(Held):
         return functional.conv2d(x, self.kernel)
 
 
-HOLDING = [ByName, ByAttribute, ByPartial, ByList, ByTable, ByClass, ByMadeName, ByFunction, ByLibrary, ByLocalImport]
+class Operator:
+    """No module, but what one may hold; its methods have the names of a module's."""
+
+    def __call__(self, x, kernel):
+        return F.conv2d(x, kernel)
+
+    def apply(self, x, kernel):
+        return self(x, kernel)
+
+
+OPERATOR = Operator()
+
+
+class ByObject(Held):
+    def __init__(self):
+        super().__init__()
+        self.operator = Operator()
+
+    def forward(self, x):
+        return self.operator.apply(x, self.kernel)
+
+
+class ByNestedObjects(Held):
+    def __init__(self):
+        super().__init__()
+        self.operators = {"plain": [partial(Operator(), kernel=self.kernel)]}
+
+    def forward(self, x):
+        return self.operators["plain"][0](x)
+
+
+class ByGlobalObject(Held):
+    def forward(self, x):
+        return OPERATOR(x, self.kernel)
+
+
+class ByCall(Held):
+    def __call__(self, x):
+        return F.conv2d(super().__call__(x), self.kernel)
+
+    def forward(self, x):
+        return x
+
+
+HOLDING = [
+    *(ByName, ByAttribute, ByPartial, ByList, ByTable, ByClass, ByMadeName, ByFunction, ByLibrary, ByLocalImport),
+    *(ByObject, ByNestedObjects, ByGlobalObject, ByCall),
+]
 
 
 @pytest.mark.parametrize("kind", HOLDING)
@@ -128,6 +175,21 @@ class Variables(nn.Module):
         return self.fc(torch.cat([conv1d(x) for conv1d in self.convs]))
 
 
+def named():
+    return F.conv1d
+
+
+class NamedAsFunctions(nn.Module):
+    """Has attributes of the names of functions of this file that convolve."""
+
+    def __init__(self):
+        super().__init__()
+        self.named, self.convolve = nn.Conv1d(4, 8, 3), nn.Identity()
+
+    def forward(self, x):
+        return self.convolve(self.named(x))
+
+
 class Wrapper(nn.Module):
     def __init__(self):
         super().__init__()
@@ -138,7 +200,7 @@ class Wrapper(nn.Module):
         return self.conv(F.pad(x, (1, 1)))
 
 
-@pytest.mark.parametrize("kind", [Attributes, Variables, Wrapper])
+@pytest.mark.parametrize("kind", [Attributes, Variables, NamedAsFunctions, Wrapper])
 def test_attributes_of_such_a_name_say_nothing(kind):
     assert not forward_code(kind()).convolves
     report = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1))
@@ -158,3 +220,35 @@ def test_no_cache_keeps_a_model_alive_by_its_functions():
     del model, function
     gc.collect()
     assert alive() is None
+
+
+def hidden(way):
+    """A convolution that is no part of the module that uses it."""
+    conv = nn.Conv2d(8, 8, 3)
+    return {
+        "list": [conv],
+        "dict": {"a": [nn.Sequential(conv)]},
+        "function": lambda x: conv(x),
+        "method": conv.forward,
+    }[way]
+
+
+class Hiding(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.held, self.way = nn.Conv2d(3, 8, 3), hidden(way), way
+        self.parts, self.unused = (lambda: [self.conv]), hidden("list")
+
+    def forward(self, x):
+        apply = {"list": lambda: self.held[0], "dict": lambda: self.held["a"][0]}.get(self.way, lambda: self.held)()
+        return apply(self.parts()[0](x))
+
+
+@pytest.mark.parametrize("way", ["list", "dict", "function", "method"])
+def test_convolutions_that_are_no_parts_of_the_model_are_told(way):
+    remark = "not looked at, for they are no parts of the model: the convolutions in 0.held"
+    model = nn.Sequential(Hiding(way))
+    assert ci.measure(model).remarks == [remark]
+    model[0].conv = nn.Identity()
+    with pytest.raises(ci.InputError, match="the code of Hiding seems to call some"):
+        ci.measure(model)
