@@ -354,16 +354,28 @@ class InPlaceByDevice(Asking):
         return F.relu_(x) * self.lambda_
 
 
+class Mover:
+    """Puts parameters where they belong, as an offloading hook does."""
+
+    def move(self, part, name):
+        *above, last = name.split(".")
+        for one in above:
+            part = getattr(part, one)
+        part._parameters[last] = nn.Parameter(part._parameters[last].to(torch.float32))
+
+
 class InPlaceByTheWay(Asking):
     """Its buffers, counters, gradients, and the weights of what is no convolution."""
 
     def __init__(self):
         super().__init__()
+        self.mover = Mover()
         self.linear, self.count, self.history, self.means = nn.Linear(8, 8), 0, [torch.zeros(1)], {}
         self.register_buffer("mean", torch.zeros(8))
 
-    def limit(self):
+    def limit(self, x):
         self.linear.weight.data.clamp_(-1, 1)
+        x[:, 0] += self.linear.weight[0, 0]
 
     def forward(self, x, t):
         for one in self.parameters():
@@ -375,10 +387,11 @@ class InPlaceByTheWay(Asking):
         for part in self.modules():
             part.calls = getattr(part, "calls", 0)
             part.calls += 1
+        self.mover.move(self, "body.0.weight")
         x.data.clamp_(-1, 1)
         self.mean.data.mul_(0.9)
         self.means["all"] = torch.zeros_like(self.linear.bias).add_(1)
-        self.limit()
+        self.limit(x)
         return self.body(F.relu_(self.conv(x)))
 
 

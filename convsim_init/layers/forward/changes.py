@@ -12,6 +12,7 @@ from convsim_init.layers.forward.bytecode import Step, steps
 ARGUMENT = "<argument>"  # of a function, of which nothing is known
 ENCLOSED = "<enclosed>"  # by the function, from one around it; with its name there
 ITERATED = "<iterated>"  # by a comprehension, which is code of its own before Python 3.12
+REPLACED = "<replaced>"  # by such a call, or setattr
 RESULT = "<result>"  # of a call of which nothing is known
 GLOBAL = "<global>"  # such as torch itself
 ITEM = "<item>"  # of what a loop goes through
@@ -135,7 +136,7 @@ class _Reader:
             self.changed.append(first.names - {LIST})
         elif name in REPLACING or (name == "setattr" and "weight" in names):
             of = first.names if GLOBAL in function.names else function.names - REPLACING
-            self.changed.append(of | {"weight", RESULT})
+            self.changed.append(of | {"weight", REPLACED})
         made = frozenset({LIST} if name in ("list", "<listcomp>") else ())
         self.stack.append(_Value((names | made) - {GLOBAL}) if name in SAME else _Value(frozenset({RESULT})))
 
@@ -193,7 +194,7 @@ def _resized(stack: _Stack, by: int) -> _Stack:
 def changed_in_place(code: CodeType) -> set[frozenset[str]]:
     """What code changes in place, or gives to what does, each by the names that it comes from.
 
-    An attribute ``weight`` that is set or replaced is among it. Names are attributes and functions; `ARGUMENT`,
-    `ENCLOSED`, `GLOBAL`, `ITERATED`, `RESULT` and `ITEM` stand for what has none.
+    An attribute ``weight`` that is set or replaced is among it. Names are attributes and functions; `ARGUMENT` and the
+    like stand for what has none.
     """
     return {one for one in _Reader(code).changed if one}

@@ -15,7 +15,15 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers.forward.bytecode import asked_of_bases, global_names, names_convolution, texts, weights_read
-from convsim_init.layers.forward.changes import ARGUMENT, HANDED_OUT, ITERATED, REPLACING, WALKS, changed_in_place
+from convsim_init.layers.forward.changes import (
+    ARGUMENT,
+    HANDED_OUT,
+    ITERATED,
+    REPLACING,
+    RESULT,
+    WALKS,
+    changed_in_place,
+)
 from convsim_init.layers.forward.held import enclosed, flat, held_by, is_librarys, is_plain
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -144,6 +152,7 @@ class ForwardCode:
             for what in set[frozenset[str]]().union(*map(changed_in_place, codes)):
                 given = (hands and ITERATED in what) or (any(naming) and {ARGUMENT, "data"} <= what)
                 beside = (method and what <= {"weight", "data"}) or "grad" in what
+                beside |= not method and RESULT in what  # whose it is, nothing tells
                 if not beside and (given or not self._handing.isdisjoint(what)):
                     found.add(what if method else what | {ARGUMENT})
         return found

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convsim_init.layers.forward.changes import ARGUMENT, GLOBAL, ITEM, RESULT, changed_in_place
+from convsim_init.layers.forward.changes import ARGUMENT, GLOBAL, ITEM, REPLACED, RESULT, changed_in_place
 
 
 def by_method(self, x):
@@ -85,9 +85,9 @@ FOUND = {
     by_loop: {"named_parameters", "items", "data", ITEM},
     by_list: {"conv", "parameters"},
     by_pairs: {"convs", "scales", "weight", "data", ITEM},
-    by_call: {"conv", "weight", RESULT},
-    by_loading: {"conv", "weight", RESULT},
-    by_setting: {"conv", "weight", RESULT},
+    by_call: {"conv", "weight", REPLACED},
+    by_loading: {"conv", "weight", REPLACED},
+    by_setting: {"conv", "weight", REPLACED},
     of_an_argument: {"weight", "data", ARGUMENT},
     of_a_global: {"weight", "data", GLOBAL},
 }
