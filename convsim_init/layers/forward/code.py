@@ -58,7 +58,7 @@ def forward_code(module: nn.Module) -> ForwardCode:
 
 def hook_code(hook: Any) -> ForwardCode:
     """The code of a hook; without any of one of a library's own."""
-    owner = getattr(hook, "__self__", hook)
+    owner = hook.__self__ if isinstance(hook, MethodType) else hook
     kind, held = (type(owner), _held(owner)) if is_plain(owner) or isinstance(owner, nn.Module) else (object, EMPTY)
     return ForwardCode(kind, None if all(map(is_librarys, _functions(hook))) else hook, held=held)
 

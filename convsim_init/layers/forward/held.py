@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,16 +19,23 @@ DEEP = 2  # lists in lists
 
 def held_by(owner: object) -> dict[str, list[object]]:
     """What attributes of a module or object hold, alone or in lists and dicts, and those of plain objects in it."""
-    found, spaces = defaultdict[str, list[object]](list), [vars(owner)]
+    found, spaces = defaultdict[str, list[object]](list), [_attributes(owner)]
     for space in spaces:
         for name, value in space.items():
             if name in _internals() and space is spaces[0]:
                 continue
             for one in flat(value):
                 found[name].append(one)
-                if is_plain(one) and len(spaces) <= FEW and not any(vars(one) is known for known in spaces):
-                    spaces.append(vars(one))
+                own = _attributes(one) if is_plain(one) else {}
+                if own and len(spaces) <= FEW and not any(own is known for known in spaces):
+                    spaces.append(own)
     return found
+
+
+def _attributes(owner: object) -> dict[str, Any]:
+    with suppress(Exception):  # its own code may say what they are
+        return vars(owner)
+    return {}
 
 
 def flat(value: object, depth: int = DEEP) -> Iterator[object]:
@@ -40,10 +48,13 @@ def flat(value: object, depth: int = DEEP) -> Iterator[object]:
 
 
 def _inside(value: object) -> Iterator[object]:
+    # What a subclass returns might be computed, or import modules.
     if isinstance(value, dict):
-        yield from dict.values(value)  # those of a subclass might import modules
-    elif isinstance(value, (list, tuple, set)):
-        yield from value
+        yield from dict.values(value)
+    elif isinstance(value, (list, tuple)):
+        yield from list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value)
+    elif isinstance(value, set):
+        yield from set.__iter__(value)
     elif isinstance(value, partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, MethodType):

@@ -252,3 +252,40 @@ def test_convolutions_that_are_no_parts_of_the_model_are_told(way):
     model[0].conv = nn.Identity()
     with pytest.raises(ci.InputError, match="the code of Hiding seems to call some"):
         ci.measure(model)
+
+
+class Strict:
+    """Refuses to tell anything of itself."""
+
+    @property
+    def __dict__(self):
+        raise RuntimeError
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+    def __call__(self, *_):
+        return None
+
+
+class Computing(list):
+    def __iter__(self):
+        raise RuntimeError
+
+
+class Circle:
+    def __init__(self):
+        self.itself, self.many = self, [[self], {"a": (self,)}]
+        self.many.append(self.many)
+
+
+@pytest.mark.parametrize(
+    "value", [Strict(), Computing([1]), Circle(), [list(range(10**5))] * 3], ids=lambda one: type(one)
+)
+def test_objects_of_any_kind_are_no_obstacle(value):
+    model = nn.Sequential(Wrapper())
+    model[0].held, model[0].conv.held = value, [value]
+    if callable(value):
+        model[0].register_forward_pre_hook(value)
+        model[0].conv.register_forward_hook(value)
+    assert [layer.reason for layer in ci.measure(model).layers] == [None]
