@@ -88,7 +88,7 @@ def initializing(
             except InputError as error:
                 raise UnmatchedError(str(error)) from None
         for model in models:
-            parts = {bare_name(name): part for name, part in unwrap(model).named_modules()}
+            parts = {bare_name(name): part for name, part in nn.Module.named_modules(unwrap(model))}
             layers = find_layers(model, obstacle=partial(obstacle, parts))
             drawn = [layer for layer in layers if layer.obstacle is None]
             if again and not drawn:

@@ -120,7 +120,8 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
     inner = unwrap(model)
     names = defaultdict(list)
     for name, tensor in chain(
-        inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False)
+        nn.Module.named_parameters(inner, remove_duplicate=False),
+        nn.Module.named_buffers(inner, remove_duplicate=False),
     ):
         names[id(tensor)].append(bare_name(name))
     return {name: [other for other in group if other != name] for group in names.values() for name in group}

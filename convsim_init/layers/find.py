@@ -37,7 +37,7 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module, got {type(model).__name__}: pass the model itself")
-    modules = unwrap(model).named_modules()
+    modules = nn.Module.named_modules(unwrap(model))
     found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
     if not found:
         _module_layers(unwrap(model))  # raises if there is none of another kind either
@@ -50,7 +50,7 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raise an `InputError` if a parameter or buffer of a model is lazy, because a forward pass would change it."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
         if is_lazy(tensor):
             raise InputError(
                 f"expected a model that has been run, got one whose {name} is lazy: run a forward pass first"
@@ -180,7 +180,7 @@ def shape_obstacle(shape: Sequence[int]) -> str | None:
 def _module_layers(model: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
-    owners = dict(model.named_modules())
+    owners = dict(nn.Module.named_modules(model))
     for name, module in owners.items():
         if name.startswith(within):
             continue

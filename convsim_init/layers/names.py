@@ -15,10 +15,12 @@ WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_modul
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
+        # A __getattr__ may answer to any other name, or raise what it likes.
+        compiled = dict(getattr(model, "_modules", {}).items()).get("_orig_mod")
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(compiled, nn.Module):
+            model = compiled
         else:
             return model
 

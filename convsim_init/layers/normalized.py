@@ -116,7 +116,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
     Attributes that cannot be copied, or are too heavy, it shares with the model.
     """
     memo: dict[int, Any] = {}
-    parts = list(model.modules())
+    parts = list(nn.Module.modules(model))
     for part in parts:
         for name, value in vars(part).items():
             if "hooks" in name and isinstance(value, dict):
@@ -133,18 +133,18 @@ def _on_meta(model: nn.Module) -> nn.Module:
             elif not isinstance(value, DEEP) and id(value) not in memo:
                 memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
-    for part in clone.modules():
+    for part in nn.Module.modules(clone):
         vars(part)["training"] = False
     return clone
 
 
 def _followed(passes: SymbolicPass, part: nn.Module, seen: set[str], path: str = "") -> Iterator[tuple[str, bool]]:
     """The layers of a part of the model of which it is known, by their names; and whether one follows."""
-    modules = [(name, module) for name, module in part.named_modules()]
+    modules = [(name, module) for name, module in nn.Module.named_modules(part)]
     names = {
         id(one): (path + name.partition(".parametrizations.")[0]).rstrip(".")
         for name, module in reversed(modules)
-        for one in (module, *(one for one in module.parameters(recurse=False) if not is_lazy(one)))
+        for one in (module, *(one for one in nn.Module.parameters(module, recurse=False) if not is_lazy(one)))
     }
     convolutions = {names[id(module)] for _, module in modules if isinstance(module, _ConvNd)}
     for usual, given in product((True, False), _arguments(part)):
@@ -157,7 +157,7 @@ def _followed(passes: SymbolicPass, part: nn.Module, seen: set[str], path: str =
         seen |= found.keys()
     if not convolutions - seen:
         return
-    for name, child in part.named_children():
+    for name, child in nn.Module.named_children(part):
         yield from _followed(passes, child, seen, f"{path}{name}.")
 
 
@@ -235,13 +235,13 @@ def _origins(node: Node) -> set[Node]:
 def _call_name(module: nn.Module) -> tuple[str, bool]:
     """What a module's call counts as, and whether what happens inside it is of no interest."""
     if isinstance(module, _ConvNd):
-        return FUSED if any(map(_is_normalization, module.children())) else USED, True
+        return FUSED if any(map(_is_normalization, nn.Module.children(module))) else USED, True
     if _is_normalization(module):
         return NORMALIZED, True
     if isinstance(module, USERS):
         return USED, True
     library = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
-    inner = any(isinstance(one, USERS) for one in module.modules())
+    inner = any(isinstance(one, USERS) for one in nn.Module.modules(module))
     return UNKNOWN if inner else PASSED, library and not isinstance(module, CONTAINERS)
 
 
@@ -251,7 +251,7 @@ def _is_normalization(module: nn.Module) -> bool:
         return False
     if isinstance(module, NORMALIZATIONS):
         return True
-    inside = module.modules()
+    inside = nn.Module.modules(module)
     return NAMED.search(type(module).__name__) is not None and not any(
         isinstance(one, USERS) or not USING.isdisjoint(forward_code(one).names) for one in inside
     )

@@ -58,7 +58,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     """
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
     weights: dict[int, int] = {}
-    for name, module in model.named_modules():
+    for name, module in nn.Module.named_modules(model):
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
@@ -76,16 +76,16 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
     code = forward_code(module)
-    known = {id(p) for one in module.modules() if isinstance(one, _ConvNd) for p in one.parameters()}
+    known = {id(p) for one in nn.Module.modules(module) if isinstance(one, _ConvNd) for p in nn.Module.parameters(one)}
     own = {key: one for key, one in module._parameters.items() if one is not None and not is_lazy(one)}
     found = [one for key, one in own.items() if "weight" in key or (code.convolves and one.dim() > 1)]
     found = [one for one in found if id(one) not in known]
-    found = [one for one in found if hasattr(module, "kernel_size") or one.dim() in KERNEL_RANKS]
+    found = [one for one in found if has_attribute(module, "kernel_size") or one.dim() in KERNEL_RANKS]
     if found or not code.convolves or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
         return found  # a graph's calls are known
     if known and code.takes_weights:
         return []  # it calls a convolution with the weight of one inside it
-    return [one for one in module.parameters() if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
+    return [one for one in nn.Module.parameters(module) if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
 
 
 def _kept(model: nn.Module) -> list[str]:
@@ -121,20 +121,22 @@ def _hooks_around(model: nn.Module) -> list[str]:
 
 def _read_above(model: nn.Module) -> list[str]:
     """A remark on forward passes that may use other weights of convolutions further inside than is tried."""
-    found = [layer_name(bare_name(name)) for name, module in model.named_modules() if reads_further_inside(module)]
+    found = [
+        layer_name(bare_name(name)) for name, module in nn.Module.named_modules(model) if reads_further_inside(module)
+    ]
     return [f"not tried, though they may use other weights: the forward passes of {some(found)}"] if found else []
 
 
 def _used_elsewhere(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
     parents: dict[nn.Module, list[Holder]] = {}
-    for name, owner in model.named_modules():
+    for name, owner in nn.Module.named_modules(model):
         for key, child in owner._modules.items():
             if child is not None:
                 parents.setdefault(child, []).append((name, owner, key))
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
-    for full, module in model.named_modules():
+    for full, module in nn.Module.named_modules(model):
         weight = weights.get(bare_name(full))
         if isinstance(module, _ConvNd) and weight is not None and len(held := list(_holders(parents, module))) > 1:
             uses = [(name, used_weight(module, owner, inner)) for name, owner, inner in held]
@@ -173,7 +175,7 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     treated.sort(key=attrgetter("start"))
     starts, longest = [one.start for one in treated], max((one.end - one.start for one in treated), default=0)
     found = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
         for one in memories([tensor]) if id(tensor) not in own else ():
             near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
             if any(overlap(one, other) for other in near):
@@ -231,8 +233,8 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model, those that attributes hold by the names of the attributes."""
-    yield from (*model.named_parameters(), *model.named_buffers())
-    for name, part in model.named_modules():
+    yield from (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))
+    for name, part in nn.Module.named_modules(model):
         for key, value in vars(part).items():
             if key not in USUAL:
                 yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in _held(value))

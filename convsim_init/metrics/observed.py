@@ -132,7 +132,7 @@ def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
     """Which tensors a forward pass may change: of a very large model not those parameters that none seems to write."""
     if sum(one.nbytes for one in nn.Module.parameters(model)) <= COPIED:
         return lambda _: True
-    written = {id(one) for part in model.modules() for one in _may_be_written(part)}
+    written = {id(one) for part in nn.Module.modules(model) for one in _may_be_written(part)}
     return lambda tensor: id(tensor) in written or not isinstance(tensor, nn.Parameter)
 
 
@@ -146,7 +146,7 @@ def _may_be_written(part: nn.Module) -> Iterable[Tensor | None]:
 
 def _run(model: nn.Module, batch: object) -> None:
     """A forward pass with copies of the buffers: those of inference mode could not be written to."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in nn.Module.named_buffers(model)}
     if isinstance(batch, Mapping):
         functional_call(model, buffers, (), dict(batch))
     else:

@@ -73,7 +73,9 @@ def build_model(
             build = _builder(found)
         with _reproducible(checked_seed):
             model = build(arguments)
-    for module in model.modules():
+    from torch import nn
+
+    for module in nn.Module.modules(model):
         module.training = True  # a class may have given `train` another meaning, such as to start training
     return model
 

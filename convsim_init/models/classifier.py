@@ -52,7 +52,7 @@ def pointwise_convolutions(model: object) -> set[str]:
 
     if not isinstance(model, nn.Module):
         return set()
-    weighted = [(name, module) for name, module in model.named_modules() if "weight" in module._parameters]
+    weighted = [(name, module) for name, module in nn.Module.named_modules(model) if "weight" in module._parameters]
     found = [
         name
         for name, module in weighted

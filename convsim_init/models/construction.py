@@ -172,11 +172,11 @@ class Construction:
         if self._redrawn:
             trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
             for model in list(self._models.values()):
-                if any(id(one) in trained for one in model.parameters()):
+                if any(id(one) in trained for one in nn.Module.parameters(model)):
                     self._forget_redrawn(model)
 
     def _forget_redrawn(self, model: nn.Module) -> None:
-        for part in model.modules() if self._redrawn else ():
+        for part in nn.Module.modules(model) if self._redrawn else ():
             self._redrawn.pop(id(part), None)
 
     @contextmanager
@@ -193,11 +193,12 @@ class Construction:
         with self._own_work():
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
-            inner = {id(part) for model in models for part in list(model.modules())[1:]}
+            inner = {id(part) for model in models for part in list(nn.Module.modules(model))[1:]}
             told = {
                 id(model): model
                 for model in models
-                if id(model) not in inner and (self._marks_drawn(model) or not new.isdisjoint(map(id, model.modules())))
+                if id(model) not in inner
+                and (self._marks_drawn(model) or not new.isdisjoint(map(id, nn.Module.modules(model))))
             }
             self._built.clear()
             self._redrawn.clear()
@@ -207,7 +208,7 @@ class Construction:
 
     def _marks_drawn(self, model: nn.Module) -> bool:
         """Whether a part of a model was drawn anew since it was told; each of them is marked."""
-        drawn = [part for part in model.modules() if id(part) in self._redrawn] if self._redrawn else []
+        drawn = [part for part in nn.Module.modules(model) if id(part) in self._redrawn] if self._redrawn else []
         for part in drawn:
             if MARK not in vars(part) and _convolves(part):
                 self._mark(part)
@@ -221,14 +222,14 @@ class Construction:
             self._treat(models, moment)
         for model in models:
             self._forget_redrawn(model)
-            _unmark(model.modules())
-            for part in model.modules():
+            _unmark(nn.Module.modules(model))
+            for part in nn.Module.modules(model):
                 self._marked.pop(id(part), None)
 
 
 def left_alone(module: nn.Module | None) -> str | None:
     """Why a module's weight is to stay; None if it was drawn in a `Construction` that is not over."""
-    marks = [vars(part).get(MARK) for part in module.modules()] if module is not None else []
+    marks = [vars(part).get(MARK) for part in nn.Module.modules(module)] if module is not None else []
     if not marks or marks[0] is None or marks[0][0] not in _OPEN:
         return ELSEWHERE
     return next((why for _, why in filter(None, marks) if why), None)
@@ -257,7 +258,7 @@ def _unmark(modules: Iterable[nn.Module]) -> None:
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Those that are part of no other of these modules and have one of them that is a convolution."""
     built = {id(module) for module in modules}
-    parts = {id(module): list(module.modules()) for module in modules}
+    parts = {id(module): list(nn.Module.modules(module)) for module in modules}
     inner = {id(part) for module in modules for part in parts[id(module)][1:]}
     return [
         module
@@ -268,6 +269,6 @@ def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _convolves(module: nn.Module) -> bool:
     """Whether it is a convolution, of PyTorch's or of a class of somebody's own, whose parameters have data."""
-    if any(map(has_no_data, module.parameters())):
+    if any(map(has_no_data, nn.Module.parameters(module))):
         return False
     return isinstance(module, _ConvNd) or find_call(module) is not None

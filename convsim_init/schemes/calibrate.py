@@ -174,7 +174,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
         torch.enable_grad(),
         full_precision(images.device),
     ):
-        for part in model.modules():
+        for part in nn.Module.modules(model):
             # A classifier of zeros hides what enters it.
             if isinstance(part, nn.Linear) and not (is_wrapper(part.weight) or part.weight.any()):
                 part.register_forward_pre_hook(note_input)

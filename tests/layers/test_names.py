@@ -83,3 +83,46 @@ def test_a_part_of_a_name_that_looks_alike_stays():
     assert [layer.name for layer in ci.measure({"_orig_model.weight": torch.randn(4, 3, 3, 3)}).layers] == [
         "_orig_model"
     ]
+
+
+class Shadowing(nn.Module):
+    """Holds attributes of the names of methods of every module, and answers to no other name than its parts'."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.Conv2d(8, 8, 3)
+        self.modules, self.children, self.parameters, self.buffers = [], {}, (), None
+
+    def __getattr__(self, name):
+        return vars(self)["_modules"][name]
+
+    def forward(self, x):
+        return self.conv(self.body(x)) + self.conv.weight.mean()
+
+
+class Answering(nn.Module):
+    """Has a module for every name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = Shadowing()
+
+    def __getattr__(self, name):
+        return vars(self)["_modules"]["inside"]
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+@pytest.mark.parametrize("build", [Shadowing, Answering])
+def test_what_a_model_calls_its_own_attributes_stands_in_no_ones_way(build, tmp_path):
+    model = nn.Sequential(build())
+    names = [f"0.{name}" for name in ("body.0", "conv")]
+    names = names if build is Shadowing else [name.replace("0.", "0.inside.", 1) for name in names]
+    report = ci.initialize_(model, settings=QUICK)
+    assert {layer.name: layer.outcome for layer in report.layers} == dict.fromkeys(names, ci.Outcome.INITIALIZED)
+    assert [layer.name for layer in ci.measure(model[0]).layers] == [name[2:] for name in names]
+    images = torch.randn(2, 3, 9, 9)
+    assert ci.measure_feature_correlation(model[0], images).keys() == {name[2:] for name in names}
+    assert ci.calibrate_(model[0], images).keys() == {name[2:] for name in names}
+    assert ci.load_checkpoint(model, ci.save_checkpoint(model, tmp_path / "a.safetensors", report=report)).exact

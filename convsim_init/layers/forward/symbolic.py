@@ -131,14 +131,16 @@ class SymbolicPass(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, naming: Callable[[nn.Module], tuple[str, bool]]) -> None:
         super().__init__()
-        self._named = {module: naming(module) for module in model.modules()}
+        self._named = {module: naming(module) for module in nn.Module.modules(model)}
         self._nodes: list[Node] = []
         self._made = 0
         self._usual = True
         self._answers = Answers({})
-        ranks = [len(one.kernel_size) + 2 for one in model.modules() if isinstance(one, _ConvNd)]
+        ranks = [len(one.kernel_size) + 2 for one in nn.Module.modules(model) if isinstance(one, _ConvNd)]
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
-        self._forward = {one: one.forward for one in model.modules() if not isinstance(one, torch.jit.ScriptModule)}
+        self._forward = {
+            one: one.forward for one in nn.Module.modules(model) if not isinstance(one, torch.jit.ScriptModule)
+        }
         for module, forward in self._forward.items():
             vars(module)["forward"] = functools.wraps(forward)(functools.partial(self._call, module))
 

@@ -58,7 +58,7 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     leaf = _leaf(module, x)
     capture = _Capture(None, others, leaf)
     with isolated(module), capture, torch.enable_grad():
-        for parameter in module.parameters():
+        for parameter in nn.Module.parameters(module):
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
         try:
