@@ -115,7 +115,7 @@ def convolution_call(
 
 def _leaf(module: nn.Module, x: Tensor) -> Tensor:
     """The input, such that derivatives tell what is computed from it; what inference mode made has none."""
-    tensors = (*nn.Module.parameters(module), *module.buffers())
+    tensors = (*nn.Module.parameters(module), *nn.Module.buffers(module))
     return x.detach().requires_grad_(x.is_floating_point() and not any(one.is_inference() for one in tensors))
 
 
