@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import warnings
-from collections import OrderedDict, deque
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -32,6 +32,7 @@ TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
 LIBRARIES = {"torch", *sys.stdlib_module_names}  # whose objects may be more than what they hold
+ATOMS = (bool, int, float, str, type(None))
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
@@ -186,14 +187,16 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of an attribute, but for the modules and tensors in the memo and for what cannot be copied."""
     if isinstance(value, torch.Generator):
         return value.clone_state()
-    known = dict(memo)
+    if isinstance(value, ATOMS):
+        return value
+    new: dict[int, Any] = {}
     try:
         with _ComputedToo():
-            twin = copy.deepcopy(value, known)
+            twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
         return _copied_in_part(value, memo)
-    for original, one in known.items():
-        if isinstance(one, nn.Parameter) and original not in memo and original != id(one):
+    for original, one in new.items():
+        if isinstance(one, nn.Parameter) and original != id(one):
             vars(one)[ORIGINAL] = original
     return twin
 
