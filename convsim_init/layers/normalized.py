@@ -104,7 +104,7 @@ def normalization_follows(model: nn.Module) -> dict[str, bool]:
         warnings.simplefilter("ignore")
         try:
             clone = _on_meta(model)
-            told = dict(_followed(SymbolicPass(clone, _call_name), clone, set()))
+            told = dict(_followed(SymbolicPass(clone, call_name), clone, set()))
         except Exception:  # of any kind: what cannot be copied
             return {}
     return {bare_name(name): known for name, known in told.items() if name}
@@ -150,7 +150,7 @@ def _followed(passes: SymbolicPass, part: nn.Module, seen: set[str], path: str =
     for usual, given in product((True, False), _arguments(part)):
         if not convolutions - seen:
             return
-        found = _ends(passes.run(part, given, usual=usual), names, whole=not path)
+        found = ends_of_layers(passes.run(part, given, usual=usual), names, whole=not path)
         for name in found.keys() - seen:
             if False in found[name] or found[name] == {True}:
                 yield name, False not in found[name]
@@ -176,7 +176,7 @@ def _arguments(part: nn.Module) -> Iterator[list[str]]:
     yield from ([[*needed, *others]] if len(others) > 1 else [])
 
 
-def _ends(nodes: Sequence[Node], names: Mapping[int, str], *, whole: bool) -> dict[str, set[bool | None]]:
+def ends_of_layers(nodes: Sequence[Node], names: Mapping[int, str], *, whole: bool) -> dict[str, set[bool | None]]:
     """How the ways end that begin at each layer: normalized, used without it, or not known."""
     ends: defaultdict[Node, set[bool | None]] = defaultdict(set)
     layers: defaultdict[str, set[bool | None]] = defaultdict(set)
@@ -232,7 +232,7 @@ def _origins(node: Node) -> set[Node]:
     return found
 
 
-def _call_name(module: nn.Module) -> tuple[str, bool]:
+def call_name(module: nn.Module) -> tuple[str, bool]:
     """What a module's call counts as, and whether what happens inside it is of no interest."""
     if isinstance(module, _ConvNd):
         return FUSED if any(map(_is_normalization, nn.Module.children(module))) else USED, True

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import convsim_init as ci
-from benchmarks.coverage import outside
+from benchmarks.coverage import normalizations, outside
 from benchmarks.coverage.sources import SOURCES
 from benchmarks.coverage.sources.architecture import Architecture, noise
 
@@ -137,3 +137,29 @@ def test_tables_are_kept(tmp_path):
     assert kept["model"] == "own:a"
     assert not census.to_do_again(kept, argparse.Namespace(largest=60, again=False))
     assert census.to_do_again(kept, argparse.Namespace(largest=80, again=False))
+
+
+class Branching(nn.Module):
+    """Two convolutions, a normalization behind one of them, and a shape that decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        if x.shape[1] != 3:
+            raise ValueError("three channels")
+        y = torch.zeros_like(x[:, :1]).expand(-1, 4, -1, -1)[:, :, 2:, 2:].clone()
+        y += self.first(x)
+        return self.last(self.norm(y))
+
+
+def test_what_is_told_of_normalizations_is_held_to_a_real_pass(monkeypatch):
+    network = Architecture("own:branching", Branching, lambda model: [(noise(1, 2, 8, 8),), (noise(1, 3, 8, 8),)])
+    assert normalizations.examine(network, 1e6) == ({"right": 2}, [])
+    monkeypatch.setattr(normalizations, "normalization_follows", lambda model: {"first": False})
+    counts, lines = normalizations.examine(network, 1e6)
+    assert counts == {"wrong": 1, "unknown": 1}
+    assert sorted(lines) == ["first is wrong: False, really True", "last is unknown: None, really False"]
+    with pytest.raises(ValueError, match="too large"):
+        normalizations.examine(network, 1)

@@ -224,7 +224,7 @@ class SymbolicPass(TorchFunctionMode):
     ) -> Any:
         """What a function of PyTorch returns."""
         kwargs = kwargs or {}
-        name, kind = _name(func), getattr(func, "__name__", "")
+        name, kind = name_of(func), getattr(func, "__name__", "")
         first = args[0] if args else None
         if name == "device":
             return SAMPLE.device
@@ -244,7 +244,7 @@ class SymbolicPass(TorchFunctionMode):
         count = _count(name, args, kwargs)
         if count is not None:
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
-        if isinstance(first, Symbol) and _is_in_place(kind):
+        if isinstance(first, Symbol) and is_in_place(kind):
             first.node = symbol.node
             return first
         return symbol
@@ -269,7 +269,7 @@ class SymbolicPass(TorchFunctionMode):
         return give(*choices[kind]) if kind in choices else values.get(kind)
 
 
-def _name(func: Callable[..., Any]) -> str:
+def name_of(func: Callable[..., Any]) -> str:
     """The name of a function, method, operator or attribute: ``mul`` for all that multiply."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
@@ -290,7 +290,7 @@ def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | N
     return None
 
 
-def _is_in_place(kind: str) -> bool:
+def is_in_place(kind: str) -> bool:
     """Whether a method or operator changes what it is called on."""
     operator = kind.startswith("__i") and kind.strip("_")[1:] in OPERATORS
     return operator or kind in ("__setitem__", "__set__") or (kind.endswith("_") and not kind.endswith("__"))
