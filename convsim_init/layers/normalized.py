@@ -79,8 +79,7 @@ def decide_channels(
         if layer.obstacle is None:
             by_itself = not layer.name  # what it is used in is not there to be asked
             normalized = True if told is None or by_itself else told.get(layer.name)
-            filters = layer.shape[1] if layer.transposed else layer.shape[0] // layer.groups
-            if normalized is False and filters > 1:
+            if normalized is False and layer.filters > 1:
                 decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED
             else:
                 decided[layer.name] = replace(settings, channels="matched"), NOT_TOLD if normalized is None else None

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers.forward.code import names_of
+from convsim_init.layers.forward.held import is_plain
 from convsim_init.layers.memory import is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
-LIBRARIES = {"torch", *sys.stdlib_module_names}  # whose objects may be more than what they hold
 ATOMS = (bool, int, float, str, type(None))
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
@@ -209,20 +209,13 @@ def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(copied(one, memo) for one in value)
     twin: Any = value
-    if isinstance(value, dict) or is_plain(value):
+    if isinstance(value, dict) or (is_plain(value) and not hasattr(value, "__del__")):
         with suppress(Exception):  # of any kind
             twin = memo[id(value)] = copy.copy(value)
     if twin is not value:
         parts = twin if isinstance(value, dict) else vars(twin)
         parts.update({name: copied(one, memo) for name, one in parts.items()})
     return twin
-
-
-def is_plain(value: object) -> bool:
-    """Whether an object is of a class of somebody's own and ends without a trace."""
-    kind = type(value)
-    library = str(kind.__module__).partition(".")[0] in LIBRARIES
-    return hasattr(value, "__dict__") and not (library or hasattr(kind, "__del__"))
 
 
 class _ComputedToo(TorchFunctionMode):
