@@ -84,7 +84,10 @@ def check_source(path: str | os.PathLike[str]) -> Path:
         InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
     """
     source = folder_file(Path(path)) or Path(path)
-    if source.is_dir():
+    folder = False
+    with contextlib.suppress(OSError, ValueError):  # of names that cannot be, which are refused below
+        folder = source.is_dir()
+    if folder:
         raise without_weights(path)
     if source.suffix in FOREIGN:
         raise InputError(

@@ -151,7 +151,7 @@ SPARSE = torch.ones(2, 2).to_sparse()
     ("name", "make", "words"),
     [
         pytest.param("a.pt", lambda path: None, ["cannot read", "No such file", "check the path"], id="missing"),
-        pytest.param("a.pt", Path.mkdir, ["expected an ordinary file", "name a file"], id="folder"),
+        pytest.param("a.pt", Path.mkdir, ["expected a folder with", "name the file"], id="folder"),
         pytest.param("a.pt", os.mkfifo, ["expected an ordinary file", "name a file"], id="fifo"),
         pytest.param("a.pt", lambda path: path.symlink_to(path), ["cannot read", "symbolic links"], id="loop"),
         pytest.param("a.txt", saved(TENSORS), [".safetensors, .pt, .pth", "rename it"], id="suffix"),

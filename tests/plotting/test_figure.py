@@ -168,7 +168,7 @@ def test_the_first_layers_filters_are_shown_with_zero_in_grey(run):
 
 
 @pytest.mark.parametrize(
-    "shape", [(70, 1, 3, 3), (4, 2, 3, 3), (4, 2, 5), (4, 3, 2, 3, 4), (2, 3, 16, 16), (5, 3, 1, 7)]
+    "shape", [(70, 1, 3, 3), (4, 2, 3, 3), (4, 2, 5), (4, 3, 2, 3, 4), (8, 3, 16, 16), (5, 3, 1, 7)]
 )
 def test_filters_of_any_shape_are_shown(shape):
     snapshot = take_snapshot("x", {"stem.weight": torch.randn(shape)} if shape[1] > 1 else conv(shape))

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -30,6 +30,8 @@ from convsim_init.layers.memory import is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
+EAGER: list[int] = []  # the threads in which nothing is compiled
+COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
 ATOMS = (bool, int, float, str, type(None))
@@ -263,9 +265,21 @@ def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Context in which what is compiled runs as it is, for what looks on asks for values."""
+    """Context in which what is compiled runs as it is, for what looks on asks for values.
+
+    PyTorch has one such setting for all threads, and each would put back what it found: the last one out does.
+    """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with COUNTING:
+        if not EAGER:
+            FOUND.enter_context(torch.compiler.set_stance("force_eager"))
+        EAGER.append(threading.get_ident())
+    try:
         yield
+    finally:
+        with COUNTING:
+            EAGER.remove(threading.get_ident())
+            if not EAGER:
+                FOUND.close()

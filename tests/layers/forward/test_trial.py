@@ -15,7 +15,7 @@ from torch import nn
 
 import convsim_init as ci
 from convsim_init.layers.find import find_layers
-from convsim_init.layers.forward.isolation import isolated
+from convsim_init.layers.forward.isolation import isolated, not_compiled
 from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call
 
 
@@ -338,3 +338,22 @@ def test_a_convolution_inside_of_the_same_shape_is_not_taken_for_it():
     (layer,) = [one for one in find_layers(module) if not one.name]
     assert (layer.obstacle, layer.weight.note) == (None, None)
     torch.testing.assert_close(layer.weight.read(), module.weight.detach())
+
+
+def test_compilation_goes_on_after_threads_in_which_nothing_was_compiled():
+    torch._dynamo.reset()
+    entered, ended, compiled = threading.Event(), threading.Event(), []
+
+    def look_on():
+        with not_compiled():
+            entered.set()
+            ended.wait()
+
+    thread = threading.Thread(target=look_on)
+    with not_compiled():
+        thread.start()
+        entered.wait()
+    ended.set()
+    thread.join()
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)(torch.ones(2))
+    assert len(compiled) == 1
