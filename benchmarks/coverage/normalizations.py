@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.coverage.checks import build
 from benchmarks.coverage.sources import SOURCES, Architecture
+from convsim_init.layers.code.reading import CONVOLUTIONS
 from convsim_init.layers.forward import symbolic
-from convsim_init.layers.forward.code import CONVOLUTIONS
 from convsim_init.layers.forward.trial import convolution_arguments
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.normalized import call_name, ends_of_layers, normalization_follows

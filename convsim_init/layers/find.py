@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
-from convsim_init.layers.forward.around import kept_outside
-from convsim_init.layers.forward.code import forward_code, has_forward_of_its_own
+from convsim_init.layers.code.around import kept_outside
+from convsim_init.layers.code.reading import forward_code, has_forward_of_its_own
 from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers

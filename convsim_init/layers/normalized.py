@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.forward.code import forward_code
+from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.forward.isolation import LIVE, copied, heavy_attributes, random_states
 from convsim_init.layers.forward.symbolic import OUTPUT, Node, SymbolicPass
 from convsim_init.layers.layer import Layer

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers.code.around import has_attribute, hooks_elsewhere, kept_outside, reads_further_inside
+from convsim_init.layers.code.held import is_plain
+from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.find import used_weight
-from convsim_init.layers.forward.around import has_attribute, hooks_elsewhere, kept_outside, reads_further_inside
-from convsim_init.layers.forward.code import forward_code
-from convsim_init.layers.forward.held import is_plain
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import memories, overlap

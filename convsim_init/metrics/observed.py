@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
+from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.find import find_convolutions, refuse_lazy
-from convsim_init.layers.forward.code import forward_code
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.forward.outputs import convolution_outputs
 from convsim_init.layers.names import unwrap

@@ -11,7 +11,7 @@ from types import CodeType, FrameType
 
 import torch
 
-from convsim_init.layers.forward.bytecode import unpacked
+from convsim_init.layers.code.bytecode import unpacked
 
 ELSEWHERE = tuple(str(path) + os.sep for path in (Path(__file__).parent, Path(torch.__file__).parent))
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.forward.code import names_of
-from convsim_init.layers.forward.held import is_plain
+from convsim_init.layers.code.held import is_plain
+from convsim_init.layers.code.reading import names_of
 from convsim_init.layers.memory import is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from convsim_init.layers.code.bytecode import unpacked
+from convsim_init.layers.code.reading import CONVOLUTIONS
 from convsim_init.layers.forward.answers import Answers
-from convsim_init.layers.forward.bytecode import unpacked
-from convsim_init.layers.forward.code import CONVOLUTIONS
 from convsim_init.layers.forward.isolation import not_compiled
 from convsim_init.layers.forward.trial import convolution_arguments
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.forward.code import CONVOLUTIONS, TRANSPOSED
+from convsim_init.layers.code.reading import CONVOLUTIONS, TRANSPOSED
 from convsim_init.layers.forward.isolation import ORIGINAL, draw_numbers, isolated
 
 NO_CALL = "its forward pass, in evaluation mode, called no convolution with a weight of that shape"

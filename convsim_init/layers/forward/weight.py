@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from convsim_init.layers.forward.around import alters_weight, hooks_alter, reads_weight
-from convsim_init.layers.forward.code import forward_code
+from convsim_init.layers.code.around import alters_weight, hooks_alter, reads_weight
+from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
 from convsim_init.layers.forward.trial import (
     NO_CALL,

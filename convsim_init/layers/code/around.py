@@ -8,9 +8,9 @@ from contextlib import suppress
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from convsim_init.layers.forward.changes import ARGUMENT
-from convsim_init.layers.forward.code import forward_code, hook_code
-from convsim_init.layers.forward.held import held_by
+from convsim_init.layers.code.changes import ARGUMENT
+from convsim_init.layers.code.held import held_by
+from convsim_init.layers.code.reading import forward_code, hook_code
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convsim_init.layers.forward.changes import ARGUMENT, GLOBAL, ITEM, REPLACED, RESULT, changed_in_place
+from convsim_init.layers.code.changes import ARGUMENT, GLOBAL, ITEM, REPLACED, RESULT, changed_in_place
 
 
 def by_method(self, x):

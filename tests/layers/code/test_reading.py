@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.layers.forward.code import forward_code
+from convsim_init.layers.code.reading import forward_code
 
 TABLE = {1: F.conv1d, 2: F.conv2d}
 

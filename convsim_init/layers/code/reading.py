@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from convsim_init.layers.forward.bytecode import asked_of_bases, global_names, names_convolution, texts, weights_read
-from convsim_init.layers.forward.changes import (
+from convsim_init.layers.code.bytecode import asked_of_bases, global_names, names_convolution, texts, weights_read
+from convsim_init.layers.code.changes import (
     ARGUMENT,
     HANDED_OUT,
     ITERATED,
@@ -24,7 +24,7 @@ from convsim_init.layers.forward.changes import (
     WALKS,
     changed_in_place,
 )
-from convsim_init.layers.forward.held import enclosed, flat, held_by, is_librarys, is_plain
+from convsim_init.layers.code.held import enclosed, flat, held_by, is_librarys, is_plain
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}

@@ -7,7 +7,7 @@ from inspect import CO_VARARGS, CO_VARKEYWORDS
 from types import CodeType
 from typing import NamedTuple
 
-from convsim_init.layers.forward.bytecode import Step, steps
+from convsim_init.layers.code.bytecode import Step, steps
 
 ARGUMENT = "<argument>"  # of a function, of which nothing is known
 ENCLOSED = "<enclosed>"  # by the function, from one around it; with its name there
