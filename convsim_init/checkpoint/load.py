@@ -117,11 +117,12 @@ def _try_out(
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
     state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
     outcome = _try_loading(trial, state, strict=True)
+    is_strict = isinstance(outcome, Exception) or isinstance(_try_loading(trial, {}, strict=True), Exception)
     if isinstance(outcome, Exception):
         report = replace(report, refused=error_text(outcome)) if report.exact else report
-    elif isinstance(_try_loading(trial, {}, strict=True), Exception):  # else it is never strict, and takes anything
+    elif is_strict:  # else it takes anything
         report = replace(_settled(report, set(), set()), removed=[], added="")
-        return _less_ignored(report, checkpoint.tensors, inner, trial), state
+        return _less_ignored(report, checkpoint.tensors, inner, _changes(inner, trial), is_strict=True), state
 
     # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
     own = inner.state_dict()
@@ -137,10 +138,14 @@ def _try_out(
         outcome = _try_loading(trial, state, strict=False)
         if not isinstance(outcome, Exception):
             missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
+            changes = _changes(inner, trial)
             if missing is not None and unexpected is not None:
                 left = {source for source in checkpoint.tensors if keys.get(source) in {None, *unexpected}}
                 report = _settled(report, dict.fromkeys(map(bare_name, missing)), left)
-            report = _less_ignored(report, checkpoint.tensors, inner, trial)
+            elif any(changes.get(key) for key in report.missing):  # it takes names of its own, and says nothing
+                absent = [*report.missing, *report.mismatched]
+                report = _settled(report, {*report.tied, *(key for key in absent if not changes.get(key))}, set())
+            report = _less_ignored(report, checkpoint.tensors, inner, changes, is_strict=is_strict)
             break
     return report, state
 
@@ -192,27 +197,35 @@ def _settled(report: LoadReport, missing: Collection[str], unexpected: Collectio
     )
 
 
-def _less_ignored(report: LoadReport, tensors: Mapping[str, Tensor], model: nn.Module, loaded: nn.Module) -> LoadReport:
-    """The report without what the model's own loading took and left in a copy as it was."""
+def _changes(model: nn.Module, loaded: nn.Module) -> dict[str, bool]:
+    """Whether a model's own loading changed its tensors in a copy, by their keys, where that can be told."""
     before, after = ({bare_name(key): one for key, one in each.state_dict().items()} for each in (model, loaded))
+    pairs = {key: (one, after[key]) for key, one in before.items() if model is not loaded and key in after}
+    return {key: not torch.equal(a.to(b), b) for key, (a, b) in pairs.items() if _are_comparable(a, b)}
+
+
+def _are_comparable(*values: object) -> bool:
+    tensors = [one for one in values if isinstance(one, Tensor) and not one.is_quantized]
+    return len(memories(tensors)) == len(values)
+
+
+def _less_ignored(
+    report: LoadReport, tensors: Mapping[str, Tensor], model: nn.Module, changes: Mapping[str, bool], *, is_strict: bool
+) -> LoadReport:
+    """The report without what the model's own loading took and left as it was; one that is strict means to."""
+    own = {bare_name(key): one for key, one in model.state_dict().items()}
     ignored = {
         key: source
         for key, source in report.matched.items()
-        if model is not loaded and _is_unchanged(before[key], after.get(key), tensors[source])
+        if changes.get(key) is False and not torch.equal(own[key], tensors[source].to(own[key]))
     }
-    return replace(
-        report,
-        matched={key: source for key, source in report.matched.items() if key not in ignored},
-        missing=[*report.missing, *ignored],
-        unexpected=[*report.unexpected, *ignored.values()],
-    )
-
-
-def _is_unchanged(before: object, after: object, file: Tensor) -> bool:
-    tensors = [one for one in (before, after) if isinstance(one, Tensor) and not one.is_quantized]
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or len(memories(tensors)) < 2:
-        return False  # they cannot be compared
-    return torch.equal(before, after) and not torch.equal(after, file.to(after))
+    matched = {key: source for key, source in report.matched.items() if key not in ignored}
+    absent, left = list(ignored), list(ignored.values())
+    if is_strict:
+        supplied, converted = [*report.supplied, *absent], [*report.converted, *left]
+        return replace(report, matched=matched, supplied=supplied, converted=converted)
+    missing, unexpected = [*report.missing, *absent], [*report.unexpected, *left]
+    return replace(report, matched=matched, missing=missing, unexpected=unexpected)
 
 
 def _moved(key: str, report: LoadReport) -> str:

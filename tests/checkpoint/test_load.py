@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -777,6 +778,39 @@ def test_a_loading_of_its_own_need_neither_know_strict_nor_say_what_it_does(kind
         assert (report.complete, report.exact) == (not left, not (left or prefix))
         assert report.removed == ([prefix] if prefix else [])
     assert_equal(model, values(small(1)) | {key: before[key] for key in left})
+
+
+def test_a_strict_loading_that_keeps_a_tensor_of_its_own_means_to():
+    class Gridded(nn.Sequential):
+        def _load_from_state_dict(self, state, *others):
+            if "grid" in state:
+                state["grid"] = self.grid
+            super()._load_from_state_dict(state, *others)
+
+    def gridded(seed):
+        model = Gridded(*small(seed))
+        model.register_buffer("grid", torch.full((3,), float(seed)))
+        return model
+
+    path = saved(gridded(1))
+    for act in (verify_checkpoint, partial(ci.load_checkpoint, strict=True)):
+        report = act(gridded(2), path)
+        assert (report.supplied, report.converted, report.exact) == (["grid"], ["grid"], True)
+
+
+def test_a_silent_loading_that_renames_keys_is_told_by_what_it_changed():
+    class Renaming(nn.Sequential):
+        def load_state_dict(self, state, strict=True):
+            super().load_state_dict({key.replace("x", ""): value for key, value in state.items()}, strict=False)
+
+    state = {key: value + 1 for key, value in small(1).state_dict().items()}
+    path = saved({f"{key[0]}x{key[1:]}": value for key, value in state.items() if key != "4.bias"})
+    model, before = Renaming(*small(2)), values(small(2))
+    report = ci.load_checkpoint(model, path)
+    assert report.missing == ["4.bias"]
+    assert report.supplied == [key for key in state if key != "4.bias"]
+    assert not report.unexpected
+    assert_equal(model, state | {"4.bias": before["4.bias"]})
 
 
 def test_a_loading_that_wants_something_else_ends_in_one_line_and_changes_nothing():
