@@ -99,8 +99,8 @@ def run(
     except UnmatchedError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        *_, (last, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, ImportError) and last.f_globals is vars(runpy):  # it found nothing to run
+        where = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ImportError) and where[-1] == "runpy" and "__main__" not in where:  # there is no script
             quiet = True
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
         traceback.print_exc()

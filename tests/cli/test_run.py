@@ -141,6 +141,15 @@ def test_what_cannot_be_run_is_an_error_of_one_line(arguments, message, run):
     assert "--exclude" in arguments or len(err.splitlines()) == 1
 
 
+def test_a_script_that_finds_no_module_of_its_own_to_run_shows_its_traceback(run, tmp_path):
+    script = tmp_path / "code" / "launch.py"
+    script.write_text("import runpy\n\nrunpy.run_module('nothere')\n")
+    status, _, err = run("code/launch.py")
+    assert status == 1
+    assert "No module named nothere\n" in err
+    assert "Error: expected" not in err
+
+
 def test_an_import_that_fails_in_a_module_shows_where(run, tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("import nothere\n")
