@@ -101,7 +101,7 @@ def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
 
 
 def _last_part(model: object) -> str:
-    return re.split(r"[:/\\]", str(model))[-1]
+    return re.split(r"[:/\\]", str(model).rstrip("/\\"))[-1]
 
 
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: bool) -> Iterator[Result]:

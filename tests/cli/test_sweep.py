@@ -251,6 +251,14 @@ def test_a_file_of_one_name_may_be_of_another_run(model, seed, options, message,
     assert command(model, "--seeds", seed, "--out", "a.safetensors", *QUICK, *options, "--force")[0] == 0
 
 
+def test_a_folder_is_the_same_with_a_separator_behind_it(command, tmp_path):
+    (tmp_path / "w").mkdir()
+    assert command(SMALL, "--out", "w/model.safetensors", *QUICK)[0] == 0
+    arguments = ["--base", "orthogonal", "--seeds", "0", "--out", "a.safetensors", *QUICK]
+    assert command("w", *arguments)[0] == 0
+    assert command("w/", *arguments)[1].splitlines()[-1].startswith("1 runs: 1 kept")
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"settings": [1]}', '{"settings": {"steps": "' + "x" * 999 + '"}}'])
 def test_what_says_little_of_its_run_is_kept(text, command, tmp_path):
     (tmp_path / "a.json").write_text(text)
