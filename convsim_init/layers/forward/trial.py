@@ -55,7 +55,13 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     Raises:
         Exception: Whatever the module's own code raises before the first call.
     """
-    leaf = _leaf(module, x)
+    try:
+        return _calls(module, _leaf(module, x), others)
+    except Exception:  # also that of code which refuses an input with a gradient
+        return _calls(module, x.detach(), others)
+
+
+def _calls(module: nn.Module, leaf: Tensor, others: Collection[int]) -> tuple[list[Call], bool]:
     capture = _Capture(None, others, leaf)
     with isolated(module), capture, torch.enable_grad():
         for parameter in nn.Module.parameters(module):
@@ -100,7 +106,7 @@ def convolution_call(
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
-    leaf = _leaf(module, x)
+    leaf = _leaf(module, x) if fed else x.detach()  # whose gradient code might refuse
     capture = _Capture(stored.shape, others, leaf, last=index, fed=fed)
     with isolated(module), capture, torch.enable_grad(), contextlib.suppress(_CapturedError):
         if probe is not None:

@@ -357,3 +357,24 @@ def test_compilation_goes_on_after_threads_in_which_nothing_was_compiled():
     thread.join()
     torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)(torch.ones(2))
     assert len(compiled) == 1
+
+
+REFUSING = {
+    "numpy": lambda x: torch.from_numpy(x.numpy()),
+    "out": lambda x: torch.add(x, 1, out=torch.empty_like(x)),
+    "deep copy": copy.deepcopy,
+    "flag": lambda x: x.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_code_that_refuses_an_input_with_a_gradient_is_tried_without(name):
+    class Refusing(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(REFUSING[name](x), self.weight - self.weight.mean((1, 2, 3), keepdim=True))
+
+    model = nn.Sequential(Refusing(3, 4, 3))
+    (layer,) = find_layers(model)
+    assert layer.obstacle is None
+    weight = model[0].weight
+    torch.testing.assert_close(layer.weight.read(), weight.detach() - weight.detach().mean((1, 2, 3), keepdim=True))
