@@ -38,8 +38,20 @@ NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 NAMED = re.compile(r"(?<!No)(?<!FrozenBatch)Norm(alization)?(?![a-z]|Free)")  # such as LayerNorm2d, no NormalNoise
 NORMALIZING = {f"{kind}_norm" for kind in ("batch", "layer", "group", "instance", "rms")}  # names of functions
 NORMALIZING |= {"native_batch_norm", "native_layer_norm", "native_group_norm", "normalize"}
-STATISTICS = {"var", "std", "var_mean", "std_mean", "sqrt", "rsqrt", "norm", "vector_norm"}
-SCALING = {"mul", "multiply", "div", "divide", "truediv", "true_divide"}
+STATISTICS = {
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "sqrt",
+    "rsqrt",
+    "norm",
+    "vector_norm",
+    "linalg_norm",
+    "linalg_vector_norm",
+}
+MULTIPLYING = {"mul", "multiply"}
+DIVIDING = {"div", "divide", "truediv", "true_divide"}
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 SHAPES = {"size", "stride", "numel", *(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))}
@@ -201,18 +213,28 @@ def _end(node: Node, *, whole: bool) -> set[bool | None]:
         return {False if whole else None}
     if node.module is not None:
         return ENDS[node.name]
-    if node.name in NORMALIZING or (node.name in SCALING and _scales_by_a_statistic(node)):
+    if node.name in NORMALIZING or _divides_by_a_statistic(node):
         return {True}
     learned = node.name in PRODUCTS and (node.learned or any(map(_is_learned, node.inputs)))
     return {False} if learned or node.name in USING else set()
 
 
-def _scales_by_a_statistic(node: Node) -> bool:
-    """Whether one factor is a statistic of what the other is computed from, as in ``x / x.std()``."""
+def _divides_by_a_statistic(node: Node) -> bool:
+    """Whether it divides by a statistic of what the other factor is computed from, as in ``x / x.std()``."""
+    if node.name not in MULTIPLYING | DIVIDING or len(node.inputs) < 2:
+        return False
     factors = [_origins(one) for one in node.inputs]
-    return any(
-        any(origin.name in STATISTICS for origin in one) and one & other for one, other in permutations(factors, 2)
-    )
+    if node.name in MULTIPLYING:
+        pairs = [(one, other) for one, other in permutations(factors, 2) if any(map(_is_inverse, other))]
+    else:
+        pairs = [(factors[0], factors[1])]
+    return any(one & other and any(origin.name in STATISTICS for origin in other) for one, other in pairs)
+
+
+def _is_inverse(node: Node) -> bool:
+    """Whether it is a number or a parameter over a value."""
+    of_a_parameter = node.name in DIVIDING and bool(node.learned) and len(node.inputs) == 1
+    return of_a_parameter or node.name in ("rsqrt", "reciprocal")
 
 
 def _is_learned(node: Node) -> bool:

@@ -221,6 +221,14 @@ MODELS = {
         conv(Function(lambda m, x: x * torch.rsqrt(x.square().mean(1, keepdim=True)))),
         {"0": True},
     ),
+    "by one over a deviation": (
+        conv(Function(lambda m, x: x * (1 / (x.square().mean((2, 3), keepdim=True) + 1e-5) ** 0.5))),
+        {"0": True},
+    ),
+    "by a norm": (conv(Function(lambda m, x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True))), {"0": True}),
+    "times a deviation": (conv(Function(lambda m, x: x * (x.std((2, 3), keepdim=True) / 2))), {"0": False}),
+    "times a root": (conv(Function(lambda m, x: x.sign() * x.abs().sqrt())), {"0": False}),
+    "under a deviation": (conv(Function(lambda m, x: x.std((2, 3), keepdim=True) / x)), {"0": False}),
     "scaled by its shape": (conv(Function(lambda m, x: x / torch.tensor(x.shape[1]).float().sqrt())), {"0": False}),
     "scaled by another's": (conv(Function(lambda m, x: x * m.scale.std())), {"0": False}),
     "behind a product": (

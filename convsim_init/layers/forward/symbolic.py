@@ -34,6 +34,7 @@ RANKS = (4, 3, 5, 2)
 ASKED = {"is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device", "is_inference"}
 SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "len"}
 OPERATORS = {"add", "sub", "mul", "truediv", "div", "floordiv", "mod", "matmul", "pow"}  # also with an i or r before
+ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge"}
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
@@ -238,6 +239,9 @@ class SymbolicPass(TorchFunctionMode):
             known = self._answer(kind, name, first, *args[1:], *kwargs)
             if known is not None:
                 return known
+        exponent = args[1] if name == "pow" and len(args) > 1 else None
+        if isinstance(exponent, float):
+            name = ROOTS.get(exponent, name)
         symbol = self.symbol(name, args, kwargs)
         if func in CONVOLUTIONS:
             symbol.node.weight = self.symbol("weight", convolution_arguments(func, args, kwargs)[1]).node
@@ -274,6 +278,8 @@ def name_of(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
         name = func.__self__.__name__  # type: ignore[attr-defined]
+    if name in ("__rdiv__", "__rtruediv__"):
+        return "reciprocal"
     bare: str = name.strip("_")
     return bare[1:] if name.startswith("__") and bare[1:] in OPERATORS else bare
 
