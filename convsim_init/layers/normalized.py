@@ -243,11 +243,14 @@ def _is_learned(node: Node) -> bool:
 
 
 def _origins(node: Node) -> set[Node]:
-    """What a value is computed from by functions, itself among it, back to the modules and arguments that begin it."""
+    """What a value is computed from by functions, itself among it, back to the modules and arguments that begin it.
+
+    Sizes are not among it.
+    """
     found, pending = {node}, [node]
     for one in pending:
         if one.module is None and one.name not in USING | SHAPES:
-            new = set(one.inputs) - found
+            new = {before for before in one.inputs if not before.is_size} - found
             found |= new
             pending += new
     return found

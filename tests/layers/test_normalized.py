@@ -194,7 +194,45 @@ def written(m, x):
     return F.normalize(total)
 
 
-NOT_NORMS = ("NoNorm", "NormFreeAct", "NormalNoise", "FrozenBatchNorm2d")
+def attended_scaled(m, x):
+    batch, channels, *_ = x.shape
+    x = x.view(batch, channels, -1)
+    return (x.transpose(1, 2) @ x / channels**0.5).softmax(-1)
+
+
+def written_into_a_part(m, x):
+    total = x.new_zeros(x.shape)
+    first, _ = total[:, :2].chunk(2, dim=1)
+    first.copy_(x[:, :1])
+    return total, F.normalize(x)
+
+
+def written_out(m, x):
+    total = torch.empty_like(x)
+    torch.add(x, 1, out=total)
+    return total, F.normalize(x)
+
+
+class Writing(nn.Module):
+    """Code that changes its input and then fails."""
+
+    def forward(self, x):
+        x += 1
+        x.view(-1)[0] = 1
+        raise NotImplementedError
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.part = nn.BatchNorm2d(4), Writing()
+
+    def forward(self, x):
+        normalized = self.norm(x)
+        self.part(x)
+        return x, normalized
+
+
 FUSED = torch.ao.nn.intrinsic.qat.ConvBn2d(4, 4, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
 MODELS = {
     "batch norm": (conv(nn.BatchNorm2d(4)), {"0": True}),
@@ -259,6 +297,10 @@ MODELS = {
     "through loops": (conv(Function(pooled)), {"0": True}),
     "through checks and shapes": (conv(Function(windowed)), {"0": True}),
     "through attention": (conv(Function(attended)), {"0": True}),
+    "scaled by the root of a size": (conv(Function(attended_scaled)), {"0": False}),
+    "in place, in a part of what is returned": (conv(Function(written_into_a_part)), {"0": False}),
+    "into what is returned": (conv(Function(written_out)), {"0": False}),
+    "in place, in code that fails": (conv(Around()), {"0": False}),
     "in place": (conv(Function(written)), {"0": True}),
     "of many outputs": (
         Detector(),

@@ -36,6 +36,11 @@ SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "str
 OPERATORS = {"add", "sub", "mul", "truediv", "div", "floordiv", "mod", "matmul", "pow"}  # also with an i or r before
 ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge"}
+VIEWS = {  # of what they are given: what is written into one is in the other
+    *("getitem", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
+    *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "data", "detach"),
+    *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "diagonal", "unfold", "as_strided"),
+}
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
 SAMPLE = torch.empty(0, 0)  # what is asked of an unknown value, but for its shape, is asked of this one
@@ -76,9 +81,10 @@ class Node:
 
 
 class Symbol(Tensor):
-    """An unknown value."""
+    """An unknown value, perhaps a view of another one."""
 
     node: Node
+    base: Symbol | None
     made_by: SymbolicPass
 
     def __getattr__(self, name: str) -> Symbol:
@@ -134,6 +140,7 @@ class SymbolicPass(TorchFunctionMode):
         super().__init__()
         self._named = {module: naming(module) for module in nn.Module.modules(model)}
         self._nodes: list[Node] = []
+        self._written: list[tuple[Symbol, Node]] = []  # in place, and what it was
         self._made = 0
         self._usual = True
         self._answers = Answers({})
@@ -156,7 +163,7 @@ class SymbolicPass(TorchFunctionMode):
         if part not in self._forward:
             return []
         self._usual = usual
-        self._nodes, self._made, self._answers = [], 0, Answers({})
+        self._nodes, self._written, self._made, self._answers = [], [], 0, Answers({})
         parameters = inspect.signature(part.forward).parameters
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
         args = [self.symbol() for name in given if parameters[name].kind in unnamed]
@@ -174,8 +181,8 @@ class SymbolicPass(TorchFunctionMode):
         self._made += 1
         if self._made > LONGEST:
             raise EndlessError
-        inputs, learned = dict[Node, None](), set[int]()
-        for one in tensors_in(given):
+        inputs, learned, tensors = dict[Node, None](), set[int](), list(tensors_in(given))
+        for one in tensors:
             if isinstance(one, Symbol):
                 inputs[one.node] = None
             elif isinstance(one, nn.Parameter):
@@ -183,6 +190,7 @@ class SymbolicPass(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             symbol: Symbol = Tensor._make_subclass(Symbol, NUMBER)
             symbol.node, symbol.made_by = Node(name, tuple(inputs), frozenset(learned), **more), self
+            symbol.base = next((one for one in tensors[:1] if name in VIEWS and isinstance(one, Symbol)), None)
         self._nodes.append(symbol.node)
         return symbol
 
@@ -200,7 +208,7 @@ class SymbolicPass(TorchFunctionMode):
         Raises:
             FailedError: If it fails with all of them.
         """
-        outer, before = self._answers, len(self._nodes)
+        outer, before, unwritten = self._answers, len(self._nodes), len(self._written)
         self._answers = answers = Answers(outer.proven)  # those of this call are changed alone
         try:
             for _ in range(ATTEMPTS):
@@ -210,6 +218,9 @@ class SymbolicPass(TorchFunctionMode):
                     return output
                 except (Exception, SystemExit) as error:  # of any kind: what code does with values that are not there
                     del self._nodes[before:]
+                    for symbol, node in reversed(self._written[unwritten:]):
+                        symbol.node = node
+                    del self._written[unwritten:]
                     if not answers.change(error):
                         break
             raise FailedError
@@ -248,10 +259,16 @@ class SymbolicPass(TorchFunctionMode):
         count = _count(name, args, kwargs)
         if count is not None:
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
-        if isinstance(first, Symbol) and is_in_place(kind):
-            first.node = symbol.node
-            return first
-        return symbol
+        written = kwargs.get("out", first if is_in_place(kind) else None)
+        return self._write(written, symbol) if isinstance(written, Symbol) else symbol
+
+    def _write(self, written: Symbol, by: Symbol) -> Symbol:
+        """Let a value be what a call makes of it in place, and with it those that it is a view of."""
+        self._written.append((written, written.node))
+        written.node = by.node
+        if written.base is not None:
+            self._write(written.base, self.symbol("setitem", written.base, by))
+        return written
 
     def _answer(self, kind: str, name: str, asked: Symbol, *more: Any) -> Any:
         """What is told of an unknown value where code needs a value; None where it does not."""
