@@ -133,7 +133,9 @@ def _on_meta(model: nn.Module) -> nn.Module:
             if "hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()
         for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-            if isinstance(tensor, Tensor) and not is_lazy(tensor):
+            if is_lazy(tensor):
+                memo[id(tensor)] = tensor
+            elif isinstance(tensor, Tensor):
                 empty = torch.empty_like(tensor, device="meta")
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     for part in parts:
@@ -144,7 +146,10 @@ def _on_meta(model: nn.Module) -> nn.Module:
             elif not isinstance(value, DEEP) and id(value) not in memo:
                 memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
+    own = set(map(id, parts))
     for part in nn.Module.modules(clone):
+        if id(part) in own:  # which the pass would change
+            raise TypeError(f"{type(part).__name__} does not let itself be copied")
         vars(part)["training"] = False
     return clone
 
@@ -264,6 +269,8 @@ def call_name(module: nn.Module) -> tuple[str, bool]:
         return NORMALIZED, True
     if isinstance(module, USERS):
         return USED, True
+    if isinstance(module, torch.jit.ScriptModule):
+        return UNKNOWN, True
     library = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
     inner = any(isinstance(one, USERS) for one in nn.Module.modules(module))
     return UNKNOWN if inner else PASSED, library and not isinstance(module, CONTAINERS)

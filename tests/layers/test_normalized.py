@@ -316,6 +316,11 @@ MODELS = {
         nn.Sequential(weight_norm(nn.Conv2d(4, 4, 3)), nn.ReLU(), spectral_norm(nn.Conv2d(4, 4, 3))),
         {"0": False, "2": False},
     ),
+    "lazily": (conv(nn.LazyBatchNorm2d(), nn.Conv2d(4, 4, 3)), {"0": True, "2": False}),
+    "around a script": (
+        nn.Sequential(*conv(torch.jit.script(nn.ReLU())), *conv(nn.BatchNorm2d(4)), *conv()),
+        {"2": True, "4": False},
+    ),
     "a layer by itself": (nn.Conv2d(4, 4, 3), {}),
     "no forward pass": (nn.ModuleDict({"a": nn.Conv2d(4, 4, 3), "b": nn.BatchNorm2d(4)}), {}),
 }
@@ -363,6 +368,17 @@ def test_nothing_of_the_model_is_touched(capsys):
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(states[2], torch.get_rng_state())
     assert capsys.readouterr().out == ""
+
+
+def test_a_module_that_is_its_own_copy_stays_as_it_is():
+    class Single(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(Single(*conv(nn.BatchNorm2d(4))), nn.Conv2d(4, 4, 3))
+    before = [dict(vars(part)) for part in model.modules()]
+    assert normalization_follows(model) == {}
+    assert [dict(vars(part)) for part in model.modules()] == before
 
 
 def test_nothing_that_a_model_holds_is_touched():

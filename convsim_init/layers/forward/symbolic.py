@@ -138,7 +138,13 @@ class SymbolicPass(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, naming: Callable[[nn.Module], tuple[str, bool]]) -> None:
         super().__init__()
-        self._named = {module: naming(module) for module in nn.Module.modules(model)}
+        self._named: dict[nn.Module, tuple[str, bool]] = {}
+        for module in list(nn.Module.modules(model)):
+            self._named[module] = naming(module)
+            for name, part in module._modules.items() if not isinstance(module, torch.jit.ScriptModule) else ():
+                if isinstance(part, torch.jit.ScriptModule):  # has no forward pass that could be replaced
+                    module._modules[name] = stand_in = nn.Module()
+                    self._named[stand_in] = naming(part)
         self._nodes: list[Node] = []
         self._written: list[tuple[Symbol, Node]] = []  # in place, and what it was
         self._made = 0
