@@ -68,7 +68,7 @@ def _calls(module: nn.Module, leaf: Tensor, others: Collection[int]) -> tuple[li
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
         try:
-            module(leaf.clone())
+            _run(module, leaf)
         except Exception:
             if not capture.calls:
                 raise
@@ -113,10 +113,17 @@ def convolution_call(
             stored.data.copy_(probe)
         if redraw:
             draw_numbers(stored.device)
-        module(leaf.clone())
+        _run(module, leaf)
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError(NO_CALL)
     return capture.calls[index]
+
+
+def _run(module: nn.Module, leaf: Tensor) -> None:
+    try:
+        module(leaf.clone())
+    except SystemExit as error:  # of code that wants another input
+        raise RuntimeError("its own code ended the program") from error
 
 
 def _leaf(module: nn.Module, x: Tensor) -> Tensor:

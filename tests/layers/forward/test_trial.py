@@ -378,3 +378,14 @@ def test_code_that_refuses_an_input_with_a_gradient_is_tried_without(name):
     assert layer.obstacle is None
     weight = model[0].weight
     torch.testing.assert_close(layer.weight.read(), weight.detach() - weight.detach().mean((1, 2, 3), keepdim=True))
+
+
+def test_code_that_ends_the_program_ends_the_trial_alone():
+    class Ending(nn.Conv2d):
+        def forward(self, x):
+            raise SystemExit(1)
+
+    (layer,) = find_layers(nn.Sequential(Ending(3, 4, 3)))
+    assert layer.obstacle == (
+        "which weight Ending uses is not known: a trial pass ended with RuntimeError: its own code ended the program"
+    )
