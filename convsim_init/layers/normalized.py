@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -56,6 +57,7 @@ PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 SHAPES = {"size", "stride", "numel", *(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))}
 SHAPES |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}  # hold nothing of the values
+NEAR = 300  # calls in which a value is computed from a statistic and from what that is of
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 USING = {
     "linear",
@@ -228,7 +230,7 @@ def _divides_by_a_statistic(node: Node) -> bool:
     """Whether it divides by a statistic of what the other factor is computed from, as in ``x / x.std()``."""
     if node.name not in MULTIPLYING | DIVIDING or len(node.inputs) < 2:
         return False
-    factors = [_origins(one) for one in node.inputs]
+    factors = [_origins(one, NEAR) for one in node.inputs]
     if node.name in MULTIPLYING:
         pairs = [(one, other) for one, other in permutations(factors, 2) if any(map(_is_inverse, other))]
     else:
@@ -247,13 +249,15 @@ def _is_learned(node: Node) -> bool:
     return all(one.module is None and (one.inputs or one.learned) for one in _origins(node))
 
 
-def _origins(node: Node) -> set[Node]:
+def _origins(node: Node, most: float = math.inf) -> set[Node]:
     """What a value is computed from by functions, itself among it, back to the modules and arguments that begin it.
 
-    Sizes are not among it.
+    Sizes are not among it, nor what is further back than so many calls.
     """
     found, pending = {node}, [node]
     for one in pending:
+        if len(found) > most:
+            break
         if one.module is None and one.name not in USING | SHAPES:
             new = {before for before in one.inputs if not before.is_size} - found
             found |= new

@@ -169,6 +169,12 @@ def pooled(m, x):
     return F.batch_norm(x, None, None, training=True)
 
 
+def repeated(m, x):
+    for _ in range(1500):
+        x = x + 1
+    return x * x.mean()
+
+
 def windowed(m, x):
     batch, channels, height, width = x.shape
     assert height % 2 == 0, f"an even height, not {height}"
@@ -294,6 +300,7 @@ MODELS = {
         conv(Function(lambda m, x: scripted(Step.apply(x))), nn.BatchNorm2d(4)),
         {"0": True},
     ),
+    "through many functions": (conv(Function(repeated)), {"0": False}),
     "through loops": (conv(Function(pooled)), {"0": True}),
     "through checks and shapes": (conv(Function(windowed)), {"0": True}),
     "through attention": (conv(Function(attended)), {"0": True}),

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -65,6 +65,7 @@ class Node:
         learned: The parameters that it was given, by their ids.
         module: The module that was called, if it is one.
         weight: What a function that convolves was given as its weight, as a call that was given nothing else.
+        is_size: Whether it is a number that is computed from shapes alone.
     """
 
     name: str
@@ -72,12 +73,11 @@ class Node:
     learned: frozenset[int] = frozenset()
     module: nn.Module | None = None
     weight: Node | None = None
+    is_size: bool = field(init=False)
 
-    @functools.cached_property
-    def is_size(self) -> bool:
-        """Whether it is a number that is computed from shapes alone."""
+    def __post_init__(self) -> None:
         operator = self.name in OPERATORS and bool(self.inputs)
-        return self.name == "size" or (operator and all(one.is_size for one in self.inputs))
+        self.is_size = self.name == "size" or (operator and all(one.is_size for one in self.inputs))
 
 
 class Symbol(Tensor):
