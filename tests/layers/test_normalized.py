@@ -530,3 +530,22 @@ def test_objects_of_the_model_stay_as_they_were(build):
     ci.initialize_(model, settings=ci.Settings(steps=2))
     ci.measure(model)
     assert (model.data.count, model.data.last) == (0, None)
+
+
+def test_code_that_fails_within_code_that_fails_is_not_tried_without_end():
+    calls = []
+
+    class Nested(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.conv, self.inner = nn.Conv2d(4, 4, 3), Nested(depth - 1) if depth else nn.Identity()
+
+        def forward(self, x):
+            calls.append(self)
+            x = self.inner(self.conv(x))
+            if x.mean() > 0 or x.sum() > 0:
+                x = x + 1
+            raise ValueError
+
+    assert normalization_follows(Nested(8)) == {}
+    assert len(calls) < 1000

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from convsim_init.layers.forward.trial import convolution_arguments
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
+VAIN = 3  # calls of a module that fail, before it is no longer tried
 DEPTH = 4  # of objects within objects that are looked through for values
 OUTPUT = "output"
 RANKS = (4, 3, 5, 2)
@@ -147,6 +148,7 @@ class SymbolicPass(TorchFunctionMode):
                     self._named[stand_in] = naming(part)
         self._nodes: list[Node] = []
         self._written: list[tuple[Symbol, Node]] = []  # in place, and what it was
+        self._failed = Counter[tuple[nn.Module, bool]]()  # the calls that did, by how truths are answered
         self._made = 0
         self._usual = True
         self._answers = Answers({})
@@ -203,9 +205,11 @@ class SymbolicPass(TorchFunctionMode):
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A module's forward pass."""
         name, single = self._named[module]
-        if not single:
-            with suppress(FailedError):
+        if not single and self._failed[module, self._usual] < VAIN:
+            try:
                 return self._attempt(self._forward[module], args, kwargs)
+            except FailedError:
+                self._failed[module, self._usual] += 1
         return self.symbol(name, args, kwargs, module=module)
 
     def _attempt(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
