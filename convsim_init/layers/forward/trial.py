@@ -55,10 +55,13 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     Raises:
         Exception: Whatever the module's own code raises before the first call.
     """
-    try:
-        return _calls(module, _leaf(module, x), others)
-    except Exception:  # also that of code which refuses an input with a gradient
-        return _calls(module, x.detach(), others)
+    calls, to_the_end = list[Call](), False
+    with contextlib.suppress(Exception):  # also that of code which refuses an input with a gradient
+        calls, to_the_end = _calls(module, _leaf(module, x), others)
+    if to_the_end:
+        return calls, to_the_end
+    without = _calls(module, x.detach(), others)
+    return without if len(without[0]) > len(calls) else (calls, to_the_end)
 
 
 def _calls(module: nn.Module, leaf: Tensor, others: Collection[int]) -> tuple[list[Call], bool]:

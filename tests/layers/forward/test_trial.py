@@ -389,3 +389,17 @@ def test_code_that_ends_the_program_ends_the_trial_alone():
     assert layer.obstacle == (
         "which weight Ending uses is not known: a trial pass ended with RuntimeError: its own code ended the program"
     )
+
+
+def test_code_that_refuses_a_gradient_after_a_first_call_is_tried_without():
+    class Estimating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x):
+            norm = F.conv2d(torch.ones(1, 3, 5, 5), self.weight).norm().item()
+            return F.conv2d(torch.from_numpy(x.numpy()), self.weight / norm)
+
+    (layer,) = find_layers(nn.Sequential(Estimating()))
+    assert layer.weight.note.startswith("one of several weights")
