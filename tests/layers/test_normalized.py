@@ -302,6 +302,10 @@ MODELS = {
     ),
     "through many functions": (conv(Function(repeated)), {"0": False}),
     "through loops": (conv(Function(pooled)), {"0": True}),
+    "but for a single pixel": (
+        conv(Function(lambda m, x: x if x.shape[-1] == 1 else F.normalize(x))),
+        {"0": True},
+    ),
     "through checks and shapes": (conv(Function(windowed)), {"0": True}),
     "through attention": (conv(Function(attended)), {"0": True}),
     "scaled by the root of a size": (conv(Function(attended_scaled)), {"0": False}),

@@ -284,7 +284,8 @@ class SymbolicPass(TorchFunctionMode):
         """What is told of an unknown value where code needs a value; None where it does not."""
         give = self._answers.give
         if kind == "__bool__" or (name in COMPARISONS and _are_sizes([asked, *more])):
-            likely = ((asked.node.name if kind == "__bool__" else name) not in RARE) == self._usual
+            single = name == "eq" and type(more[0]) is int and more[0] == 1  # such as an image of one pixel
+            likely = (not single and (asked.node.name if kind == "__bool__" else name) not in RARE) == self._usual
             return give(likely, not likely)
         if name in ("dim", "ndim", "ndimension") or (name in ("shape", "size") and not more):
             rank = self._answers.rank(asked.node, self._ranks)
