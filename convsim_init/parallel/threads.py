@@ -73,13 +73,14 @@ class Team:
         waiting = deque([*range(len(items)), *stops])
 
         def take(_: None) -> dict[int, Result]:
-            return {number: work(items[number]) for number in iter(waiting.popleft, None)}
+            try:
+                return {number: work(items[number]) for number in iter(waiting.popleft, None)}
+            except BaseException:
+                waiting.extendleft(stops)  # nothing more is begun, by anyone
+                raise
 
         helpers = [self._submit(take, stop) for stop in stops[1 : len(items)]]  # few: to wake one takes long
-        try:
-            results = take(None)
-        finally:
-            waiting.extendleft(stops)  # after an error nothing more is begun
+        results = take(None)
         for helper in helpers:
             if not helper.cancel():
                 results |= helper.result()
