@@ -6,6 +6,7 @@ A model's losses are summed by `parse_losses`, and each of them is logged; the h
 """
 
 import tempfile
+from pathlib import Path
 
 import torch
 from mmengine.hooks import Hook
@@ -51,6 +52,7 @@ def main(weight: float = 20) -> None:
         runner = Runner(
             model,
             work_dir=folder,
+            experiment_name=Path(folder).name,  # else two runs of the same second share what logs them
             train_dataloader=DataLoader(data, batch_size=8),
             train_cfg={"by_epoch": True, "max_epochs": 6},
             optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.05, "momentum": 0.9}},
