@@ -16,6 +16,8 @@ DONE, FAILED, WRONG_USAGE, MISMATCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 
 GRACE = 0.5  # seconds from a signal to the end, whatever is being computed
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
+TOLD = threading.Event()  # an error that ends the command: a signal on its way out adds no other
+
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -31,6 +33,7 @@ def fail(message: str, status: int) -> int:
 
     from .terminal import colour
 
+    TOLD.set()
     if launched().reports_errors:
         error = click.style("Error:", fg="red", bold=True)
         click.echo(f"{error} {printable(' '.join(message.split()))}", err=True, color=colour())
@@ -39,9 +42,11 @@ def fail(message: str, status: int) -> int:
 
 def interrupted(*, terminated: bool = False) -> int:
     """Tell of a signal, as `fail` does; imports nothing, because an import may be what it ends."""
+    word, status = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
+    if TOLD.is_set():
+        return status
     if sys.stderr is not None and sys.stderr.isatty():
         _tell("")  # the terminal stands behind the ^C it has shown
-    word, status = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
     _tell(f"Error: {word}; no partial file is left")
     return status
 
@@ -85,6 +90,7 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    TOLD.clear()
     with _handled_by(_raise_once, last=last):
         ended = threading.Event()
         reader, writer = os.pipe()
