@@ -62,6 +62,25 @@ class Choices:
     dry_run: bool
     origins: tuple[str, ...] = ()
 
+    @property
+    def of_files(self) -> dict[str, object]:
+        """What changes a file beside settings, base and calibration, where it is not the default; ready for JSON."""
+        given = {
+            "num_classes": self.how.num_classes,
+            "in_chans": self.how.in_chans,
+            "model_arg": [f"{name}={value!r}" for name, value in self.how.arguments.items()],
+            "like": self.like,
+            "key": self.key,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "convs_only": self.convs_only,
+            "head": self.head if self.head == "drop" else None,
+            "without": list(self.without),
+            "prefix": self.prefix,
+            "dtype": self.dtype if self.dtype != "float32" else None,
+        }
+        return {name: value for name, value in given.items() if value}
+
 
 @stdout_for_results()
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
@@ -126,7 +145,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             report.calibrated = list(choices.calibrate)
         if before is not None:
             snapshots = before, take_snapshot("after", network)
-    report.model, report.seed, report.base = start.name, run.seed, choices.base
+    report.model, report.seed, report.base, report.options = start.name, run.seed, choices.base, choices.of_files
     report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     report.remarks += _loaded_remarks(report, start, choices)
     # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,12 +15,14 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import ExistsError
+from convsim_init.models.libraries import resolve
+from convsim_init.models.spec import Source, parse
 from convsim_init.report.record import json_text, read_record
-from convsim_init.report.text import quoted
+from convsim_init.report.text import PATH, quoted, shown, some
 
-from .options import check_found
+from .options import check_found, is_file
 from .run import Choices, make, write
-from .signals import FAILED, fail
+from .signals import FAILED, exit_on_signal, fail
 from .terminal import tell
 
 if TYPE_CHECKING:
@@ -69,24 +71,31 @@ def sweep(
 
 
 def check_kept(runs: Sequence[Run], choices: Choices) -> None:
-    """Refuse to keep a file that says it is of another model, seed, base or other settings than its run.
+    """Refuse to keep a file that says it is of another model, seed, base or other options than its run.
+
+    Of files that say nothing of the kind, nor does another of their run, a line is told.
 
     Raises:
         InputError: If one does.
     """
+    silent: list[Path] = []
     for run in () if choices.force else runs:
-        for path in run.files.values():
-            others = _others(read_record(path), run, choices)
-            if others:
+        records = {path: read_record(path) for path in run.files.values() if path.exists()}
+        for path, record in records.items():
+            if others := _others(record, run, choices):
                 raise InputError(
                     f"expected the files of an earlier run of this command or none, got {str(path)!r}, made with "
                     f"{', '.join(others)}: choose another name, or write it anew with --force"
                 )
+        silent += [] if any(record.get("model") for record in records.values()) else records
+    if silent:
+        names = some(shown(str(path), PATH) for path in silent)
+        tell(f"kept, though nothing in them says what made them: {names}; --force writes them anew")
 
 
 def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
     """What a record says of its run that is not so of this one."""
-    settings = record.get("settings")
+    settings, options = record.get("settings"), record.get("options")
     if not isinstance(settings, Mapping):
         return []
     found = {"calibrated": None, **{key: value for key, value in record.items() if value is not None}, **settings}
@@ -94,14 +103,20 @@ def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
     wanted["calibrated"] = choices.calibrate and list(choices.calibrate)
     if choices.settings.channels == "auto":
         del wanted["channels"]  # a file has what that came to
-    if _last_part(found.get("model", "")) == _last_part(run.model):  # its library and path are written in many ways
+    if _is_model(str(found.get("model", "")), run.model):
         del wanted["model"]
-    other = [name for name, value in wanted.items() if found.get(name, value) != value]
-    return [f"{name} {quoted(found[name])}, not {quoted(wanted[name])}" for name in other]
+    pairs = [(name, found.get(name, value), value) for name, value in wanted.items()]
+    given, asked = options if isinstance(options, Mapping) else {}, choices.of_files  # both without defaults
+    pairs += [(name, given.get(name), asked.get(name)) for name in {**asked, **given}]
+    return [f"{name} {quoted(one)}, not {quoted(other)}" for name, one, other in pairs if one != other]
 
 
-def _last_part(model: object) -> str:
-    return re.split(r"[:/\\]", str(model).rstrip("/\\"))[-1]
+def _is_model(found: str, wanted: str) -> bool:
+    """Whether both name one model or file, a path in whatever way; a bare name is of the library that has it."""
+    if found.endswith(f":{wanted}") and not is_file(wanted) and parse(wanted).source is Source.ANY:
+        with exit_on_signal():
+            wanted = resolve(wanted).spec.text
+    return Path(found).absolute() == Path(wanted).absolute()
 
 
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: bool) -> Iterator[Result]:
@@ -140,8 +155,9 @@ def _made(run: Run | Result, choices: Choices, debug: bool) -> Result:
 
 def _written(result: Result, choices: Choices, debug: bool) -> Result:
     try:
-        return write(result, choices)
-    except ExistsError:  # another command has written it in the meantime
+        with suppress(ExistsError):
+            return write(result, choices)
+        check_kept([result.run], choices)  # another command has written it in the meantime
         return Result(result.run, Status.KEPT)
     except Exception as error:
         return _failed(result.run, error, debug)

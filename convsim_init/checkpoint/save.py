@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import ZipFile, ZipInfo
 
 import safetensors.torch
 import torch
@@ -30,7 +31,7 @@ from convsim_init.checkpoint.state_dict import (
 )
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import METADATA_KEY, TORCH_SUFFIXES, check_target, replacing
-from convsim_init.report.record import json_text
+from convsim_init.report.record import TORCH_RECORD, json_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__
 
@@ -54,7 +55,7 @@ def save_checkpoint(
 
     Args:
         model_or_state_dict: Model or state dict to write.
-        path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`, which has no metadata.
+        path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`.
         report: Report of the run that made the weights; its model, seed, settings and totals go into the metadata.
         prefix: Text to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
@@ -92,7 +93,7 @@ class Contents:
     Attributes:
         tensors: Plain tensors, each with memory of its own, under the keys of the file.
         versions: Notes of the modules beside them; for a file of `torch.save`.
-        metadata: Metadata of a safetensors file.
+        metadata: Metadata of a safetensors file; what it says of the run is an entry of other files.
         remarks: Sentences on what the dtype does to the weights.
     """
 
@@ -139,7 +140,7 @@ def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwr
     target = check_target(path, overwrite=overwrite)
     with replacing(target, overwrite=overwrite) as temporary:
         if target.suffix in TORCH_SUFFIXES:
-            _write_torch(with_versions(contents.tensors, contents.versions), temporary)
+            _write_torch(with_versions(contents.tensors, contents.versions), temporary, contents.metadata)
         else:
             _write_safetensors(contents.tensors, temporary, contents.metadata)
     return target
@@ -163,17 +164,19 @@ def _metadata(report: Report | None) -> dict[str, str]:
             "settings": asdict(replace(report.settings, channels=report.channels)),
             "totals": report.totals,
         }
-        if report.calibrated is not None:
-            about["calibrated"] = report.calibrated
+        about |= {"calibrated": report.calibrated} if report.calibrated is not None else {}
+        about |= {"options": report.options} if report.options else {}
         if report.channels == "auto":  # not the same in all layers
             about["all_channels"] = [layer.name for layer in report.layers if layer.channels == "all"]
     return {"format": "pt", "convsim_init": json_text(about, sort_keys=True)}
 
 
-def _write_torch(state: Mapping[str, Tensor], path: Path) -> None:
+def _write_torch(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     # By way of memory: torch hides what a file's write raises, such as a full disk, behind an error of its own.
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    with ZipFile(buffer, "a") as archive:  # beside the entries of torch, which leaves alone what it does not know
+        archive.writestr(ZipInfo(TORCH_RECORD), metadata["convsim_init"])  # of no date
     path.write_bytes(buffer.getbuffer())
 
 

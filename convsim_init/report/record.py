@@ -8,13 +8,15 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
-from convsim_init.files import METADATA_KEY, folder_file, safetensors_header, write_text
+from convsim_init.files import MAX_HEADER, METADATA_KEY, TORCH_SUFFIXES, folder_file, safetensors_header, write_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__, installed_version
 
 FORMAT_VERSION = 1
 SUFFIXES = (".json",)
+TORCH_RECORD = "archive/convsim_init.json"  # in a file of torch.save, which is a zip archive
 
 
 def run_record(report: Report) -> dict[str, Any]:
@@ -31,13 +33,16 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a record, or the weights in a safetensors file, say of the run that made them; nothing where they do not."""
+    """What a record, or a file of weights, says of the run that made it; nothing where it does not."""
     try:
         if path.suffix in SUFFIXES:
             record = json.loads(path.read_bytes())
+        elif path.suffix in TORCH_SUFFIXES:
+            with ZipFile(path) as archive, archive.open(TORCH_RECORD) as file:
+                record = json.loads(file.read(MAX_HEADER))
         else:
             record = json.loads(safetensors_header(folder_file(path) or path)[METADATA_KEY]["convsim_init"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except Exception:  # of many kinds, by what is damaged
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -96,6 +96,7 @@ class Report:
         remarks: What else the reader should know, such as the library of a model, a sentence each.
         processes: How many the layers were divided over.
         calibrated: Shape of the noise that layers were calibrated on afterwards; None if they were not.
+        options: What else the command was given that changes its files, such as ``include``, by the options' names.
         device: Where layers were computed, such as ``"cpu"`` or ``"cuda:0"``; None of `plan` and `measure`.
 
     Examples:
@@ -117,6 +118,7 @@ class Report:
     processes: int = 1
     calibrated: list[int] | None = None
     device: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def channels(self) -> ChannelsChoice:
@@ -146,6 +148,7 @@ class Report:
             "seed": self.seed,
             "base": self.base,
             "calibrated": self.calibrated,
+            "options": self.options,
             "settings": asdict(self.settings),
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": self.totals,

@@ -107,7 +107,7 @@ def test_the_json_has_the_fields_of_the_design(command, tmp_path):
     data = json.loads(out)
     assert set(data) == {
         *("model", "seed", "base", "calibrated", "settings", "layers", "totals", "seconds", "processes", "device"),
-        *("file", "file_bytes", "remarks", "format_version", "versions"),
+        *("options", "file", "file_bytes", "remarks", "format_version", "versions"),
     }
     assert (data["model"], data["seed"]) == ("cifar_resnet18", 0)
     assert data["settings"] == asdict(Settings(steps=2))

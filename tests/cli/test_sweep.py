@@ -47,6 +47,7 @@ SMALL, WIDE, BROKEN, RAISING = (f"nets.py:{name}" for name in ("small", "wide", 
 OVERTAKEN, MOVING = "nets.py:overtaken", "nets.py:moving"
 PATTERN = ["--out", "{model}-s{seed}.safetensors"]
 QUICK = ["--steps", "2"]
+UNTOLD = "kept, though nothing in them says what made them: "
 
 
 @pytest.fixture(autouse=True)
@@ -241,14 +242,45 @@ def test_what_was_made_otherwise_is_not_kept_in_silence(name, command, tmp_path)
         ("nets.py:wide", "0", [], "model 'nets.py:small', not 'nets.py:wide'"),
         ("./nets.py:small", "1", [], "seed 0, not 1"),
         ("nets.py:small", "0", ["--base", "orthogonal"], "base 'model', not 'orthogonal'"),
-        ("./nets.py:small", "0", ["--exclude", "2"], ""),
+        ("other/nets.py:small", "0", [], "model 'nets.py:small', not 'other/nets.py:small'"),
+        ("nets.py:small", "0", ["--exclude", "2"], "exclude None, not ['2']"),
+        ("nets.py:small", "0", ["--include", "0"], "include None, not ['0']"),
+        ("nets.py:small", "0", ["--dtype", "float16"], "dtype None, not 'float16'"),
+        ("nets.py:small", "0", ["--model-arg", "width=6"], "model_arg None, not ['width=6']"),
+        ("nets.py:small", "0", ["--prefix", "a.", "--convs-only"], "convs_only None, not True, prefix None, not 'a.'"),
+        ("nets.py:small", "0", ["--without", "1.*"], "without None, not ['1.*']"),
+        ("./nets.py:small", "0", [], ""),
     ],
 )
-def test_a_file_of_one_name_may_be_of_another_run(model, seed, options, message, command):
-    assert command(SMALL, "--seeds", "0", "--out", "a.safetensors", *QUICK)[0] == 0
-    status, _, err = command(model, "--seeds", seed, "--out", "a.safetensors", *QUICK, *options)
+@pytest.mark.parametrize("out", ["a.safetensors", "a.pt"])
+def test_a_file_of_one_name_may_be_of_another_run(out, model, seed, options, message, command, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/nets.py").write_text(NETWORKS)
+    assert command(SMALL, "--seeds", "0", "--out", out, *QUICK)[0] == 0
+    status, _, err = command(model, "--seeds", seed, "--out", out, *QUICK, *options)
     assert (status, f"made with {message}: choose" in err) == ((2, True) if message else (0, False))
-    assert command(model, "--seeds", seed, "--out", "a.safetensors", *QUICK, *options, "--force")[0] == 0
+    assert command(model, "--seeds", seed, "--out", out, *QUICK, *options, "--force")[0] == 0
+    assert command(model, "--seeds", seed, "--out", out, *QUICK, *options)[::2] == (0, "")
+    status, _, err = command(SMALL, "--seeds", "0", "--out", out, *QUICK)
+    assert status == (2 if message else 0)  # what was given then, and is not now, counts as well
+
+
+@pytest.mark.parametrize("first", ["timm:resnet10t", "resnet10t"])
+def test_a_library_is_a_part_of_a_models_name(first, command):
+    arguments = ["--seeds", "0", "--include", "conv1.*", "--out", "a.safetensors", "--steps", "1"]
+    assert command(first, *arguments)[0] == 0
+    for same in ("timm:resnet10t", "resnet10t"):
+        assert command(same, *arguments)[::2] == (0, "")
+    status, _, err = command("torchvision:resnet10t", *arguments)
+    assert (status, "made with model 'timm:resnet10t', not 'torchvision:resnet10t'" in err) == (2, True)
+
+
+def test_other_files_of_its_run_speak_for_a_picture(command, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = [SMALL, "--seeds", "0", "--plot", "a.png", *QUICK]
+    assert command(*arguments, "--out", "a.pt")[0] == 0
+    assert command(*arguments, "--out", "a.pt")[::2] == (0, "")
+    assert command(*arguments)[2] == f"{UNTOLD}a.png; --force writes them anew\n"
 
 
 def test_a_folder_is_the_same_with_a_separator_behind_it(command, tmp_path):
@@ -260,10 +292,11 @@ def test_a_folder_is_the_same_with_a_separator_behind_it(command, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"settings": [1]}', '{"settings": {"steps": "' + "x" * 999 + '"}}'])
-def test_what_says_little_of_its_run_is_kept(text, command, tmp_path):
+def test_what_says_little_of_its_run_is_kept_and_named(text, command, tmp_path):
     (tmp_path / "a.json").write_text(text)
     status, _, err = command(SMALL, "--seeds", "0", "--report", "a.json", *QUICK)
     assert (status, len(err) < 400) == (2 if "steps" in text else 0, True)
+    assert err.startswith("Error: " if status else f"{UNTOLD}a.json;")
 
 
 def test_what_is_all_there_needs_no_torch(tmp_path):
@@ -273,7 +306,8 @@ def test_what_is_all_there_needs_no_torch(tmp_path):
     code += "; sys.exit('torch' in sys.modules)"
     process = [sys.executable, "-c", code, "resnet18", "--seeds", "0:2", *PATTERN]
     done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    files = "resnet18-s0.safetensors, resnet18-s1.safetensors"
+    assert (done.returncode, done.stderr) == (0, f"{UNTOLD}{files}; --force writes them anew\n")
     assert done.stdout.endswith("2 runs: 2 kept; --force redoes what was kept\n")
 
 
@@ -301,7 +335,7 @@ def test_records_and_pictures_have_names_of_their_own(command, tmp_path):
 
 def test_what_another_command_writes_in_the_meantime_is_kept(command, tmp_path):
     status, out, err = command(OVERTAKEN, "--seeds", "0:2", *PATTERN, *QUICK)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"{UNTOLD}nets-overtaken-s0.safetensors; --force writes them anew\n")
     assert out.splitlines()[0] == "nets.py:overtaken seed 0  kept  nets-overtaken-s0.safetensors"
     assert out.splitlines()[-1] == "2 runs: 1 done, 1 kept; --force redoes what was kept"
     assert (tmp_path / "nets-overtaken-s0.safetensors").read_text() == "of another command"
@@ -393,7 +427,7 @@ def test_a_reader_that_leaves_early_ends_a_sweep_with_a_word(tmp_path):
 def test_json_is_a_line_for_each_run(command, tmp_path):
     (tmp_path / "nets-small-s1.pt").write_bytes(b"")
     status, out, err = command(SMALL, RAISING, "--seeds", "0:2", "--out", "{model}-s{seed}.pt", "--json", *QUICK)
-    assert (status, len(err.splitlines())) == (1, 1)
+    assert (status, len(err.splitlines())) == (1, 2)
     done, kept, *failed = map(json.loads, out.splitlines())
     alone = json.loads(command(SMALL, "--out", "alone.pt", "--json", *QUICK)[1])
     assert done.keys() == alone.keys() | {"status", "error"}
@@ -457,7 +491,7 @@ def test_remarks_are_told_once(command, tmp_path):
 def test_a_dry_run_tells_which_files_would_be_written(command, tmp_path):
     (tmp_path / "nets-small-s1.safetensors").write_bytes(b"")
     status, out, err = command(SMALL, "--seeds", "0:2", *PATTERN, "--dry-run")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"{UNTOLD}nets-small-s1.safetensors; --force writes them anew\n")
     first, second, last = out.splitlines()
     assert "1 planned, 1 skipped" in first
     assert first.endswith("nets-small-s0.safetensors")
@@ -557,7 +591,7 @@ def test_a_model_that_a_file_is_like_is_found_first_too(command, tmp_path):
 def test_what_is_kept_need_not_be_found(command, tmp_path):
     (tmp_path / "nets-gone-s0.safetensors").write_bytes(b"")
     status, _, err = command("nets.py:gone", SMALL, *PATTERN, *QUICK)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"{UNTOLD}nets-gone-s0.safetensors; --force writes them anew\n")
 
 
 @pytest.mark.parametrize(
