@@ -199,6 +199,7 @@ def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None 
 
 
 def _build_noting_loaded(spec: str, how: ModelOptions) -> tuple[torch.nn.Module, frozenset[str]]:
+    from convsim_init.layers import tree
     from convsim_init.layers.names import bare_name
     from convsim_init.models.patching import noting_loaded
 
@@ -206,7 +207,7 @@ def _build_noting_loaded(spec: str, how: ModelOptions) -> tuple[torch.nn.Module,
     with noting_loaded(loaded.append):
         model = how.build(spec)
     parts = set(map(id, loaded))
-    return model, frozenset(bare_name(name) for name, part in model.named_modules() if id(part) in parts)
+    return model, frozenset(bare_name(name) for name, part in tree.named_modules(model) if id(part) in parts)
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from convsim_init.errors import InputError
 from convsim_init.initialize import initialize_layers
+from convsim_init.layers import tree
 from convsim_init.layers.find import find_layers, pair_obstacle, unselected
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name, unwrap
@@ -88,7 +89,7 @@ def initializing(
             except InputError as error:
                 raise UnmatchedError(str(error)) from None
         for model in models:
-            parts = {bare_name(name): part for name, part in nn.Module.named_modules(unwrap(model))}
+            parts = {bare_name(name): part for name, part in tree.named_modules(unwrap(model))}
             layers = find_layers(model, obstacle=partial(obstacle, parts))
             drawn = [layer for layer in layers if layer.obstacle is None]
             if again and not drawn:

@@ -17,6 +17,7 @@ from convsim_init.checkpoint.match import match
 from convsim_init.checkpoint.read import Checkpoint, read_checkpoint
 from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
+from convsim_init.layers import tree
 from convsim_init.layers.memory import memories
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
@@ -153,7 +154,7 @@ def _try_out(
 def _copy(model: nn.Module) -> nn.Module:
     """A copy to try things on."""
     memo: dict[int, object] = {}
-    for module in nn.Module.modules(model):
+    for module in tree.modules(model):
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # as hooks leave them; these cannot be copied
                 memo[id(value)] = value.detach().clone()
@@ -240,7 +241,7 @@ def _moved_versions(
 ) -> Mapping[str, object] | None:
     if versions is None:
         return None
-    real = {bare_name(name): name for name, _ in nn.Module.named_modules(model)}
+    real = {bare_name(name): name for name, _ in tree.named_modules(model)}
     names = {name: _moved(f"{name}." if name else "", report).removesuffix(".") for name in versions}
     return {real.get(names[name], names[name]): value for name, value in versions.items()}
 
@@ -272,7 +273,7 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _backup(model: nn.Module) -> Callable[[], None]:
     """What gives a model's parameters and buffers the values back that they have now."""
-    tensors = [tensor for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)) if not tensor.is_meta]
+    tensors = [tensor for tensor in (*tree.parameters(model), *tree.buffers(model)) if not tensor.is_meta]
     before = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from convsim_init.checkpoint.read import Checkpoint
 from convsim_init.checkpoint.state_dict import is_finite, state_entries
 from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import name_of, narrows, same_kind
+from convsim_init.layers import tree
 from convsim_init.layers.names import WRAPPER_PARTS, bare_name, unwrap
 from convsim_init.report.text import shown, some
 
@@ -120,8 +121,8 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
     inner = unwrap(model)
     names = defaultdict(list)
     for name, tensor in chain(
-        nn.Module.named_parameters(inner, remove_duplicate=False),
-        nn.Module.named_buffers(inner, remove_duplicate=False),
+        tree.named_parameters(inner, remove_duplicate=False),
+        tree.named_buffers(inner, remove_duplicate=False),
     ):
         names[id(tensor)].append(bare_name(name))
     return {name: [other for other in group if other != name] for group in names.values() for name in group}

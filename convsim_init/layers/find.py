@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
+from convsim_init.layers import tree
 from convsim_init.layers.code.around import kept_outside
 from convsim_init.layers.code.reading import forward_code, has_forward_of_its_own
 from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
@@ -37,7 +38,7 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module, got {type(model).__name__}: pass the model itself")
-    modules = nn.Module.named_modules(unwrap(model))
+    modules = tree.named_modules(unwrap(model))
     found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
     if not found:
         _module_layers(unwrap(model))  # raises if there is none of another kind either
@@ -50,7 +51,7 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raise an `InputError` if a parameter or buffer of a model is lazy, because a forward pass would change it."""
-    for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
+    for name, tensor in (*tree.named_parameters(model), *tree.named_buffers(model)):
         if is_lazy(tensor):
             raise InputError(
                 f"expected a model that has been run, got one whose {name} is lazy: run a forward pass first"
@@ -180,7 +181,7 @@ def shape_obstacle(shape: Sequence[int]) -> str | None:
 def _module_layers(model: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
-    owners = dict(nn.Module.named_modules(model))
+    owners = dict(tree.named_modules(model))
     for name, module in owners.items():
         if name.startswith(within):
             continue

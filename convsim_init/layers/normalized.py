@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.forward.isolation import LIVE, copied, heavy_attributes, random_states
 from convsim_init.layers.forward.symbolic import OUTPUT, Node, SymbolicPass
@@ -129,7 +130,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
     Attributes that cannot be copied, or are too heavy, it shares with the model.
     """
     memo: dict[int, Any] = {}
-    parts = list(nn.Module.modules(model))
+    parts = list(tree.modules(model))
     for part in parts:
         for name, value in vars(part).items():
             if "hooks" in name and isinstance(value, dict):
@@ -149,7 +150,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
                 memo[id(value)] = copied(value, memo)
     clone = copy.deepcopy(model, memo)
     own = set(map(id, parts))
-    for part in nn.Module.modules(clone):
+    for part in tree.modules(clone):
         if id(part) in own:  # which the pass would change
             raise TypeError(f"{type(part).__name__} does not let itself be copied")
         vars(part)["training"] = False
@@ -158,11 +159,11 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 def _followed(passes: SymbolicPass, part: nn.Module, seen: set[str], path: str = "") -> Iterator[tuple[str, bool]]:
     """The layers of a part of the model of which it is known, by their names; and whether one follows."""
-    modules = [(name, module) for name, module in nn.Module.named_modules(part)]
+    modules = list(tree.named_modules(part))
     names = {
         id(one): (path + name.partition(".parametrizations.")[0]).rstrip(".")
         for name, module in reversed(modules)
-        for one in (module, *(one for one in nn.Module.parameters(module, recurse=False) if not is_lazy(one)))
+        for one in (module, *(one for one in module._parameters.values() if one is not None and not is_lazy(one)))
     }
     convolutions = {names[id(module)] for _, module in modules if isinstance(module, _ConvNd)}
     for usual, given in product((True, False), _arguments(part)):
@@ -175,7 +176,7 @@ def _followed(passes: SymbolicPass, part: nn.Module, seen: set[str], path: str =
         seen |= found.keys()
     if not convolutions - seen:
         return
-    for name, child in nn.Module.named_children(part):
+    for name, child in tree.named_children(part):
         yield from _followed(passes, child, seen, f"{path}{name}.")
 
 
@@ -268,7 +269,7 @@ def _origins(node: Node, most: float = math.inf) -> set[Node]:
 def call_name(module: nn.Module) -> tuple[str, bool]:
     """What a module's call counts as, and whether what happens inside it is of no interest."""
     if isinstance(module, _ConvNd):
-        return FUSED if any(map(_is_normalization, nn.Module.children(module))) else USED, True
+        return FUSED if any(_is_normalization(child) for _, child in tree.named_children(module)) else USED, True
     if _is_normalization(module):
         return NORMALIZED, True
     if isinstance(module, USERS):
@@ -276,7 +277,7 @@ def call_name(module: nn.Module) -> tuple[str, bool]:
     if isinstance(module, torch.jit.ScriptModule):
         return UNKNOWN, True
     library = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
-    inner = any(isinstance(one, USERS) for one in nn.Module.modules(module))
+    inner = any(isinstance(one, USERS) for one in tree.modules(module))
     return UNKNOWN if inner else PASSED, library and not isinstance(module, CONTAINERS)
 
 
@@ -286,7 +287,7 @@ def _is_normalization(module: nn.Module) -> bool:
         return False
     if isinstance(module, NORMALIZATIONS):
         return True
-    inside = nn.Module.modules(module)
+    inside = tree.modules(module)
     return NAMED.search(type(module).__name__) is not None and not any(
         isinstance(one, USERS) or not USING.isdisjoint(forward_code(one).names) for one in inside
     )

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.around import has_attribute, hooks_elsewhere, kept_outside, reads_further_inside
 from convsim_init.layers.code.held import is_plain
 from convsim_init.layers.code.reading import forward_code
@@ -58,7 +59,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     """
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
     weights: dict[int, int] = {}
-    for name, module in nn.Module.named_modules(model):
+    for name, module in tree.named_modules(model):
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
@@ -68,7 +69,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
             weights |= {id(one): one.numel() for one in own}
     if not found:
         return []
-    share = sum(weights.values()) / sum(one.numel() for one in nn.Module.parameters(model) if not is_lazy(one))
+    share = sum(weights.values()) / sum(one.numel() for one in tree.parameters(model) if not is_lazy(one))
     kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
     return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
 
@@ -76,7 +77,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
     code = forward_code(module)
-    known = {id(p) for one in nn.Module.modules(module) if isinstance(one, _ConvNd) for p in nn.Module.parameters(one)}
+    known = {id(p) for one in tree.modules(module) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
     own = {key: one for key, one in module._parameters.items() if one is not None and not is_lazy(one)}
     found = [one for key, one in own.items() if "weight" in key or (code.convolves and one.dim() > 1)]
     found = [one for one in found if id(one) not in known]
@@ -85,12 +86,12 @@ def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
         return found  # a graph's calls are known
     if known and code.takes_weights:
         return []  # it calls a convolution with the weight of one inside it
-    return [one for one in nn.Module.parameters(module) if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
+    return [one for one in tree.parameters(module) if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
 
 
 def _kept(model: nn.Module) -> list[str]:
     """A remark on convolutions that plain lists, objects or functions hold and a forward pass uses."""
-    parts = dict(nn.Module.named_modules(model))
+    parts = dict(tree.named_modules(model))
     known = set(map(id, parts.values()))
     found = [
         f"{bare_name(name)}.{one}".lstrip(".") for name, part in parts.items() for one in kept_outside(part, known)
@@ -103,10 +104,10 @@ def _kept(model: nn.Module) -> list[str]:
 def _hooks_around(model: nn.Module) -> list[str]:
     """Remarks on hooks that may change the weights of other convolutions than those that a trial pass is made for."""
     around, elsewhere = list[str](), list[str]()
-    for name, module in nn.Module.named_modules(model):
-        children = nn.Module.children(module)
+    for name, module in tree.named_modules(model):
+        children = (child for _, child in tree.named_children(module))
         if has_unknown_hook(module) and any(
-            isinstance(one, _ConvNd) for child in children for one in list(nn.Module.modules(child))[1:]
+            isinstance(one, _ConvNd) for child in children for one in list(tree.modules(child))[1:]
         ):
             around.append(layer_name(bare_name(name)))
         elif hooks_elsewhere(module):
@@ -121,22 +122,20 @@ def _hooks_around(model: nn.Module) -> list[str]:
 
 def _read_above(model: nn.Module) -> list[str]:
     """A remark on forward passes that may use other weights of convolutions further inside than is tried."""
-    found = [
-        layer_name(bare_name(name)) for name, module in nn.Module.named_modules(model) if reads_further_inside(module)
-    ]
+    found = [layer_name(bare_name(name)) for name, module in tree.named_modules(model) if reads_further_inside(module)]
     return [f"not tried, though they may use other weights: the forward passes of {some(found)}"] if found else []
 
 
 def _used_elsewhere(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
     parents: dict[nn.Module, list[Holder]] = {}
-    for name, owner in nn.Module.named_modules(model):
+    for name, owner in tree.named_modules(model):
         for key, child in owner._modules.items():
             if child is not None:
                 parents.setdefault(child, []).append((name, owner, key))
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
-    for full, module in nn.Module.named_modules(model):
+    for full, module in tree.named_modules(model):
         weight = weights.get(bare_name(full))
         if isinstance(module, _ConvNd) and weight is not None and len(held := list(_holders(parents, module))) > 1:
             uses = [(name, used_weight(module, owner, inner)) for name, owner, inner in held]
@@ -175,7 +174,7 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     treated.sort(key=attrgetter("start"))
     starts, longest = [one.start for one in treated], max((one.end - one.start for one in treated), default=0)
     found = []
-    for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
+    for name, tensor in (*tree.named_parameters(model), *tree.named_buffers(model)):
         for one in memories([tensor]) if id(tensor) not in own else ():
             near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
             if any(overlap(one, other) for other in near):
@@ -233,8 +232,8 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model, those that attributes hold by the names of the attributes."""
-    yield from (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))
-    for name, part in nn.Module.named_modules(model):
+    yield from (*tree.named_parameters(model), *tree.named_buffers(model))
+    for name, part in tree.named_modules(model):
         for key, value in vars(part).items():
             if key not in USUAL:
                 yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in _held(value))

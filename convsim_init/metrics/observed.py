@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
+from convsim_init.layers import tree
 from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.find import find_convolutions, refuse_lazy
 from convsim_init.layers.forward.isolation import undisturbed
@@ -130,9 +131,9 @@ class FeatureMaps:
 
 def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
     """Which tensors a forward pass may change: of a very large model not those parameters that none seems to write."""
-    if sum(one.nbytes for one in nn.Module.parameters(model)) <= COPIED:
+    if sum(one.nbytes for one in tree.parameters(model)) <= COPIED:
         return lambda _: True
-    written = {id(one) for part in nn.Module.modules(model) for one in _may_be_written(part)}
+    written = {id(one) for part in tree.modules(model) for one in _may_be_written(part)}
     return lambda tensor: id(tensor) in written or not isinstance(tensor, nn.Parameter)
 
 
@@ -140,14 +141,15 @@ def _may_be_written(part: nn.Module) -> Iterable[Tensor | None]:
     """Parameters that the forward pass of a module may change, as far as it is seen."""
     of_torch = str(type(part).__module__).startswith("torch.")
     if has_unknown_hook(part) or part._forward_hooks or (not of_torch and forward_code(part).takes_weights):
-        return nn.Module.parameters(part)
+        return tree.parameters(part)
     return () if of_torch else part._parameters.values()
 
 
 def _run(model: nn.Module, batch: object) -> None:
     """A forward pass with copies of the buffers: those of inference mode could not be written to."""
-    buffers = {name: buffer.clone() for name, buffer in nn.Module.named_buffers(model)}
-    if isinstance(batch, Mapping):
-        functional_call(model, buffers, (), dict(batch))
-    else:
-        functional_call(model, buffers, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
+    clones = {id(buffer): buffer.clone() for buffer in tree.buffers(model)}
+    buffers = {name: clones[id(buffer)] for name, buffer in tree.named_buffers(model, remove_duplicate=False)}
+    named, given = (dict(batch), ()) if isinstance(batch, Mapping) else ({}, batch)
+    arguments = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    # To find ties it would call methods of the model's own, and here are all names of each buffer.
+    functional_call(model, buffers, arguments, named, tie_weights=False)

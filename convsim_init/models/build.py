@@ -73,9 +73,9 @@ def build_model(
             build = _builder(found)
         with _reproducible(checked_seed):
             model = build(arguments)
-    from torch import nn
+    from convsim_init.layers import tree
 
-    for module in nn.Module.modules(model):
+    for module in tree.modules(model):
         module.training = True  # a class may have given `train` another meaning, such as to start training
     return model
 

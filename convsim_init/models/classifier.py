@@ -50,9 +50,11 @@ def pointwise_convolutions(model: object) -> set[str]:
     """
     from torch import nn
 
+    from convsim_init.layers import tree
+
     if not isinstance(model, nn.Module):
         return set()
-    weighted = [(name, module) for name, module in nn.Module.named_modules(model) if "weight" in module._parameters]
+    weighted = [(name, module) for name, module in tree.named_modules(model) if "weight" in module._parameters]
     found = [
         name
         for name, module in weighted

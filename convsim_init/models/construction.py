@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
+from convsim_init.layers import tree
 from convsim_init.layers.forward.weight import find_call
 from convsim_init.layers.memory import has_no_data
 from convsim_init.models.patching import noting_loaded, replaced
@@ -115,7 +116,7 @@ class Construction:
         def marking(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
             told = () if self._telling else self._told.values()
-            parameters = (one for model in told for one in nn.Module.parameters(model))
+            parameters = (one for model in told for one in tree.parameters(model))
             if any(_has_gradient(one) and id(one) not in self._graded for one in parameters):
                 self._window.close()  # the forward pass was not seen
                 self._tell_again(Moment.STEP)
@@ -152,7 +153,7 @@ class Construction:
             self._window.close()
             self._tell(Moment.OPTIMIZER)
             models = list(self._told.values())
-            self._graded = {id(one) for model in models for one in nn.Module.parameters(model) if _has_gradient(one)}
+            self._graded = {id(one) for model in models for one in tree.parameters(model) if _has_gradient(one)}
             self._window.enter_context(before_first_pass(models, self._at_first_pass))
             init(optimizer, *args, **kwargs)
 
@@ -172,11 +173,11 @@ class Construction:
         if self._redrawn:
             trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
             for model in list(self._models.values()):
-                if any(id(one) in trained for one in nn.Module.parameters(model)):
+                if any(id(one) in trained for one in tree.parameters(model)):
                     self._forget_redrawn(model)
 
     def _forget_redrawn(self, model: nn.Module) -> None:
-        for part in nn.Module.modules(model) if self._redrawn else ():
+        for part in tree.modules(model) if self._redrawn else ():
             self._redrawn.pop(id(part), None)
 
     @contextmanager
@@ -193,12 +194,12 @@ class Construction:
         with self._own_work():
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
-            inner = {id(part) for model in models for part in list(nn.Module.modules(model))[1:]}
+            inner = {id(part) for model in models for part in list(tree.modules(model))[1:]}
             told = {
                 id(model): model
                 for model in models
                 if id(model) not in inner
-                and (self._marks_drawn(model) or not new.isdisjoint(map(id, nn.Module.modules(model))))
+                and (self._marks_drawn(model) or not new.isdisjoint(map(id, tree.modules(model))))
             }
             self._built.clear()
             self._redrawn.clear()
@@ -208,7 +209,7 @@ class Construction:
 
     def _marks_drawn(self, model: nn.Module) -> bool:
         """Whether a part of a model was drawn anew since it was told; each of them is marked."""
-        drawn = [part for part in nn.Module.modules(model) if id(part) in self._redrawn] if self._redrawn else []
+        drawn = [part for part in tree.modules(model) if id(part) in self._redrawn] if self._redrawn else []
         for part in drawn:
             if MARK not in vars(part) and _convolves(part):
                 self._mark(part)
@@ -222,14 +223,14 @@ class Construction:
             self._treat(models, moment)
         for model in models:
             self._forget_redrawn(model)
-            _unmark(nn.Module.modules(model))
-            for part in nn.Module.modules(model):
+            _unmark(tree.modules(model))
+            for part in tree.modules(model):
                 self._marked.pop(id(part), None)
 
 
 def left_alone(module: nn.Module | None) -> str | None:
     """Why a module's weight is to stay; None if it was drawn in a `Construction` that is not over."""
-    marks = [vars(part).get(MARK) for part in nn.Module.modules(module)] if module is not None else []
+    marks = [vars(part).get(MARK) for part in tree.modules(module)] if module is not None else []
     if not marks or marks[0] is None or marks[0][0] not in _OPEN:
         return ELSEWHERE
     return next((why for _, why in filter(None, marks) if why), None)
@@ -258,7 +259,7 @@ def _unmark(modules: Iterable[nn.Module]) -> None:
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Those that are part of no other of these modules and have one of them that is a convolution."""
     built = {id(module) for module in modules}
-    parts = {id(module): list(nn.Module.modules(module)) for module in modules}
+    parts = {id(module): list(tree.modules(module)) for module in modules}
     inner = {id(part) for module in modules for part in parts[id(module)][1:]}
     return [
         module
@@ -269,6 +270,6 @@ def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _convolves(module: nn.Module) -> bool:
     """Whether it is a convolution, of PyTorch's or of a class of somebody's own, whose parameters have data."""
-    if any(map(has_no_data, nn.Module.parameters(module))):
+    if any(map(has_no_data, tree.parameters(module))):
         return False
     return isinstance(module, _ConvNd) or find_call(module) is not None

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import TRIALS, compiled_parts
 from convsim_init.models.patching import replaced
 
@@ -22,7 +23,7 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
 
     Passes that are traced or transformed, and trials of our own, do not count. The first call is to end the context.
     """
-    named = [named for model in models for named in nn.Module.named_modules(model)]
+    named = [named for model in models for named in tree.named_modules(model)]
     # Parametrizations run whenever their weight is looked at.
     parts = {id(part): part for name, part in named if "parametrizations" not in name.split(".")}
 
@@ -31,7 +32,7 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
         transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
         if tracing or transformed or torch.compiler.is_compiling():
             return
-        if not TRIALS and any(id(part) in parts for part in nn.Module.modules(module)):
+        if not TRIALS and any(id(part) in parts for part in tree.modules(module)):
             act()
 
     def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +45,7 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
         return after_telling
 
     with ExitStack() as stack:
-        compiled = {id(one) for part in compiled_parts(part for _, part in named) for one in nn.Module.modules(part)}
+        compiled = {id(one) for part in compiled_parts(part for _, part in named) for one in tree.modules(part)}
         if parts and not compiled:
             stack.callback(register_module_forward_pre_hook(before_call).remove)
         elif parts:  # a compiled one would warn of a hook of all modules, and be compiled anew once that is gone

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import full_precision
+from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy
 from convsim_init.layers.forward.isolation import LIVE, isolated
 from convsim_init.layers.forward.outputs import convolution_outputs
@@ -174,7 +175,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
         torch.enable_grad(),
         full_precision(images.device),
     ):
-        for part in nn.Module.modules(model):
+        for part in tree.modules(model):
             # A classifier of zeros hides what enters it.
             if isinstance(part, nn.Linear) and not (is_wrapper(part.weight) or part.weight.any()):
                 part.register_forward_pre_hook(note_input)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.changes import ARGUMENT
 from convsim_init.layers.code.held import held_by
 from convsim_init.layers.code.reading import forward_code, hook_code
@@ -26,7 +27,7 @@ def reads_weight(owner: nn.Module, name: str) -> bool:
     What is read of a variable may be of any, if a convolution is called.
     """
     code = forward_code(owner)
-    others = dict(nn.Module.named_children(owner)).keys() - {name}
+    others = dict(tree.named_children(owner)).keys() - {name}
     if has_attribute(owner, "weight"):
         others |= code.selves
     return any(read == name or (code.convolves and read not in others) for read in code.weights_read)
@@ -34,7 +35,7 @@ def reads_weight(owner: nn.Module, name: str) -> bool:
 
 def alters_weight(owner: nn.Module, name: str) -> bool:
     """Whether the forward pass of a module may change the weight of a convolution inside it, of that name."""
-    return forward_code(owner).alters({name.partition(".")[0]}, dict(nn.Module.named_children(owner)).keys())
+    return forward_code(owner).alters({name.partition(".")[0]}, dict(tree.named_children(owner)).keys())
 
 
 def hooks_alter(owner: nn.Module) -> bool:
@@ -49,12 +50,12 @@ def reads_further_inside(module: nn.Module) -> bool:
         return False
     inside = {
         name
-        for name, one in nn.Module.named_modules(module)
+        for name, one in tree.named_modules(module)
         if isinstance(one, _ConvNd) and name and not _is_direct(module, name)
     }
-    children = dict(nn.Module.named_children(module)).keys()
+    children = dict(tree.named_children(module)).keys()
     beyond = not code.weights_read <= children | code.selves | {"self"}
-    if (beyond or code.altered) and any(kept_outside(module, set(map(id, nn.Module.modules(module))))):
+    if (beyond or code.altered) and any(kept_outside(module, set(map(id, tree.modules(module))))):
         return True
     last = {name.rpartition(".")[2] for name in inside}
     alters = code.alters({name.partition(".")[0] for name in inside}, children)
@@ -65,7 +66,7 @@ def reads_further_inside(module: nn.Module) -> bool:
 def kept_outside(module: nn.Module, known: Collection[int]) -> Iterator[str]:
     """Attributes that a forward pass names and that hold convolutions other than the known ones, given by their ids."""
     for name, values in held_by(module).items():
-        kept = (part for one in values if isinstance(one, nn.Module) for part in nn.Module.modules(one))
+        kept = (part for one in values if isinstance(one, nn.Module) for part in tree.modules(one))
         others = any(isinstance(one, _ConvNd) and id(one) not in known for one in kept)
         if others and name in forward_code(module).names:
             yield name
@@ -80,7 +81,7 @@ def hooks_elsewhere(module: nn.Module) -> bool:
         [what for hook in hooks.values() for what in hook_code(hook).altered]
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
     )
-    inside = bool(after) and any(isinstance(one, _ConvNd) for one in nn.Module.modules(module))
+    inside = bool(after) and any(isinstance(one, _ConvNd) for one in tree.modules(module))
     return inside or any(ARGUMENT not in what for what in (*before, *after))
 
 

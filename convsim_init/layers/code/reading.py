@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.bytecode import asked_of_bases, global_names, names_convolution, texts, weights_read
 from convsim_init.layers.code.changes import (
     ARGUMENT,
@@ -193,9 +194,7 @@ def _held(owner: object) -> dict[str, list[object]]:
     """What the attributes of a module or object hold and has to do with weights or convolutions."""
     found = held_by(owner)
     if isinstance(owner, nn.Module) and owner._parameters and not isinstance(owner, _ConvNd):  # of one inside, perhaps
-        inside = {
-            id(p) for one in nn.Module.modules(owner) if isinstance(one, _ConvNd) for p in one._parameters.values()
-        }
+        inside = {id(p) for one in tree.modules(owner) if isinstance(one, _ConvNd) for p in one._parameters.values()}
         found |= {name: [one] for name, one in owner._parameters.items() if one is not None and id(one) in inside}
     kept = {name: [one for one in values if _matters(one)] for name, values in found.items()}
     return {name: values for name, values in kept.items() if values}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.held import is_plain
 from convsim_init.layers.code.reading import names_of
 from convsim_init.layers.memory import is_wrapper
@@ -44,7 +45,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     What attributes hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
     """
-    parts = list(nn.Module.modules(module))
+    parts = list(tree.modules(module))
     with LIVE, undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
@@ -71,7 +72,7 @@ def undisturbed(
         copy: Of which tensors the values are kept too. Default: of all.
         containers: Whether what lists and dicts hold that are attributes is put back too, as that of hooks is.
     """
-    parts = list(nn.Module.modules(module))
+    parts = list(tree.modules(module))
     attributes = [vars(part) for part in parts]
     values = [value for one in attributes for value in one.values()]
     held: list[Any] = [*attributes]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.bytecode import unpacked
 from convsim_init.layers.code.reading import CONVOLUTIONS
 from convsim_init.layers.forward.answers import Answers
@@ -140,7 +141,7 @@ class SymbolicPass(TorchFunctionMode):
     def __init__(self, model: nn.Module, naming: Callable[[nn.Module], tuple[str, bool]]) -> None:
         super().__init__()
         self._named: dict[nn.Module, tuple[str, bool]] = {}
-        for module in list(nn.Module.modules(model)):
+        for module in list(tree.modules(model)):
             self._named[module] = naming(module)
             for name, part in module._modules.items() if not isinstance(module, torch.jit.ScriptModule) else ():
                 if isinstance(part, torch.jit.ScriptModule):  # has no forward pass that could be replaced
@@ -152,11 +153,9 @@ class SymbolicPass(TorchFunctionMode):
         self._made = 0
         self._usual = True
         self._answers = Answers({})
-        ranks = [len(one.kernel_size) + 2 for one in nn.Module.modules(model) if isinstance(one, _ConvNd)]
+        ranks = [len(one.kernel_size) + 2 for one in tree.modules(model) if isinstance(one, _ConvNd)]
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
-        self._forward = {
-            one: one.forward for one in nn.Module.modules(model) if not isinstance(one, torch.jit.ScriptModule)
-        }
+        self._forward = {one: one.forward for one in tree.modules(model) if not isinstance(one, torch.jit.ScriptModule)}
         for module, forward in self._forward.items():
             vars(module)["forward"] = functools.wraps(forward)(functools.partial(self._call, module))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.reading import CONVOLUTIONS, TRANSPOSED
 from convsim_init.layers.forward.isolation import ORIGINAL, draw_numbers, isolated
 
@@ -67,7 +68,7 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
 def _calls(module: nn.Module, leaf: Tensor, others: Collection[int]) -> tuple[list[Call], bool]:
     capture = _Capture(None, others, leaf)
     with isolated(module), capture, torch.enable_grad():
-        for parameter in nn.Module.parameters(module):
+        for parameter in tree.parameters(module):
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
         try:
@@ -131,7 +132,7 @@ def _run(module: nn.Module, leaf: Tensor) -> None:
 
 def _leaf(module: nn.Module, x: Tensor) -> Tensor:
     """The input, such that derivatives tell what is computed from it; what inference mode made has none."""
-    tensors = (*nn.Module.parameters(module), *nn.Module.buffers(module))
+    tensors = (*tree.parameters(module), *tree.buffers(module))
     return x.detach().requires_grad_(x.is_floating_point() and not any(one.is_inference() for one in tensors))
 
 

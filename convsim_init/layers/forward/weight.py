@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsim_init.layers import tree
 from convsim_init.layers.code.around import alters_weight, hooks_alter, reads_weight
 from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
@@ -52,7 +53,7 @@ def find_call(module: nn.Module) -> ForwardWeight | None:
         stored = stored_weight(module)
         if len(stored.shape) not in KERNEL_RANKS or not isinstance(stored.sources[0], nn.Parameter):
             return None
-        if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in nn.Module.parameters(child)):
+        if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in tree.parameters(child)):
             return None
         weight = ForwardWeight(module, stored)
         weight.choose_call()
@@ -100,14 +101,14 @@ def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) 
 def _entries(owner: nn.Module) -> list[_ConvNd]:
     """Convolutions whose input a module may take: of those inside it the ones of fewest channels, one of a kind."""
     found: dict[tuple[int, int], _ConvNd] = {}
-    for part in nn.Module.modules(owner):
+    for part in tree.modules(owner):
         if isinstance(part, _ConvNd):
             found.setdefault((part.in_channels, len(part.kernel_size)), part)
     return [found[kind] for kind in sorted(found)[:MAX_ENTRIES]]
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    return [child for name, child in nn.Module.named_children(module) if name != "parametrizations"]
+    return [child for name, child in tree.named_children(module) if name != "parametrizations"]
 
 
 class ForwardWeight(Weight):
@@ -321,7 +322,7 @@ class ForwardWeight(Weight):
 
     def _others(self) -> set[int]:
         """Addresses of the parameters of other modules inside it."""
-        inner = [one for part in _parts(self.module) for one in nn.Module.parameters(part) if not is_lazy(one)]
+        inner = [one for part in _parts(self.module) for one in tree.parameters(part) if not is_lazy(one)]
         return {one.data_ptr() for one in inner} - {source.data_ptr() for source in self.sources}
 
     def _find_mask(self, stored: Tensor) -> Tensor | None:
