@@ -36,6 +36,8 @@ COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back w
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
 ATOMS = (bool, int, float, str, type(None))
+CONTAINERS = (tuple, list, set, dict, OrderedDict)
+USUAL = {*ATOMS, *CONTAINERS}  # types of attributes
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
@@ -79,7 +81,8 @@ def undisturbed(
     held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
     held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
     contents = list(map(_content, held))
-    generators = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
+    others = (one for one in values if type(one) not in USUAL)  # to ask for a generator takes its time
+    generators = [(one, one.get_state()) for one in others if isinstance(one, torch.Generator)]
     tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
     undo = [noted(one, copy=copy(one)) for one in tensors]
     with random_states(tensors), not_compiled():
@@ -188,10 +191,14 @@ def _is_heavy(value: object) -> bool:
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of an attribute, but for the modules and tensors in the memo and for what cannot be copied."""
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
     if isinstance(value, ATOMS):
         return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in _inside(value)):
+        return value if isinstance(value, tuple) else type(value)(value)  # as most are; deepcopy takes its time
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
     new: dict[int, Any] = {}
     try:
         with _ComputedToo():
@@ -202,6 +209,10 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         if isinstance(one, nn.Parameter) and original != id(one):
             vars(one)[ORIGINAL] = original
     return twin
+
+
+def _inside(container: Iterable[Any]) -> Iterable[Any]:
+    return chain(container, container.values()) if isinstance(container, dict) else container
 
 
 def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:

@@ -175,6 +175,21 @@ class _Capture(TorchFunctionMode):
         super().__init__()
         self._shape, self._others, self._leaf, self._last, self._fed = shape, others, leaf, last, fed
         self.calls: list[Call] = []
+        self._known: dict[Any, bool] = {None: False}  # whether a node of derivatives leads to the leaf
+
+    def _is_fed(self, start: Any) -> bool:
+        """Whether a node of derivatives leads to the leaf; what is known of others is not looked at again."""
+        pending, seen, found = [start], set[Any](), False
+        while pending and not found:
+            node = pending.pop()
+            if node in self._known:
+                found = self._known[node]
+            elif node not in seen:
+                seen.add(node)
+                found = getattr(node, "variable", None) is self._leaf
+                pending += [following for following, _ in node.next_functions]
+        self._known |= {start: True} if found else dict.fromkeys(seen, False)
+        return found
 
     def __torch_function__(
         self,
@@ -189,7 +204,7 @@ class _Capture(TorchFunctionMode):
             if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
                 weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
             if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
-                fed = isinstance(x, Tensor) and id(self._leaf) in leaves(x)
+                fed = isinstance(x, Tensor) and self._is_fed(x.grad_fn)
                 if fed or not self._fed:
                     steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
                     copy = weight.clone()  # before its memory is put back

@@ -15,8 +15,9 @@ from torch import nn
 
 import convsim_init as ci
 from convsim_init.layers.find import find_layers
+from convsim_init.layers.forward import isolation
 from convsim_init.layers.forward.isolation import isolated, not_compiled
-from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call
+from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call, convolution_calls
 
 
 class Everything(nn.Conv2d):
@@ -403,3 +404,35 @@ def test_code_that_refuses_a_gradient_after_a_first_call_is_tried_without():
 
     (layer,) = find_layers(nn.Sequential(Estimating()))
     assert layer.weight.note.startswith("one of several weights")
+
+
+def test_most_attributes_are_copied_without_a_deep_copy(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.sizes, model.held, model.nested = (1, "a"), [model[0], 2], [[model[0].weight], {"a": [1]}]
+    calls, deepcopy = list[object](), isolation.copy.deepcopy
+    monkeypatch.setattr(isolation.copy, "deepcopy", lambda value, memo: calls.append(value) or deepcopy(value, memo))
+    held, nested, parameters = model.held, model.nested, model[0]._parameters
+    with isolation.isolated(model):
+        assert calls == [nested]
+        assert (model.held, model.held is held, model[0]._parameters is parameters) == (held, False, False)
+        assert model.nested[0][0] is model[0].weight
+        assert model.nested[1]["a"] is not nested[1]["a"]
+        model.held.append(3)
+    assert (model.held, model.nested, len(held)) == (held, nested, 2)
+
+
+def test_a_convolution_is_fed_by_whatever_way_from_the_input():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1, bias=index > 0) for index in range(4))
+            self.start = nn.Parameter(torch.zeros(1, 3, 2, 2))
+
+        def forward(self, x):
+            own = self.convs[0](self.start)  # of no input
+            left = self.convs[1](own + x)
+            return self.convs[2](left.relu() * own) + self.convs[3](own.detach())
+
+    calls, to_the_end = convolution_calls(Branches(), torch.zeros(1, 3, 2, 2))
+    assert to_the_end
+    assert [call.fed for call in calls] == [False, True, True, False]
