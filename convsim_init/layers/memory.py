@@ -90,6 +90,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def gradient_hooks(tensor: Tensor) -> list[dict[int, Any]]:
+    """The hooks on a tensor's gradient, before and after it is added up, which are kept beside its memory."""
+    return [getattr(tensor, name, None) or {} for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+
+
 def _is_sparse(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided
 

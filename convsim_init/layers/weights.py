@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.trial import Call
-from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, overlaps_itself
+from convsim_init.layers.memory import gradient_hooks, has_no_data, is_sharded, is_wrapper, overlaps_itself
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
@@ -44,7 +44,7 @@ class Weight:
 
         Zeros of a parameter with a hook on its gradient are taken for one: such a hook keeps them in training.
         """
-        if type(self) is not Weight or not self.sources[0]._backward_hooks:
+        if type(self) is not Weight or not any(gradient_hooks(self.sources[0])):
             return None
         mask = self.sources[0].detach() != 0
         return None if mask.all() else mask

@@ -77,11 +77,14 @@ def hooked():
     return module
 
 
-def kept_by_a_gradient_hook(kind=nn.Conv2d):
+def kept_by_a_gradient_hook(kind=nn.Conv2d, *, added_up=False):
     module = kind(3, 16, 5)
     mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     module.weight.data *= mask
-    module.weight.register_hook(lambda gradient: gradient * mask)
+    if added_up:
+        module.weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.mul_(mask))
+    else:
+        module.weight.register_hook(lambda gradient: gradient * mask)
     return module
 
 
@@ -103,6 +106,7 @@ MASKS = {
     "in its call": lambda: MaskedInCall(3, 16, 5),
     "by a hook": hooked,
     "by a hook on the gradient": kept_by_a_gradient_hook,
+    "by a hook on the sum of gradients": lambda: kept_by_a_gradient_hook(added_up=True),
     "and scaled": lambda: kept_by_a_gradient_hook(Scaling),
     "pruned": pruned,
     "twice pruned": lambda: pruned(2),

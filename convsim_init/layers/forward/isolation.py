@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from convsim_init.layers import tree
 from convsim_init.layers.code.held import is_plain
 from convsim_init.layers.code.reading import names_of
-from convsim_init.layers.memory import is_wrapper
+from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
@@ -121,7 +121,7 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
     wrapper = is_wrapper(data)
     strided = data.layout is torch.strided and not wrapper  # others have no memory that could be compared
     values = data.clone() if copy and not (data.is_meta or wrapper) else None
-    hooks = dict(tensor._backward_hooks or {})
+    hooks = list(map(dict, gradient_hooks(tensor)))
 
     def put_back() -> None:
         if not strided:
@@ -136,9 +136,9 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
                 tensor.requires_grad_(required)
             if tensor.grad is not grad:
                 tensor.grad = grad
-            live = tensor._backward_hooks or {}
-            for hook in live.keys() - hooks.keys():
-                del live[hook]
+            for live, before in zip(gradient_hooks(tensor), hooks, strict=True):
+                for hook in live.keys() - before.keys():
+                    del live[hook]
 
     return put_back
 

@@ -241,6 +241,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
         def forward(self, x):
             self.weight.grad = None
             self.weight.register_hook(lambda gradient: gradient)
+            self.weight.register_post_accumulate_grad_hook(lambda weight: None)
             self.weight.requires_grad_(False)
             self.notes["calls"] += 1
             return super().forward(x)
@@ -251,6 +252,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     convolution_call(module, module.weight, torch.zeros(1, module.in_channels, 3, 3))
     assert module.weight.grad is gradient
     assert not module.weight._backward_hooks
+    assert not module.weight._post_accumulate_grad_hooks
     assert module.weight.requires_grad
     assert module.notes["calls"] == 0
 
