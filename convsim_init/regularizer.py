@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import count_obstacle, find_convolutions, find_layers, used_weight
+from convsim_init.layers.forward.isolation import LIVE
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
@@ -106,9 +107,10 @@ class ConvolutionalSimilarity:
         return total
 
     def _sum(self) -> Tensor:
-        modules = self._modules.values()
+        with LIVE:
+            weights = [used_weight(module).compute() for module in self._modules.values()]
         return summed_similarity(
-            [used_weight(module).compute() for module in modules],
+            weights,
             self._layouts,
             self._pairs,
             self._channels,

@@ -15,6 +15,7 @@ from convsim_init.errors import InputError
 from convsim_init.layers import tree
 from convsim_init.layers.code.around import kept_outside
 from convsim_init.layers.code.reading import forward_code, has_forward_of_its_own
+from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
@@ -30,6 +31,7 @@ UNSELECTED = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
 
+@one_at_a_time
 def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     """Every convolution module of a model, once each, in order, with its name in the unwrapped model.
 
@@ -58,6 +60,7 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
+@one_at_a_time
 def find_layers(
     source: nn.Module | Mapping[str, object],
     include: Sequence[str] = (),

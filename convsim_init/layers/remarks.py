@@ -18,6 +18,7 @@ from convsim_init.layers.code.around import has_attribute, hooks_elsewhere, kept
 from convsim_init.layers.code.held import is_plain
 from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.find import used_weight
+from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import memories, overlap
@@ -31,6 +32,7 @@ USUAL = frozenset(vars(nn.Module()))  # attributes of every module
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
 
 
+@one_at_a_time
 def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
     """Remarks on a model that its layers' reports do not make; none on a state dict."""
     if not isinstance(model, nn.Module):
@@ -198,6 +200,7 @@ class Twin(NamedTuple):
     original: Tensor
 
 
+@one_at_a_time
 @torch.no_grad()
 def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> list[Twin]:
     """Copies of treated weights, in whatever dtype, that are not treated.

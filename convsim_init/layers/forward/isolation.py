@@ -15,9 +15,10 @@ import warnings
 from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from itertools import chain
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +39,20 @@ ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what 
 ATOMS = (bool, int, float, str, type(None))
 CONTAINERS = (tuple, list, set, dict, OrderedDict)
 USUAL = {*ATOMS, *CONTAINERS}  # types of attributes
+P = ParamSpec("P")
+R = TypeVar("R")
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that waits for other threads that read, try or write the weights of live modules."""
+
+    @wraps(function)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with LIVE:
+            return function(*args, **kwargs)
+
+    return waiting
 
 
 @contextmanager

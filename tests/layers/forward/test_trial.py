@@ -18,6 +18,7 @@ from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward import isolation
 from convsim_init.layers.forward.isolation import isolated, not_compiled
 from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call, convolution_calls
+from convsim_init.layers.remarks import find_twins, model_remarks
 
 
 class Everything(nn.Conv2d):
@@ -438,3 +439,23 @@ def test_a_convolution_is_fed_by_whatever_way_from_the_input():
     calls, to_the_end = convolution_calls(Branches(), torch.zeros(1, 3, 2, 2))
     assert to_the_end
     assert [call.fed for call in calls] == [False, True, True, False]
+
+
+LOOKS = {
+    "find": lambda model: find_layers(model),
+    "remark": lambda model: model_remarks(model, []),
+    "copies": lambda model: find_twins(model, []),
+    "measure on data": lambda model: ci.measure_feature_correlation(model, torch.randn(2, 3, 8, 8)),
+    "term": ci.ConvolutionalSimilarity,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_no_thread_looks_at_a_model_while_another_tries_it(look):
+    model, done = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), threading.Event()
+    thread = threading.Thread(target=lambda: (look(model), done.set()))
+    with isolation.isolated(model):  # where attributes are others for a while
+        thread.start()
+        assert not done.wait(0.2)
+    thread.join()
+    assert done.is_set()
