@@ -64,7 +64,8 @@ class ConvolutionalSimilarity:
         if not isinstance(model, nn.Module):
             raise InputError(f"expected a module to regularize, got {type(model).__name__}")
         self.skipped: dict[str, str] = {}
-        convolutions = dict(find_convolutions(model))
+        with LIVE:
+            convolutions = dict(find_convolutions(model))
         self._modules: dict[str, _ConvNd] = {}
         self._layouts: list[Layout] = []
         for layer in find_layers(model, include, exclude):

@@ -31,7 +31,6 @@ UNSELECTED = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
 
-@one_at_a_time
 def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     """Every convolution module of a model, once each, in order, with its name in the unwrapped model.
 

@@ -445,7 +445,6 @@ LOOKS = {
     "find": lambda model: find_layers(model),
     "remark": lambda model: model_remarks(model, []),
     "copies": lambda model: find_twins(model, []),
-    "measure on data": lambda model: ci.measure_feature_correlation(model, torch.randn(2, 3, 8, 8)),
     "term": ci.ConvolutionalSimilarity,
 }
 
