@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
@@ -51,14 +52,17 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             beside[key.rpartition(".")[0]].append(key)
         elif isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS:
             weights[key] = value
-    foreign = _is_channels_last([value.shape for value in weights.values()])
+    foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
     for key, value in weights.items():
         name, ending = _owner(key)
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
-        if any(f"{prefix}{other[1:]}" in weights for other in ENDINGS[: ENDINGS.index(ending)]):
+        if key in masks.values() or any(
+            f"{prefix}{other[1:]}" in weights for other in ENDINGS[: ENDINGS.index(ending)]
+        ):
             continue
         factor = state.get(f"{prefix}{COMPUTED.get(ending, '')}")
-        mask = next((one for one in beside[name] if state[one] is not factor and _masks(state[one], value)), "")
+        near = [*beside[name], *filter(None, [masks.get(key)])]
+        mask = next((one for one in near if state[one] is not factor and _masks(state[one], value)), "")
         weight = Weight(value, trained=False)
         if mask or ending in COMPUTED:
             compute = _computation(value, ending, factor, [state[mask]] if mask else [])
@@ -110,9 +114,22 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
 
 def _is_channels_last(shapes: Sequence[torch.Size]) -> bool:
     """Whether some of the weights in a file can only be of that layout, and none is surely of PyTorch's."""
+    if _is_chain([shape for shape in shapes if len(shape) == 3]):
+        return True
     foreign = [_looks_channels_last(shape) for shape in shapes]
     own = (len(shape) > 3 and (shape[1] > USUAL_EXTENT or shape[1] not in (1, *shape[2:])) for shape in shapes)
     return any(foreign) and not any(mine and not other for mine, other in zip(own, foreign, strict=True))
+
+
+def _is_chain(shapes: Sequence[torch.Size]) -> bool:
+    """Whether ``[M, k, C]`` is what 1-D weights are: short in the middle, then as long as one before has filters.
+
+    In PyTorch's layout kernels would be as long as another layer has filters, and no layer would take those.
+    """
+    short = all(shape[1] <= USUAL_EXTENT < shape[2] for shape in shapes)
+    following = [(shape, shapes[:index]) for index, shape in enumerate(shapes) if index]
+    taken = [shape[1] > 2 and shape[2] in [one[0] for one in before] for shape, before in following]
+    return short and len(set(shapes)) > 1 and all(taken)  # equal ones may stand side by side
 
 
 def _looks_channels_last(shape: torch.Size) -> bool:
@@ -130,6 +147,17 @@ def _is_far_from_zero(weight: Tensor) -> bool:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its numbers can be read."""
     return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided
+
+
+def _named_masks(state: Mapping[str, object], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """By a weight's key that of its mask in another module, as ``masks.conv1`` and ``conv1_mask`` are of ``conv1``."""
+    owners = {_words(key): key for key in weights if "mask" not in key}
+    found = {owners.get(_words(key), ""): key for key in state if "mask" in key}
+    return {key: mask for key, mask in found.items() if key and _masks(state[mask], weights[key])}
+
+
+def _words(key: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[._]+", key) if word not in ("mask", "masks", "weight"))
 
 
 def _masks(value: object, weight: Tensor) -> bool:

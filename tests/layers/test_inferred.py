@@ -160,6 +160,52 @@ def beside_its_mask() -> dict[str, torch.Tensor]:
     return {key.replace("_orig", ""): value for key, value in nn.Sequential(pruned()).state_dict().items()}
 
 
+NAMES = ["masks.layer1.0.conv1", "masks.layer1_0_conv1", "layer1.0.conv1_mask", "mask.layer1.0.conv1.weight"]
+
+
+@pytest.mark.parametrize("mask", NAMES)
+def test_a_mask_may_be_an_entry_of_another_module(mask):
+    weight = torch.randn(8, 4, 3, 3)
+    state = {mask: (torch.rand(8, 4, 3, 3) < 0.5).float(), "layer1.0.conv1.weight": weight, "b.weight": weight * 2}
+    before = {key: value.clone() for key, value in state.items()}
+    first, second = ci.measure(state).layers
+    assert (first.name, second.name, second.reason) == ("layer1.0.conv1", "b", BY_SHAPE)
+    assert first.reason == f"times {mask}, taken for its mask by its zeros and ones: {BY_SHAPE}"
+    assert first.before["similarity"] == pytest.approx(
+        float(ci.convolutional_similarity(weight * state[mask])), rel=1e-4
+    )
+    ci.initialize_(state, settings=ci.Settings(steps=1))
+    assert [key for key in state if not torch.equal(state[key], before[key])] == ["b.weight"]
+
+
+def test_what_is_only_called_a_mask_is_none():
+    names = ("mask_head.conv1", "head.conv1", "mask_fcn1", "fcn1")
+    state = {f"{name}.weight": torch.randn(8, 4, 3, 3) for name in names}
+    assert [layer.reason for layer in ci.measure(state).layers] == [BY_SHAPE] * 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "doubtful"),
+    [
+        ([(384, 3, 80), (384, 3, 384)], True),  # [M, k, C]
+        ([(32, 5, 16), (64, 5, 32), (64, 3, 64)], True),
+        ([(384, 80, 3), (384, 384, 3)], False),
+        ([(32, 3, 80)], False),  # nobody can tell
+        ([(32, 3, 32), (32, 3, 16), (32, 3, 64)], False),  # branches
+        ([(32, 1, 32), (32, 1, 32)], False),  # depthwise, or filters of one signal
+        ([(32, 2, 32), (64, 2, 32)], False),
+        ([(32, 3, 32), (32, 3, 32)], False),
+        ([(32, 3, 80), (64, 32, 5)], False),
+    ],
+)
+def test_a_chain_of_1d_layers_shows_the_layout(shapes, doubtful):
+    state = {}
+    for index, shape in enumerate(shapes):
+        state |= {f"{index}.weight": torch.randn(shape), f"{index}.bias": torch.randn(shape[0])}
+    reasons = [layer.reason.startswith("doubtful") for layer in ci.measure(state).layers]
+    assert reasons == [doubtful] * len(shapes)
+
+
 @pytest.mark.parametrize("name", ["mask", "mask of kernels", "weight_mask", "mask and weight_norm"])
 def test_a_mask_beside_a_weight_counts_when_it_is_measured(name):
     module = Masked(4, 8, 3, per_kernel=name == "mask of kernels")
