@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
-from convsim_init.layers.code.around import kept_outside
+from convsim_init.layers.code.around import is_quantized, kept_outside
 from convsim_init.layers.code.reading import forward_code, has_forward_of_its_own
 from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
@@ -86,7 +86,9 @@ def find_layers(
         layers = list(infer_layers(bare_entries(source)))
         if not layers:
             many = f"{len(source)} entries without any" if source else "an empty one"
-            raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}")
+            arrays = any(type(one).__module__.partition(".")[0] in ("numpy", "jaxlib") for one in source.values())
+            hint = ": make tensors of its arrays, as by torch.from_numpy" if arrays else ""
+            raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}{hint}")
     else:
         raise InputError(f"expected a module or its state dict, got {type(source).__name__}")
     names = [layer.name for layer in layers]
@@ -203,7 +205,11 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             within += (f"{name}." if name else "",)
     if not layers:
         known = set(map(id, owners.values()))
-        own = (one for one in owners.values() if forward_code(one).convolves or any(kept_outside(one, known)))
+        own = (
+            one
+            for one in owners.values()
+            if forward_code(one).convolves or is_quantized(one) or any(kept_outside(one, known))
+        )
         calling = next((type(one).__name__ for one in own), None)
         why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")

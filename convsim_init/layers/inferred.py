@@ -53,6 +53,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
         elif isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS:
             weights[key] = value
     foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
+    stacked = _stacked(state)
     for key, value in weights.items():
         name, ending = _owner(key)
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
@@ -68,7 +69,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             compute = _computation(value, ending, factor, [state[mask]] if mask else [])
             weight = ComputedWeight(value, compute, MASKED if mask else PARAMETRIZED)
             weight.note = f"times {shown(mask)}, taken for its mask by its zeros and ones" if mask else None
-        if foreign or _is_doubtful(state, name, value):
+        if foreign or value.shape[0] in stacked or _is_doubtful(state, name, value):
             yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
             continue
         groups = _transposed_groups(value, state.get(f"{prefix}bias"))
@@ -101,6 +102,8 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True  # [M, C, rotations, k, k] of a group convolution
     if weight.dim() == 3 and not has_bias and _is_far_from_zero(weight):
         return True
+    if len(extents) == 3 and not has_bias and _is_no_kernel(*extents):
+        return True
     if max(extents) <= USUAL_EXTENT:
         small = not has_bias and len(set(extents)) == len(extents) == 2
         return small and weight.shape[0] == inputs in (3, 5, 7)  # [k, k, C, M]
@@ -110,6 +113,21 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True  # [k, k, C, M]
     square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs
     return square or not (has_bias or inputs == 1 or (len(extents) > 1 and extents[-1] == extents[-2]))
+
+
+def _stacked(state: Mapping[str, object]) -> set[int]:
+    """How many models lie in one another's stacks, as those of `torch.func.stack_module_state`: their biases tell it.
+
+    Those, and a norm layer's statistics, are then of rank 2, and as long as what the module has beside them.
+    """
+    shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    found = set[int]()
+    for key, shape in shapes.items():
+        name, _, part = key.rpartition(".")
+        weight = shapes.get(f"{name}.weight".lstrip("."), ())
+        if part in ("bias", "running_mean") and len(shape) == 2 and weight[:2] == shape:
+            found.add(shape[0])
+    return found
 
 
 def _is_channels_last(shapes: Sequence[torch.Size]) -> bool:
@@ -134,6 +152,11 @@ def _is_chain(shapes: Sequence[torch.Size]) -> bool:
 
 def _looks_channels_last(shape: torch.Size) -> bool:
     return len(shape) > 3 and shape[1] == shape[2] != shape[-1] and len(set(shape[2:-1])) == 1
+
+
+def _is_no_kernel(depth: int, height: int, width: int) -> bool:
+    """Whether they may be ``[C, k, k]`` of stacked models, or ``[k, k, 2]`` of real and imaginary parts."""
+    return USUAL_EXTENT < depth > height > 1 or depth == height > width == 2
 
 
 def _is_far_from_zero(weight: Tensor) -> bool:

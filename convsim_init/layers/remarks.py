@@ -14,7 +14,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.code.around import has_attribute, hooks_elsewhere, kept_outside, reads_further_inside
+from convsim_init.layers.code.around import (
+    has_attribute,
+    hooks_elsewhere,
+    is_quantized,
+    kept_outside,
+    reads_further_inside,
+)
 from convsim_init.layers.code.held import is_plain
 from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.find import used_weight
@@ -33,14 +39,15 @@ COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
 
 
 @one_at_a_time
-def model_remarks(model: object, layers: Sequence[Layer]) -> list[str]:
-    """Remarks on a model that its layers' reports do not make; none on a state dict."""
+def model_remarks(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> list[str]:
+    """Remarks on a model, or a state dict, that its layers' reports do not make."""
     if not isinstance(model, nn.Module):
-        return []
+        return _arrays(model)
     inner = unwrap(model)
     names = [layer.name for layer in layers]
     return [
         *_other_kernels(inner, names),
+        *_quantized(inner),
         *_kept(inner),
         *_hooks_around(inner),
         *_read_above(inner),
@@ -89,6 +96,24 @@ def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
     if known and code.takes_weights:
         return []  # it calls a convolution with the weight of one inside it
     return [one for one in tree.parameters(module) if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
+
+
+def _arrays(state: Mapping[str, object]) -> list[str]:
+    """A remark on entries of the rank of a weight that are no tensors."""
+    shapes = {key: getattr(one, "shape", ()) for key, one in state.items() if not isinstance(one, Tensor)}
+    found = [key for key, shape in shapes.items() if isinstance(shape, tuple) and len(shape) in KERNEL_RANKS]
+    if not found:
+        return []
+    return [f"not looked at, for they are no tensors of torch, as torch.from_numpy makes: {some(map(shown, found))}"]
+
+
+def _quantized(model: nn.Module) -> list[str]:
+    """A remark on quantized convolutions."""
+    found = Counter(type(one).__name__ for one in tree.modules(model) if is_quantized(one))
+    if not found:
+        return []
+    kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
+    return [f"not looked at, for their weights are quantized: {kinds}"]
 
 
 def _kept(model: nn.Module) -> list[str]:

@@ -184,6 +184,33 @@ def test_what_is_only_called_a_mask_is_none():
     assert [layer.reason for layer in ci.measure(state).layers] == [BY_SHAPE] * 4
 
 
+def test_arrays_are_named():
+    weight = torch.randn(8, 4, 3, 3)
+    report = ci.measure({"a.weight": weight.numpy(), "b.weight": weight, "steps": 3})
+    assert [layer.name for layer in report.layers] == ["b"]
+    assert report.remarks == ["not looked at, for they are no tensors of torch, as torch.from_numpy makes: a.weight"]
+    with pytest.raises(ci.InputError, match=r"got 1 entries without any: make tensors of its arrays, as by torch.from"):
+        ci.measure({"a.weight": weight.numpy()})
+
+
+def test_stacked_models_are_no_3d_convolutions():
+    kinds = [nn.Conv2d(3, 16, 7), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, bias=False), nn.Conv2d(16, 8, 1, bias=False)]
+    models = [nn.Sequential(*map(copy.deepcopy, kinds)) for _ in range(5)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    assert all(layer.reason.startswith("doubtful") for layer in ci.measure({**parameters, **buffers}).layers)
+    norms = {key: value for key, value in parameters.items() if key.startswith(("1.", "2."))}
+    assert [layer.reason[:8] for layer in ci.measure(norms).layers] == ["doubtful"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "doubtful"),
+    [((8, 64, 64, 3, 3), True), ((16, 8, 3, 3, 2), True), ((16, 8, 9, 1, 1), False), ((16, 8, 5, 7, 7), False)],
+)
+def test_kernels_of_rank_3_are_no_filters_of_2d(shape, doubtful):
+    (layer,) = ci.measure({"a.weight": torch.randn(shape)}).layers
+    assert layer.reason.startswith("doubtful") == doubtful
+
+
 @pytest.mark.parametrize(
     ("shapes", "doubtful"),
     [

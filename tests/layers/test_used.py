@@ -221,6 +221,17 @@ def test_the_two_halves_of_a_complex_weight_are_two_layers_and_a_tie_by_an_array
     assert report.remarks == ["in the memory of weights of layers, and change with them: c.last"]
 
 
+def test_quantized_convolutions_are_named():
+    quantized = torch.ao.nn.quantized.Conv2d(3, 8, 3)
+    for report in (
+        ci.measure(nn.Sequential(quantized, nn.Conv2d(8, 4, 3))),
+        plan(nn.Sequential(quantized, nn.Conv2d(8, 4, 3))),
+    ):
+        assert "not looked at, for their weights are quantized: 1 Conv2d" in report.remarks
+    with pytest.raises(ci.InputError, match="has none that is known: the code of Conv2d seems to call some"):
+        ci.measure(nn.Sequential(quantized))
+
+
 def test_quantization_aware_convolutions_are_approximated_and_their_observers_untouched():
     from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 

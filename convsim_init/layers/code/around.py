@@ -21,6 +21,11 @@ def has_attribute(module: nn.Module, name: str) -> bool:
     return False
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a convolution of torch.ao whose weight is packed: of integers, and no parameter."""
+    return has_attribute(module, "kernel_size") and has_attribute(module, "_packed_params")
+
+
 def reads_weight(owner: nn.Module, name: str) -> bool:
     """Whether the forward pass of a module makes something of the weight of a convolution inside it, of that name.
 
