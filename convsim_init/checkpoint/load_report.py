@@ -38,6 +38,7 @@ class LoadReport:
             the model's.
         narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the
             model's.
+        faded: Those of them with filters so small that the model's dtype rounds them away.
         refused: Error of the model's own strict loading although the keys match; mostly empty.
         supplied: Keys that are not in the file in the model's shape, which the model's own loading sets
             or keeps of its own accord, such as batch norm's ``num_batches_tracked`` for old files.
@@ -68,6 +69,7 @@ class LoadReport:
     non_finite: list[str] = field(default_factory=list)
     retyped: dict[str, tuple[str, str]] = field(default_factory=dict)
     narrowed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    faded: list[str] = field(default_factory=list)
     refused: str = ""
     supplied: list[str] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
@@ -132,6 +134,7 @@ class LoadReport:
         yield from _line("tied in the model, different in the file", _pairs(self.conflicting, "and"))
         yield from _line("other kind of dtype", _sides(self.retyped))
         yield from _line("dtype narrowed", _sides(self.narrowed))
+        yield from _line("filters so small that the model's dtype rounds them away", map(shown, self.faded))
 
 
 def _line(title: str, entries: Iterable[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.checkpoint.load_report import LoadReport
 from convsim_init.checkpoint.read import Checkpoint
-from convsim_init.checkpoint.state_dict import is_finite, state_entries
+from convsim_init.checkpoint.state_dict import fades, is_finite, state_entries
 from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import name_of, narrows, same_kind
 from convsim_init.layers import tree
@@ -98,6 +98,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         tied=tied,
         conflicting=_conflicting(twins, tensors),
         non_finite=[key for key, (_, dtype) in dtypes.items() if not is_finite(key, tensors[key].to(dtype))],
+        faded=[key for key, (_, dtype) in dtypes.items() if fades(key, tensors[key], tensors[key].to(dtype))],
         retyped={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if not same_kind(a, b)},
         narrowed={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if narrows(a, b)},
     )

@@ -135,16 +135,18 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
 
 def faded_remarks(entries: Mapping[str, object], tensors: Mapping[str, Tensor]) -> list[str]:
     """A remark on filters that are too small for the dtype they were converted to, by `plain_tensors`."""
-    faded = [key for key, tensor in tensors.items() if _owner(key) is not None and _fades(entries[key], tensor)]
+    faded = [key for key, tensor in tensors.items() if fades(key, entries[key], tensor)]
     if not faded:
         return []
     text = f"filters so small that {name_of(tensors[faded[0]].dtype)} rounds them away in the file"
     return [f"{text}: {some(map(shown, faded))}; another dtype keeps them"]
 
 
-def _fades(source: object, converted: Tensor) -> bool:
+def fades(key: str, source: object, converted: Tensor) -> bool:
     """Whether a filter, of a transposed convolution too, is another one after the change of dtype."""
-    if not isinstance(source, Tensor) or source.dim() not in KERNEL_RANKS or not narrows(source.dtype, converted.dtype):
+    if _owner(key) is None or not isinstance(source, Tensor) or source.dim() not in KERNEL_RANKS:
+        return False
+    if not (source.is_floating_point() and converted.is_floating_point() and narrows(source.dtype, converted.dtype)):
         return False
     wide = source.detach().cpu().double()
     change, most = wide - converted.double(), 4 * torch.finfo(converted.dtype).eps

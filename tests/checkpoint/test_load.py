@@ -353,6 +353,19 @@ def test_strict_takes_a_complete_file_under_a_prefix():
 # Dtypes and values
 
 
+def test_filters_that_the_models_dtype_rounds_away_are_told(tmp_path):
+    state = {f"{index}.weight": torch.randn(4, 3, 3, 3) for index in range(2)}
+    state |= {"0.weight": state["0.weight"] * 1e-9, "steps.weight": torch.ones(2, 2, 2, dtype=torch.int64)}
+    path = ci.save_checkpoint(state, tmp_path / "a.safetensors")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(3, 4, 3, bias=False))
+    model.add_module("steps", nn.Module())
+    model.steps.register_buffer("weight", torch.zeros(2, 2, 2, dtype=torch.int32))
+    assert ci.load_checkpoint(model, path).faded == []
+    report = ci.load_checkpoint(model.half(), path)
+    assert report.faded == ["0.weight"]
+    assert "filters so small that the model's dtype rounds them away, 1: 0.weight" in str(report)
+
+
 @pytest.mark.parametrize(
     ("written", "own", "narrowed"),
     [
