@@ -28,6 +28,7 @@ IMAGES = 16  # of noise
 OWN_CLASS = "no convolution of torch.nn"
 FIXED = "what computes the weight keeps its scale"
 UNREACHED = "the model's output does not depend on its scale"
+UNCALLED = "the model does not call it, though a module around it may take its weight"
 
 
 def calibrate_(
@@ -117,12 +118,14 @@ def scale_layers(
     owners = {places[layer.name]: layer.name for layer in layers}
     owner = {layer.name: owners.get(places[layer.name]) for layer in found}
     scaled = [(name, module) for key, module in modules.items() if (name := owner.get(key)) is not None]
-    factors = _find_factors(model, scaled, images)
+    called = set[str]()
+    factors = _find_factors(model, scaled, images, called)
     with LIVE, torch.no_grad():
         for layer in layers:
             if layer.name in factors:
                 layer.weight.write(layer.weight.read() * factors[layer.name])
-    left |= {layer.name: UNREACHED for layer in layers if layer.name not in factors}
+    missed = [layer.name for layer in layers if layer.name not in factors]
+    left |= {name: UNREACHED if name in called else UNCALLED for name in missed}
     return factors, _by_reason(left)
 
 
@@ -149,8 +152,13 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     return noise
 
 
-def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], images: Tensor) -> dict[str, float]:
-    """The factors, by name, from a pass that multiplies outputs by them; the unwrapped model is left as it was."""
+def _find_factors(
+    model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], images: Tensor, called: set[str]
+) -> dict[str, float]:
+    """The factors, by name, from a pass that multiplies outputs by them; the unwrapped model is left as it was.
+
+    The names of the modules that are called are added to a set.
+    """
     scales: dict[str, Tensor] = {}
     reached: list[Tensor] = []
 
@@ -188,6 +196,9 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
             raise InputError(
                 "expected a model with an output that is differentiable, got one that has none to calibrate"
             )
+        called.update(scales)
+        if not scales:
+            return {}
         # Weighted, lest a sum cancel what a layer does to it.
         total = torch.stack(
             [(end * torch.linspace(1, 2, end.numel()).view_as(end).to(end)).sum().float() for end in ends]
@@ -201,7 +212,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
     if len(factors) in (0, len(scales)):
         return factors
     # Those that stay may have reached others all the same, by a way without a gradient.
-    return _find_factors(model, [(name, module) for name, module in modules if name in factors], images)
+    return _find_factors(model, [(name, module) for name, module in modules if name in factors], images, called)
 
 
 def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:

@@ -157,6 +157,21 @@ def test_what_can_be_scaled(layer, scaled):
     torch.testing.assert_close(layer.weight, before * factors.get("0", 1))
 
 
+def test_layers_whose_weights_another_module_takes_are_left():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3) for _ in range(2))
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = nn.functional.conv2d(x, conv.weight / 2)
+            return x
+
+    with pytest.warns(UserWarning, match="^not scaled: convs.0, convs.1: the model does not call it, though"):
+        assert ci.calibrate_(Around(), torch.randn(2, 3, 8, 8)) == {}
+
+
 def test_layers_are_chosen_by_their_names():
     model = plain()
     model(torch.zeros(1, *SHAPE))
