@@ -24,10 +24,10 @@ from convsim_init.functional.bank import (
 )
 from convsim_init.layers.find import find_layers, pair_obstacle
 from convsim_init.layers.forward.isolation import LIVE
-from convsim_init.layers.layer import Layer
+from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.names import unwrap
-from convsim_init.layers.normalized import decide_channels
 from convsim_init.layers.remarks import divergence_remarks, find_twins, model_remarks
+from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.models.copies import HISTORIES, History, sample_layers
@@ -162,7 +162,7 @@ def initialize_(
 
 def initialize_layers(
     model: nn.Module | Mapping[str, object],
-    layers: Sequence[Layer],
+    layers: Layers,
     settings: Settings,
     device: torch.device | str | None,
     *,
@@ -177,7 +177,7 @@ def initialize_layers(
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
     twins, remarks = find_twins(model, layers), model_remarks(model, layers)
-    decided, unknown = decide_channels(model, layers, settings)
+    decided, unknown = decide_channels(layers, settings)
     costs = {layer.name: cost(layer) for layer in own}
     places = [computing_device(torch.device(device or layer.device)) for layer in layers]
     reports: dict[str, LayerReport] = {}
@@ -213,7 +213,7 @@ def plan(
     started = time.perf_counter()
     reports = []
     layers = find_layers(model, include, exclude)
-    decided, unknown = decide_channels(model, layers, settings)
+    decided, unknown = decide_channels(layers, settings)
     for layer in layers:
         report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
         if layer.obstacle is None:

@@ -23,11 +23,12 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.coverage.checks import build
 from benchmarks.coverage.sources import SOURCES, Architecture
-from convsim_init.layers.code.reading import CONVOLUTIONS
-from convsim_init.layers.forward import symbolic
-from convsim_init.layers.forward.trial import convolution_arguments
+from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.normalized import call_name, ends_of_layers, normalization_follows
+from convsim_init.layers.symbolic import passes as symbolic
+from convsim_init.layers.symbolic.follow import Followed, follow
+from convsim_init.layers.symbolic.kinds import call_name
+from convsim_init.layers.symbolic.normalized import ends_of_layers, normalization_follows
 
 TOLD = ("right", "wrong", "unknown")
 
@@ -58,14 +59,14 @@ def examine(architecture: Architecture, largest: float) -> tuple[Counter[str], l
     model = build(architecture).eval()
     if sum(one.numel() for one in model.parameters()) > largest:
         raise ValueError("too large")
-    told = normalization_follows(model)
+    told = normalization_follows(follow(model))
     names = {
         id(one): name
         for name, module in reversed(list(model.named_modules()))
         for one in (module, *module.parameters(recurse=False))
     }
     counts, lines = Counter[str](), []
-    for name, ends in ends_of_layers(real_calls(model, architecture), names, whole=True).items():
+    for name, ends in ends_of_layers(real_calls(model, architecture), Followed(names=names), whole=True).items():
         if isinstance(model.get_submodule(name), _ConvNd) and name and (False in ends or ends == {True}):
             follows, answer = False not in ends, told.get(bare_name(name))
             outcome = "unknown" if answer is None else "right" if answer == follows else "wrong"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -13,16 +13,18 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
-from convsim_init.layers.code.around import is_quantized, kept_outside
-from convsim_init.layers.code.reading import forward_code, has_forward_of_its_own
+from convsim_init.layers.forward.calls import has_forward_of_its_own
 from convsim_init.layers.forward.isolation import one_at_a_time
-from convsim_init.layers.forward.weight import ForwardWeight, find_call, weight_within
+from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
-from convsim_init.layers.layer import Layer
+from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
+from convsim_init.layers.owners import find_call, weight_within
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
+from convsim_init.layers.symbolic.follow import follow
+from convsim_init.layers.symbolic.uses import Use, owner_of
 from convsim_init.layers.weights import Weight
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
@@ -67,7 +69,7 @@ def find_layers(
     *,
     read_only: bool = False,
     obstacle: Callable[[Layer], str | None] = lambda _: None,
-) -> list[Layer]:
+) -> Layers:
     """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
     Args:
@@ -83,7 +85,7 @@ def find_layers(
     if isinstance(source, nn.Module):
         layers = _module_layers(unwrap(source))
     elif isinstance(source, Mapping):
-        layers = list(infer_layers(bare_entries(source)))
+        layers = Layers(infer_layers(bare_entries(source)))
         if not layers:
             many = f"{len(source)} entries without any" if source else "an empty one"
             arrays = any(type(one).__module__.partition(".")[0] in ("numpy", "jaxlib") for one in source.values())
@@ -134,23 +136,28 @@ def find_layers(
     return layers
 
 
-def used_weight(module: _ConvNd, owner: nn.Module | None = None, name: str = "") -> Weight:
+def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
     """The weight that a convolution's forward pass uses, or that of the module around it, its owner.
 
     Args:
         module: The convolution.
         owner: Module with a forward pass that it is in; None for none.
-        name: Name of the convolution in it.
+        uses: How the owner uses the convolution.
     """
     weight = stored_weight(module)
     if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
         return weight
-    if owner is not None and (within := weight_within(owner, name, module, weight)) is not None:
+    if owner is not None and (within := weight_within(owner, module, weight, uses)) is not None:
         return within
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
     one_way = type(weight) is Weight and is_parametrized(module, "weight")
     needs_trial = has_forward_of_its_own(module) or hooked or one_way
     return ForwardWeight(module, weight) if needs_trial else weight
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a convolution of torch.ao whose weight is packed: of integers, and no parameter."""
+    return tree.has_attribute(module, "kernel_size") and tree.has_attribute(module, "_packed_params")
 
 
 def count_obstacle(filters: int, groups: int) -> str | None:
@@ -182,19 +189,17 @@ def shape_obstacle(shape: Sequence[int]) -> str | None:
     return count_obstacle(filters, groups)
 
 
-def _module_layers(model: nn.Module) -> list[Layer]:
-    layers: list[Layer] = []
+def _module_layers(model: nn.Module) -> Layers:
+    layers = Layers(followed=follow(model))
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
-    owners = dict(tree.named_modules(model))
+    owners, uses = dict(tree.named_modules(model)), layers.uses
     for name, module in owners.items():
         if name.startswith(within):
             continue
         if isinstance(module, _ConvNd):
-            above = name.rpartition(".")[0]
-            while isinstance(owners.get(above), (nn.ModuleList, nn.ModuleDict)) and above:
-                above = above.rpartition(".")[0]
-            owner, inner = owners[above] if name else None, name[len(above) :].lstrip(".")
-            weight, kind = used_weight(module, owner, inner), type(module).__name__
+            owner = owner_of(name, owners)
+            weight = used_weight(module, owners[owner] if name else None, uses.by(owner, name))
+            kind = type(module).__name__
             layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
             layer.strides = math.prod(module.stride)
             layers.append(layer)
@@ -204,13 +209,8 @@ def _module_layers(model: nn.Module) -> list[Layer]:
             layers += in_graph
             within += (f"{name}." if name else "",)
     if not layers:
-        known = set(map(id, owners.values()))
-        own = (
-            one
-            for one in owners.values()
-            if forward_code(one).convolves or is_quantized(one) or any(kept_outside(one, known))
-        )
-        calling = next((type(one).__name__ for one in own), None)
+        quantized = (name for name, one in owners.items() if is_quantized(one))
+        calling = next((type(owners[name]).__name__ for name in (*uses.others, *uses.outside, *quantized)), None)
         why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers

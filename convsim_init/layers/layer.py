@@ -1,12 +1,17 @@
-"""One convolution of a model or of a state dict, wherever it was found."""
+"""The convolutions of a model or of a state dict, wherever they were found."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convsim_init.functional.bank import computing_bank
 from convsim_init.layers.forward.isolation import LIVE
+from convsim_init.layers.symbolic.follow import Followed
+from convsim_init.layers.symbolic.uses import Uses, find_uses
 from convsim_init.layers.weights import Weight
 from convsim_init.settings import Channels
 
@@ -77,3 +82,21 @@ class Layer:
         """The reason of an outcome, with what its weight is and what it was taken for, inferred from little."""
         note = None if reason and (self.groups, self.transposed) == (1, False) else self.note
         return ": ".join(filter(None, [self.weight.note, note, reason])) or None
+
+
+class Layers(list[Layer]):
+    """The convolutions of a model or of a state dict.
+
+    Args:
+        layers: The convolutions.
+        followed: The forward passes of the model; None for a state dict.
+    """
+
+    def __init__(self, layers: Iterable[Layer] = (), followed: Followed | None = None) -> None:
+        super().__init__(layers)
+        self.followed = followed
+
+    @cached_property
+    def uses(self) -> Uses:
+        """How the forward passes use the convolutions; in no way where there are none."""
+        return find_uses(self.followed or Followed())

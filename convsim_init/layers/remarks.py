@@ -4,78 +4,73 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.code.around import (
-    has_attribute,
-    hooks_elsewhere,
-    is_quantized,
-    kept_outside,
-    reads_further_inside,
-)
-from convsim_init.layers.code.held import is_plain
-from convsim_init.layers.code.reading import forward_code
-from convsim_init.layers.find import used_weight
+from convsim_init.layers.find import is_quantized, used_weight
 from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.forward.weight import ForwardWeight
-from convsim_init.layers.layer import Layer
+from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
-from convsim_init.layers.stored import has_unknown_hook
+from convsim_init.layers.symbolic.passes import AFTER
+from convsim_init.layers.symbolic.symbols import tensors_in
+from convsim_init.layers.symbolic.uses import CALLED, Uses, owner_of
 from convsim_init.layers.weights import KERNEL_RANKS, Weight
 from convsim_init.report.text import layer_name, shown, some
 
-Holder = tuple[str, nn.Module, str]  # a module's name, the module, and the name of what it holds in it
 USUAL = frozenset(vars(nn.Module()))  # attributes of every module
+NEAR = 2  # containers and objects within each other that copies are looked for in
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
 
 
 @one_at_a_time
-def model_remarks(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> list[str]:
+def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> list[str]:
     """Remarks on a model, or a state dict, that its layers' reports do not make."""
-    if not isinstance(model, nn.Module):
-        return _arrays(model)
-    inner = unwrap(model)
-    names = [layer.name for layer in layers]
+    if not isinstance(model, nn.Module) or layers.followed is None:
+        return _arrays(model) if isinstance(model, Mapping) else []
+    inner, uses, modules = unwrap(model), layers.uses, layers.followed.modules
     return [
-        *_other_kernels(inner, names),
+        *_other_kernels(inner, [layer.name for layer in layers], uses),
         *_quantized(inner),
-        *_kept(inner),
-        *_hooks_around(inner),
-        *_read_above(inner),
-        *_used_elsewhere(inner, layers),
+        *_outside(uses),
+        *_from_elsewhere(uses, modules),
+        *_used_elsewhere(modules, layers, uses),
         *_ties(inner, layers),
     ]
 
 
-def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Remarks on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
+def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> list[str]:
+    """A remark on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
 
-    Those have a ``kernel_size`` and weights of their own, or a weight of the rank of a kernel, or their
-    code names a convolution.
+    Those convolve with weights that are made of parameters of no layer, or have weights of their own and a
+    ``kernel_size``, or ones of the rank of a kernel.
 
     Args:
         model: Model without wrappers.
         names: Names of the layers that are in the report.
+        uses: How it uses weights.
     """
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
-    weights: dict[int, int] = {}
+    weights = dict[int, int]()
+    known = {id(p) for one in tree.modules(model) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
+    parameters = {id(one): one for one in tree.parameters(model) if not is_lazy(one) and one.dim() > 1}
     for name, module in tree.named_modules(model):
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        own = _convolved_with(module)
+        own = {id(one) for key, one in module._parameters.items() if "weight" in key and _is_kernel(module, one)}
+        own = (own | uses.others[name]) & parameters.keys() - known
         if own:
             found[type(module).__name__] += 1
-            weights |= {id(one): one.numel() for one in own}
+            weights |= {one: parameters[one].numel() for one in own}
     if not found:
         return []
     share = sum(weights.values()) / sum(one.numel() for one in tree.parameters(model) if not is_lazy(one))
@@ -83,19 +78,10 @@ def _other_kernels(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
 
 
-def _convolved_with(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters, none of a convolution of PyTorch's, that a module may make kernels of."""
-    code = forward_code(module)
-    known = {id(p) for one in tree.modules(module) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
-    own = {key: one for key, one in module._parameters.items() if one is not None and not is_lazy(one)}
-    found = [one for key, one in own.items() if "weight" in key or (code.convolves and one.dim() > 1)]
-    found = [one for one in found if id(one) not in known]
-    found = [one for one in found if has_attribute(module, "kernel_size") or one.dim() in KERNEL_RANKS]
-    if found or not code.convolves or isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
-        return found  # a graph's calls are known
-    if known and code.takes_weights:
-        return []  # it calls a convolution with the weight of one inside it
-    return [one for one in tree.parameters(module) if not is_lazy(one) and one.dim() > 1 and id(one) not in known]
+def _is_kernel(module: nn.Module, weight: Tensor | None) -> bool:
+    if weight is None or is_lazy(weight):
+        return False
+    return tree.has_attribute(module, "kernel_size") or weight.dim() in KERNEL_RANKS
 
 
 def _arrays(state: Mapping[str, object]) -> list[str]:
@@ -116,71 +102,57 @@ def _quantized(model: nn.Module) -> list[str]:
     return [f"not looked at, for their weights are quantized: {kinds}"]
 
 
-def _kept(model: nn.Module) -> list[str]:
-    """A remark on convolutions that plain lists, objects or functions hold and a forward pass uses."""
-    parts = dict(tree.named_modules(model))
-    known = set(map(id, parts.values()))
-    found = [
-        f"{bare_name(name)}.{one}".lstrip(".") for name, part in parts.items() for one in kept_outside(part, known)
-    ]
-    if not found:
+def _outside(uses: Uses) -> list[str]:
+    """A remark on convolutions that are called and are no parts of the model."""
+    if not uses.outside:
         return []
-    return [f"not looked at, for they are no parts of the model: the convolutions in {some(map(shown, found))}"]
+    return [f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"]
 
 
-def _hooks_around(model: nn.Module) -> list[str]:
-    """Remarks on hooks that may change the weights of other convolutions than those that a trial pass is made for."""
-    around, elsewhere = list[str](), list[str]()
-    for name, module in tree.named_modules(model):
-        children = (child for _, child in tree.named_children(module))
-        if has_unknown_hook(module) and any(
-            isinstance(one, _ConvNd) for child in children for one in list(tree.modules(child))[1:]
-        ):
-            around.append(layer_name(bare_name(name)))
-        elif hooks_elsewhere(module):
-            elsewhere.append(layer_name(bare_name(name)))
+def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Remarks on what changes or replaces weights and was not tried for it: forward passes and hooks."""
+    passes, hooks = set[str](), set[str]()
+    for layer, found in uses.of.items():
+        for by, how, hook in found:
+            if how != CALLED and hook and (hook == AFTER or by not in (owner_of(layer, modules), layer)):
+                hooks.add(by)
+            elif how != CALLED and not hook and not _holds(modules[by], modules[layer]):
+                passes.add(by)
     remarks = []
-    if around:
-        remarks.append(f"not tried, though they may change weights: hooks before the forward pass of {some(around)}")
-    if elsewhere:
-        remarks.append(f"not tried, though they may change weights of others or later: hooks of {some(elsewhere)}")
+    if hooks:
+        remarks.append(f"not tried, though they may change weights of others or later: hooks of {_names(hooks)}")
+    if passes:
+        remarks.append(f"not tried, though they may use other weights: the forward passes of {_names(passes)}")
     return remarks
 
 
-def _read_above(model: nn.Module) -> list[str]:
-    """A remark on forward passes that may use other weights of convolutions further inside than is tried."""
-    found = [layer_name(bare_name(name)) for name, module in tree.named_modules(model) if reads_further_inside(module)]
-    return [f"not tried, though they may use other weights: the forward passes of {some(found)}"] if found else []
+def _names(modules: Iterable[str]) -> str:
+    return some(layer_name(bare_name(name)) for name in sorted(modules))
 
 
-def _used_elsewhere(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+def _holds(owner: nn.Module, part: nn.Module) -> bool:
+    """Whether a module has another one as a child or in its lists, or is it."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    inside = (_holds(one, part) if isinstance(one, lists) else one is part for _, one in tree.named_children(owner))
+    return owner is part or any(inside)
+
+
+def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], uses: Uses) -> list[str]:
     """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
-    parents: dict[nn.Module, list[Holder]] = {}
-    for name, owner in tree.named_modules(model):
-        for key, child in owner._modules.items():
-            if child is not None:
-                parents.setdefault(child, []).append((name, owner, key))
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
-    for full, module in tree.named_modules(model):
-        weight = weights.get(bare_name(full))
-        if isinstance(module, _ConvNd) and weight is not None and len(held := list(_holders(parents, module))) > 1:
-            uses = [(name, used_weight(module, owner, inner)) for name, owner, inner in held]
-            others = [layer_name(bare_name(name)) for name, use in uses if _may_differ(use, weight, module)]
-            found += [f"{layer_name(bare_name(full))} (in {one})" for one in dict.fromkeys(others)]
+    for name, its in uses.of.items():
+        weight, module, owner = weights.get(bare_name(name)), modules[name], owner_of(name, modules)
+        if weight is None or all(use.how == CALLED for use in its):
+            continue
+        for by in sorted({use.by for use in its} - {owner, name}):
+            if _holds(modules[by], module):
+                use = used_weight(cast(_ConvNd, module), modules[by], uses.by(by, name))
+                if _may_differ(use, weight, module):
+                    found.append(f"{layer_name(bare_name(name))} (in {layer_name(bare_name(by))})")
     if not found:
         return []
     return [f"held by other modules too, which may use other weights, and those do not count: {some(found)}"]
-
-
-def _holders(parents: Mapping[nn.Module, Sequence[Holder]], part: nn.Module, inner: str = "") -> Iterator[Holder]:
-    """The modules with a forward pass that a module is in, or is in a list of."""
-    for name, owner, key in parents.get(part, ()):
-        path = f"{key}.{inner}".rstrip(".")
-        if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
-            yield from _holders(parents, owner, path)
-        else:
-            yield name, owner, path
 
 
 @torch.no_grad()
@@ -264,17 +236,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, part in tree.named_modules(model):
         for key, value in vars(part).items():
             if key not in USUAL:
-                yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in _held(value))
-
-
-def _held(value: object, depth: int = 2) -> Iterator[Tensor]:
-    """The tensors that an attribute is, or has in a container, or in the attributes of an object."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and not isinstance(value, nn.Module):
-        inside = value if isinstance(value, (list, tuple, dict)) else vars(value) if is_plain(value) else ()
-        for one in list(inside.values()) if isinstance(inside, dict) else inside:
-            yield from _held(one, depth - 1)
+                yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in tensors_in(value, NEAR))
 
 
 def divergence_remarks(twins: Sequence[Twin]) -> list[str]:

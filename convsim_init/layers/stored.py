@@ -16,13 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from convsim_init.layers.forward.isolation import draw_numbers, isolated, random_states
 from convsim_init.layers.memory import has_no_data
-from convsim_init.layers.weights import (
-    ComputedWeight,
-    RefusedError,
-    Weight,
-    describe_mismatch,
-    is_random,
-)
+from convsim_init.layers.weights import ComputedWeight, RefusedError, Weight, describe_mismatch, is_random
 from convsim_init.report.text import error_text
 
 SPECTRAL_NORM = getattr(parametrizations, "_SpectralNorm", ())

@@ -7,6 +7,7 @@ such a name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,13 @@ def named_buffers(module: nn.Module, *, remove_duplicate: bool = True) -> Iterat
 def buffers(module: nn.Module) -> Iterator[Tensor]:
     """The buffers of a module and of all inside it, once each."""
     return (one for _, one in named_buffers(module))
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether a module has it, whatever its own ``__getattr__`` raises where it has not."""
+    with suppress(Exception):
+        return getattr(module, name, module) is not module
+    return False
 
 
 def _tensors(

@@ -20,7 +20,7 @@ from convsim_init.functional.bank import (
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum
 from convsim_init.layers.find import find_layers, pair_obstacle
-from convsim_init.layers.layer import Layer
+from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.remarks import model_remarks
 from convsim_init.metrics.expected import (
     SPECTRA,
@@ -68,7 +68,7 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
     return measure_and_find(model_or_state_dict)[0]
 
 
-def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, list[Layer]]:
+def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, Layers]:
     """What `measure` returns, and the layers that it found."""
     started = time.perf_counter()
     layers = find_layers(source, read_only=True)

@@ -11,12 +11,13 @@ from torch.func import functional_call
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers import tree
-from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.find import find_convolutions, refuse_lazy
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.forward.outputs import convolution_outputs
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.stored import has_unknown_hook
+from convsim_init.layers.symbolic.follow import follow
+from convsim_init.layers.symbolic.uses import find_uses
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 COPIED = 2**30  # bytes of parameters that are copied whatever a forward pass seems to do
@@ -133,14 +134,18 @@ def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
     """Which tensors a forward pass may change: of a very large model not those parameters that none seems to write."""
     if sum(one.nbytes for one in tree.parameters(model)) <= COPIED:
         return lambda _: True
-    written = {id(one) for part in tree.modules(model) for one in _may_be_written(part)}
+    uses = find_uses(follow(model))
+    parts = dict(tree.named_modules(model))
+    written = uses.changed | {
+        id(one) for name, part in parts.items() for one in _may_be_written(part, name in uses.ran)
+    }
     return lambda tensor: id(tensor) in written or not isinstance(tensor, nn.Parameter)
 
 
-def _may_be_written(part: nn.Module) -> Iterable[Tensor | None]:
-    """Parameters that the forward pass of a module may change, as far as it is seen."""
+def _may_be_written(part: nn.Module, ran: bool) -> Iterable[Tensor | None]:
+    """Parameters that the forward pass of a module may change beside those that one which could be followed did."""
     of_torch = str(type(part).__module__).startswith("torch.")
-    if has_unknown_hook(part) or part._forward_hooks or (not of_torch and forward_code(part).takes_weights):
+    if has_unknown_hook(part) or part._forward_hooks or not (of_torch or ran):
         return tree.parameters(part)
     return () if of_torch else part._parameters.values()
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
-from convsim_init.layers.forward.weight import find_call
 from convsim_init.layers.memory import has_no_data
+from convsim_init.layers.owners import find_call
 from convsim_init.models.patching import noting_loaded, replaced
 from convsim_init.models.window import before_first_pass, drop_hooks
 

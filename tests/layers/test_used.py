@@ -1396,7 +1396,9 @@ def test_a_hook_on_every_module_counts_and_one_further_out_is_told():
     )
     assert report.remarks == []
     model.register_forward_pre_hook(lambda *_: None)
-    remark = "not tried, though they may change weights: hooks before the forward pass of (the model itself)"
+    assert ci.measure(model).remarks == []
+    model.register_forward_pre_hook(lambda m, _: (m[0][0].weight.data.mul_(mask), None)[1])
+    remark = "not tried, though they may change weights of others or later: hooks of (the model itself)"
     assert ci.measure(model).remarks == [remark]
 
 
@@ -1533,7 +1535,7 @@ def test_a_convolution_with_another_weight_beside_one_that_is_a_module_is_told()
         (remark,) = ci.measure(build()).remarks
         assert remark == f"not looked at, though they may convolve: 1 {build.__name__}, with {share}% of the parameters"
     with pytest.raises(ci.InputError, match="has none that is known: the code of Alone seems to call some"):
-        ci.measure(type("Alone", (nn.Module,), {"forward": lambda self, x: F.conv2d(x, self.kernel)})())
+        ci.measure(type("Alone", (nn.Module,), {"forward": lambda self, x: F.conv2d(x, torch.ones(1, 1, 3, 3))})())
 
 
 def test_spectral_norm_estimates_the_norm_of_the_new_weight():

@@ -6,28 +6,24 @@ place or by assignment.
 
 from __future__ import annotations
 
-import copy
 import operator
 import random
 import sys
 import threading
 import warnings
-from collections import ChainMap, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
-from types import FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.code.held import is_plain
-from convsim_init.layers.code.reading import names_of
+from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes
 from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
@@ -35,13 +31,8 @@ TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 EAGER: list[int] = []  # the threads in which nothing is compiled
 COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
-ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
-ATOMS = (bool, int, float, str, type(None))
-CONTAINERS = (tuple, list, set, dict, OrderedDict)
-USUAL = {*ATOMS, *CONTAINERS}  # types of attributes
 P = ParamSpec("P")
 R = TypeVar("R")
-HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
@@ -95,7 +86,7 @@ def undisturbed(
     held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
     held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
     contents = list(map(_content, held))
-    others = (one for one in values if type(one) not in USUAL)  # to ask for a generator takes its time
+    others = (one for one in values if type(one) not in (*ATOMS, *CONTAINERS))  # to ask for a generator takes its time
     generators = [(one, one.get_state()) for one in others if isinstance(one, torch.Generator)]
     tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
     undo = [noted(one, copy=copy(one)) for one in tensors]
@@ -166,100 +157,6 @@ def tensors_of(part: nn.Module) -> Iterator[Tensor]:
     for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
         if isinstance(value, Tensor):
             yield value
-
-
-def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
-    """Attributes of a module that no forward pass names and a copy of which might fill the memory.
-
-    Such as a trainer, or a data set.
-
-    Args:
-        part: Module.
-        parts: All modules whose forward passes might use the attributes.
-    """
-    found = {name for name, value in vars(part).items() if _is_heavy(value)}
-    return found - names_of(parts) if found else found
-
-
-def _is_heavy(value: object) -> bool:
-    """Whether an object leads to many others or to large tensors and arrays."""
-    if isinstance(value, (Tensor, dict, list, tuple, set)) or not hasattr(value, "__dict__"):
-        return False
-    size, known, pending = 0, set[int](), list[object]([value])
-    for one in pending:
-        if id(one) in known or isinstance(one, (nn.Module, type, FunctionType, MethodType, ModuleType)):
-            continue
-        known.add(id(one))
-        if isinstance(one, (Tensor, np.ndarray)):
-            size += one.nbytes if isinstance(one, np.ndarray) or one.layout is torch.strided else 0
-        elif isinstance(one, Mapping):
-            pending += one.values() if isinstance(one, dict) else ()
-        elif isinstance(one, (list, tuple, set, deque)):
-            pending += one
-        else:
-            pending += getattr(one, "__dict__", {}).values()
-        if size > HEAVY or len(pending) > MANY:
-            return True
-    return False
-
-
-def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an attribute, but for the modules and tensors in the memo and for what cannot be copied."""
-    if isinstance(value, ATOMS):
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in _inside(value)):
-        return value if isinstance(value, tuple) else type(value)(value)  # as most are; deepcopy takes its time
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    new: dict[int, Any] = {}
-    try:
-        with _ComputedToo():
-            twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
-    except Exception:  # of any kind: a lock, an open file
-        return _copied_in_part(value, memo)
-    for original, one in new.items():
-        if isinstance(one, nn.Parameter) and original != id(one):
-            vars(one)[ORIGINAL] = original
-    return twin
-
-
-def _inside(container: Iterable[Any]) -> Iterable[Any]:
-    return chain(container, container.values()) if isinstance(container, dict) else container
-
-
-def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an object of somebody's own, or of a container, by its parts; anything else itself.
-
-    What other threads may wait for, such as a queue, has to stay the same.
-    """
-    if type(value) in (list, tuple):
-        return type(value)(copied(one, memo) for one in value)
-    twin: Any = value
-    if isinstance(value, dict) or (is_plain(value) and not hasattr(value, "__del__")):
-        with suppress(Exception):  # of any kind
-            twin = memo[id(value)] = copy.copy(value)
-    if twin is not value:
-        parts = twin if isinstance(value, dict) else vars(twin)
-        parts.update({name: copied(one, memo) for name, one in parts.items()})
-    return twin
-
-
-class _ComputedToo(TorchFunctionMode):
-    """Context in which tensors that were computed are copied too; they depend on what they did."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            with torch.enable_grad():
-                return args[0].clone()
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from convsim_init.layers.code.reading import CONVOLUTIONS, has_forward_of_its_own
-from convsim_init.layers.forward.trial import convolution_arguments
+from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments, has_forward_of_its_own
 
 Change = Callable[[str, Tensor, Tensor | None], Tensor | None]
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.code.reading import CONVOLUTIONS, TRANSPOSED
-from convsim_init.layers.forward.isolation import ORIGINAL, draw_numbers, isolated
+from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
+from convsim_init.layers.forward.copies import ORIGINAL
+from convsim_init.layers.forward.isolation import draw_numbers, isolated
 
 NO_CALL = "its forward pass, in evaluation mode, called no convolution with a weight of that shape"
 
@@ -200,30 +201,16 @@ class _Capture(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
-            x, weight, _, strides, transposed, groups = convolution_arguments(func, args, kwargs)
+            given = convolution_arguments(func, args, kwargs)
+            x, weight = given.x, given.weight
             if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
                 weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
             if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
                 fed = isinstance(x, Tensor) and self._is_fed(x.grad_fn)
                 if fed or not self._fed:
-                    steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
+                    steps = math.prod(given.strides) ** (1 if len(given.strides) > 1 else weight.dim() - 2)
                     copy = weight.clone()  # before its memory is put back
-                    self.calls.append(Call(copy, groups, transposed, steps, fed))
+                    self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))
                 if len(self.calls) - 1 == self._last:
                     raise _CapturedError
         return func(*args, **kwargs)
-
-
-def convolution_arguments(
-    func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Any, Tensor, Tensor | None, Sequence[int], bool, int]:
-    """The input of a convolution, its weight, its bias, its strides, whether it is transposed, and its groups."""
-
-    def argument(name: str, position: int, default: Any = None) -> Any:
-        return args[position] if len(args) > position else kwargs.get(name, default)
-
-    x, weight, bias, stride = argument("input", 0), argument("weight", 1), argument("bias", 2), argument("stride", 3, 1)
-    strides = (stride,) if isinstance(stride, int) else stride
-    if func is torch.convolution:
-        return x, weight, bias, strides, argument("transposed", 6), argument("groups", 8)
-    return x, weight, bias, strides, func in TRANSPOSED, argument("groups", 6, 1)

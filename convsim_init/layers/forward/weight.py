@@ -12,13 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.code.around import alters_weight, hooks_alter, reads_weight
-from convsim_init.layers.code.reading import forward_code
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
 from convsim_init.layers.forward.trial import (
     NO_CALL,
@@ -28,87 +26,10 @@ from convsim_init.layers.forward.trial import (
     convolution_calls,
     leaves,
 )
-from convsim_init.layers.stored import has_unknown_hook, stored_weight
-from convsim_init.layers.weights import (
-    KERNEL_RANKS,
-    Weight,
-    describe_mismatch,
-    is_random,
-    to_float64,
-)
+from convsim_init.layers.weights import Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
 
-MAX_ENTRIES = 3  # inputs of other convolutions that are tried
 SIDE = 16  # of such an input: there is something left of it for those that follow
-
-
-def find_call(module: nn.Module) -> ForwardWeight | None:
-    """The weight of a module that is no convolution of PyTorch and gives it to one itself.
-
-    Modules with kernels inside them are left out: those are found by themselves.
-    """
-    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
-        return None
-    try:
-        stored = stored_weight(module)
-        if len(stored.shape) not in KERNEL_RANKS or not isinstance(stored.sources[0], nn.Parameter):
-            return None
-        if any(len(one.shape) in KERNEL_RANKS for child in _parts(module) for one in tree.parameters(child)):
-            return None
-        weight = ForwardWeight(module, stored)
-        weight.choose_call()
-        return weight
-    except Exception:  # whatever its own code raises at an input that is not what it is made for
-        return None
-
-
-def weight_within(owner: nn.Module, name: str, module: _ConvNd, stored: Weight) -> ForwardWeight | None:
-    """The weight of a convolution as the module around it uses it, where that does more than to call it.
-
-    That is seen from the names in its code, and from hooks before its forward pass; then a trial pass tells, with an
-    input for the convolution or, where the code reads weights and fails at that one, for others inside. Where none can
-    be made, `ForwardWeight.obstacle` says so if the code reads this weight.
-
-    Args:
-        owner: Module with a forward pass around the convolution.
-        name: Name of the convolution in it.
-        module: The convolution.
-        stored: Weight that it holds.
-    """
-    if not forward_code(owner).takes_weights and not has_unknown_hook(owner):
-        return None
-    weight = ForwardWeight(owner, stored, module)
-    reads, hooked = reads_weight(owner, name), hooks_alter(owner)
-    alters = hooked or alters_weight(owner, name)
-    for entry in (module, *(_entries(owner) if reads or alters else ())):
-        weight.entry = entry
-        try:
-            if not weight.is_stored():
-                return weight
-            stored.note, stored.call = stored.note or weight.note, weight.call
-            return None
-        except TypeError:  # as where it takes more than one input
-            break
-        except Exception:  # whatever its own code raises at an input that is not what it is made for
-            continue
-    weight.entry = module
-    if alters and not reads:
-        what = f"a hook of {type(owner).__name__}" if hooked else type(owner).__name__
-        stored.note = stored.note or f"{what} may change it in its forward pass, which could not be tried"
-    return weight if reads else None
-
-
-def _entries(owner: nn.Module) -> list[_ConvNd]:
-    """Convolutions whose input a module may take: of those inside it the ones of fewest channels, one of a kind."""
-    found: dict[tuple[int, int], _ConvNd] = {}
-    for part in tree.modules(owner):
-        if isinstance(part, _ConvNd):
-            found.setdefault((part.in_channels, len(part.kernel_size)), part)
-    return [found[kind] for kind in sorted(found)[:MAX_ENTRIES]]
-
-
-def _parts(module: nn.Module) -> list[nn.Module]:
-    return [child for name, child in tree.named_children(module) if name != "parametrizations"]
 
 
 class ForwardWeight(Weight):
@@ -322,7 +243,7 @@ class ForwardWeight(Weight):
 
     def _others(self) -> set[int]:
         """Addresses of the parameters of other modules inside it."""
-        inner = [one for part in _parts(self.module) for one in tree.parameters(part) if not is_lazy(one)]
+        inner = [one for part in parts_of(self.module) for one in tree.parameters(part) if not is_lazy(one)]
         return {one.data_ptr() for one in inner} - {source.data_ptr() for source in self.sources}
 
     def _find_mask(self, stored: Tensor) -> Tensor | None:
@@ -341,6 +262,11 @@ class ForwardWeight(Weight):
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
         weight = to_float64(weight) * (1 if self._mask is None else self._mask)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules that one holds, but for its parametrizations."""
+    return [child for name, child in tree.named_children(module) if name != "parametrizations"]
 
 
 def _same_filters(one: Call, other: Call) -> bool:

@@ -15,9 +15,10 @@ from torch import nn
 
 import convsim_init as ci
 from convsim_init.layers.find import find_layers
-from convsim_init.layers.forward import isolation
+from convsim_init.layers.forward import copies, isolation
 from convsim_init.layers.forward.isolation import isolated, not_compiled
 from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call, convolution_calls
+from convsim_init.layers.layer import Layers
 from convsim_init.layers.remarks import find_twins, model_remarks
 
 
@@ -412,8 +413,8 @@ def test_code_that_refuses_a_gradient_after_a_first_call_is_tried_without():
 def test_most_attributes_are_copied_without_a_deep_copy(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model.sizes, model.held, model.nested = (1, "a"), [model[0], 2], [[model[0].weight], {"a": [1]}]
-    calls, deepcopy = list[object](), isolation.copy.deepcopy
-    monkeypatch.setattr(isolation.copy, "deepcopy", lambda value, memo: calls.append(value) or deepcopy(value, memo))
+    calls, deepcopy = list[object](), copies.copy.deepcopy
+    monkeypatch.setattr(copies.copy, "deepcopy", lambda value, memo: calls.append(value) or deepcopy(value, memo))
     held, nested, parameters = model.held, model.nested, model[0]._parameters
     with isolation.isolated(model):
         assert calls == [nested]
@@ -443,7 +444,7 @@ def test_a_convolution_is_fed_by_whatever_way_from_the_input():
 
 LOOKS = {
     "find": lambda model: find_layers(model),
-    "remark": lambda model: model_remarks(model, []),
+    "remark": lambda model: model_remarks(model, Layers()),
     "copies": lambda model: find_twins(model, []),
     "term": ci.ConvolutionalSimilarity,
 }

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,32 +18,39 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.code.bytecode import unpacked
-from convsim_init.layers.code.reading import CONVOLUTIONS
-from convsim_init.layers.forward.answers import Answers
+from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
 from convsim_init.layers.forward.isolation import not_compiled
-from convsim_init.layers.forward.trial import convolution_arguments
+from convsim_init.layers.symbolic.answers import Answers
+from convsim_init.layers.symbolic.symbols import (
+    Node,
+    Shape,
+    Symbol,
+    are_sizes,
+    is_in_place,
+    memory,
+    name_of,
+    tensors_in,
+)
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
 VAIN = 3  # calls of a module that fail, before it is no longer tried
-DEPTH = 4  # of objects within objects that are looked through for values
 OUTPUT = "output"
 RANKS = (4, 3, 5, 2)
 ASKED = {"is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device", "is_inference"}
 SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "len"}
-OPERATORS = {"add", "sub", "mul", "truediv", "div", "floordiv", "mod", "matmul", "pow"}  # also with an i or r before
 ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge"}
 VIEWS = {  # of what they are given: what is written into one is in the other
     *("getitem", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
     *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "data", "detach"),
-    *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "diagonal", "unfold", "as_strided"),
+    *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "diagonal", "unfold", "as_strided", "numpy"),
 }
+UNWRITTEN = {"requires_grad", "requires_grad_", "retain_grad", "grad"}  # change no value
+BEFORE, AFTER = "before", "after"  # a forward pass
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
 SAMPLE = torch.empty(0, 0)  # what is asked of an unknown value, but for its shape, is asked of this one
-LEFT = (nn.Module, type, FunctionType, MethodType, ModuleType)  # are not looked through
 
 
 class EndlessError(BaseException):
@@ -57,85 +61,16 @@ class FailedError(Exception):
     """Code that raises an error, whatever it is answered."""
 
 
-@dataclass(eq=False)
-class Node:
-    """A call in a forward pass, or an argument of it.
-
-    Attributes:
-        name: Of the function, method or operator; what `naming` says for a module; empty for an argument.
-        inputs: The calls whose values it was given.
-        learned: The parameters that it was given, by their ids.
-        module: The module that was called, if it is one.
-        weight: What a function that convolves was given as its weight, as a call that was given nothing else.
-        is_size: Whether it is a number that is computed from shapes alone.
-    """
-
-    name: str
-    inputs: tuple[Node, ...] = ()
-    learned: frozenset[int] = frozenset()
-    module: nn.Module | None = None
-    weight: Node | None = None
-    is_size: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        operator = self.name in OPERATORS and bool(self.inputs)
-        self.is_size = self.name == "size" or (operator and all(one.is_size for one in self.inputs))
-
-
-class Symbol(Tensor):
-    """An unknown value, perhaps a view of another one."""
-
-    node: Node
-    base: Symbol | None
-    made_by: SymbolicPass
-
-    def __getattr__(self, name: str) -> Symbol:
-        if name.startswith("_") or (self.node.module is None and self.node.name not in ("", "getitem")):
-            # What functions return are tensors.
-            raise AttributeError(name)
-        return self.made_by.symbol(name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Symbol:
-        """Call what an unknown object holds."""
-        return self.made_by.symbol(self.node.name, self, args, kwargs)
-
-    def __iter__(self) -> Iterator[Symbol]:
-        """As many values as the code unpacks, or else one."""
-        frame = sys._getframe(1)
-        return iter([self.made_by.symbol("getitem", self) for _ in range(unpacked(frame.f_code, frame.f_lasti))])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: object, *_: object) -> Any:
-        """Refuse what compiled code computes, of which nothing would be known."""
-        raise TypeError(f"{func} of an unknown value")
-
-    @property
-    def values(self) -> Symbol:
-        """The values of what `torch.max` and others return, or of a dictionary."""
-        return self.made_by.symbol("values", self)
-
-    @property
-    def indices(self) -> Symbol:
-        """The indices of what `torch.max` and others return."""
-        return self.made_by.symbol("indices", self)
-
-
-class Shape(tuple[Any, ...]):
-    """The shape of an unknown value, of unknown numbers."""
-
-    __slots__ = ()
-
-    def numel(self) -> Any:
-        """Their product."""
-        return functools.reduce(lambda one, other: one * other, self, 1)
-
-
 class SymbolicPass(TorchFunctionMode):
     """Forward passes of a model, or of parts of it, on unknown values.
 
     Args:
         model: Model without hooks, its tensors on the meta device. It is changed and can be used for this alone.
         naming: What the call of a module is to be called, and whether it counts as a single one in any case.
+
+    Attributes:
+        failed: The modules whose forward passes raised errors, each time that they were called.
+        failed_hooks: The modules whose hooks did once.
     """
 
     def __init__(self, model: nn.Module, naming: Callable[[nn.Module], tuple[str, bool]]) -> None:
@@ -149,15 +84,26 @@ class SymbolicPass(TorchFunctionMode):
                     self._named[stand_in] = naming(part)
         self._nodes: list[Node] = []
         self._written: list[tuple[Symbol, Node]] = []  # in place, and what it was
+        self.failed, self.failed_hooks = set[nn.Module](), set[nn.Module]()
         self._failed = Counter[tuple[nn.Module, bool]]()  # the calls that did, by how truths are answered
         self._made = 0
         self._usual = True
         self._answers = Answers({})
+        self._running: list[tuple[nn.Module, str]] = [(model, "")]
         ranks = [len(one.kernel_size) + 2 for one in tree.modules(model) if isinstance(one, _ConvNd)]
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
+        self._weights: dict[nn.Module, Tensor | None] = {
+            one: one._parameters.get("weight") for one in tree.modules(model) if isinstance(one, _ConvNd)
+        }
         self._forward = {one: one.forward for one in tree.modules(model) if not isinstance(one, torch.jit.ScriptModule)}
         for module, forward in self._forward.items():
+            kind = type(module)
+            if kind.__call__ is not nn.Module.__call__:
+                module.__class__ = type(kind.__name__, (kind,), {"__call__": self._own_call(kind.__call__)})
             vars(module)["forward"] = functools.wraps(forward)(functools.partial(self._call, module))
+            for when, hooks in ((BEFORE, module._forward_pre_hooks), (AFTER, module._forward_hooks)):
+                for key, hook in hooks.items():
+                    hooks[key] = functools.partial(self._run_hook, hook, module, when)
 
     def run(self, part: nn.Module, given: Iterable[str], *, usual: bool = True) -> list[Node]:
         """The calls of a part's forward pass in order, its output the last; none if it cannot run.
@@ -177,9 +123,12 @@ class SymbolicPass(TorchFunctionMode):
         kwargs = {name: self.symbol() for name in given if parameters[name].kind not in unnamed}
         with self, not_compiled():
             try:
-                output = self._attempt(self._forward[part], args, kwargs)
+                self._running = [(part, "")]
+                output = self._attempt(part, args, kwargs)
             except (FailedError, EndlessError):
+                self.failed.add(part)
                 return []
+        self.failed.discard(part)
         self.symbol(OUTPUT, output)
         return self._nodes
 
@@ -196,29 +145,73 @@ class SymbolicPass(TorchFunctionMode):
                 learned.add(id(one))
         with torch._C.DisableTorchFunction():
             symbol: Symbol = Tensor._make_subclass(Symbol, NUMBER)
-            symbol.node, symbol.made_by = Node(name, tuple(inputs), frozenset(learned), **more), self
-            symbol.base = next((one for one in tensors[:1] if name in VIEWS and isinstance(one, Symbol)), None)
+            caller, hook = self._running[-1]
+            symbol.node = Node(name, tuple(inputs), frozenset(learned), caller=caller, hook=hook, **more)
+            viewed = tensors[0] if tensors and name in VIEWS else None
+            symbol.base, symbol.parameters = viewed if isinstance(viewed, Symbol) else None, memory(viewed)
+            symbol.made_by = self
         self._nodes.append(symbol.node)
         return symbol
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A module's forward pass."""
         name, single = self._named[module]
+        if {one for one, _ in self._running} == {module}:  # with which the pass began
+            return self._attempt(self._forward[module], args, kwargs, module)
         if not single and self._failed[module, self._usual] < VAIN:
             try:
-                return self._attempt(self._forward[module], args, kwargs)
+                output = self._attempt(self._forward[module], args, kwargs, module)
+                self.failed.discard(module)
+                return output
             except FailedError:
                 self._failed[module, self._usual] += 1
-        return self.symbol(name, args, kwargs, module=module)
+                self.failed.add(module)
+        symbol = self.symbol(name, args, kwargs, module=module)
+        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
+        if weight is not self._weights.get(module):
+            symbol.node.weight = self.symbol("weight", weight).node
+        return symbol
 
-    def _attempt(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _own_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """What a class does around its forward pass, as a method."""
+
+        def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._attempt(functools.partial(call, module), args, kwargs, module)
+
+        return own_call
+
+    def _run_hook(self, hook: Callable[..., Any], module: nn.Module, when: str, *args: Any, **kwargs: Any) -> Any:
+        """A hook before or after the forward pass of a module, which goes on where that fails."""
+        try:
+            return self._attempt(hook, args, kwargs, module, when)
+        except FailedError:
+            self.failed_hooks.add(module)
+            return None
+
+    def _attempt(
+        self,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        caller: nn.Module | None = None,
+        hook: str = "",
+    ) -> Any:
         """Run code, with other answers to its questions where it fails.
+
+        Args:
+            forward: The code.
+            args: What it is given.
+            kwargs: The same, by names.
+            caller: The module whose forward pass or hook it is; None for what comes before these.
+            hook: Whether it is a hook, and which.
 
         Raises:
             FailedError: If it fails with all of them.
         """
         outer, before, unwritten = self._answers, len(self._nodes), len(self._written)
         self._answers = answers = Answers(outer.proven)  # those of this call are changed alone
+        self._running += [(caller, hook)] if caller is not None else []
+        running = len(self._running)
         try:
             for _ in range(ATTEMPTS):
                 try:
@@ -230,11 +223,13 @@ class SymbolicPass(TorchFunctionMode):
                     for symbol, node in reversed(self._written[unwritten:]):
                         symbol.node = node
                     del self._written[unwritten:]
+                    del self._running[running:]
                     if not answers.change(error):
                         break
             raise FailedError
         finally:
             self._answers = outer
+            del self._running[running - (caller is not None) :]
 
     def __torch_function__(
         self,
@@ -264,11 +259,14 @@ class SymbolicPass(TorchFunctionMode):
             name = ROOTS.get(exponent, name)
         symbol = self.symbol(name, args, kwargs)
         if func in CONVOLUTIONS:
-            symbol.node.weight = self.symbol("weight", convolution_arguments(func, args, kwargs)[1]).node
+            symbol.node.convolution = convolution_arguments(func, args, kwargs)
+            symbol.node.weight = self.symbol("weight", symbol.node.convolution.weight).node
         count = _count(name, args, kwargs)
         if count is not None:
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
-        written = kwargs.get("out", first if is_in_place(kind) else None)
+        written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
+        if written is not None and name not in UNWRITTEN:
+            symbol.node.changed = frozenset().union(*map(memory, tensors_in(written)))
         return self._write(written, symbol) if isinstance(written, Symbol) else symbol
 
     def _write(self, written: Symbol, by: Symbol) -> Symbol:
@@ -282,7 +280,7 @@ class SymbolicPass(TorchFunctionMode):
     def _answer(self, kind: str, name: str, asked: Symbol, *more: Any) -> Any:
         """What is told of an unknown value where code needs a value; None where it does not."""
         give = self._answers.give
-        if kind == "__bool__" or (name in COMPARISONS and _are_sizes([asked, *more])):
+        if kind == "__bool__" or (name in COMPARISONS and are_sizes([asked, *more])):
             single = name == "eq" and type(more[0]) is int and more[0] == 1  # such as an image of one pixel
             likely = (not single and (asked.node.name if kind == "__bool__" else name) not in RARE) == self._usual
             return give(likely, not likely)
@@ -300,17 +298,6 @@ class SymbolicPass(TorchFunctionMode):
         return give(*choices[kind]) if kind in choices else values.get(kind)
 
 
-def name_of(func: Callable[..., Any]) -> str:
-    """The name of a function, method, operator or attribute: ``mul`` for all that multiply."""
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):
-        name = func.__self__.__name__  # type: ignore[attr-defined]
-    if name in ("__rdiv__", "__rtruediv__"):
-        return "reciprocal"
-    bare: str = name.strip("_")
-    return bare[1:] if name.startswith("__") and bare[1:] in OPERATORS else bare
-
-
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """How many tensors a function returns, where that is seen from what it is given."""
     if name in ("meshgrid", "broadcast_tensors"):
@@ -321,26 +308,3 @@ def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | N
             return len(parts) + (name == "tensor_split")
         return parts if isinstance(parts, int) and name != "split" else None
     return None
-
-
-def is_in_place(kind: str) -> bool:
-    """Whether a method or operator changes what it is called on."""
-    operator = kind.startswith("__i") and kind.strip("_")[1:] in OPERATORS
-    return operator or kind in ("__setitem__", "__set__") or (kind.endswith("_") and not kind.endswith("__"))
-
-
-def _are_sizes(values: Sequence[object]) -> bool:
-    return all(one.node.is_size if isinstance(one, Symbol) else isinstance(one, (int, float)) for one in values)
-
-
-def tensors_in(value: object, depth: int = DEPTH) -> Iterator[Tensor]:
-    """The tensors that a value holds."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, set, Mapping, slice)):
-        inside: Any = (value.start, value.stop, value.step) if isinstance(value, slice) else value
-        for one in inside.values() if isinstance(value, Mapping) else inside:
-            yield from tensors_in(one, depth)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, LEFT):
-        for one in vars(value).values():
-            yield from tensors_in(one, depth - 1)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 import traceback
 from collections.abc import Hashable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 
 import torch
-
-from convsim_init.layers.code.bytecode import unpacked
 
 ELSEWHERE = tuple(str(path) + os.sep for path in (Path(__file__).parent, Path(torch.__file__).parent))
 
@@ -33,8 +33,8 @@ class Answers:
 
     def rank(self, value: Hashable, choices: Iterable[int]) -> int:
         """The number of dimensions of a value, always the same unless the code unpacks another number of sizes."""
-        count = unpacked(*_place(sys._getframe(1)))
-        self._ranks[value] = count if count > 1 else self._ranks.get(value) or self.give(*choices)
+        count, more = unpacked(*_place(sys._getframe(1)))
+        self._ranks[value] = count if count > 1 and not more else self._ranks.get(value) or self.give(*choices)
         return self._ranks[value]
 
     def give(self, *choices: int) -> int:
@@ -72,3 +72,20 @@ def _place(frame: FrameType) -> Place:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ELSEWHERE):
         frame = frame.f_back
     return frame.f_code, frame.f_lasti
+
+
+@lru_cache(maxsize=10_000)
+def unpacked(code: CodeType, position: int) -> tuple[int, bool]:
+    """How many values are unpacked at a position or right after it, and whether more may be.
+
+    They are 2 of ``height, width = x.shape``; 1 where nothing is unpacked.
+    """
+    for step in dis.get_instructions(code):
+        if step.offset >= position and step.opname != "CACHE":
+            if step.opname == "UNPACK_SEQUENCE":
+                return int(step.argval), False
+            if step.opname == "UNPACK_EX":
+                return int(step.argval & 255) + int(step.argval >> 8), True
+            if step.offset > position:
+                break
+    return 1, False

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import convsim_init as ci
-from convsim_init.layers.forward import symbolic
-from convsim_init.layers.normalized import NOT_NORMALIZED, NOT_TOLD, normalization_follows
+from convsim_init.layers.symbolic import passes as symbolic
+from convsim_init.layers.symbolic.follow import follow
+from convsim_init.layers.symbolic.normalized import NOT_NORMALIZED, NOT_TOLD, normalization_follows
 
 QUICK = ci.Settings(steps=2)
 
@@ -340,13 +341,13 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_what_follows(name):
     model, expected = MODELS[name]
-    assert normalization_follows(model) == expected
+    assert normalization_follows(follow(model)) == expected
 
 
 def test_a_layer_that_is_called_twice_is_normalized_both_times():
     shared = nn.Conv2d(4, 4, 3)
-    assert normalization_follows(nn.Sequential(shared, nn.BatchNorm2d(4), shared)) == {"0": False}
-    assert normalization_follows(nn.Sequential(*2 * [shared, nn.BatchNorm2d(4)])) == {"0": True}
+    assert normalization_follows(follow(nn.Sequential(shared, nn.BatchNorm2d(4), shared))) == {"0": False}
+    assert normalization_follows(follow(nn.Sequential(*2 * [shared, nn.BatchNorm2d(4)]))) == {"0": True}
 
 
 def test_nothing_of_the_model_is_touched(capsys):
@@ -372,7 +373,7 @@ def test_nothing_of_the_model_is_touched(capsys):
     model.register_forward_hook(lambda *_: heard.append("hook"))
     before, attributes = copy.deepcopy(model.state_dict()), dict(vars(model.conv))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    assert normalization_follows(model) == {"conv": False}
+    assert normalization_follows(follow(model)) == {"conv": False}
     assert (model.calls, model.seen, heard, model.training) == (0, [], [], True)
     assert vars(model.conv) == attributes
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -388,7 +389,7 @@ def test_a_module_that_is_its_own_copy_stays_as_it_is():
 
     model = nn.Sequential(Single(*conv(nn.BatchNorm2d(4))), nn.Conv2d(4, 4, 3))
     before = [dict(vars(part)) for part in model.modules()]
-    assert normalization_follows(model) == {}
+    assert normalization_follows(follow(model)) == {}
     assert [dict(vars(part)) for part in model.modules()] == before
 
 
@@ -408,7 +409,7 @@ def test_nothing_that_a_model_holds_is_touched():
 
     model = Recording()
     before = pickle.dumps(model.__dict__)
-    assert normalization_follows(model) == {"conv": False}
+    assert normalization_follows(follow(model)) == {"conv": False}
     assert pickle.dumps(model.__dict__) == before
 
 
@@ -429,7 +430,7 @@ def test_a_forward_pass_that_leaves_or_never_ends_is_not_told(monkeypatch):
                 x = x + 1
 
     for model in (Leaving(), Endless()):
-        assert normalization_follows(model) == {}
+        assert normalization_follows(follow(model)) == {}
 
 
 def test_other_threads_run_their_modules_meanwhile():
@@ -446,7 +447,7 @@ def test_other_threads_run_their_modules_meanwhile():
             thread.join()
             return self.conv(x)
 
-    assert normalization_follows(Waiting()) == {"conv": False}
+    assert normalization_follows(follow(Waiting())) == {"conv": False}
     assert torch.equal(outputs[0], other(torch.ones(1, 3)))
 
 
@@ -551,5 +552,5 @@ def test_code_that_fails_within_code_that_fails_is_not_tried_without_end():
                 x = x + 1
             raise ValueError
 
-    assert normalization_follows(Nested(8)) == {}
+    assert normalization_follows(follow(Nested(8))) == {}
     assert len(calls) < 1000

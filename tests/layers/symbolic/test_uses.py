@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.layers.code.reading import forward_code
 
 TABLE = {1: F.conv1d, 2: F.conv2d}
 
@@ -202,7 +201,6 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("kind", [Attributes, Variables, NamedAsFunctions, Wrapper])
 def test_attributes_of_such_a_name_say_nothing(kind):
-    assert not forward_code(kind()).convolves
     report = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1))
     assert not report.remarks
     assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED]
@@ -246,7 +244,7 @@ class Hiding(nn.Module):
 
 @pytest.mark.parametrize("way", ["list", "dict", "function", "method"])
 def test_convolutions_that_are_no_parts_of_the_model_are_told(way):
-    remark = "not looked at, for they are no parts of the model: the convolutions in 0.held"
+    remark = "not looked at, for they are no parts of the model: convolutions that 0 calls"
     model = nn.Sequential(Hiding(way))
     assert ci.measure(model).remarks == [remark]
     model[0].conv = nn.Identity()
@@ -289,3 +287,77 @@ def test_objects_of_any_kind_are_no_obstacle(value):
         model[0].register_forward_pre_hook(value)
         model[0].conv.register_forward_hook(value)
     assert [layer.reason for layer in ci.measure(model).layers] == [None]
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+def test_hooks_are_followed_and_nothing_that_they_know_is_touched():
+    model, teacher, features, counts = nn.Sequential(Two()), Two(), [], {"calls": 0}
+
+    class Recorder:
+        def __init__(self):
+            self.shapes, self.model = [], model
+
+        def __call__(self, module, inputs, output, *, scale=1):
+            self.shapes.append(output.shape)
+            self.model[0].calls = getattr(self.model[0], "calls", 0) + scale
+
+    def note(module, inputs, *outputs, step=1):
+        features.extend(outputs)
+        counts["calls"] += step
+        model[0].seen = teacher(inputs[0])
+
+    recorder = Recorder()
+    model.register_forward_hook(note)
+    model[0].register_forward_pre_hook(note)
+    model[0].conv.register_forward_hook(recorder)
+    report = ci.initialize_(model, settings=ci.Settings(steps=1))
+    assert (report.layers[0].channels, report.layers[0].reason) == ("matched", None)
+    assert "teacher" not in str(report.remarks)
+    assert (features, counts, recorder.shapes) == ([], {"calls": 0}, [])
+    assert not hasattr(model[0], "calls")
+    assert not hasattr(model[0], "seen")
+
+
+def test_a_hook_may_look_at_the_model_itself():
+    model = nn.Sequential(Two(), nn.Conv2d(8, 8, 3))
+    model[0].register_forward_hook(lambda *_: print(ci.measure(model)))
+    assert [layer.reason for layer in ci.measure(model).layers] == [None, None]
+
+
+class Failing(Two):
+    def forward(self, x, y):
+        raise ValueError
+
+
+class Stubborn(Failing):
+    def __deepcopy__(self, memo):
+        raise TypeError
+
+
+@pytest.mark.parametrize("kind", [Failing, Stubborn])
+def test_what_a_forward_pass_that_cannot_be_followed_does_is_not_known(kind):
+    failing, other = ci.measure(nn.ModuleList([kind(), Two()])).layers
+    assert failing.reason == f"whether {kind.__name__} uses another weight of it could not be told"
+    assert other.reason is None
+
+
+def test_what_a_hook_that_cannot_be_followed_does_is_tried():
+    model, mask = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.rand(8, 3, 3, 3) < 0.5
+
+    def hook(module, inputs):
+        assert float(inputs[0].numpy().max()) < 100
+        assert isinstance(inputs[0].tolist(), list)
+        module[0].weight.data.mul_(mask)
+
+    model.register_forward_pre_hook(hook)
+    (layer,) = ci.initialize_(model, settings=ci.Settings(steps=1)).layers
+    assert "within its mask, " in layer.reason

@@ -1,0 +1,156 @@
+"""Copies of what the attributes of modules hold, as far as it can be copied and is not too heavy."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections import ChainMap, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from inspect import getattr_static
+from itertools import chain
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
+LIBRARIES = {"torch", *sys.stdlib_module_names}
+ATOMS = (bool, int, float, str, type(None))
+CONTAINERS = (tuple, list, set, dict, OrderedDict)
+HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
+
+
+def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
+    """Attributes of a module that no forward pass names and a copy of which might fill the memory.
+
+    Such as a trainer, or a data set.
+
+    Args:
+        part: Module.
+        parts: All modules whose forward passes might use the attributes.
+    """
+    found = {name for name, value in vars(part).items() if is_heavy(value)}
+    return found - names_of(parts) if found else found
+
+
+def names_of(parts: Iterable[nn.Module]) -> set[str]:
+    """The names in the code of forward passes, and in that of the methods and functions that these name."""
+    code = {(type(part), vars(part).get("forward")) for part in parts}
+    return set().union(*(_names(kind, forward) for kind, forward in code))
+
+
+def _names(kind: Any, forward: Any) -> set[str]:
+    pending: list[Any] = [forward or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
+    known, found = set[CodeType](), set[str]()
+    for one in pending:
+        function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
+        code = getattr(function, "__code__", None)
+        codes = [code] if isinstance(code, CodeType) and not is_librarys(function) else []
+        for inner in codes:
+            if inner not in known:
+                known.add(inner)
+                found |= {*inner.co_names, *(name for name in inner.co_consts if isinstance(name, str))}
+                codes += [constant for constant in inner.co_consts if isinstance(constant, CodeType)]
+                pending += [getattr_static(kind, name, None) for name in inner.co_names]
+                pending += [function.__globals__.get(name) for name in inner.co_names]
+    return found
+
+
+def is_heavy(value: object) -> bool:
+    """Whether an object leads to many others or to large tensors and arrays."""
+    if isinstance(value, (Tensor, dict, list, tuple, set)):
+        return False
+    size, known, pending = 0, set[int](), list[object]([value])
+    for one in pending:
+        if id(one) in known or isinstance(one, (nn.Module, type, FunctionType, MethodType, ModuleType)):
+            continue
+        known.add(id(one))
+        with suppress(Exception):  # its own code may say what it holds
+            if isinstance(one, (Tensor, np.ndarray)):
+                size += one.nbytes if isinstance(one, np.ndarray) or one.layout is torch.strided else 0
+            elif isinstance(one, Mapping):
+                pending += one.values() if isinstance(one, dict) else ()
+            elif isinstance(one, (list, tuple, set, deque)):
+                pending += one
+            else:
+                pending += vars(one).values()
+        if size > HEAVY or len(pending) > MANY:
+            return True
+    return False
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute, but for the modules and tensors in the memo and for what cannot be copied."""
+    if isinstance(value, ATOMS):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in _inside(value)):
+        return value if isinstance(value, tuple) else type(value)(value)  # as most are; deepcopy takes its time
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    new: dict[int, Any] = {}
+    try:
+        with _ComputedToo():
+            twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
+    except Exception:  # of any kind: a lock, an open file
+        return _copied_in_part(value, memo)
+    for original, one in new.items():
+        if isinstance(one, nn.Parameter) and original != id(one):
+            vars(one)[ORIGINAL] = original
+    return twin
+
+
+def _inside(container: Iterable[Any]) -> Iterable[Any]:
+    return chain(container, container.values()) if isinstance(container, dict) else container
+
+
+def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an object of somebody's own, or of a container, by its parts; anything else itself.
+
+    What other threads may wait for, such as a queue, has to stay the same.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(copied(one, memo) for one in value)
+    if isinstance(value, dict) or (is_plain(value) and not hasattr(type(value), "__del__")):
+        with suppress(Exception):  # of any kind
+            twin = copy.copy(value)
+            parts = twin if isinstance(value, dict) else vars(twin)
+            memo[id(value)] = twin
+            parts.update({name: copied(one, memo) for name, one in parts.items()})
+            return twin
+    return value
+
+
+class _ComputedToo(TorchFunctionMode):
+    """Context in which tensors that were computed are copied too; they depend on what they did."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            with torch.enable_grad():
+                return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is an object of somebody's own class that is no module, such as one that changes modules."""
+    kind = type(value)
+    known = (nn.Module, type, FunctionType, MethodType, ModuleType, partial, Tensor)
+    return not isinstance(value, known) and kind.__dictoffset__ != 0 and not is_librarys(kind)
+
+
+def is_librarys(what: FunctionType | type) -> bool:
+    """Whether it is one of torch's or of Python's own, whose names say nothing of a model."""
+    return what.__module__ is None or what.__module__.partition(".")[0] in LIBRARIES

@@ -1,0 +1,85 @@
+"""The weights that modules give to convolutions that they call themselves, or that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from convsim_init.layers import tree
+from convsim_init.layers.forward.weight import ForwardWeight, parts_of
+from convsim_init.layers.stored import stored_weight
+from convsim_init.layers.symbolic.passes import AFTER
+from convsim_init.layers.symbolic.uses import CHANGED, REPLACED, UNKNOWN, Use
+from convsim_init.layers.weights import KERNEL_RANKS, Weight
+
+MAX_ENTRIES = 3  # inputs of other convolutions that are tried
+
+
+def find_call(module: nn.Module) -> ForwardWeight | None:
+    """The weight of a module that is no convolution of PyTorch and gives it to one itself.
+
+    Modules with kernels inside them are left out: those are found by themselves.
+    """
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        return None
+    try:
+        stored = stored_weight(module)
+        if len(stored.shape) not in KERNEL_RANKS or not isinstance(stored.sources[0], nn.Parameter):
+            return None
+        if any(len(one.shape) in KERNEL_RANKS for child in parts_of(module) for one in tree.parameters(child)):
+            return None
+        weight = ForwardWeight(module, stored)
+        weight.choose_call()
+        return weight
+    except Exception:  # whatever its own code raises at an input that is not what it is made for
+        return None
+
+
+def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Collection[Use]) -> ForwardWeight | None:
+    """The weight of a convolution as the module around it uses it, where that does more than to call it.
+
+    A trial pass tells, with an input for the convolution or, where its code fails at that one, for others inside. Where
+    none can be made, `ForwardWeight.obstacle` says so if another weight is made of this one.
+
+    Args:
+        owner: Module with a forward pass around the convolution.
+        module: The convolution.
+        stored: Weight that it holds.
+        uses: How the owner uses it.
+    """
+    replaces = any(use.how == REPLACED for use in uses)
+    changes = [use.hook for use in uses if use.how == CHANGED and use.hook != AFTER]
+    unknown = any(use.how == UNKNOWN for use in uses)
+    if not (replaces or changes or unknown):
+        return None
+    weight = ForwardWeight(owner, stored, module)
+    for entry in (module, *(_entries(owner) if replaces or changes else ())):
+        weight.entry = entry
+        try:
+            if not weight.is_stored():
+                return weight
+            stored.note, stored.call = stored.note or weight.note, weight.call
+            return None
+        except TypeError:  # as where it takes more than one input
+            break
+        except Exception:  # whatever its own code raises at an input that is not what it is made for
+            continue
+    weight.entry = module
+    if changes and not replaces:
+        what = f"a hook of {type(owner).__name__}" if all(changes) else type(owner).__name__
+        stored.note = stored.note or f"{what} may change it in its forward pass, which could not be tried"
+    if unknown and not changes and not replaces:
+        stored.note = stored.note or f"whether {type(owner).__name__} uses another weight of it could not be told"
+    return weight if replaces else None
+
+
+def _entries(owner: nn.Module) -> list[_ConvNd]:
+    """Convolutions whose input a module may take: of those inside it the ones of fewest channels, one of a kind."""
+    found: dict[tuple[int, int], _ConvNd] = {}
+    for part in tree.modules(owner):
+        if isinstance(part, _ConvNd):
+            found.setdefault((part.in_channels, len(part.kernel_size)), part)
+    return [found[kind] for kind in sorted(found)[:MAX_ENTRIES]]

@@ -1,0 +1,161 @@
+"""Forward passes of a model, or where it cannot run as a whole of its parts, on unknown values: what is called in them.
+
+They are those of a copy on the meta device, so that nothing of the model itself is changed. Hooks run as in a real
+forward pass. Arguments with a default have it, where all convolutions are called so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from inspect import getattr_static
+from itertools import product
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from convsim_init.layers import tree
+from convsim_init.layers.forward.copies import is_librarys
+from convsim_init.layers.forward.isolation import LIVE, random_states
+from convsim_init.layers.symbolic.clone import on_meta
+from convsim_init.layers.symbolic.kinds import SHAPES, USING, call_name
+from convsim_init.layers.symbolic.passes import SymbolicPass
+from convsim_init.layers.symbolic.symbols import Node
+
+FOLLOWING: list[nn.Module] = []  # the model whose forward passes run, in the thread that has `LIVE`
+
+
+@dataclass
+class Followed:
+    """What was called in the forward passes of a model.
+
+    Attributes:
+        modules: The modules of the model, by their names.
+        names: The names of the modules by the ids of these and of their own parameters, in the model and in the copy.
+        originals: The ids of the model's parameters by those of the copy's.
+        failed: Names of the modules whose code raised errors, so that how they use others is not known.
+        runs: The calls of each pass, the last of them its output; and whether it is one of the whole model.
+    """
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    originals: dict[int, int] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    runs: list[tuple[list[Node], bool]] = field(default_factory=list)
+
+    def layers(self, node: Node) -> set[str]:
+        """The layers that a call is one of, by their names."""
+        if isinstance(node.module, _ConvNd):
+            return {self.names[id(node.module)]}
+        return {self.names[one] for one in kernels(node) if one in self.names}
+
+
+def origins(node: Node, most: float = math.inf) -> set[Node]:
+    """What a value is computed from by functions, itself among it, back to the modules and arguments that begin it.
+
+    Sizes are not among it, nor what is further back than so many calls.
+    """
+    found, pending = {node}, [node]
+    for one in pending:
+        if len(found) > most:
+            break
+        if one.module is None and one.name not in USING | SHAPES:
+            new = {before for before in one.inputs if not before.is_size} - found
+            found |= new
+            pending += new
+    return found
+
+
+def kernels(node: Node) -> set[int]:
+    """The parameters that the weight of a convolution is made of, by their ids."""
+    made_of = origins(node.weight) if node.weight else ()
+    return set().union(*(one.learned for one in made_of))
+
+
+def follow(model: nn.Module) -> Followed:
+    """Run the forward passes of a model without wrappers, which is left as it was, as are the random states.
+
+    All fails in one that cannot be copied, and nothing is found in what a hook looks at while it is followed itself.
+    """
+    followed = Followed(dict(tree.named_modules(model)))
+    # What is printed tells of values that are not there.
+    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if FOLLOWING:
+            return followed
+        FOLLOWING.append(model)
+        try:
+            _follow(model, followed)
+        except Exception:  # of any kind: what cannot be copied
+            followed.failed = {name for name, module in followed.modules.items() if _has_forward(module)}
+        finally:
+            FOLLOWING.pop()
+    return followed
+
+
+def _follow(model: nn.Module, followed: Followed) -> None:
+    clone = on_meta(model)
+    for one in (model, clone):
+        followed.names |= _names(one)
+    both = zip(tree.parameters(clone), tree.parameters(model), strict=True)
+    followed.originals = {id(twin): id(one) for twin, one in both}
+    passes = SymbolicPass(clone, call_name)
+    _run(passes, clone, followed, set())
+    failed = {followed.names[id(one)] for one in passes.failed}
+    followed.failed = {name for name in failed if _has_forward(followed.modules[name])}
+    followed.failed |= {followed.names[id(one)] for one in passes.failed_hooks}
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {
+        id(one): name.partition(".parametrizations.")[0]
+        for name, module in reversed(list(tree.named_modules(model)))
+        for one in (module, *(one for one in module._parameters.values() if one is not None and not is_lazy(one)))
+    }
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward pass that is not PyTorch's."""
+    own = "forward" in vars(module) or getattr_static(type(module), "forward") is not nn.Module.forward
+    return own and not is_librarys(type(module))
+
+
+def _run(passes: SymbolicPass, part: nn.Module, followed: Followed, seen: set[str], *, whole: bool = True) -> None:
+    """Run a part of the model, then the parts of it whose convolutions were not called or whose code failed."""
+    convolutions = _convolutions(part, followed)
+    for number, (usual, given) in enumerate(product((True, False), _arguments(part))):
+        if number and convolutions <= seen and part not in passes.failed:
+            break
+        nodes = passes.run(part, given, usual=usual)
+        followed.runs.append((nodes, whole))
+        seen |= set().union(*map(followed.layers, nodes))
+    for _, child in tree.named_children(part):
+        failed = part in passes.failed or any(one in passes.failed for one in tree.modules(child))
+        if failed or not _convolutions(child, followed) <= seen:
+            _run(passes, child, followed, seen, whole=False)
+
+
+def _convolutions(part: nn.Module, followed: Followed) -> set[str]:
+    return {followed.names[id(one)] for one in tree.modules(part) if isinstance(one, _ConvNd)}
+
+
+def _arguments(part: nn.Module) -> Iterator[list[str]]:
+    """Which arguments a forward pass may be given: those without a default; with them others, one, two or all."""
+    try:
+        parameters = inspect.signature(part.forward).parameters.values()
+    except (TypeError, ValueError):  # a function without one
+        return
+    named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    needed = [one.name for one in named if one.default is inspect.Parameter.empty]
+    others = [one.name for one in named if one.default is None]
+    yield from ([needed] if needed else [])
+    yield from ([*needed, one] for one in others)
+    yield from ([*needed, *others[:1], one] for one in others[1:])
+    yield from ([[*needed, *others]] if len(others) > 1 else [])

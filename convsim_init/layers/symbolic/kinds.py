@@ -1,0 +1,53 @@
+"""What the call of a module, or of a function of PyTorch, counts as on the way from a layer to the next."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from convsim_init.layers import tree
+from convsim_init.layers.forward.copies import names_of
+
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NAMED = re.compile(r"(?<!No)(?<!FrozenBatch)Norm(alization)?(?![a-z]|Free)")  # such as LayerNorm2d, no NormalNoise
+USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+USING = {  # names of functions
+    "linear",
+    "bilinear",
+    "convolution",
+    *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)),
+}
+SHAPES = {"size", "stride", "numel", *(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))}
+SHAPES |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}  # hold nothing of the values
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+NORMALIZED, USED, FUSED, PASSED, UNKNOWN = "normalized", "used", "normalized inside", "passed", "unknown"
+
+
+def call_name(module: nn.Module) -> tuple[str, bool]:
+    """What a module's call counts as, and whether what happens inside it is of no interest."""
+    if isinstance(module, _ConvNd):
+        return FUSED if any(_is_normalization(child) for _, child in tree.named_children(module)) else USED, True
+    if _is_normalization(module):
+        return NORMALIZED, True
+    if isinstance(module, USERS):
+        return USED, True
+    if isinstance(module, torch.jit.ScriptModule):
+        return UNKNOWN, True
+    library = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
+    inner = any(isinstance(one, USERS) for one in tree.modules(module))
+    return UNKNOWN if inner else PASSED, library and not isinstance(module, CONTAINERS)
+
+
+def _is_normalization(module: nn.Module) -> bool:
+    """Whether it is a normalization of PyTorch or, by its name, of somebody else."""
+    if isinstance(module, (nn.LocalResponseNorm, nn.Identity)):
+        return False
+    if isinstance(module, NORMALIZATIONS):
+        return True
+    inside = list(tree.modules(module))
+    using = any(isinstance(one, USERS) for one in inside) or not USING.isdisjoint(names_of(inside))
+    return NAMED.search(type(module).__name__) is not None and not using

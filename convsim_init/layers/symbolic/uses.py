@@ -1,0 +1,134 @@
+"""How the forward passes and hooks of a model use weights of convolutions, besides calling these.
+
+That is told by forward passes on unknown values. They show that a weight is changed or that another one is made of it;
+what comes of that a trial pass tells, or nobody.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from convsim_init.layers import tree
+from convsim_init.layers.symbolic.follow import Followed, kernels, origins
+from convsim_init.layers.symbolic.symbols import Node
+
+CALLED, REPLACED, CHANGED, UNKNOWN = "called", "replaced", "changed", "unknown"
+SAME = {
+    "weight",
+    "data",
+    "detach",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "contiguous",
+    "clone",
+}
+
+
+class Use(NamedTuple):
+    """A use of a convolution.
+
+    Attributes:
+        by: Name of the module in whose forward pass it is called, or its weight used or changed.
+        how: Whether it is called as it stands, convolves with a weight that is made of its own, or that is changed; or
+            that it is not known.
+        hook: Whether it is in a hook ``"before"`` or ``"after"`` that forward pass; empty if it is in itself.
+    """
+
+    by: str
+    how: str
+    hook: str = ""
+
+
+@dataclass
+class Uses:
+    """The uses of the convolutions of a model.
+
+    Attributes:
+        of: The uses of each, by its name.
+        changed: The parameters that are changed in place, of whatever module, by their ids.
+        ran: Names of the modules whose forward passes could be followed.
+        failed: Names of those whose forward passes could not.
+        others: The parameters that other weights are made of, by the names of the modules that convolve with them.
+        outside: Names of modules that call convolutions which are no parts of the model.
+    """
+
+    of: defaultdict[str, set[Use]] = field(default_factory=lambda: defaultdict(set))
+    changed: set[int] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    others: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    outside: set[str] = field(default_factory=set)
+
+    def by(self, module: str, layer: str) -> set[Use]:
+        """The uses of a convolution by a module."""
+        unknown = {Use(module, UNKNOWN)} if module in self.failed else set()
+        return {use for use in self.of[layer] if use.by == module} | unknown
+
+
+def find_uses(followed: Followed) -> Uses:
+    """The uses of the convolutions of a model."""
+    uses, modules = Uses(failed=followed.failed), followed.modules
+    layers = {name for name, module in modules.items() if isinstance(module, _ConvNd)}
+    for node in (node for nodes, _ in followed.runs for node in nodes if node.caller is not None):
+        by = followed.names[id(node.caller)]
+        uses.ran.add(by)
+        uses.changed |= {followed.originals.get(one, one) for one in node.changed}
+        for name in layers & {followed.names.get(one) for one in node.changed}:
+            uses.of[name].add(Use(by, CHANGED, node.hook))
+        used = followed.layers(node)
+        for name in layers & used:
+            uses.of[name].add(Use(by, _how(node, modules[name]), node.hook))
+        if node.convolution is not None and not layers & used:
+            uses.others[by] |= {followed.originals.get(one, one) for one in _made_of(node)}
+            if not kernels(node) <= followed.names.keys():
+                uses.outside.add(by)
+    return uses
+
+
+def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Name of the module with a forward pass that a convolution of that name is in: none of a list has one."""
+    above = name.rpartition(".")[0]
+    while isinstance(modules.get(above), (nn.ModuleList, nn.ModuleDict)) and above:
+        above = above.rpartition(".")[0]
+    return above
+
+
+def _how(node: Node, module: nn.Module) -> str:
+    assert isinstance(module, _ConvNd)
+    return CALLED if _is_plain(node, module) else REPLACED if node.module is None else CHANGED
+
+
+def _is_plain(node: Node, module: _ConvNd) -> bool:
+    """Whether a call is that of a convolution as it stands."""
+    weight = node.weight
+    while weight is not None and weight.name in SAME and len(weight.inputs) == 1:
+        weight = weight.inputs[0]
+    stands = weight is None or (weight.name in SAME and len(weight.learned) == 1)
+    if node.convolution is None:
+        return stands
+    _, _, _, strides, transposed, groups = node.convolution
+    asked = (transposed, groups, *(strides if len(strides) > 1 else [*strides] * len(module.stride)))
+    own = (module.transposed, module.groups, *module.stride)
+    return (
+        stands
+        and len(asked) == len(own)
+        and all(type(a) in (bool, int) and a == b for a, b in zip(asked, own, strict=True))
+    )
+
+
+def _made_of(node: Node) -> set[int]:
+    """The parameters that a weight is made of, by functions or by modules, by their ids."""
+    assert node.weight is not None
+    makers = [one.module for one in origins(node.weight) if one.module is not None]
+    return kernels(node) | {id(one) for maker in makers for one in tree.parameters(maker)}
