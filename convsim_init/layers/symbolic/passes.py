@@ -149,7 +149,7 @@ class SymbolicPass(TorchFunctionMode):
             symbol.node = Node(name, tuple(inputs), frozenset(learned), caller=caller, hook=hook, **more)
             viewed = tensors[0] if tensors and name in VIEWS else None
             symbol.base, symbol.parameters = viewed if isinstance(viewed, Symbol) else None, memory(viewed)
-            symbol.made_by = self
+            symbol.make = self.symbol
         self._nodes.append(symbol.node)
         return symbol
 

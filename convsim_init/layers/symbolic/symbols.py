@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from convsim_init.layers.forward.calls import Convolution
 from convsim_init.layers.symbolic.answers import unpacked
-
-if TYPE_CHECKING:
-    from convsim_init.layers.symbolic.passes import SymbolicPass
 
 DEPTH = 8  # of containers and objects within each other that are looked through for values
 OPERATORS = {"add", "sub", "mul", "truediv", "div", "floordiv", "mod", "matmul", "pow"}  # also with an i or r before
@@ -63,22 +60,22 @@ class Symbol(Tensor):
     node: Node
     base: Symbol | None
     parameters: frozenset[int]  # that it is a view of, by their ids
-    made_by: SymbolicPass
+    make: Callable[..., Symbol]  # the value of a call, in the same pass
 
     def __getattr__(self, name: str) -> Symbol:
         if name.startswith("_") or (self.node.module is None and self.node.name not in ("", "getitem")):
             # What functions return are tensors.
             raise AttributeError(name)
-        return self.made_by.symbol(name, self)
+        return self.make(name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Symbol:
         """Call what an unknown object holds."""
-        return self.made_by.symbol(self.node.name, self, args, kwargs)
+        return self.make(self.node.name, self, args, kwargs)
 
     def __iter__(self) -> Iterator[Symbol]:
         """As many values as the code unpacks, or else one."""
         frame = sys._getframe(1)
-        return iter([self.made_by.symbol("getitem", self) for _ in range(unpacked(frame.f_code, frame.f_lasti)[0])])
+        return iter([self.make("getitem", self) for _ in range(unpacked(frame.f_code, frame.f_lasti)[0])])
 
     @classmethod
     def __torch_dispatch__(cls, func: object, *_: object) -> Any:
@@ -88,12 +85,12 @@ class Symbol(Tensor):
     @property
     def values(self) -> Symbol:
         """The values of what `torch.max` and others return, or of a dictionary."""
-        return self.made_by.symbol("values", self)
+        return self.make("values", self)
 
     @property
     def indices(self) -> Symbol:
         """The indices of what `torch.max` and others return."""
-        return self.made_by.symbol("indices", self)
+        return self.make("indices", self)
 
 
 class Shape(tuple[Any, ...]):
