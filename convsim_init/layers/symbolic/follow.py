@@ -7,14 +7,16 @@ forward pass. Arguments with a default have it, where all convolutions are calle
 from __future__ import annotations
 
 import inspect
-import io
 import math
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from inspect import getattr_static
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +88,7 @@ def follow(model: nn.Module) -> Followed:
     """
     followed = Followed(dict(tree.named_modules(model)))
     # What is printed tells of values that are not there.
-    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(_Muted(sys.stdout)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if FOLLOWING:
             return followed
@@ -98,6 +100,20 @@ def follow(model: nn.Module) -> Followed:
         finally:
             FOLLOWING.pop()
     return followed
+
+
+class _Muted:
+    """Standard output without what this thread prints."""
+
+    def __init__(self, output: Any) -> None:
+        self._output, self._thread = output, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
+
+    def write(self, text: str) -> int:
+        """Write what another thread prints."""
+        return len(text) if threading.get_ident() == self._thread else self._output.write(text)
 
 
 def _follow(model: nn.Module, followed: Followed) -> None:

@@ -433,7 +433,7 @@ def test_a_forward_pass_that_leaves_or_never_ends_is_not_told(monkeypatch):
         assert normalization_follows(follow(model)) == {}
 
 
-def test_other_threads_run_their_modules_meanwhile():
+def test_other_threads_run_their_modules_meanwhile(capsys):
     other, outputs = nn.Sequential(nn.Linear(3, 3)), []
 
     class Waiting(nn.Module):
@@ -442,12 +442,14 @@ def test_other_threads_run_their_modules_meanwhile():
             self.conv = nn.Conv2d(4, 4, 3)
 
         def forward(self, x):
-            thread = threading.Thread(target=lambda: outputs.append(other(torch.ones(1, 3))))
+            thread = threading.Thread(target=lambda: print(outputs.append(other(torch.ones(1, 3)))))
             thread.start()
             thread.join()
+            print(x)
             return self.conv(x)
 
     assert normalization_follows(follow(Waiting())) == {"conv": False}
+    assert capsys.readouterr().out == "None\n"
     assert torch.equal(outputs[0], other(torch.ones(1, 3)))
 
 
