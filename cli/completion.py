@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
 
 from convsim_init.files import METADATA_KEY, safetensors_header
 from convsim_init.models.libraries import installed, names_in_sources
@@ -17,6 +17,12 @@ from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.settings import ACTIVATIONS, BASES
 
 PLAIN = re.compile(r"[\w./-]+")  # what needs no quotes in any shell; other names of a checkpoint are not offered
+EPILOG = """\b
+Examples:
+  eval "$(convsim-init completion bash)"        in ~/.bashrc
+  eval "$(convsim-init completion zsh)"         in ~/.zshrc
+  convsim-init completion fish > ~/.config/fish/completions/convsim-init.fish
+"""
 
 
 def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -86,3 +92,16 @@ class Bash(BashComplete):
     def format_completion(self, item: CompletionItem) -> str:
         """A line for the shell."""
         return f"{item.type},{item.value[self._kept :]}"
+
+
+@click.command(epilog=EPILOG, short_help="Print a script that completes commands in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print a script that makes SHELL complete options, models and layers."""
+    root = ctx.find_root()
+    program = root.info_name or ""
+    variable = f"_{program.replace('-', '_')}_COMPLETE".upper()
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(root.command, {}, program, variable).source())

@@ -38,13 +38,13 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from convsim_init.version import __version__
 
     from .commands.compare import compare
-    from .commands.completion import completion
     from .commands.env import env
     from .commands.init import init
     from .commands.inspect import inspect
     from .commands.list import list_models
     from .commands.run import run
     from .commands.verify import verify
+    from .completion import completion
     from .terminal import Context, colour, write_options
 
 PROGRAM = "convsim-init"

@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from convsim_init.cli.arguments import parse_arguments
+from convsim_init.cli.arguments import OWN, parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
-from convsim_init.models.classifier import classifier_keys
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.report.text import PATH, quoted, shown, some
 
-from .completion import complete_models
+from .completion import complete_layers, complete_models
 from .config import is_by_hand
 from .signals import exit_on_signal
 
@@ -30,13 +29,6 @@ if TYPE_CHECKING:
 
 
 INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
-
-OPTIONS = {  # that say how a model is built, and the names of their parameters
-    "--num-classes": "num_classes",
-    "--in-chans": "in_chans",
-    "--seed": "seed",
-    "--model-arg": "model_args",
-}
 
 
 class Whole(click.IntRange):
@@ -47,31 +39,23 @@ class Whole(click.IntRange):
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a MODEL is built; None and nothing where the user did not say."""
+    """How a MODEL is built: the seed, if the user gave one, and what else was given, as `build_model` takes it."""
 
-    num_classes: int | None = None
-    in_chans: int | None = None
-    seed: int | None = None
-    arguments: dict[str, object] = field(default_factory=dict)
+    seed: int | None
+    arguments: dict[str, Any]
 
     @property
     def given(self) -> list[str]:
         """The options that the user gave on the command line."""
-        return [option for option, name in OPTIONS.items() if is_by_hand(name)]
+        return [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
 
     def check(self, spec: str) -> None:
         """Refuse, without torch, what is no model that can be built like this."""
-        check_model(spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
+        check_model(spec, **self.arguments)
 
     def build(self, spec: str) -> torch.nn.Module:
         """Build the model."""
-        return build_model(
-            spec, num_classes=self.num_classes, in_chans=self.in_chans, seed=self.seed or 0, **self.arguments
-        )
-
-    def classifier_keys(self, model: torch.nn.Module, spec: str) -> list[str]:
-        """Keys of the classifier of a model that was built from that spec."""
-        return classifier_keys(model, spec, num_classes=self.num_classes, in_chans=self.in_chans, **self.arguments)
+        return build_model(spec, seed=self.seed or 0, **self.arguments)
 
 
 @dataclass(frozen=True)
@@ -104,16 +88,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of how a MODEL is built, as one argument, `how`."""
 
     @wraps(function)
-    def collected(
-        *args: Any,
-        num_classes: int | None,
-        in_chans: int | None,
-        seed: int | None,
-        model_args: tuple[str, ...],
-        **others: Any,
-    ) -> Any:
-        how = ModelOptions(num_classes, in_chans, seed, parse_arguments(model_args))
-        return function(*args, how=how, **others)
+    def collected(*args: Any, seed: int | None, model_args: tuple[str, ...], **others: Any) -> Any:
+        own = {name: value for name in OWN if (value := others.pop(name, None)) is not None}
+        return function(*args, how=ModelOptions(seed, own | parse_arguments(model_args)), **others)
 
     whole, positive = Whole(min=0), Whole(min=1)
     for option in (
@@ -144,6 +121,8 @@ like_option = click.option(
 key_option = click.option(
     "--key", metavar="NAME", help="Entry of a FILE that holds the weights. Default: a usual one, or the only one."
 )
+
+names_option = partial(click.option, multiple=True, metavar="GLOB", shell_complete=complete_layers)  # of layers
 
 
 def is_file(spec: str) -> bool:

@@ -14,6 +14,7 @@ from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
 from convsim_init.files import STDOUT
+from convsim_init.models.classifier import classifier_keys, pointwise_convolutions
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
 from convsim_init.report.record import save_record
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from convsim_init.checkpoint.save import Contents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What the user chose for every run; the options of the same names say what each means.
 
@@ -60,7 +61,11 @@ class Choices:
     plot_layer: str | None
     force: bool
     dry_run: bool
-    origins: tuple[str, ...] = ()
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    debug: bool
+    origins: tuple[str, ...]
 
     @property
     def of_files(self) -> dict[str, object]:
@@ -211,8 +216,6 @@ class Classifier:
 
 
 def _classifier(run: Run, start: Loaded, choices: Choices) -> Classifier:
-    from convsim_init.models.classifier import pointwise_convolutions
-
     drop = choices.head == "drop"
     convolutions = pointwise_convolutions(start.content)
     if not drop and not (start.in_library and convolutions):
@@ -220,7 +223,7 @@ def _classifier(run: Run, start: Loaded, choices: Choices) -> Classifier:
     try:
         if start.built is None or isinstance(start.content, Mapping):
             raise InputError("a file alone does not say which entries are its classifier")
-        keys = choices.how.classifier_keys(start.content, start.built)
+        keys = classifier_keys(start.content, start.built, **choices.how.arguments)
     except InputError as error:
         if drop:
             raise InputError(f"--head drop: {error}: name the entries, as --without 'fc.*' does") from error

@@ -29,17 +29,7 @@ if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
 
-def sweep(
-    runs: Sequence[Run],
-    choices: Choices,
-    ranks: Ranks | None,
-    *,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    progress: bool,
-    debug: bool,
-) -> None:
+def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progress: bool) -> None:
     """Do one run after the other, or one in each rank at a time, and show the results.
 
     Raises:
@@ -48,14 +38,14 @@ def sweep(
     """
     results: list[Result] = []
     width = max(len(run.name) for run in runs)
-    show_table = not as_json and not quiet
-    with _bar(len(runs), shown=progress and not verbose) as show:
+    show_table = not (choices.as_json or choices.quiet)
+    with _bar(len(runs), shown=progress and not choices.verbose) as show:
         try:
-            for result in _results(runs, choices, ranks, debug):
+            for result in _results(runs, choices, ranks):
                 results.append(result)
-                if verbose and result.report is not None:
+                if choices.verbose and result.report is not None:
                     tell(*notes(result.report))
-                show(json_text(result.to_dict()) if as_json else result.line(width) if show_table else None)
+                show(json_text(result.to_dict()) if choices.as_json else result.line(width) if show_table else None)
         except KeyboardInterrupt:
             if show_table:
                 show(summary(results, len(runs), folders=choices.folder))
@@ -119,7 +109,7 @@ def _is_model(found: str, wanted: str) -> bool:
     return Path(found).absolute() == Path(wanted).absolute()
 
 
-def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: bool) -> Iterator[Result]:
+def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iterator[Result]:
     """Of all runs, in their order; none in ranks but the first, which is the one that writes."""
     pending = [_pending(run, choices) for run in runs]
     if ranks is not None:
@@ -128,14 +118,14 @@ def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, debug: 
     check_found([run.model for run in unfinished], choices.like if unfinished else None)
     if ranks is None:
         for one in pending:
-            yield _written(_made(one, choices, debug), choices, debug)
+            yield _written(_made(one, choices), choices)
         return
     for start in range(0, len(pending), ranks.size):
         turn = pending[start : start + ranks.size]
-        made = _made(turn[ranks.rank], choices, debug) if ranks.rank < len(turn) else None
+        made = _made(turn[ranks.rank], choices) if ranks.rank < len(turn) else None
         for result in ranks.gather(made):
             if result is not None:
-                yield _written(result, choices, debug)
+                yield _written(result, choices)
 
 
 def _pending(run: Run, choices: Choices) -> Run | Result:
@@ -144,27 +134,27 @@ def _pending(run: Run, choices: Choices) -> Run | Result:
     return Result(run, Status.KEPT) if run.files and not unfinished.files else unfinished
 
 
-def _made(run: Run | Result, choices: Choices, debug: bool) -> Result:
+def _made(run: Run | Result, choices: Choices) -> Result:
     if isinstance(run, Result):
         return run
     try:
         return make(run, choices)
     except Exception as error:
-        return _failed(run, error, debug)
+        return _failed(run, error, choices)
 
 
-def _written(result: Result, choices: Choices, debug: bool) -> Result:
+def _written(result: Result, choices: Choices) -> Result:
     try:
         with suppress(ExistsError):
             return write(result, choices)
         check_kept([result.run], choices)  # another command has written it in the meantime
         return Result(result.run, Status.KEPT)
     except Exception as error:
-        return _failed(result.run, error, debug)
+        return _failed(result.run, error, choices)
 
 
-def _failed(run: Run, error: Exception, debug: bool) -> Result:
-    if debug:
+def _failed(run: Run, error: Exception, choices: Choices) -> Result:
+    if choices.debug:
         traceback.print_exception(error)
     foreseen = isinstance(error, (InputError, RunError))
     why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"

@@ -10,23 +10,27 @@ from importlib import import_module
 TYPE_CHECKING = False  # to type checkers it is true; that of `typing` takes as long to import as all the rest here
 
 if TYPE_CHECKING:
-    from convsim_init.checkpoint.load import load_checkpoint
-    from convsim_init.checkpoint.load_report import LoadReport
-    from convsim_init.checkpoint.save import save_checkpoint
-    from convsim_init.context import initializing
-    from convsim_init.errors import InputError, RunError
-    from convsim_init.functional.similarity import convolutional_similarity
-    from convsim_init.initialize import convsim_, initialize_
-    from convsim_init.metrics.measure import measure
-    from convsim_init.metrics.observed import measure_feature_correlation
-    from convsim_init.models.build import build_model
-    from convsim_init.models.zoo.catalog import UnknownModelError
-    from convsim_init.regularizer import ConvolutionalSimilarity
-    from convsim_init.report.report import LayerReport, Outcome, Report
-    from convsim_init.schemes.calibrate import calibrate_
-    from convsim_init.schemes.draw import draw_base_
-    from convsim_init.settings import Settings
-    from convsim_init.version import __version__
+    from convsim_init.checkpoint.load import load_checkpoint as load_checkpoint
+    from convsim_init.checkpoint.load_report import LoadReport as LoadReport
+    from convsim_init.checkpoint.save import save_checkpoint as save_checkpoint
+    from convsim_init.context import initializing as initializing
+    from convsim_init.errors import InputError as InputError
+    from convsim_init.errors import RunError as RunError
+    from convsim_init.functional.similarity import convolutional_similarity as convolutional_similarity
+    from convsim_init.initialize import convsim_ as convsim_
+    from convsim_init.initialize import initialize_ as initialize_
+    from convsim_init.metrics.measure import measure as measure
+    from convsim_init.metrics.observed import measure_feature_correlation as measure_feature_correlation
+    from convsim_init.models.build import build_model as build_model
+    from convsim_init.models.zoo.catalog import UnknownModelError as UnknownModelError
+    from convsim_init.regularizer import ConvolutionalSimilarity as ConvolutionalSimilarity
+    from convsim_init.report.report import LayerReport as LayerReport
+    from convsim_init.report.report import Outcome as Outcome
+    from convsim_init.report.report import Report as Report
+    from convsim_init.schemes.calibrate import calibrate_ as calibrate_
+    from convsim_init.schemes.draw import draw_base_ as draw_base_
+    from convsim_init.settings import Settings as Settings
+    from convsim_init.version import __version__ as __version__
 
 _HOMES = {
     "ConvolutionalSimilarity": "regularizer",
@@ -52,29 +56,7 @@ _HOMES = {
     "save_checkpoint": "checkpoint.save",
 }
 
-__all__ = [
-    "ConvolutionalSimilarity",
-    "InputError",
-    "LayerReport",
-    "LoadReport",
-    "Outcome",
-    "Report",
-    "RunError",
-    "Settings",
-    "UnknownModelError",
-    "__version__",
-    "build_model",
-    "calibrate_",
-    "convolutional_similarity",
-    "convsim_",
-    "draw_base_",
-    "initialize_",
-    "initializing",
-    "load_checkpoint",
-    "measure",
-    "measure_feature_correlation",
-    "save_checkpoint",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

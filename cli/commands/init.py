@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from ..run import UNTREATED, Choices, make, write
 from ..signals import exit_on_signal
 from ..sweep import check_kept, sweep
 from ..terminal import show_json, show_table, tell
-from .init_options import DTYPES, init_options
+from .init_options import init_options
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -50,6 +50,8 @@ def _check_out(path: Path, *, overwrite: bool) -> Path:
 
 
 REPORTS = (*RECORD_SUFFIXES, *PAGE_SUFFIXES)
+OF_SETTINGS = ("pairs", "channels", "norm", "steps")
+OF_ENTRIES = ("convs_only", "head", "without", "prefix", "dtype")  # that --out writes
 TARGETS: dict[str, Callable[..., Path]] = {
     "out": _check_out,
     "record": partial(check_target, suffixes=REPORTS),
@@ -101,61 +103,41 @@ def init(
     /,
     models: tuple[str, ...],
     out: str | None,
-    how: ModelOptions,
-    seeds: str | None,
-    like: str | None,
-    key: str | None,
-    base: str,
-    calibrate: tuple[int, ...] | None,
-    preset: Preset,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    device: str,
-    convs_only: bool,
-    head: str,
-    without: tuple[str, ...],
-    prefix: str | None,
-    dtype: str | None,
     record: Path | None,
     plot: Path | None,
-    plot_layer: str | None,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    debug: bool,
-    **choices: Any,
+    seeds: str | None,
+    how: ModelOptions,
+    preset: Preset,
+    **options: Any,
 ) -> None:
     """Run the main command; what can be refused without torch is refused before it is loaded."""
-    chosen = {name: value for name, value in choices.items() if value is not None}
+    chosen = {name: value for name in OF_SETTINGS if (value := options.pop(name)) is not None}
     settings = replace(Settings.preset(preset), **chosen)
-    _check_no_command(ctx, models)
-    check_sources(models, how, like, drawn=base != "model")
-    check_device_name(device)
-    if plot_layer is not None and plot is None and is_by_hand("plot_layer"):
-        raise click.UsageError("--plot-layer: nothing is drawn without --plot")
-    forced = force and record is None and plot is None
-    of_entries = ("convs_only", "head", "without", "prefix", "dtype")
-    useless = [f"--{name.replace('_', '-')}" for name in of_entries if is_by_hand(name)]
-    useless += ["--force"] if forced and is_by_hand("force") else []
-    if out is None and useless:
-        raise click.UsageError(f"{', '.join(useless)}: no weights are written without --out")
     if is_by_hand("seed") != is_by_hand("seeds"):  # that one counts, whatever a file has for the other
         how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
         del ctx.params["seeds" if is_by_hand("seed") else "seed"]
-    starts = _starts(models, how, seeds, drawn=base != "model")
-    folder = out is not None and out.endswith(("/", os.sep))
+    folder, to_stdout = out is not None and out.endswith(("/", os.sep)), out == str(STDOUT)
+    choices = Choices(
+        settings=settings, how=how, writes=out is not None, folder=folder, origins=tuple(origins(ctx)), **options
+    )
+    force, drawn = choices.force, choices.base != "model"
+    _check_no_command(ctx, models)
+    check_sources(models, how, choices.like, drawn=drawn)
+    check_device_name(choices.device)
+    if plot is None and is_by_hand("plot_layer"):
+        raise click.UsageError("--plot-layer: nothing is drawn without --plot")
+    of_files = [*OF_ENTRIES, *(["force"] if record is None and plot is None else [])]
+    useless = [f"--{name.replace('_', '-')}" for name in of_files if is_by_hand(name)]
+    if out is None and useless:
+        raise click.UsageError(f"{', '.join(useless)}: no weights are written without --out")
+    starts = _starts(models, how, seeds, drawn=drawn)
     if folder:
-        _check_whole(
-            {"--convs-only": convs_only, "--head drop": head == "drop", "--without": without, "--prefix": prefix}
-        )
-    to_stdout = out == str(STDOUT)
+        _check_whole(choices)
     if out is not None and Path(out) == STDOUT and not (to_stdout or folder):  # ./- is a file
         check_target(out)
     runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
-    if to_stdout and (as_json or not alone):
+    if to_stdout and (choices.as_json or not alone):
         raise click.UsageError("--out -: expected one run and no --json, which goes to stdout too: name a file")
     launch = launched()
     for run in runs if launch.on_first_machine else ():
@@ -165,51 +147,29 @@ def init(
             elif alone or force or not path.exists():  # what is there of several is kept
                 check_new_folder(path, overwrite=force)
 
-    options = Choices(
-        settings=settings,
-        how=how,
-        like=like,
-        key=key,
-        base=base,
-        calibrate=calibrate,
-        include=include,
-        exclude=exclude,
-        device=device,
-        convs_only=convs_only,
-        writes=out is not None,
-        folder=folder,
-        head=head,
-        without=without,
-        prefix=prefix or "",
-        dtype=dtype or DTYPES[0],
-        plot_layer=plot_layer,
-        force=force,
-        dry_run=dry_run,
-        origins=tuple(origins(ctx)),
-    )
-    if dry_run and not launch.leads:
+    if choices.dry_run and not launch.leads:
         return
     if not alone and launch.on_first_machine:
-        check_kept(runs, options)
-    progress = launch.leads and not quiet and sys.stderr is not None and sys.stderr.isatty()
-    if verbose:
+        check_kept(runs, choices)
+    progress = launch.leads and not choices.quiet and sys.stderr is not None and sys.stderr.isatty()
+    if choices.verbose:
         with exit_on_signal():
             environment = describe_environment()
-        tell(*options.origins, ", ".join(f"{name} {environment[name]}" for name in ("torch", "step", "threads")))
-    if quiet and not (as_json or dry_run or runs[0].files):
+        tell(*choices.origins, ", ".join(f"{name} {environment[name]}" for name in ("torch", "step", "threads")))
+    if choices.quiet and not (choices.as_json or choices.dry_run or runs[0].files):
         tell("nothing is kept: --out, --report and --plot name files")
-    with _meeting(launch, device, wanted=not dry_run) as ranks:
+    with _meeting(launch, choices.device, wanted=not choices.dry_run) as ranks:
         if not alone:
-            sweep(runs, options, ranks, as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, debug=debug)
+            sweep(runs, choices, ranks, progress=progress)
             return
         run = runs[0] if launch.leads else Run(runs[0].model, runs[0].seed)
-        result = write(make(run, options, progress=progress, group=ranks.group if ranks else None), options)
+        result = write(make(run, choices, progress=progress, group=ranks.group if ranks else None), choices)
         assert result.report is not None
-        if verbose:
+        if choices.verbose:
             tell(*notes(result.report))
-        if as_json:
+        if choices.as_json:
             show_json(run_record(result.report))
-        elif not quiet:
+        elif not choices.quiet:
             show_table(result.report.table, err=to_stdout)
         elif UNTREATED in result.report.remarks and result.error is None:
             tell(UNTREATED)
@@ -247,12 +207,19 @@ def _check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
             raise click.UsageError(f"{first!r} is neither a command nor a model{hint}") from error
 
 
-def _check_whole(options: Mapping[str, object]) -> None:
+def _check_whole(choices: Choices) -> None:
     """Refuse options that leave out or rename entries of a folder, which from_pretrained would then draw at random."""
-    given = [option for option, value in options.items() if value]
+    drop = choices.head == "drop"
+    options = {
+        "convs-only": choices.convs_only,
+        "head drop": drop,
+        "without": choices.without,
+        "prefix": choices.prefix,
+    }
+    given = ", ".join(f"--{option}" for option, value in options.items() if value)
     if given:
-        advice = "--num-classes N builds another classifier" if "--head drop" in given else "name a file for less"
-        raise click.UsageError(f"{', '.join(given)}: expected a folder of all weights, for from_pretrained: {advice}")
+        advice = "--num-classes N builds another classifier" if drop else "name a file for less"
+        raise click.UsageError(f"{given}: expected a folder of all weights, for from_pretrained: {advice}")
 
 
 def _starts(

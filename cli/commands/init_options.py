@@ -22,7 +22,7 @@ from convsim_init.settings import (
 )
 
 from ..completion import complete_bases, complete_layers
-from ..options import Whole, key_option, like_option, model_options
+from ..options import Whole, key_option, like_option, model_options, names_option
 from ..terminal import needs_stdout
 
 HEADS = ("keep", "drop")
@@ -100,20 +100,8 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}."),
     click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}."),
-    click.option(
-        "--include",
-        multiple=True,
-        shell_complete=complete_layers,
-        metavar="GLOB",
-        help="Treat only layers whose name matches. Repeatable.",
-    ),
-    click.option(
-        "--exclude",
-        multiple=True,
-        shell_complete=complete_layers,
-        metavar="GLOB",
-        help="Leave layers alone whose name matches. Repeatable.",
-    ),
+    names_option("--include", help="Treat only layers whose name matches. Repeatable."),
+    names_option("--exclude", help="Leave layers alone whose name matches. Repeatable."),
     click.option(
         "--device",
         default="auto",
@@ -129,10 +117,11 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         number of classes. Default: keep.""",
     ),
     click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches."),
-    click.option("--prefix", metavar="TEXT", help="Put before every key, for instance 'model.'."),
+    click.option("--prefix", default="", metavar="TEXT", help="Put before every key, for instance 'model.'."),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
+        default=DTYPES[0],
         metavar="NAME",
         help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
     ),

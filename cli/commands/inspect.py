@@ -11,7 +11,7 @@ from convsim_init.report.record import run_record
 from convsim_init.report.table import COLUMNS, as_csv
 
 from ..completion import complete_layers, complete_models
-from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options
+from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options, names_option
 from ..signals import exit_on_signal
 from ..terminal import needs_stdout, show_json, show_table, stdout_for_results
 
@@ -45,13 +45,7 @@ Examples:
 @like_option
 @key_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
-@click.option(
-    "--include",
-    multiple=True,
-    shell_complete=complete_layers,
-    metavar="GLOB",
-    help="Show only layers whose name matches. Repeatable.",
-)
+@names_option("--include", help="Show only layers whose name matches. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print all measures as JSON.")
 @click.option(
     "--csv",

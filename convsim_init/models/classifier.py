@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
@@ -13,30 +13,21 @@ if TYPE_CHECKING:
 OTHERS = (11, 12)  # numbers of classes, of which a model has one at most by default
 
 
-def classifier_keys(
-    model: torch.nn.Module,
-    spec: str,
-    /,
-    *,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
-    **kwargs: object,
-) -> list[str]:
+def classifier_keys(model: torch.nn.Module, spec: str, /, **arguments: Any) -> list[str]:
     """Keys of a model's state dict whose shapes depend on the number of classes.
 
     Args:
         model: Model that `build_model` made of the other arguments.
         spec: As in `build_model`.
-        num_classes: As in `build_model`.
-        in_chans: As in `build_model`.
-        **kwargs: As in `build_model`.
+        **arguments: As in `build_model`, but for the seed.
 
     Raises:
         InputError: If the model cannot be built for another number of classes, or none of its shapes depends on it.
     """
     own = {key: value.shape for key, value in model.state_dict().items() if hasattr(value, "shape")}
-    for other in OTHERS if num_classes is None else (num_classes + 1,):
-        state = build_model(spec, num_classes=other, in_chans=in_chans, seed=0, **kwargs).state_dict()
+    classes = arguments.get("num_classes")
+    for other in OTHERS if classes is None else (classes + 1,):
+        state = build_model(spec, **arguments | {"num_classes": other}).state_dict()
         keys = [key for key, shape in own.items() if key in state and state[key].shape != shape]
         if keys and own.keys() <= state.keys():
             return keys
