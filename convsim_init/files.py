@@ -155,32 +155,19 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ExistsError: If another file appeared there within the block and may not be replaced.
         RunError: If the block or the replacement fails with an operating system's error.
     """
-    real = _real(target)
-    try:
-        with _scratch_file(real.parent) as temporary:
-            # The kernel applies the umask to this mode. A library that replaces the file picks
-            # a mode of its own.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-            yield temporary
-            with _optional(target, "its mode could not be set"):
-                temporary.chmod(mode)
-            with _optional(target, "it could not be synced"):
-                _sync(temporary, os.O_RDWR)
-            if overwrite:
-                temporary.replace(real)
-            else:
-                _rename_to_free_name(temporary, real)
-    except FileExistsError as error:
-        raise _exists(target) from error
-    except OSError as error:
-        raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
-    # The new file is in its place: no failure from here on may say that nothing changed.
-    try:
-        _sync(real.parent, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, *UNSUPPORTED):  # not every system lets a folder be opened
-            _warn(target, "its folder could not be synced", error)
+    with _placing(target, _exists(target)) as (temporary, real):
+        # The kernel applies the umask to this mode. A library that replaces the file picks a mode of its own.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        with _optional(target, "its mode could not be set"):
+            temporary.chmod(mode)
+        with _optional(target, "it could not be synced"):
+            _sync(temporary, os.O_RDWR)
+        if overwrite:
+            temporary.replace(real)
+        else:
+            _rename_to_free_name(temporary, real)
 
 
 def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -217,29 +204,40 @@ def new_folder(target: Path) -> Iterator[Path]:
         ExistsError: If something appeared there within the block.
         RunError: If the block or the renaming fails with an operating system's error.
     """
-    real = _real(target)
-    try:
-        with _scratch_file(real.parent) as temporary:
-            temporary.mkdir()
-            yield temporary
-            for path in (*temporary.iterdir(), temporary):
-                with _optional(target, "it could not be synced"):
-                    _sync(path, os.O_RDONLY)
-            if os.path.lexists(real):
-                raise FileExistsError
-            temporary.rename(real)
-    except OSError as error:
-        if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
-            raise ExistsError(f"{str(target)!r} exists already: choose another name") from error
-        raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
-    with contextlib.suppress(OSError):  # the folder is in its place
-        _sync(real.parent, os.O_RDONLY)
+    with _placing(target, ExistsError(f"{str(target)!r} exists already: choose another name")) as (temporary, real):
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            with _optional(target, "it could not be synced"):
+                _sync(path, os.O_RDONLY)
+        if os.path.lexists(real):
+            raise FileExistsError
+        temporary.rename(real)
 
 
 def remove_scratch_folders() -> None:
     """Remove those of this process, because it ends without leaving their contexts."""
     for folder in list(_scratch_folders):
         _remove(folder)
+
+
+@contextlib.contextmanager
+def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
+    """A path in a scratch folder, and the one that the block then moves it to."""
+    real = _real(target)
+    try:
+        with _scratch_file(real.parent) as temporary:
+            yield temporary, real
+    except OSError as error:
+        if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
+            raise exists from error
+        raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
+    # It is in its place: no failure from here on may say that nothing changed.
+    try:
+        _sync(real.parent, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, *UNSUPPORTED):  # not every system lets a folder be opened
+            _warn(target, "its folder could not be synced", error)
 
 
 def _rename_to_free_name(path: Path, new: Path) -> None:

@@ -64,11 +64,10 @@ def load_checkpoint(
     checkpoint = read_checkpoint(path, key)
     report, state = _rehearse(model, checkpoint, file=str(path))
     if not report.matched and not report.converted:
-        own = {key: list(getattr(value, "shape", [])) for key, value in unwrap(model).state_dict().items()}
-        theirs = {key: list(value.shape) for key, value in checkpoint.tensors.items()}
+        own, theirs = _examples(unwrap(model).state_dict()), _examples(checkpoint.tensors)
         raise InputError(
-            f"expected tensors of {report.model} such as {_examples(own)}, got {report.file!r} with "
-            f"{_examples(theirs)}, none of which fits: name the file made for this model"
+            f"expected tensors of {report.model} such as {own}, got {report.file!r} with {theirs}, none of which fits: "
+            "name the file made for this model"
         )
     if strict and not report.complete:
         raise InputError(f"expected a file that is complete for the model, got {'; '.join(str(report).splitlines())}")
@@ -200,9 +199,13 @@ def _settled(report: LoadReport, missing: Collection[str], unexpected: Collectio
 
 def _changes(model: nn.Module, loaded: nn.Module) -> dict[str, bool]:
     """Whether a model's own loading changed its tensors in a copy, by their keys, where that can be told."""
-    before, after = ({bare_name(key): one for key, one in each.state_dict().items()} for each in (model, loaded))
+    before, after = _bare_state(model), _bare_state(loaded)
     pairs = {key: (one, after[key]) for key, one in before.items() if model is not loaded and key in after}
     return {key: not torch.equal(a.to(b), b) for key, (a, b) in pairs.items() if _are_comparable(a, b)}
+
+
+def _bare_state(model: nn.Module) -> dict[str, Tensor]:
+    return {bare_name(key): one for key, one in model.state_dict().items()}
 
 
 def _are_comparable(*values: object) -> bool:
@@ -214,19 +217,18 @@ def _less_ignored(
     report: LoadReport, tensors: Mapping[str, Tensor], model: nn.Module, changes: Mapping[str, bool], *, is_strict: bool
 ) -> LoadReport:
     """The report without what the model's own loading took and left as it was; one that is strict means to."""
-    own = {bare_name(key): one for key, one in model.state_dict().items()}
+    own = _bare_state(model)
     ignored = {
         key: source
         for key, source in report.matched.items()
         if changes.get(key) is False and not torch.equal(own[key], tensors[source].to(own[key]))
     }
     matched = {key: source for key, source in report.matched.items() if key not in ignored}
-    absent, left = list(ignored), list(ignored.values())
-    if is_strict:
-        supplied, converted = [*report.supplied, *absent], [*report.converted, *left]
-        return replace(report, matched=matched, supplied=supplied, converted=converted)
-    missing, unexpected = [*report.missing, *absent], [*report.unexpected, *left]
-    return replace(report, matched=matched, missing=missing, unexpected=unexpected)
+    names = ("supplied", "converted") if is_strict else ("missing", "unexpected")
+    lists = {
+        name: getattr(report, name) + list(more) for name, more in zip(names, (ignored, ignored.values()), strict=True)
+    }
+    return replace(report, matched=matched, **lists)
 
 
 def _moved(key: str, report: LoadReport) -> str:
@@ -285,6 +287,6 @@ def _backup(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _examples(shapes: dict[str, list[int]]) -> str:
-    some = [f"{quoted(key)} ({shape_text(shape) or 'scalar'})" for key, shape in list(shapes.items())[:EXAMPLES]]
-    return " and ".join(some) or "none"
+def _examples(state: Mapping[str, object]) -> str:
+    shapes = ((key, getattr(value, "shape", ())) for key, value in list(state.items())[:EXAMPLES])
+    return " and ".join(f"{quoted(key)} ({shape_text(shape)})" for key, shape in shapes) or "none"

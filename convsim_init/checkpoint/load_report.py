@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -127,7 +127,7 @@ class LoadReport:
         yield from _line("missing in the file", map(shown, self.missing))
         yield from _line("unexpected, not in the model", map(shown, self.unexpected))
         yield from _line("of one shape, perhaps renamed", _pairs(self.renamed, "for"))
-        shapes = {key: (_size(file), _size(model)) for key, (file, model) in self.mismatched.items()}
+        shapes = {key: (shape_text(file), shape_text(model)) for key, (file, model) in self.mismatched.items()}
         yield from _line("other shape", _sides(shapes))
         yield from _line("infinities or NaN", map(shown, self.non_finite))
         yield from _line("missing, but tied", _pairs(self.tied, "to"))
@@ -149,7 +149,3 @@ def _pairs(keys: Mapping[str, str], between: str) -> list[str]:
 
 def _sides(entries: Mapping[str, tuple[str, str]]) -> list[str]:
     return [f"{shown(key)} (file {file}, model {model})" for key, (file, model) in entries.items()]
-
-
-def _size(shape: Sequence[int]) -> str:
-    return shape_text(shape) or "scalar"

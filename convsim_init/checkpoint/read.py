@@ -189,7 +189,7 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
         if not isinstance(key, str) or not isinstance(value, Tensor):
             what = f"{shown(type_name(value))} under {quoted(key)}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
-        if not _is_unicode(key):
+        if any("\ud800" <= letter <= "\udfff" for letter in key):  # lone surrogates
             raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")
         # One row that stands for a million, or a million rows of nothing.
         if max(value.nbytes, *value.shape, 0) > size:
@@ -198,22 +198,12 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
     return Checkpoint(tensors, opened, _plain(module_versions(inner)), others, extra, unread)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
-
-
 def _plain(versions: Mapping[str, object] | None) -> OrderedDict[str, object] | None:
     """The numbers and texts of the versions that a file holds."""
     if versions is None:
         return None
-    plain: OrderedDict[str, object] = OrderedDict()
-    for name, noted in versions.items():
-        if isinstance(noted, Mapping):
-            plain[name] = {
-                key: value for key, value in noted.items() if isinstance(key, str) and isinstance(value, (int, str))
-            }
-    return plain
+    return OrderedDict(
+        (name, {key: one for key, one in noted.items() if isinstance(key, str) and isinstance(one, (int, str))})
+        for name, noted in versions.items()
+        if isinstance(noted, Mapping)
+    )

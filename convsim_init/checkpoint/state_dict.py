@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
-from convsim_init.functional.bank import all_finite
+from convsim_init.functional.bank import all_finite, filter_norms
 from convsim_init.functional.dtypes import name_of, narrows
 from convsim_init.layers.memory import is_sharded, is_wrapper
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
@@ -151,12 +151,8 @@ def fades(key: str, source: object, converted: Tensor) -> bool:
     wide = source.detach().cpu().double()
     change, most = wide - converted.double(), 4 * torch.finfo(converted.dtype).eps
     axes = [axis for axis in (0, 1) if wide.numel() > wide.shape[axis]]  # single numbers may be small by chance
-    return any(bool((_norms(change, axis) > most * _norms(wide, axis)).any()) for axis in axes)
-
-
-def _norms(weight: Tensor, axis: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(weight.movedim(axis, 0).flatten(1), dim=1)
-    return norms
+    norms = ([filter_norms(one.movedim(axis, 0)[None]) for one in (change, wide)] for axis in axes)
+    return any(bool((small > most * whole).any()) for small, whole in norms)
 
 
 def _owner(key: str) -> str | None:

@@ -137,8 +137,8 @@ class TorchFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size = path, path.stat().st_size
-        self.data = cast("UntypedStorage", UntypedStorage.from_file(str(path), False, self.size))
+        self.path, self.name, self.size = path, str(path), path.stat().st_size
+        self.data = cast("UntypedStorage", UntypedStorage.from_file(self.name, False, self.size))
         with path.open("rb") as file:
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -158,13 +158,75 @@ class TorchFile:
             raise UnpicklingError("a part that is not in the file")
         self.content.seek(start)
         if self.content[start : start + len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
-            return _read_legacy(str(self.path), self.content, self.data)  # bare pickles, as before PyTorch 1.6
-        check_room(str(self.path), self.size, ENTRY * _directory_size(self.content[max(end - END, start) : end]))
+            return self._read_legacy()  # bare pickles, as before PyTorch 1.6
+        check_room(self.name, self.size, ENTRY * _directory_size(self.content[max(end - END, start) : end]))
         with self.path.open("rb") as file:
             file.seek(start)
             whole = file if length is None else io.BytesIO(file.read(length))
-            archive = zipfile.ZipFile(whole)
-            return _read_archive(str(self.path), archive, self.content, self.data, start, end)
+            return self._read_archive(zipfile.ZipFile(whole), start, end)
+
+    def _read_archive(self, archive: zipfile.ZipFile, start: int, end: int) -> object:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if any(name.endswith("/constants.pkl") for name in entries):
+            raise InputError(
+                f"expected a file of tensors, got {self.name!r}, a TorchScript archive: save its state_dict() instead"
+            )
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.values())
+        unique = len(entries) == len(archive.infolist())
+        # Torch compresses nothing and writes no comment: this is something else, or swells when it is read.
+        if not stored or not unique or archive.comment or sum(e.file_size for e in entries.values()) > end - start:
+            raise zipfile.BadZipFile("not as torch.save writes it")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(
+                f"expected an intact file, got {self.name!r}, where {quoted(damaged)} fails its checksum: copy it again"
+            )
+        (pickle,) = (name for name in entries if name.endswith("/data.pkl"))
+        folder = pickle.removesuffix("data.pkl")
+        if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
+            raise InputError(f"expected numbers in little endian, got {self.name!r}: save it on another machine")
+        parts: dict[str, UntypedStorage] = {}
+
+        def position(name: str) -> int:
+            header = start + entries[name].header_offset
+            lengths = (
+                self.content[header + 26 : header + 28],
+                self.content[header + 28 : header + 30],
+            )  # of a name, and of more
+            return header + 30 + sum(int.from_bytes(length, "little") for length in lengths)
+
+        def find(key: str) -> UntypedStorage:
+            if key not in parts:
+                name = f"{folder}data/{key}"
+                parts[key] = self._part(position(name), entries[name].file_size)
+            return parts[key]
+
+        self.content.seek(position(pickle))
+        return TensorReader(self.name, self.content, find).load()
+
+    def _read_legacy(self) -> object:
+        """What bare pickles hold: magic number, protocol, system, content, keys of the storages, whose data follow."""
+        parts: dict[str, UntypedStorage] = {}
+        reader = TensorReader(self.name, self.content, parts.get)
+        magic, protocol, system = (reader.load() for _ in range(3))
+        if (magic, protocol) != LEGACY_HEAD or not isinstance(system, dict) or not system.get("little_endian", True):
+            raise UnpicklingError("not as torch.save writes it")
+        begin = self.content.tell()
+        reader.load()  # for the dtypes of the storages
+        keys = reader.load()
+        for key in cast("list[str]", keys):
+            count = int.from_bytes(self.content.read(8), "little")
+            length = count * reader.storages[key].dtype.itemsize
+            parts[key] = self._part(self.content.tell(), length)
+            self.content.seek(length, io.SEEK_CUR)
+        self.content.seek(begin)
+        return TensorReader(self.name, self.content, parts.__getitem__).load()
+
+    def _part(self, position: int, length: int) -> UntypedStorage:
+        if position + length > self.size:
+            raise UnpicklingError("a storage past the end of the file")
+        part = self.data[position : position + length]
+        return part.clone() if part.data_ptr() % ALIGNED else part  # type: ignore[no-any-return]
 
 
 def _directory_size(end: bytes) -> int:
@@ -172,68 +234,3 @@ def _directory_size(end: bytes) -> int:
     if end[-22:-18] != b"PK\5\6":
         raise zipfile.BadZipFile("a comment, or no end")
     return int.from_bytes(end[40:48] if end[:4] == b"PK\6\6" else end[-10:-6], "little")
-
-
-def _read_archive(
-    path: str, archive: zipfile.ZipFile, content: mmap.mmap, data: UntypedStorage, start: int, end: int
-) -> object:
-    entries = {entry.filename: entry for entry in archive.infolist()}
-    if any(name.endswith("/constants.pkl") for name in entries):
-        raise InputError(
-            f"expected a file of tensors, got {path!r}, a TorchScript archive: save its state_dict() instead"
-        )
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.values())
-    unique = len(entries) == len(archive.infolist())
-    # Torch compresses nothing and writes no comment: this is something else, or swells when it is read.
-    if not stored or not unique or archive.comment or sum(e.file_size for e in entries.values()) > end - start:
-        raise zipfile.BadZipFile("not as torch.save writes it")
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise InputError(
-            f"expected an intact file, got {path!r}, where {quoted(damaged)} fails its checksum: copy it again"
-        )
-    (pickle,) = (name for name in entries if name.endswith("/data.pkl"))
-    folder = pickle.removesuffix("data.pkl")
-    if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
-        raise InputError(f"expected numbers in little endian, got {path!r}: save it on another machine")
-    parts: dict[str, UntypedStorage] = {}
-
-    def position(name: str) -> int:
-        header = start + entries[name].header_offset
-        lengths = (content[header + 26 : header + 28], content[header + 28 : header + 30])  # of a name, and of more
-        return header + 30 + sum(int.from_bytes(length, "little") for length in lengths)
-
-    def find(key: str) -> UntypedStorage:
-        if key not in parts:
-            name = f"{folder}data/{key}"
-            parts[key] = _part(data, position(name), entries[name].file_size)
-        return parts[key]
-
-    content.seek(position(pickle))
-    return TensorReader(path, content, find).load()
-
-
-def _read_legacy(path: str, content: mmap.mmap, data: UntypedStorage) -> object:
-    """What bare pickles hold: magic number, protocol, system, content, keys of the storages, whose data follow."""
-    parts: dict[str, UntypedStorage] = {}
-    reader = TensorReader(path, content, parts.get)
-    magic, protocol, system = (reader.load() for _ in range(3))
-    if (magic, protocol) != LEGACY_HEAD or not isinstance(system, dict) or not system.get("little_endian", True):
-        raise UnpicklingError("not as torch.save writes it")
-    begin = content.tell()
-    reader.load()  # for the dtypes of the storages
-    keys = reader.load()
-    for key in cast("list[str]", keys):
-        count = int.from_bytes(content.read(8), "little")
-        length = count * reader.storages[key].dtype.itemsize
-        parts[key] = _part(data, content.tell(), length)
-        content.seek(length, io.SEEK_CUR)
-    content.seek(begin)
-    return TensorReader(path, content, parts.__getitem__).load()
-
-
-def _part(data: UntypedStorage, position: int, length: int) -> UntypedStorage:
-    if position + length > data.nbytes():
-        raise UnpicklingError("a storage past the end of the file")
-    part = data[position : position + length]
-    return part.clone() if part.data_ptr() % ALIGNED else part  # type: ignore[no-any-return]

@@ -213,7 +213,7 @@ def _side_by_side(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _shapes(entry: ComparedEntry) -> str:
-    return " / ".join(dict.fromkeys(shape_text(shape) or "scalar" for shape in entry.shapes if shape is not None))
+    return " / ".join(dict.fromkeys(shape_text(shape) for shape in entry.shapes if shape is not None))
 
 
 def _owners(entry: ComparedEntry, letters: Sequence[str]) -> str:

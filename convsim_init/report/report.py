@@ -16,6 +16,11 @@ from convsim_init.report.text import alternatives, quoted, shown
 from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
+ORDER = (  # of a report as plain data
+    *("model", "seed", "base", "calibrated", "options", "settings", "layers", "totals"),
+    *("seconds", "processes", "device", "file", "file_bytes", "remarks"),
+)
+RECORD = ("name", "kind", "shape", "outcome", "reason", "channels", "factor", "steps", "seconds")  # before measures
 
 
 class Outcome(str, Enum):
@@ -73,7 +78,7 @@ class LayerReport:
     factor: float | None = None
     channels: Channels | None = None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain data, without the losses."""
         data = asdict(self)
         del data["losses"]
@@ -143,22 +148,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
-        return {
-            "model": self.model,
-            "seed": self.seed,
-            "base": self.base,
-            "calibrated": self.calibrated,
-            "options": self.options,
-            "settings": asdict(self.settings),
-            "layers": [layer.to_dict() for layer in self.layers],
-            "totals": self.totals,
-            "seconds": self.seconds,
-            "processes": self.processes,
-            "device": self.device,
-            "file": self.file,
-            "file_bytes": self.file_bytes,
-            "remarks": list(self.remarks),
-        }
+        layers = [layer.to_dict() for layer in self.layers]
+        data = asdict(replace(self, layers=[])) | {"layers": layers, "totals": self.totals}
+        return {name: data[name] for name in ORDER}
 
     def to_records(self) -> list[dict[str, str | int | float | None]]:
         """One flat dict a layer, all with the same keys, for instance for ``pandas.DataFrame``.
@@ -168,24 +160,12 @@ class Report:
         """
         changed = any(layer.after for layer in self.layers)
         before, after = ("_before", "_after") if changed else ("", "")
-        blank = {name + before: None for layer in self.layers for name in layer.before}
-        blank |= {name + after: None for layer in self.layers for name in layer.after}
+        named = [{name + before: value for name, value in layer.before.items()} for layer in self.layers]
+        named_after = [{name + after: value for name, value in layer.after.items()} for layer in self.layers]
+        blank = dict.fromkeys(name for measures in (*named, *named_after) for name in measures)
         return [
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "shape": shape_text(layer.shape),
-                "outcome": layer.outcome.value,
-                "reason": layer.reason,
-                "channels": layer.channels,
-                "factor": layer.factor,
-                "steps": layer.steps,
-                "seconds": layer.seconds,
-                **blank,
-                **{name + before: value for name, value in layer.before.items()},
-                **{name + after: value for name, value in layer.after.items()},
-            }
-            for layer in self.layers
+            {name: plain[name] for name in RECORD} | {"shape": shape_text(plain["shape"])} | blank | old | new
+            for plain, old, new in zip((layer.to_dict() for layer in self.layers), named, named_after, strict=True)
         ]
 
     def select(self, include: Sequence[str]) -> Report:

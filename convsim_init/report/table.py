@@ -81,19 +81,23 @@ def report_table(data: Mapping[str, Any]) -> Table:
 
     Similarity is the normalized one: blind to scale. The last line of the summary has the time and the file.
     """
-    layers, note = data["layers"], None
-    if any(layer["after"] for layer in layers):
-        note = shared_reason(layers)
-        header, rows = CHANGED_HEADER, [_changed_row(layer, note) for layer in layers]
-    elif any(layer["before"] for layer in layers):
-        return _measured_table(data)
-    else:
-        header = UNTREATED_HEADER
-        rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
+    layers, totals, note = data["layers"], data["totals"], shared_reason(data["layers"])
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
     end = f"{data['seconds']:.2f} s{device}{processes}, {_file(data)}"
-    return Table(header, rows, [_counts(data), *data["remarks"], *_change_of_totals(data), *_common(note), end])
+    change = _change_of_totals(data)
+    if any(layer["after"] for layer in layers):
+        header, rows = CHANGED_HEADER, [_changed_row(layer, note) for layer in layers]
+    elif any(layer["before"] for layer in layers):
+        header, rows = MEASURED_HEADER, [_measured_row(layer, note) for layer in layers]
+        count = sum(bool(layer["before"]) for layer in layers)
+        rows.append([f"mean of {count}", "", *measure_cells(totals["before"]), ""])
+        change, end = [f"sum of raw similarity {totals['before']['similarity']:.4g}"], f"{data['seconds']:.2f} s"
+    else:
+        header = UNTREATED_HEADER
+        rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
+    shared = [f"each layer: {note}"] if note else []
+    return Table(header, rows, [_counts(data), *data["remarks"], *change, *shared, end])
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
@@ -125,8 +129,8 @@ def measure_cells(measures: Mapping[str, float]) -> list[str]:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape such as ``64x3x7x7``."""
-    return "x".join(map(str, shape))
+    """A shape such as ``64x3x7x7``; ``scalar`` of none."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def shared_reason(layers: Sequence[Mapping[str, Any]]) -> str | None:
@@ -161,22 +165,9 @@ def _changed_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
     return [*_title(layer), *_change(layer["before"], layer["after"]), f"{layer['after']['norm_ratio']:.6f}", reason]
 
 
-def _measured_table(data: Mapping[str, Any]) -> Table:
-    measured = [layer for layer in data["layers"] if layer["before"]]
-    note = shared_reason(measured)
-    rows = []
-    for layer in data["layers"]:
-        remarks = [_remark(layer, note)] if layer["before"] else [layer["outcome"], _remark(layer, None)]
-        rows.append([*_title(layer), *measure_cells(layer["before"]), ": ".join(filter(None, remarks))])
-    rows.append([f"mean of {len(measured)}", "", *measure_cells(data["totals"]["before"]), ""])
-    summary = [
-        _counts(data),
-        *data["remarks"],
-        f"sum of raw similarity {data['totals']['before']['similarity']:.4g}",
-        *_common(note),
-        f"{data['seconds']:.2f} s",
-    ]
-    return Table(MEASURED_HEADER, rows, summary)
+def _measured_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
+    remarks = [_remark(layer, note)] if layer["before"] else [layer["outcome"], _remark(layer, None)]
+    return [*_title(layer), *measure_cells(layer["before"]), ": ".join(filter(None, remarks))]
 
 
 def _counts(data: Mapping[str, Any]) -> str:
@@ -187,10 +178,6 @@ def _counts(data: Mapping[str, Any]) -> str:
 
 def _outcomes(totals: Mapping[str, Any]) -> str:
     return ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
-
-
-def _common(note: str | None) -> list[str]:
-    return [f"each layer: {note}"] if note else []
 
 
 def _change_of_totals(data: Mapping[str, Any]) -> list[str]:
