@@ -15,13 +15,10 @@ OPENERS = tuple("[({'\"")
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
-    """Arguments by name.
+    """Arguments by name, of texts ``KEY=VALUE``.
 
     A value is a Python literal such as ``3``, ``0.5``, ``[1, 2]`` or ``'text'``; ``true``, ``false``, ``none`` and
     ``null`` in any case; and anything else is text as it stands.
-
-    Args:
-        texts: Each ``KEY=VALUE``.
 
     Raises:
         InputError: If one is not of that form, is named twice or after another option, or opens a bracket or quote

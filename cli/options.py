@@ -16,13 +16,14 @@ from convsim_init.errors import InputError
 from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
-from convsim_init.models.spec import CONFIG, Source, parse
+from convsim_init.models.spec import CONFIG
 from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.report.text import PATH, quoted, shown, some
 
 from .completion import complete_layers, complete_models
 from .config import is_by_hand
 from .signals import exit_on_signal
+from .terminal import needs_stdout
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +45,6 @@ class ModelOptions:
     seed: int | None
     arguments: dict[str, Any]
 
-    @property
-    def given(self) -> list[str]:
-        """The options that the user gave on the command line."""
-        return [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
-
     def check(self, spec: str) -> None:
         """Refuse, without torch, what is no model that can be built like this."""
         check_model(spec, **self.arguments)
@@ -60,28 +56,14 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a FILE or a MODEL stood for.
+    """What a FILE or a MODEL stood for."""
 
-    Attributes:
-        content: The model, or the state dict in the file.
-        name: The spec, with the library that a bare name was found in.
-        seed: Seed of the drawn weights; None for a file.
-        remarks: Remarks on how it was found.
-        built: Spec that a model was built of; None if there is none.
-        filled: Names of the modules that the model's own code filled, as by ``load_state_dict``.
-    """
-
-    content: torch.nn.Module | Mapping[str, torch.Tensor]
-    name: str
-    seed: int | None = None
-    remarks: list[str] = field(default_factory=list)
-    built: str | None = None
-    filled: frozenset[str] = frozenset()
-
-    @property
-    def in_library(self) -> bool:
-        """Whether it was built by a library or is built in, and not by code of the user's own."""
-        return self.built is not None and parse(self.built).source not in (Source.MODULE, Source.FILE)
+    content: torch.nn.Module | Mapping[str, torch.Tensor]  # the model, or the state dict in the file
+    name: str  # the spec, with the library that a bare name was found in
+    seed: int | None = None  # of the drawn weights; None for a file
+    remarks: list[str] = field(default_factory=list)  # on how it was found
+    built: str | None = None  # spec that a model was built of
+    filled: frozenset[str] = frozenset()  # names of modules that the model's own code filled, as by `load_state_dict`
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +105,9 @@ key_option = click.option(
 )
 
 names_option = partial(click.option, multiple=True, metavar="GLOB", shell_complete=complete_layers)  # of layers
+plot_layer_option = partial(click.option, "--plot-layer", metavar="NAME", shell_complete=complete_layers)
+json_option = partial(click.option, "--json", "as_json", is_flag=True, callback=needs_stdout)
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 
 def is_file(spec: str) -> bool:
@@ -133,26 +118,21 @@ def is_file(spec: str) -> bool:
 def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
     """Refuse, without torch, what is no file or model, and options that would change nothing.
 
-    Args:
-        specs: Files and models.
-        how: Options for models.
-        like: Model that the files' weights belong to.
-        drawn: Whether weights are drawn for files too.
+    The files' weights belong to the model `like`, and are `drawn` anew or not.
     """
     files = [spec for spec in specs if is_file(spec)]
     for spec in specs:
         _check_source(spec, how)
     if not files and is_by_hand("key"):
         raise click.UsageError("--key: expected a FILE that has that entry, got none: leave it out")
-    if like is None:
-        unused = how.given if len(files) == len(specs) else []
-    elif not files:
-        raise click.UsageError("--like: expected a FILE that is like that model, got none")
-    else:
+    if like is not None:
+        if not files:
+            raise click.UsageError("--like: expected a FILE that is like that model, got none")
         how.check(like)
-        unused = [option for option in how.given if option == "--seed"] if len(files) == len(specs) else []
-    unused = [option for option in unused if not (option == "--seed" and drawn)]
-    if unused:
+    given = [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
+    used = [*(["--seed"] if drawn else []), *(option for option in given if like is not None and option != "--seed")]
+    unused = [option for option in given if option not in used]
+    if unused and len(files) == len(specs):
         hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
         raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
 
@@ -169,24 +149,24 @@ def check_found(specs: Sequence[str], like: str | None) -> None:
 
 def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None = None) -> Loaded:
     """The model of that spec, or what is in that file: a state dict or, with `like`, that model."""
-    if is_file(spec):
-        return _load_file(spec, key) if like is None else _load_like(spec, like, how, key)
-    found = resolve(spec)
-    name, remarks = found.spec.text, [found.remark] if found.remark else []
-    model, filled = _build_noting_loaded(name, how)
-    return Loaded(model, name, how.seed or 0, remarks, built=name, filled=filled)
-
-
-def _build_noting_loaded(spec: str, how: ModelOptions) -> tuple[torch.nn.Module, frozenset[str]]:
+    if is_file(spec) and like is None:
+        return _load_file(spec, key)
+    from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.layers import tree
     from convsim_init.layers.names import bare_name
     from convsim_init.models.patching import noting_loaded
 
+    found = resolve(like if like is not None and is_file(spec) else spec)
+    name, remarks = found.spec.text, [found.remark] if found.remark else []
     loaded: list[torch.nn.Module] = []
     with noting_loaded(loaded.append):
-        model = how.build(spec)
+        model = how.build(name)
+    if is_file(spec):
+        report = load_checkpoint(model, spec, strict=True, key=key)
+        return Loaded(model, spec, None, [*remarks, *str(report).splitlines()], built=name)
     parts = set(map(id, loaded))
-    return model, frozenset(bare_name(name) for name, part in tree.named_modules(model) if id(part) in parts)
+    filled = frozenset(bare_name(name) for name, part in tree.named_modules(model) if id(part) in parts)
+    return Loaded(model, name, how.seed or 0, remarks, built=name, filled=filled)
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:
@@ -208,8 +188,10 @@ def _load_file(path: str, key: str | None) -> Loaded:
 
     checkpoint = read_checkpoint(path, key)
     state = without_model_prefix(bare_tensors(checkpoint, path))
-    remarks = [INFERRED, *_entry_remarks(checkpoint.wrapper, checkpoint.others)]
-    extra = [*checkpoint.extra, *checkpoint.unread]
+    remarks, extra = [INFERRED], [*checkpoint.extra, *checkpoint.unread]
+    if checkpoint.wrapper:
+        more = f"; --key takes another: {some(map(shown, checkpoint.others))}" if checkpoint.others else ""
+        remarks.append(f"the weights are those under {shown(checkpoint.wrapper)!r}{more}")
     remarks += [f"left out, for it is no tensor: {some(map(shown, extra))}"] if extra else []
     remarks += _prefix_remarks(list(checkpoint.tensors), list(state), path)
     return Loaded(state, path, None, remarks)
@@ -223,20 +205,3 @@ def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list
         return [f"{quoted(prefix)} was taken off every key of {file}; --prefix {shown(prefix)} puts it back"]
     key, one = next((key, one) for key, one in zip(keys, bare, strict=True) if key != one)
     return [f"{file} was read without what wrappers add to its keys: {quoted(one)} for {quoted(key)}"]
-
-
-def _entry_remarks(entry: str, others: Sequence[str]) -> list[str]:
-    if not entry:
-        return []
-    more = f"; --key takes another: {some(map(shown, others))}" if others else ""
-    return [f"the weights are those under {shown(entry)!r}{more}"]
-
-
-def _load_like(path: str, like: str, how: ModelOptions, key: str | None) -> Loaded:
-    from convsim_init.checkpoint.load import load_checkpoint
-
-    found = resolve(like)
-    model = how.build(found.spec.text)
-    report = load_checkpoint(model, path, strict=True, key=key)
-    remarks = [found.remark] if found.remark else []
-    return Loaded(model, path, None, [*remarks, *str(report).splitlines()], built=found.spec.text)

@@ -22,19 +22,11 @@ FIELDS = (("model", "", None), ("seed", "", None))  # what may stand in braces, 
 
 @dataclass(frozen=True)
 class Run:
-    """One model that is initialized.
+    """One model that is initialized."""
 
-    Attributes:
-        model: Spec of the model, or name of the file to start from.
-        seed: Seed of what is drawn; None if nothing is.
-        out: Checkpoint to write, if any.
-        record: Record of the run to write, if any.
-        plot: Picture to write, if any.
-    """
-
-    model: str
-    seed: int | None = None
-    out: Path | None = None
+    model: str  # its spec, or the name of the file to start from
+    seed: int | None = None  # of what is drawn; None if nothing is
+    out: Path | None = None  # checkpoint, record of the run and picture to write, if any
     record: Path | None = None
     plot: Path | None = None
 
@@ -57,11 +49,7 @@ class Run:
 
 
 def plan_runs(starts: Iterable[tuple[str, int | None]], files: Mapping[str, Path | None]) -> list[Run]:
-    """The runs of a command, in the order given.
-
-    Args:
-        starts: Model and seed of each run, as in `Run`.
-        files: Patterns of what each writes, by what it is, as in `Run`.
+    """The runs of a command, in the order given, each with its model and seed, and files after patterns by their kind.
 
     Raises:
         InputError: If two runs are the same, two files have the same name, one of several runs would
@@ -149,14 +137,9 @@ def _check_apart(runs: Sequence[Run]) -> None:
             if first != kind:
                 raise InputError(f"expected another name for each kind of file, got {str(path)!r} twice: rename one")
             if other is not run:
+                alike = file_safe(other.model) == file_safe(run.model)
+                advice = "use a command for each" if alike else "put {model} into its name"
                 raise InputError(
                     f"expected a file of its own for each run, got {str(path)!r} for {other.name} and for {run.name}: "
-                    f"{_advice(other, run)}"
+                    f"{'put {seed} into its name' if other.model == run.model else advice}"
                 )
-
-
-def _advice(one: Run, other: Run) -> str:
-    if one.model == other.model:
-        return "put {seed} into its name"
-    alike = file_safe(one.model) == file_safe(other.model)
-    return "use a command for each" if alike else "put {model} into its name"

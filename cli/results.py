@@ -30,27 +30,16 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a run; until it is written with what is to be written, for another process perhaps.
+    """Result of a run; until it is written with what is to be written, for another process perhaps."""
 
-    Attributes:
-        run: The run, with the files that it writes; with all of its files if they were kept.
-        status: How it ended, or will once it is written.
-        report: Report of its layers, if it came that far.
-        error: Why it failed.
-        checkpoint: Checkpoint that is to be written.
-        config: Config to write beside it in a folder.
-        drawn: Whether all of the weights were drawn, and none read from a file.
-        snapshots: Convolutions before and after, if they are to be recorded or drawn.
-    """
-
-    run: Run
-    status: Status
-    report: Report | None = None
-    error: str | None = None
-    checkpoint: Contents | None = None
-    config: str | None = None
-    drawn: bool = True
-    snapshots: tuple[Snapshot, Snapshot] | None = None
+    run: Run  # with the files that it writes, or all of its files if they were kept
+    status: Status  # as it ended, or will once it is written
+    report: Report | None = None  # of its layers, if it came that far
+    error: str | None = None  # why it failed
+    checkpoint: Contents | None = None  # to be written
+    config: str | None = None  # to be written beside it in a folder
+    drawn: bool = True  # all of the weights, and none read from a file
+    snapshots: tuple[Snapshot, Snapshot] | None = None  # before and after, if they are to be recorded or drawn
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``status`` and ``error``, then the run's record, if there is one, with its model as given."""

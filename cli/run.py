@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
 from convsim_init.files import STDOUT
 from convsim_init.models.classifier import classifier_keys, pointwise_convolutions
+from convsim_init.models.spec import Source, parse
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
 from convsim_init.report.record import save_record
@@ -71,8 +72,6 @@ class Choices:
     def of_files(self) -> dict[str, object]:
         """What changes a file beside settings, base and calibration, where it is not the default; ready for JSON."""
         given = {
-            "num_classes": self.how.num_classes,
-            "in_chans": self.how.in_chans,
             "model_arg": [f"{name}={value!r}" for name, value in self.how.arguments.items()],
             "like": self.like,
             "key": self.key,
@@ -91,11 +90,8 @@ class Choices:
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
     """Do all of the run but the writing, of which there is none if a layer failed.
 
-    Args:
-        run: The run, with the files that this process is to write, if any.
-        choices: What the user chose.
-        progress: Whether to show a bar.
-        group: Processes that the layers are divided over, all of which do this.
+    The run has the files that this process is to write, if any; all processes of the group, over which layers are
+    divided, do this.
 
     Raises:
         InputError: If the model cannot be built or treated as asked.
@@ -105,7 +101,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         import torch
 
         from convsim_init.checkpoint.save import checkpoint_contents
-        from convsim_init.checkpoint.state_dict import check_entries, state_entries, without_keys
+        from convsim_init.checkpoint.state_dict import check_entry, state_entries, without_keys
         from convsim_init.initialize import initialize_, plan
         from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.models.hub import describe
@@ -118,12 +114,12 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed), choices.like, choices.key)
     network = start.content
-    head = _classifier(run, start, choices)
-    exclude = (*choices.exclude, *map(glob.escape, head.layers))
+    head_layers, head_keys, head_remarks = _classifier(run, start, choices)
+    exclude = (*choices.exclude, *map(glob.escape, head_layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
-    without = [*choices.without, *map(glob.escape, head.keys)]
-    if choices.writes:
-        check_entries(without_keys(state_entries(network), without))  # refused here, not after the work
+    without = [*choices.without, *map(glob.escape, head_keys)]
+    for key, value in without_keys(state_entries(network), without).items() if choices.writes else ():
+        check_entry(key, value)  # refused here, not after the work
     before = snapshots = checkpoint = config = None
     if choices.folder:
         if not isinstance(network, torch.nn.Module):
@@ -151,7 +147,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         if before is not None:
             snapshots = before, take_snapshot("after", network)
     report.model, report.seed, report.base, report.options = start.name, run.seed, choices.base, choices.of_files
-    report.remarks += start.remarks + head.remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
+    report.remarks += start.remarks + head_remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
     report.remarks += _loaded_remarks(report, start, choices)
     # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.
     complete = report if snapshots is None else report.with_measures(*(snapshot.report for snapshot in snapshots))
@@ -169,7 +165,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             exclude=without,
             dtype=getattr(torch, choices.dtype),
         )
-        complete.remarks += [*_file_remarks(network, checkpoint, choices, head), *checkpoint.remarks]
+        complete.remarks += [*_file_remarks(network, checkpoint, choices, head_keys), *checkpoint.remarks]
     drawn = not (is_file(run.model) or start.filled)
     return Result(run, Status.DONE, complete, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
 
@@ -186,11 +182,14 @@ def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str
 
 
 def _file_remarks(
-    network: torch.nn.Module | Mapping[str, torch.Tensor], checkpoint: Contents, choices: Choices, head: Classifier
+    network: torch.nn.Module | Mapping[str, torch.Tensor],
+    checkpoint: Contents,
+    choices: Choices,
+    head_keys: Sequence[str],
 ) -> list[str]:
     from convsim_init.checkpoint.state_dict import state_entries
 
-    own = {choices.prefix + key: value for key, value in state_entries(network).items() if key not in head.keys}
+    own = {choices.prefix + key: value for key, value in state_entries(network).items() if key not in head_keys}
     left_out = [key for key in own if key not in checkpoint.tensors]
     rounded = [key for key in checkpoint.tensors if str(getattr(own[key], "dtype", None)) == "torch.float64"]
     remarks = [f"left out of the file: {some(map(shown, left_out))}"] if left_out else []
@@ -200,26 +199,13 @@ def _file_remarks(
     return remarks
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """What there is to say and to do about a model's classifier.
-
-    Attributes:
-        layers: Convolutions of it, which are left alone.
-        keys: Entries of it, which are left out of the file.
-        remarks: Sentences on both.
-    """
-
-    layers: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-
-def _classifier(run: Run, start: Loaded, choices: Choices) -> Classifier:
+def _classifier(run: Run, start: Loaded, choices: Choices) -> tuple[list[str], list[str], list[str]]:
+    """The convolutions of a classifier, which are left alone, its keys if they are dropped, and remarks on both."""
     drop = choices.head == "drop"
     convolutions = pointwise_convolutions(start.content)
-    if not drop and not (start.in_library and convolutions):
-        return Classifier()
+    own_code = start.built is None or parse(start.built).source in (Source.MODULE, Source.FILE)  # not of a library
+    if not drop and (own_code or not convolutions):
+        return [], [], []
     try:
         if start.built is None or isinstance(start.content, Mapping):
             raise InputError("a file alone does not say which entries are its classifier")
@@ -227,21 +213,16 @@ def _classifier(run: Run, start: Loaded, choices: Choices) -> Classifier:
     except InputError as error:
         if drop:
             raise InputError(f"--head drop: {error}: name the entries, as --without 'fc.*' does") from error
-        return Classifier()
+        return [], [], []
     layers = sorted({key.rpartition(".")[0] for key in keys} & convolutions)
     remarks = [f"left alone, as linear classifiers are: {some(map(shown, layers))}"] if layers else []
     if drop and run.out is not None:
         remarks.append(f"left out of the file, for they depend on the number of classes: {some(map(shown, keys))}")
-    return Classifier(layers, keys if drop else [], remarks)
+    return layers, keys if drop else [], remarks
 
 
 def write(result: Result, choices: Choices) -> Result:
-    """Write what is to be written, and return the result without it.
-
-    Raises:
-        InputError: If a file cannot be written.
-        RunError: If writing fails.
-    """
+    """Write what is to be written, as `write_text` does, and return the result without it."""
     run, report, figure = result.run, result.report, None
     if report is None:
         return result

@@ -72,10 +72,8 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
     """Let a signal raise an exception once, and end the process a moment later whatever it does.
 
     Python runs a signal's handler once the main thread is back from C code, which may take long: a
-    decomposition, a slow disk. A thread of its own reads of the signal at once.
-
-    Args:
-        last: Whether the process ends after it, and a signal then ends it without a word.
+    decomposition, a slow disk. A thread of its own reads of the signal at once. After the last such context the process
+    ends, and a signal ends it without a word.
     """
 
     def watch() -> None:

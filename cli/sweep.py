@@ -111,7 +111,10 @@ def _is_model(found: str, wanted: str) -> bool:
 
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iterator[Result]:
     """Of all runs, in their order; none in ranks but the first, which is the one that writes."""
-    pending = [_pending(run, choices) for run in runs]
+    pending: list[Run | Result] = []
+    for run in runs:  # with what there is still to write
+        unwritten = run if choices.force else run.unfinished()
+        pending.append(Result(run, Status.KEPT) if run.files and not unwritten.files else unwritten)
     if ranks is not None:
         pending = ranks.exchange(pending)[0]  # which files are there already, the first says
     unfinished = [one for one in pending if isinstance(one, Run)]
@@ -126,12 +129,6 @@ def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iter
         for result in ranks.gather(made):
             if result is not None:
                 yield _written(result, choices)
-
-
-def _pending(run: Run, choices: Choices) -> Run | Result:
-    """The run with what there is still to write, or the result that its files were there."""
-    unfinished = run if choices.force else run.unfinished()
-    return Result(run, Status.KEPT) if run.files and not unfinished.files else unfinished
 
 
 def _made(run: Run | Result, choices: Choices) -> Result:
@@ -164,12 +161,9 @@ def _failed(run: Run, error: Exception, choices: Choices) -> Result:
 @contextmanager
 def _bar(runs: int, *, shown: bool) -> Iterator[Callable[[str | None], None]]:
     """A bar of progress on stderr, and a way to print a line on stdout that also moves it on."""
-    if not shown:
-        yield lambda line: None if line is None else click.echo(line)
-        return
     from tqdm import tqdm
 
-    with tqdm(total=runs, desc="runs", unit="run", leave=False) as bar:
+    with tqdm(total=runs, desc="runs", unit="run", leave=False, disable=not shown) as bar:
 
         def show(line: str | None) -> None:
             with tqdm.external_write_mode():

@@ -89,6 +89,8 @@ def describe_environment() -> dict[str, str]:
 
     from convsim_init.backends.compiled import describe
 
+    devices = available_devices()
+    cards = {name: f"{name} ({torch.cuda.get_device_name(name)})" for name in devices if name.startswith("cuda:")}
     return {
         "convsim-init": __version__,
         "python": platform.python_version(),
@@ -96,12 +98,6 @@ def describe_environment() -> dict[str, str]:
         **{package: installed_version(package) or "not installed" for package in PACKAGES},
         "step": describe(),
         "cuda": torch.version.cuda or "none",
-        "devices": ", ".join(map(_describe, available_devices())),
+        "devices": ", ".join(cards.get(name, name) for name in devices),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
     }
-
-
-def _describe(device: str) -> str:
-    import torch
-
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda:") else device

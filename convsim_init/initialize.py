@@ -30,7 +30,7 @@ from convsim_init.layers.remarks import divergence_remarks, find_twins, model_re
 from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
-from convsim_init.models.copies import HISTORIES, History, sample_layers
+from convsim_init.models.copies import HISTORIES, History, sample_layer
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
@@ -173,7 +173,7 @@ def initialize_layers(
     """Treat the layers, and let the open contexts know; in all but the one that does it its choice counts too."""
     started = time.perf_counter()
     _check_device(device)
-    before = sample_layers(layers) if HISTORIES else []
+    before = [sample_layer(layer) for layer in layers] if HISTORIES else []
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
     twins, remarks = find_twins(model, layers), model_remarks(model, layers)
@@ -279,17 +279,15 @@ def _lower(
         try:
             difference = layer.weight.write(weight)
             written = layer.bank(channels, device)  # read back: what the forward pass uses now
+            failure = None if all_finite(written) else "makes infinities or NaN of the new weight"
         except RefusedError as error:
             put_back()
             return replace(report, reason=str(error))
         except Exception as error:  # whatever the layer's own code raises
+            failure = f"ended with {error_text(error)}"
+        if failure is not None:
             put_back()
-            reason = f"left as it was: its own code ended with {error_text(error)}"
-            return replace(report, outcome=Outcome.FAILED, reason=reason)
-        if not all_finite(written):
-            put_back()
-            reason = "left as it was: its own code makes infinities or NaN of the new weight"
-            return replace(report, outcome=Outcome.FAILED, reason=reason)
+            return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: its own code {failure}")
     after, kept = measure_bank(written, channels), filter_norms(written)
     change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
     counting = list(before)

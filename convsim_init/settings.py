@@ -140,6 +140,6 @@ def parse_base(base: str) -> tuple[str, str, Activation | None]:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise InputError unless ``value`` is one of ``choices``."""
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")

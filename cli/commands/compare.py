@@ -12,10 +12,10 @@ from convsim_init.errors import InputError
 from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
 from convsim_init.report.text import PATH, shown
 
-from ..completion import complete_layers, complete_models
-from ..options import Loaded, ModelOptions, check_sources, is_file, key_option, like_option, load, model_options
+from .. import options
+from ..completion import complete_models
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_json, show_table, stdout_for_results
+from ..terminal import show_json, show_table, stdout_for_results
 
 EPILOG = """\b
 Examples:
@@ -26,24 +26,19 @@ Examples:
 
 @click.command(epilog=EPILOG, short_help="Show models or checkpoints side by side.")
 @click.argument("specs", metavar="A B [C]...", nargs=-1, shell_complete=complete_models)
-@model_options
-@like_option
-@key_option
-@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print the comparison as JSON.")
+@options.model_options
+@options.like_option
+@options.key_option
+@options.json_option(help="Print the comparison as JSON.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
 )
-@click.option(
-    "--plot-layer",
-    metavar="NAME",
-    shell_complete=complete_layers,
-    help="Layer whose feature maps it shows. Default: the most different.",
-)
+@options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most different.")
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@options.debug_option
 def compare(
     specs: tuple[str, ...],
-    how: ModelOptions,
+    how: options.ModelOptions,
     like: str | None,
     key: str | None,
     as_json: bool,
@@ -61,7 +56,7 @@ def compare(
         raise click.UsageError("expected at least two models or checkpoints to compare")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    check_sources(specs, how, like)
+    options.check_sources(specs, how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with exit_on_signal():
@@ -83,14 +78,16 @@ def compare(
         show_table(compared.table)
 
 
-def _load_all(specs: Sequence[str], how: ModelOptions, like: str | None, key: str | None) -> list[Loaded]:
+def _load_all(
+    specs: Sequence[str], how: options.ModelOptions, like: str | None, key: str | None
+) -> list[options.Loaded]:
     """What is compared; a file that loads strictly into a model beside it as that model, which knows its layers."""
-    loaded = [load(spec, how, like, key) for spec in specs]
-    models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not is_file(spec)]
+    loaded = [options.load(spec, how, like, key) for spec in specs]
+    models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not options.is_file(spec)]
     for place, spec in enumerate(specs):
-        for model in models if like is None and is_file(spec) else ():
+        for model in models if like is None and options.is_file(spec) else ():
             with suppress(InputError):  # it is none of that model's
-                loaded[place] = load(spec, how, model, key)
+                loaded[place] = options.load(spec, how, model, key)
                 loaded[place].remarks.append(f"{shown(spec, PATH)} is read as weights of {shown(model, PATH)}")
                 break
     return loaded

@@ -6,13 +6,14 @@ import click
 
 from convsim_init.devices import describe_environment
 
+from ..options import debug_option, json_option
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_json
+from ..terminal import show_json
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print it as JSON.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@json_option(help="Print it as JSON.")
+@debug_option
 def env(as_json: bool) -> None:
     """Show versions and devices: what a bug report needs."""
     with exit_on_signal():

@@ -10,20 +10,10 @@ import click
 
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES
-from convsim_init.settings import (
-    ACTIVATIONS,
-    CHANNELS_CHOICES,
-    NORMS,
-    PAIRS,
-    PRESETS,
-    SCHEMES,
-    Settings,
-    parse_base,
-)
+from convsim_init.settings import ACTIVATIONS, CHANNELS_CHOICES, NORMS, PAIRS, PRESETS, SCHEMES, Settings, parse_base
 
-from ..completion import complete_bases, complete_layers
-from ..options import Whole, key_option, like_option, model_options, names_option
-from ..terminal import needs_stdout
+from ..completion import complete_bases
+from ..options import Whole, json_option, key_option, like_option, model_options, names_option, plot_layer_option
 
 HEADS = ("keep", "drop")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -136,21 +126,10 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         type=click.Path(path_type=Path),
         help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
     ),
-    click.option(
-        "--plot-layer",
-        metavar="NAME",
-        shell_complete=complete_layers,
-        help="Layer whose feature maps are drawn. Default: the most changed.",
-    ),
+    plot_layer_option(help="Layer whose feature maps are drawn. Default: the most changed."),
     click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them."),
     click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing."),
-    click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        callback=needs_stdout,
-        help="Print the result as JSON; of several, a line each.",
-    ),
+    json_option(help="Print the result as JSON; of several, a line each."),
     click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar."),
     click.option(
         "-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr."

@@ -10,8 +10,8 @@ from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_fi
 from convsim_init.report.record import run_record
 from convsim_init.report.table import COLUMNS, as_csv
 
-from ..completion import complete_layers, complete_models
-from ..options import ModelOptions, check_sources, key_option, like_option, load, model_options, names_option
+from .. import options
+from ..completion import complete_models
 from ..signals import exit_on_signal
 from ..terminal import needs_stdout, show_json, show_table, stdout_for_results
 
@@ -41,49 +41,38 @@ Examples:
 
 @click.command(help=HELP, epilog=EPILOG, short_help="Measure how redundant the filters of a model are.")
 @click.argument("spec", metavar="FILE|MODEL", shell_complete=complete_models)
-@model_options
-@like_option
-@key_option
+@options.model_options
+@options.like_option
+@options.key_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
-@names_option("--include", help="Show only layers whose name matches. Repeatable.")
-@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print all measures as JSON.")
-@click.option(
-    "--csv",
-    "comma_separated",
-    is_flag=True,
-    callback=needs_stdout,
-    help="Print all measures as comma-separated values.",
-)
+@options.names_option("--include", help="Show only layers whose name matches. Repeatable.")
+@options.json_option(help="Print all measures as JSON.")
+@click.option("--csv", is_flag=True, callback=needs_stdout, help="Print all measures as comma-separated values.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
 )
-@click.option(
-    "--plot-layer",
-    metavar="NAME",
-    shell_complete=complete_layers,
-    help="Layer whose feature maps it shows. Default: the most redundant.",
-)
+@options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most redundant.")
 @click.option("--force", is_flag=True, help="Overwrite an existing picture.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@options.debug_option
 def inspect(
     spec: str,
-    how: ModelOptions,
+    how: options.ModelOptions,
     like: str | None,
     key: str | None,
     sort: str | None,
     include: tuple[str, ...],
     as_json: bool,
-    comma_separated: bool,
+    csv: bool,
     plot: Path | None,
     plot_layer: str | None,
     force: bool,
 ) -> None:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
-    if as_json and comma_separated:
+    if as_json and csv:
         raise click.UsageError("--json and --csv: choose one")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    check_sources([spec], how, like)
+    options.check_sources([spec], how, like)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with exit_on_signal():
@@ -91,7 +80,7 @@ def inspect(
         from convsim_init.metrics.snapshot import take_snapshot
 
     with stdout_for_results():
-        loaded = load(spec, how, like, key)
+        loaded = options.load(spec, how, like, key)
         if picture is None:
             report = measure(loaded.content).select(include)
         else:
@@ -105,7 +94,7 @@ def inspect(
         report = report.sorted_by(COLUMNS[sort])
     if as_json:
         show_json(run_record(report))
-    elif comma_separated:
+    elif csv:
         click.echo(as_csv(report.to_records()), nl=False)
     else:
         show_table(report.table)

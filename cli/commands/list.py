@@ -11,16 +11,17 @@ from convsim_init.models import libraries
 from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo import catalog
 
+from ..options import debug_option, json_option
 from ..signals import exit_on_signal
-from ..terminal import needs_stdout, show_json
+from ..terminal import show_json
 
 OTHERS = "; ".join(f"convsim-init list '{library.value}:*'" for library in LIBRARIES)
 
 
 @click.command("list", short_help="List the models that can be built here.")
 @click.argument("pattern", required=False)
-@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print the list as JSON.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@json_option(help="Print the list as JSON.")
+@debug_option
 def list_models(pattern: str | None, as_json: bool) -> None:
     """List the models that can be built here: the built-in ones, or those that match PATTERN.
 

@@ -19,7 +19,7 @@ from convsim_init.report.table import report_cells
 from convsim_init.report.text import printable, shown
 from convsim_init.settings import PRESETS, Preset, Settings
 
-from ..options import Whole
+from ..options import Whole, debug_option
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 
 HELP = """
@@ -49,7 +49,7 @@ Examples:
 @click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell nothing of the networks.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@debug_option
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(

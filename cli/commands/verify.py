@@ -10,9 +10,9 @@ from convsim_init.files import check_source
 from convsim_init.models.libraries import resolve
 
 from ..completion import complete_models
-from ..options import ModelOptions, is_file, key_option, model_options
+from ..options import ModelOptions, debug_option, is_file, json_option, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
-from ..terminal import needs_stdout, show_json, stdout_for_results
+from ..terminal import show_json, stdout_for_results
 
 HELP = """
 Check that a file loads into a model strictly, every key accounted for.
@@ -33,9 +33,9 @@ Examples:
 @click.argument("model", shell_complete=complete_models)
 @model_options
 @key_option
-@click.option("--json", "as_json", is_flag=True, callback=needs_stdout, help="Print every key's match as JSON.")
+@json_option(help="Print every key's match as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@debug_option
 def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if is_file(model) and not is_file(str(file)):

@@ -24,10 +24,7 @@ DEEP = 32  # dicts in each other
 
 
 def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
-    """What a folder holds: its tensors, in the dicts that they were saved in, and its size in bytes.
-
-    Args:
-        metadata: The file ``.metadata`` of the folder.
+    """What a folder holds, by its file ``.metadata``: tensors, in the dicts they were saved in, and its size in bytes.
 
     Raises:
         InputError: If a file is missing or holds anything but tensors.

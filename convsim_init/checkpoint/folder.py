@@ -30,16 +30,8 @@ def write_folder(
 ) -> Path:
     """Write a new folder, whole or not at all; the same arguments give the same bytes.
 
-    Args:
-        contents: Weights.
-        path: Where there is nothing yet.
-        config: Content of ``config.json``, as `models.hub.describe` returns it.
-        report: Report of the run that made the weights.
-        drawn: Whether all of the weights were drawn, and none read from a file.
-        picture: Name of a picture that the card shows, and what writes it to a path.
-
-    Returns:
-        The path given.
+    Its config is what `models.hub.describe` returns. The card tells of the run that made the weights, of whether all of
+    them were `drawn` and none read from a file, and shows the picture of that name, which a function writes to a path.
 
     Raises:
         InputError: If the path cannot be written, or something is there.

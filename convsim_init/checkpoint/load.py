@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -80,14 +81,8 @@ def verify_checkpoint(
 ) -> LoadReport:
     """What `load_checkpoint` would report; ``exact`` tells whether strict loaders take the file.
 
-    Args:
-        model: Any module, on the meta device too; it is not changed.
-        path: Path of the checkpoint, as for `load_checkpoint`.
-        name: Name of the model in the report. Default: its class.
-        key: Key of the state dict in the file, as for `load_checkpoint`.
-
-    Raises:
-        InputError: If the file cannot be read, or the model is lazy.
+    The model may be on the meta device, and is not changed; its name in the report is by default its class. A file that
+    cannot be read and a lazy model are an `InputError`.
     """
     return _rehearse(model, read_checkpoint(path, key), file=str(path), name=name)[0]
 
@@ -95,21 +90,15 @@ def verify_checkpoint(
 def _rehearse(
     model: nn.Module, checkpoint: Checkpoint, *, file: str, name: str | None = None
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
-    """Compare a checkpoint with a model and load it into a copy, as the model's own loading has the last word.
-
-    Returns:
-        The report, and the state dict to load.
-    """
+    """Compare a checkpoint with a model and load it into a copy, as the model's own loading has the last word."""
     report, inner = match(checkpoint, model, file=file, name=name), unwrap(model)
-    try:
-        trial = _copy(inner)
-    except Exception:  # whatever the model holds that cannot be copied, such as a lock
-        restore = _backup(inner)
+    with ExitStack() as stack:
         try:
-            return _try_out(report, checkpoint, inner, inner)
-        finally:
-            restore()
-    return _try_out(report, checkpoint, inner, trial)
+            trial = _copy(inner)
+        except Exception:  # whatever the model holds that cannot be copied, such as a lock
+            trial = inner
+            stack.callback(_backup(inner))
+        return _try_out(report, checkpoint, inner, trial)
 
 
 def _try_out(

@@ -29,11 +29,8 @@ Shapes = Mapping[str, list[int]]
 def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | None = None) -> LoadReport:
     """Compare the tensors of a checkpoint with the state dict of a model. Neither is changed.
 
-    Args:
-        checkpoint: Checkpoint that was read.
-        model: Any module, on the meta device too; DistributedDataParallel and torch.compile are looked through.
-        file: Name of the checkpoint in the report.
-        name: Name of the model in the report. Default: its class.
+    The model may be on the meta device; DistributedDataParallel and torch.compile are looked through. File and name are
+    those of both in the report, by default the model's class.
 
     Raises:
         InputError: If the model is lazy: its shapes are not known yet; or the file holds several copies of it, or it
@@ -43,7 +40,9 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     lazy = next((key for key, value in entries.items() if isinstance(value, Tensor) and is_lazy(value)), None)
     if lazy is not None:
         raise InputError(f"expected a model whose shapes are known, got a lazy {lazy!r}: run a forward pass first")
-    raw = _raw_keys(checkpoint.tensors)
+    raw = {bare_name(key): key for key in checkpoint.tensors}
+    if len(raw) < len(checkpoint.tensors):  # two would be the same without what wrappers add
+        raw = {key: key for key in checkpoint.tensors}
     theirs = {key: list(checkpoint.tensors[raw[key]].shape) for key in raw}
     own = {key: list(getattr(value, "shape", [])) for key, value in entries.items()}  # extra state may be no tensor
 
@@ -102,12 +101,6 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         retyped={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if not same_kind(a, b)},
         narrowed={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if narrows(a, b)},
     )
-
-
-def _raw_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The file's keys by themselves without what wrappers add, unless two would then be the same."""
-    raw = {bare_name(key): key for key in tensors}
-    return raw if len(raw) == len(tensors) else {key: key for key in tensors}
 
 
 def _sources(theirs: Shapes, own: Shapes, removed: str, added: str) -> dict[str, str]:
@@ -169,15 +162,8 @@ def find_prefixes(file: Shapes, model: Shapes) -> list[tuple[str, str]]:
 
     Prefixes are whole parts of a dotted name, ``"model."`` or ``"0.model."``. Chosen are those under which most
     tensors have the name and shape of one of the model's, then most the name; the fewest parts where that is equal. A
-    change must bring together more than half of the keys of the smaller side.
-
-    Args:
-        file: Shapes by the file's keys.
-        model: Shapes by the model's keys.
-
-    Returns:
-        The changes that serve best: one, or several where which is meant cannot be known, as with two
-        copies of a network in one file.
+    change must bring together more than half of the keys of the smaller side. Of the changes that serve best there are
+    several where which is meant cannot be known, as with two copies of a network in one file.
     """
     enough = min(len(file), len(model)) / 2
     scores = {("", ""): _score("", "", file, model)}
@@ -192,13 +178,9 @@ def find_prefixes(file: Shapes, model: Shapes) -> list[tuple[str, str]]:
 
 def _shared_prefixes(keys: Shapes, enough: float) -> list[str]:
     """The prefixes that more than so many keys begin with."""
-    counts = Counter(prefix for key in keys for prefix in _prefixes(key))
+    parts = ((f"{part}." for part in key.split(".", DEEPEST)[:-1]) for key in keys)
+    counts = Counter(prefix for some in parts for prefix in accumulate(some, initial=""))
     return [prefix for prefix, count in counts.items() if count > enough]
-
-
-def _prefixes(key: str) -> list[str]:
-    parts = key.split(".", DEEPEST)[:-1]
-    return list(accumulate((part + "." for part in parts), initial=""))
 
 
 def _score(removed: str, added: str, file: Shapes, model: Shapes) -> tuple[int, int, int]:

@@ -16,10 +16,7 @@ LONGEST = 255  # letters of a name that leads to a state dict
 def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, str, tuple[str, ...]]:
     """The innermost state dict, the names of what it was in, joined by dots, and others that it could have been.
 
-    Args:
-        name: Name of the file, for errors.
-        content: What the file holds.
-        wanted: Key of the state dict, as in `read_checkpoint`.
+    Wanted may be a key of it, as in `read_checkpoint`; the name is the file's, for errors.
 
     Raises:
         InputError: If there are several and none is wanted, or not the one that is.

@@ -68,16 +68,7 @@ def type_name(value: object) -> str:
 
 
 def check_room(path: str, file_size: int, taken: int) -> None:
-    """Refuse a file that describes more than it holds.
-
-    Args:
-        path: Path of the file.
-        file_size: Its size in bytes.
-        taken: Bytes that its names, shapes and other small objects take in memory, at most.
-
-    Raises:
-        InputError: If that is out of proportion.
-    """
+    """Refuse a file of so many bytes whose names, shapes and other small objects take many more in memory."""
     if taken > ROOM + 2 * file_size:
         raise InputError(
             f"expected a file of tensors, got {path!r}, which holds so many other objects or names that memory could "
@@ -160,12 +151,9 @@ class PickleReader:
                     return stack.pop()
                 case "MARK":
                     marks.append(len(stack))
-                case "MEMOIZE":
+                case "MEMOIZE" | "PUT" | "BINPUT" | "LONG_BINPUT" as name:
                     self.take(MEMO)
-                    memo[len(memo)] = stack[-1]
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    self.take(MEMO)
-                    memo[cast("int", argument)] = stack[-1]
+                    memo[len(memo) if name == "MEMOIZE" else cast("int", argument)] = stack[-1]
                 case "GET" | "BINGET" | "LONG_BINGET":
                     stack.append(memo[cast("int", argument)])
                 case "NONE" | "NEWTRUE" | "NEWFALSE":
@@ -192,10 +180,10 @@ class PickleReader:
                 case "GLOBAL":
                     stack.append(self.name(Name(*str(argument).split(" ", 1))))
                 case "STACK_GLOBAL":
-                    name, module = stack.pop(), stack.pop()
-                    if not (isinstance(module, str) and isinstance(name, str)):
+                    named, module = stack.pop(), stack.pop()
+                    if not (isinstance(module, str) and isinstance(named, str)):
                         raise UnpicklingError("a name that is no text")
-                    stack.append(self.name(Name(module, name)))
+                    stack.append(self.name(Name(module, named)))
                 case "REDUCE" | "NEWOBJ":
                     arguments, maker = stack.pop(), stack.pop()
                     if not (isinstance(maker, Name) and isinstance(arguments, tuple)):

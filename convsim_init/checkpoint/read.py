@@ -31,31 +31,18 @@ JSON = 32  # times its length that the header of safetensors or an index takes i
 
 
 class Checkpoint(NamedTuple):
-    """The tensors of a file under its own keys.
+    """The tensors of a file under its own keys."""
 
-    Attributes:
-        tensors: Dense tensors on the CPU.
-        wrapper: Key that the file keeps them under, such as ``"state_dict"``; empty if under nothing.
-        others: Keys of other state dicts in the file, which were not read.
-        extra: Extra states of modules that are no tensors but plain data, all of them.
-        unread: Their keys where one is neither.
-        versions: Notes of the modules that `torch.save` kept, see `module_versions`.
-    """
-
-    tensors: dict[str, Tensor]
-    wrapper: str
-    versions: OrderedDict[str, object] | None = None
-    others: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = {}
-    unread: tuple[str, ...] = ()
+    tensors: dict[str, Tensor]  # dense, on the CPU
+    wrapper: str  # key that the file keeps them under, such as "state_dict"; empty if under nothing
+    versions: OrderedDict[str, object] | None = None  # notes of the modules that `torch.save` kept: `module_versions`
+    others: tuple[str, ...] = ()  # keys of other state dicts in the file, which were not read
+    extra: Mapping[str, Any] = {}  # extra states of modules that are no tensors but plain data, all of them
+    unread: tuple[str, ...] = ()  # their keys where one is neither
 
 
 def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under keys without what wrappers add to them.
-
-    Raises:
-        InputError: If two keys are then the same.
-    """
+    """The tensors of a checkpoint without what wrappers add to their keys; an `InputError` if two are then the same."""
     try:
         return {key: value for key, value in bare_entries(checkpoint.tensors).items() if isinstance(value, Tensor)}
     except InputError as error:

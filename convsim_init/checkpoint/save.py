@@ -88,19 +88,12 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds, whatever its name; it can be sent from one process to another.
+    """What a checkpoint holds, whatever its name; it can be sent from one process to another."""
 
-    Attributes:
-        tensors: Plain tensors, each with memory of its own, under the keys of the file.
-        versions: Notes of the modules beside them; for a file of `torch.save`.
-        metadata: Metadata of a safetensors file; what it says of the run is an entry of other files.
-        remarks: Sentences on what the dtype does to the weights.
-    """
-
-    tensors: dict[str, Tensor] = field(repr=False)
-    versions: Mapping[str, object] | None
-    metadata: dict[str, str]
-    remarks: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(repr=False)  # plain, each with memory of its own, under the keys of the file
+    versions: Mapping[str, object] | None  # notes of the modules beside them, for a file of `torch.save`
+    metadata: dict[str, str]  # of a safetensors file; what it says of the run is an entry of other files
+    remarks: list[str] = field(default_factory=list)  # sentences on what the dtype does to the weights
 
 
 def checkpoint_contents(
@@ -112,11 +105,7 @@ def checkpoint_contents(
     exclude: Sequence[str] = (),
     dtype: torch.dtype | None = torch.float32,
 ) -> Contents:
-    """What `save_checkpoint` would write with the same arguments.
-
-    Raises:
-        InputError: If the weights hold other than finite tensors, a pattern matches no key, or none is left.
-    """
+    """What `save_checkpoint` would write with the same arguments; weights and patterns are refused as there."""
     entries = state_entries(model_or_state_dict)
     kept = without_keys(entries, exclude)
     if convs_only:
@@ -131,12 +120,7 @@ def checkpoint_contents(
 
 
 def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a checkpoint, as `save_checkpoint` does.
-
-    Raises:
-        InputError: If the path cannot be written, or the keys do not fit the kind of file.
-        RunError: If writing fails; the file that was there is still there.
-    """
+    """Write a checkpoint, and fail, as `save_checkpoint` does, also if the keys do not fit the kind of file."""
     target = check_target(path, overwrite=overwrite)
     with replacing(target, overwrite=overwrite) as temporary:
         if target.suffix in TORCH_SUFFIXES:

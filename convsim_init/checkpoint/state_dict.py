@@ -104,11 +104,7 @@ def changed_entries(entries: Mapping[str, object], report: Report | None) -> dic
 
 
 def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The entries as finite contiguous tensors on the CPU, each with memory of its own.
-
-    Args:
-        entries: Entries to convert.
-        dtype: Dtype of the floating tensors; None keeps each one's own.
+    """The entries as finite contiguous tensors on the CPU, each with memory of its own; floating ones of that dtype.
 
     Raises:
         InputError: If there are no entries, one is anything but a dense tensor of finite numbers, or ``dtype`` is not
@@ -121,7 +117,7 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in entries.items():
-        plain = _checked(key, value).detach().resolve_conj().resolve_neg().cpu()
+        plain = check_entry(key, value).detach().resolve_conj().resolve_neg().cpu()
         tensor = _converted(key, plain, dtype)
         tensor = tensor.reshape(-1).view(tensor.shape)  # contiguous() keeps odd strides where a dimension is 1
         # What shares memory with another entry, or with more than itself, would be written as an alias or in excess.
@@ -167,18 +163,13 @@ def _memory(value: object) -> object:
     return value.device, value.data_ptr(), value.shape
 
 
-def check_entries(entries: Mapping[str, object]) -> None:
-    """Refuse what `plain_tensors` would refuse whatever the numbers are."""
-    for key, value in entries.items():
-        _checked(key, value)
-
-
 def is_extra_state(key: object) -> bool:
     """Whether it is the key of what a module saves beside its tensors, of whatever type."""
     return isinstance(key, str) and f".{key}".endswith("._extra_state")
 
 
-def _checked(key: str, value: object) -> Tensor:
+def check_entry(key: str, value: object) -> Tensor:
+    """The entry, if `plain_tensors` takes it, whatever its numbers are."""
     if not isinstance(value, Tensor):
         if is_extra_state(key):
             raise InputError(

@@ -67,13 +67,7 @@ class Storage:
 
 
 class TensorReader(PickleReader):
-    """Follows a pickle of `torch.save` and builds the tensors in it.
-
-    Args:
-        path: Path of the file, for errors.
-        content: The file, at the position of the pickle.
-        find: The memory that is stored under a key; None if that is not known yet.
-    """
+    """Follows a pickle of `torch.save` and builds the tensors in it, of the memory that is found by its key."""
 
     def __init__(self, path: str, content: mmap.mmap, find: Callable[[str], UntypedStorage | None]) -> None:
         super().__init__(path, content)
@@ -130,11 +124,7 @@ class TensorReader(PickleReader):
 
 
 class TorchFile:
-    """A file that `torch.save` wrote once or more; its tensors stay on the disk until they are used.
-
-    Args:
-        path: Path of the file.
-    """
+    """A file that `torch.save` wrote once or more; its tensors stay on the disk until they are used."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.size = path, str(path), path.stat().st_size
@@ -143,11 +133,7 @@ class TorchFile:
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int = 0, length: int | None = None) -> object:
-        """What the file holds, or a part of it.
-
-        Args:
-            start: Position of the part.
-            length: Its length in bytes. Default: to the end.
+        """What the file holds, or the part of it that starts there, of so many bytes or to the end.
 
         Raises:
             InputError: If a checksum fails, a pickle needs code to be run, or memory is out of proportion to the file.

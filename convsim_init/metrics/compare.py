@@ -20,41 +20,27 @@ from convsim_init.report.report import LayerReport
 from convsim_init.report.table import COLUMNS, Table, measure_cells, shape_text, shared_reason
 from convsim_init.report.text import PATH, layer_name, shown, some
 
-IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"
-NO_VALUES = "without values"
-COMPUTED = "computed by a parametrization"
+IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"  # values
+NO_VALUES = "without values"  # where one is lazy or on the meta device
+COMPUTED = "computed by a parametrization"  # of a layer whose weight is no entry
 
 
 @dataclass(frozen=True)
 class ComparedEntry:
-    """One key of the state dicts, or one convolution's weight, across all that are compared.
+    """One key of the state dicts, or one convolution's weight, across all that are compared."""
 
-    Attributes:
-        name: The key, or the layer's name.
-        shapes: Its shape in each; None where it is missing.
-        weights: ``"identical"`` in value everywhere, ``"different"``, ``"shapes differ"``, ``"not in all"``, ``"without
-            values"`` where one is lazy or on the meta device, or, for a layer whose weight is no entry, ``"computed by
-            a parametrization"``.
-    """
-
-    name: str
-    shapes: list[list[int] | None]
-    weights: str
+    name: str  # the key, or the layer's name
+    shapes: list[list[int] | None]  # in each; None where it is missing
+    weights: str  # one of the words above
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` found; shown as a table by ``print``.
+    """What `compare` found; shown as a table by ``print``."""
 
-    Attributes:
-        snapshots: Snapshots of what was compared, in the order given, labelled by its names.
-        layers: Every convolution of any of them.
-        entries: Every key of any of their state dicts.
-    """
-
-    snapshots: list[Snapshot]
-    layers: list[ComparedEntry]
-    entries: list[ComparedEntry]
+    snapshots: list[Snapshot]  # of what was compared, in the order given, labelled by its names
+    layers: list[ComparedEntry]  # every convolution of any of them
+    entries: list[ComparedEntry]  # every key of any of their state dicts
 
     @property
     def reports(self) -> list[list[LayerReport | None]]:
@@ -84,11 +70,12 @@ class Comparison:
     @property
     def table(self) -> Table:
         """The comparison as people read it."""
-        letters = [_letter(index) for index in range(len(self.snapshots))]
+        letters = [ascii_uppercase[index : index + 1] or f"#{index + 1}" for index in range(len(self.snapshots))]
         rows = [["", "", *_side_by_side([[letter] * len(COLUMNS) for letter in letters]), ""]]
         for layer, reports in zip(self.layers, self.reports, strict=True):
             cells = _side_by_side([measure_cells(report.before if report else {}) for report in reports])
-            rows.append([layer_name(layer.name), _shapes(layer), *cells, _weights(layer, letters)])
+            weights = f"only in {_owners(layer, letters)}" if layer.weights == INCOMPLETE else layer.weights
+            rows.append([layer_name(layer.name), _shapes(layer), *cells, weights])
         totals = [measure_cells(snapshot.report.totals["before"]) for snapshot in self.snapshots]
         rows.append(["mean of the measured", "", *_side_by_side(totals), ""])
         legend = [f"{letter}  {_about(snapshot)}" for letter, snapshot in zip(letters, self.snapshots, strict=True)]
@@ -135,11 +122,7 @@ class Comparison:
 
 
 def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> Comparison:
-    """Measure models or state dicts, each after what to call it, and find in what they differ.
-
-    Raises:
-        InputError: If there are fewer than two, or one has no convolution.
-    """
+    """Measure two or more models or state dicts, each after what to call it, and find in what they differ."""
     if len(sources) < 2:
         raise InputError(f"expected at least two models or checkpoints to compare, got {len(sources)}")
     snapshots = [take_snapshot(label, source) for label, source in sources]
@@ -200,10 +183,6 @@ def _weight_key(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def _letter(index: int) -> str:
-    return ascii_uppercase[index] if index < len(ascii_uppercase) else f"#{index + 1}"
-
-
 def _side_by_side(cells: Sequence[Sequence[str]]) -> list[str]:
     """For each measure one cell with the values of all."""
     return [
@@ -218,7 +197,3 @@ def _shapes(entry: ComparedEntry) -> str:
 
 def _owners(entry: ComparedEntry, letters: Sequence[str]) -> str:
     return ", ".join(letter for letter, shape in zip(letters, entry.shapes, strict=True) if shape is not None)
-
-
-def _weights(layer: ComparedEntry, letters: Sequence[str]) -> str:
-    return f"only in {_owners(layer, letters)}" if layer.weights == INCOMPLETE else layer.weights

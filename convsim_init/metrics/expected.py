@@ -14,7 +14,6 @@ Letters: G groups, M filters of a group, C input channels of a group, T taps of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -88,23 +87,18 @@ def mean_correlation(rows: Tensor) -> float:
     Rows that are zero form no pair; without pairs it is 0. Of the ``M x M`` products few are held at once.
     """
     alive = rows.ne(0).any(-1)  # [G, M]
-    total = 0.0
-    for diagonal, block in _upper_blocks(rows):
-        block = block.abs_()
-        own = block[..., : diagonal.shape[-1]]  # counts its pairs twice, and each row with itself
-        total += float(block.sum()) - float(own.sum()) / 2 - float(diagonal.sum()) / 2
-    return total / max(1, int(count_pairs(alive, "all")))
-
-
-def _upper_blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    groups, filters = rows.shape[:2]
+    groups, filters = alive.shape
     group_step = max(1, VALUES_PER_BLOCK // filters**2)
     filter_step = min(filters, max(1, VALUES_PER_BLOCK // filters))
+    total = 0.0
     for g in range(0, groups, group_step):
         for i in range(0, filters, filter_step):
             some = rows[g : g + group_step, i:]  # [g, m, K]
-            block = some[:, :filter_step] @ some.mT
-            yield block.diagonal(dim1=1, dim2=2), block
+            block = (some[:, :filter_step] @ some.mT).abs_()
+            diagonal = block.diagonal(dim1=1, dim2=2)
+            own = block[..., : diagonal.shape[-1]]  # counts its pairs twice, and each row with itself
+            total += float(block.sum()) - float(own.sum()) / 2 - float(diagonal.sum()) / 2
+    return total / max(1, int(count_pairs(alive, "all")))
 
 
 def effective_rank(rows: Tensor) -> float:

@@ -136,16 +136,11 @@ def _measure(layer: Layer) -> LayerReport:
     outcome, reason, measures = Outcome.SKIPPED, layer.obstacle, Measures()
     if reason is None:
         with full_precision(computing_device(layer.device)):
-            outcome, reason, measures = _measure_weight(layer.bank())
+            bank = layer.bank()
+            if not all_finite(bank):
+                outcome, reason = Outcome.FAILED, "its weight holds infinities or NaN"
+            elif (reason := pair_obstacle(bank)) is None:
+                outcome, measures = Outcome.MEASURED, measure_bank(bank) | measure_features(bank)
     seconds = time.perf_counter() - started
     reason = layer.explained(reason)
     return LayerReport(layer.name, layer.kind, layer.shape, outcome, reason, seconds=seconds, before=measures)
-
-
-def _measure_weight(bank: Tensor) -> tuple[Outcome, str | None, Measures]:
-    if not all_finite(bank):
-        return Outcome.FAILED, "its weight holds infinities or NaN", {}
-    obstacle = pair_obstacle(bank)
-    if obstacle:
-        return Outcome.SKIPPED, obstacle, {}
-    return Outcome.MEASURED, None, measure_bank(bank) | measure_features(bank)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from convsim_init.errors import InputError
 from convsim_init.models.factories import check_place, find_factory
 from convsim_init.models.hub import check_described, find_described
-from convsim_init.models.libraries import Resolved, check_bare_name, check_library_model, find_builder, resolve
+from convsim_init.models.libraries import Resolved, check_library_model, find_builder, installed, resolve, unknown_model
 from convsim_init.models.spec import DESCRIBED, LIBRARIES, Source, Spec, parse
 from convsim_init.models.user_code import import_context
 from convsim_init.models.zoo.catalog import MODELS
@@ -64,9 +64,8 @@ def build_model(
         10
     """
     checked_seed = _whole("seed", seed, 0, _LARGEST_SEED)
-    check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
+    arguments = check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
     found = resolve(spec).spec
-    arguments = _arguments(num_classes, in_chans, kwargs)
     _check(found, arguments)
     with _imports(found):
         with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
@@ -81,12 +80,7 @@ def build_model(
 
 
 def find_model(spec: str, /) -> Resolved:
-    """Find what builds a model, whose library or module is imported for that, and build nothing.
-
-    Raises:
-        UnknownModelError: No model goes by `spec`.
-        InputError: As `build_model`.
-    """
+    """Import what builds a model, and build nothing; fails as `build_model` does."""
     resolved = resolve(spec)
     with _imports(resolved.spec), _reproducible(0):
         _builder(resolved.spec)
@@ -95,28 +89,17 @@ def find_model(spec: str, /) -> Resolved:
 
 def check_model(
     spec: str, /, *, num_classes: int | None = None, in_chans: int | None = None, **kwargs: object
-) -> Source:
-    """Refuse what `build_model` would refuse, as far as that can be told without torch and without running anything.
-
-    Returns:
-        Where the model comes from; ``Source.ANY`` where only the libraries can tell.
-
-    Raises:
-        UnknownModelError: No model goes by `spec`.
-        InputError: As `build_model`.
-    """
+) -> dict[str, object]:
+    """The arguments given; refuses what `build_model` would, as far as is told without torch and running nothing."""
     if not isinstance(spec, str):
         raise InputError(
             f"spec: expected a model's name, got type {type(spec).__name__}; pass a string such as 'resnet18'"
         )
     parsed = parse(spec)
-    _check(parsed, _arguments(num_classes, in_chans, kwargs))
-    return parsed.source
-
-
-def _arguments(num_classes: object, in_chans: object, kwargs: Mapping[str, object]) -> dict[str, object]:
     given = {"num_classes": num_classes, "in_chans": in_chans}
-    return {name: _whole(name, value, 1) for name, value in given.items() if value is not None} | dict(kwargs)
+    arguments = {name: _whole(name, value, 1) for name, value in given.items() if value is not None} | kwargs
+    _check(parsed, arguments)
+    return arguments
 
 
 def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -132,7 +115,8 @@ def _check(spec: Spec, arguments: Mapping[str, object]) -> None:
     if spec.source is Source.BUILT_IN:
         MODELS[spec.name].check_arguments(arguments)
     elif spec.source is Source.ANY:
-        check_bare_name(spec.name)
+        if not installed():
+            raise unknown_model(spec.name)
     elif spec.source is Source.CHECKPOINT:
         raise InputError(f"expected a model to build, got the checkpoint {spec.text!r}: name the model it belongs to")
     elif spec.source in LIBRARIES:

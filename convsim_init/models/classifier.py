@@ -16,10 +16,7 @@ OTHERS = (11, 12)  # numbers of classes, of which a model has one at most by def
 def classifier_keys(model: torch.nn.Module, spec: str, /, **arguments: Any) -> list[str]:
     """Keys of a model's state dict whose shapes depend on the number of classes.
 
-    Args:
-        model: Model that `build_model` made of the other arguments.
-        spec: As in `build_model`.
-        **arguments: As in `build_model`, but for the seed.
+    `build_model` made the model of the spec and these arguments, with any seed.
 
     Raises:
         InputError: If the model cannot be built for another number of classes, or none of its shapes depends on it.

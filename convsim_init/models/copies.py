@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,36 +31,28 @@ class Sample(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A weight of a model.
+    """A weight of a model."""
 
-    Attributes:
-        name: Name of its layer, and of the model.
-        memory: Address of what it is stored in.
-    """
-
-    name: str
-    memory: int
+    name: str  # of its layer, and of the model
+    memory: int  # address of what it is stored in
 
 
-class Known(Generic[Fact]):
-    """What is known of weights, by their samples."""
+class Known(defaultdict[tuple[int, ...], list[tuple[Fact, Tensor]]]):
+    """What is known of weights, by their samples: facts and sums, by shape."""
 
     def __init__(self) -> None:
-        self._known = defaultdict[tuple[int, ...], list[tuple[Fact, Tensor]]](list)  # facts and sums, by shape
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
+        super().__init__(list)
 
     def add(self, fact: Fact, sample: Sample | None) -> None:
         """Know a fact of a weight; nothing of one that could not be read."""
         if sample is not None:
-            self._known[sample.shape].append((fact, sample.sums))
+            self[sample.shape].append((fact, sample.sums))
 
     def find(self, sample: Sample | None) -> Fact | None:
         """What is known of the weight that has these values; None if there is none, or they are zeros."""
-        if sample is None or sample.shape not in self._known:
+        if sample is None or sample.shape not in self:
             return None
-        facts, sums = zip(*self._known[sample.shape], strict=True)
+        facts, sums = zip(*self[sample.shape], strict=True)
         known = torch.stack(sums)
         alike = (known - sample.sums).norm(dim=1) < DISTANCE * known.norm(dim=1)
         return facts[int(alike.int().argmax())] if alike.any() else None
@@ -79,7 +71,7 @@ class History:
 
         It is recognized at another scale too, because `calibrate_` may have scaled it since.
         """
-        return self._after.find(_direction(_sample(layer))) if self._after else None
+        return self._after.find(_direction(sample_layer(layer))) if self._after else None
 
     def note(
         self,
@@ -90,17 +82,10 @@ class History:
         *,
         chosen: bool = False,
     ) -> list[str]:
-        """Note what a report says of the layers of a model.
+        """Note what a report says of the layers of a model, of which samples were taken before they were treated.
 
-        Args:
-            model: Name of the model.
-            layers: Its layers.
-            before: Samples that `sample_layers` took before they were treated.
-            report: What became of them.
-            chosen: Whether those that were not selected are to be left from now on.
-
-        Returns:
-            A remark on copies in other models that are no longer equal.
+        Those that were not selected are to be left from now on if that was `chosen`. Returned is a remark on copies in
+        other models that are no longer equal.
         """
         treated, left, parted = [], [], []
         for layer, sample, outcome in zip(layers, before, report.layers, strict=True):
@@ -108,10 +93,10 @@ class History:
             own = Named(f"{layer_name(layer.name)} of {shown(model)}", memory)
             if outcome.after:
                 treated.append((own, sample))
-                self._after.add(f"treated before, as {own.name}", _direction(_sample(layer)))
+                self._after.add(f"treated before, as {own.name}", _direction(sample_layer(layer)))
                 parted += [(twin, own)] if (twin := self._left.find(sample)) else []
             elif layer.obstacle is None:
-                self._after.add(f"left as it was before, as {own.name}", _direction(_sample(layer)))
+                self._after.add(f"left as it was before, as {own.name}", _direction(sample_layer(layer)))
             elif layer.obstacle in UNSELECTED and chosen:
                 self._after.add(f"{layer.obstacle} before, as {own.name}", _direction(sample))
             elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
@@ -126,12 +111,8 @@ class History:
 HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
 
 
-def sample_layers(layers: Sequence[Layer]) -> list[Sample | None]:
-    """Some sums of each layer's weight; None where it cannot be read."""
-    return [_sample(layer) for layer in layers]
-
-
-def _sample(layer: Layer) -> Sample | None:
+def sample_layer(layer: Layer) -> Sample | None:
+    """Some sums of a layer's weight; None where it cannot be read."""
     if layer.weight.obstacle(read_only=True) is not None:
         return None
     with LIVE:

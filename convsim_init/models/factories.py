@@ -23,11 +23,7 @@ _MISSING = object()
 
 
 def check_place(spec: Spec) -> None:
-    """Refuse a file or a package that is not there, without running anything.
-
-    Raises:
-        InputError: If there is none; it names the closest files.
-    """
+    """Refuse a file, with the closest ones, or a package that is not there, without running anything."""
     if spec.source is Source.MODULE:
         if not is_importable(spec.place):
             raise InputError(
@@ -42,11 +38,7 @@ def check_place(spec: Spec) -> None:
 
 
 def find_factory(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
-    """What makes the model, from its arguments, of the factory that a spec names.
-
-    Raises:
-        InputError: If its module cannot be imported, or has no such function or class.
-    """
+    """What makes the model, from its arguments, of the factory that a spec names; an `InputError` if there is none."""
     import torch
 
     found: object = load_module(spec.place) if spec.source is Source.MODULE else load_file(spec.place)

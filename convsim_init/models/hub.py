@@ -28,24 +28,17 @@ OF_TRAINED = ("tag", "license", "origin_url", "paper_ids", "label_names", "label
 
 
 def check_described(spec: Spec) -> None:
-    """Refuse, without torch, a model whose library or config is not there.
-
-    Raises:
-        InputError: If it is not.
-    """
-    if spec.source is Source.TRANSFORMERS:
-        _require("transformers", spec.text)
-    elif spec.source is Source.HUB:
-        _require("huggingface_hub", spec.text)
-    else:
-        _require("transformers" if "model_type" in _read(Path(spec.place)) else "timm", spec.text)
+    """Refuse, without torch, a model whose library or config is not there."""
+    package = "huggingface_hub" if spec.source is Source.HUB else "transformers"
+    if spec.source is Source.FOLDER and "model_type" not in _read(Path(spec.place)):
+        package = "timm"
+    _require(package, spec.text)
 
 
 def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
     """What builds a model, with weights drawn anew, from arguments that go before those of its config.
 
-    Raises:
-        InputError: If there is no such class or config, or its library cannot be imported.
+    It is an `InputError` if there is no such class or config, or its library cannot be imported.
     """
     if spec.source is Source.TRANSFORMERS:
         found = _transformers_class(spec.name, spec.text)
@@ -75,26 +68,22 @@ def describe(model: torch.nn.Module) -> str:
         InputError: If it is a model of neither, or lacks what its library wants to know, as timm's of features do.
     """
     try:
-        return _described(model)
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_json_string"):
+            config.architectures = [type(model).__name__]
+            return str(config.to_json_string())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, CONFIG)
+            import_module("timm.models._hub").save_config_for_hf(model, str(path))
+            described = json.loads(path.read_text())
+        described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in OF_TRAINED}
+        described.get("model_args", {}).pop("num_classes", None)  # stands above; transformers would pass it twice
+        return json.dumps(described, indent=2) + "\n"
     except Exception as error:  # whatever the library and the model raise
         raise InputError(
             f"expected a model of timm or transformers for a folder, got {shown(type(model).__name__)}, which cannot "
             f"be described: {error_text(error)}: write a .safetensors file, or take the whole model from timm"
         ) from error
-
-
-def _described(model: Any) -> str:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_string"):
-        config.architectures = [type(model).__name__]
-        return str(config.to_json_string())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, CONFIG)
-        import_module("timm.models._hub").save_config_for_hf(model, str(path))
-        described = json.loads(path.read_text())
-    described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in OF_TRAINED}
-    described.get("model_args", {}).pop("num_classes", None)  # stands above; transformers would pass it twice
-    return json.dumps(described, indent=2) + "\n"
 
 
 def _build_transformers(

@@ -50,11 +50,7 @@ def installed() -> list[Source]:
 
 
 def check_library_model(library: Source, name: str, arguments: Mapping[str, object]) -> None:
-    """Refuse what can be refused without torch.
-
-    Raises:
-        InputError: If the library is not installed, or an argument is none that its models take.
-    """
+    """Refuse, without torch, a library that is not installed and arguments that none of its models takes."""
     if library not in installed():
         raise InputError(
             f"{library.value}:{name} needs the package {library.value}, which is not installed: "
@@ -74,16 +70,11 @@ def check_library_model(library: Source, name: str, arguments: Mapping[str, obje
 
 
 def names(library: Source, pattern: str = "*") -> list[str]:
-    """The names of a library's models that match a shell pattern, in the library's order.
-
-    Raises:
-        InputError: If the library is not installed or cannot be imported.
-    """
+    """The names of a library's models that match a shell pattern, in its order; an `InputError` if it is not there."""
     check_library_model(library, pattern, {})
     registry = _load(library)
-    if library is Source.TIMM:
-        return [str(name) for name in registry.list_models(pattern)]
-    return [str(name) for name in registry.list_models(include=pattern)]
+    keyword = "filter" if library is Source.TIMM else "include"
+    return [str(name) for name in registry.list_models(**{keyword: pattern})]
 
 
 def names_in_sources(library: Source) -> list[str]:
@@ -99,16 +90,6 @@ def has(library: Source, name: str) -> bool:
     """Whether a library has a model of that name; timm's may carry the tag of pretrained weights."""
     registry = _load(library)
     return bool(registry.is_model(name)) if library is Source.TIMM else name in registry.list_models()
-
-
-def check_bare_name(name: str) -> None:
-    """Refuse a name that is not built in where no library can be asked for it.
-
-    Raises:
-        UnknownModelError: If none is installed, with the closest built-in names.
-    """
-    if not installed():
-        raise _unknown(name)
 
 
 def resolve(text: str) -> Resolved:
@@ -132,7 +113,7 @@ def resolve(text: str) -> Resolved:
             f"{text!r} is no built-in model{hint}, and the libraries cannot be asked: {error}"
         ) from error
     if not owners:
-        raise _unknown(text)
+        raise unknown_model(text)
     first, *others = owners
     remark = f"{text} was taken from {first.value}"
     for other in others:
@@ -140,7 +121,8 @@ def resolve(text: str) -> Resolved:
     return Resolved(parse(f"{first.value}:{text}"), remark)
 
 
-def _unknown(name: str) -> InputError:
+def unknown_model(name: str) -> InputError:
+    """The error of a bare name that neither is built in nor a library's, with the closest names that are."""
     if Path(name).is_dir():
         return without_weights(name)
     known = {one: one for one in MODELS}
@@ -199,11 +181,7 @@ def _load(library: Source) -> ModuleType:
 
 @contextmanager
 def import_errors(package: str) -> Iterator[None]:
-    """Turn whatever the import of a library raises into one line, which has the remedy for a torchvision that misfits.
-
-    Raises:
-        InputError: In place of what the import raises.
-    """
+    """Turn what the import of a library raises into an `InputError`, with the remedy for a torchvision that misfits."""
     try:
         yield
     except Exception as error:  # a build for another torch fails in many ways

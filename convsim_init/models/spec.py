@@ -44,11 +44,7 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """The parts of a spec.
-
-    Raises:
-        InputError: If it is not of one of the forms.
-    """
+    """The parts of a spec; an `InputError` if it is not of one of the forms."""
     if not text:
         raise _refused(text, "name one")
     place, colon, name = text.rpartition(":")

@@ -59,11 +59,7 @@ def _modules_beside(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Turn whatever code of others raises, but an interrupt, into one line.
-
-    Raises:
-        InputError: In place of what the code raises.
-    """
+    """Turn whatever code of others raises, but an interrupt, into an `InputError` of one line."""
     try:
         yield
     except KeyboardInterrupt:
@@ -75,11 +71,7 @@ def user_errors(what: str) -> Iterator[None]:
 
 
 def load_module(name: str) -> ModuleType:
-    """The module of that name; to be called within `import_context`.
-
-    Raises:
-        InputError: If it is not there or its import fails.
-    """
+    """The module of that name, or an `InputError` that says why not; to be called within `import_context`."""
     try:
         with user_errors(f"importing {name}"):
             return import_module(name)

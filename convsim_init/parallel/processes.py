@@ -30,10 +30,8 @@ def of_several_processes() -> bool:
 class Ranks:
     """The ranks of a process group, this one among them; None is this process alone.
 
-    Every method but the constructor must be called by all of them, in the same order.
-
-    Raises:
-        InputError: If this process is not in the group.
+    Every method but the constructor must be called by all of them, in the same order, and raises an `InputError` or
+    `RunError` that another sent instead, or a `RunError` if one has died.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -44,11 +42,7 @@ class Ranks:
             raise InputError("group: expected a process group that this process is in: call it only where it is")
 
     def exchange(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order; anything that can be pickled but errors.
-
-        Raises:
-            InputError, RunError: If a rank sent an error instead, or has died.
-        """
+        """The values of all ranks, in their order; anything that can be pickled but errors."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -70,11 +64,7 @@ class Ranks:
             self.exchange(InputError(message) if isinstance(error, InputError) else RunError(message))
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, for the first alone; an empty list for the others.
-
-        Raises:
-            InputError, RunError: If a rank sent an error instead, or has died.
-        """
+        """The values of all ranks, for the first alone; an empty list for the others."""
         if self.group is None:
             return [value]
         data = pickle.dumps(value)
@@ -89,9 +79,6 @@ class Ranks:
         """Give tensors, of the same shapes and dtypes in every rank, the values that the owner's have.
 
         They travel from the device, or else from where they are, if the group connects such devices.
-
-        Raises:
-            RunError: If a rank has died.
         """
         if self.group is None:
             return
@@ -124,12 +111,9 @@ class Ranks:
 
 @contextmanager
 def process_group(launch: Launch) -> Iterator[Ranks]:
-    """All ranks that torchrun started, for as long as the context lasts; they leave it together.
+    """All ranks that torchrun started, which leave the context together; a `RunError` if not all of them come.
 
     An error that leaves the context in one rank leaves it in all of them.
-
-    Raises:
-        RunError: If not all of them come.
     """
     ranks = _join(launch)
     try:

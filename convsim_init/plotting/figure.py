@@ -34,11 +34,7 @@ ABREAST = 2  # snapshots whose correlations and filters fit into one row
 
 
 def check_plot(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path, if a picture can be drawn and written there.
-
-    Raises:
-        InputError: If matplotlib is not installed, or the path cannot be written.
-    """
+    """The path, if a picture can be drawn and written there; an `InputError` if not, or where matplotlib is missing."""
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
     if find_spec("matplotlib") is None:
         raise InputError("expected matplotlib to draw with, got none: pip install 'convsim-init[plot]'")
@@ -54,8 +50,13 @@ def figure_of_run(
     report: Report, before: Snapshot, after: Snapshot, *, layer: str | None = None, dark: bool = False
 ) -> Figure:
     """Draw what a run did, as `figure_of` does, to the snapshots of a model before and after it."""
-    losses = {layer.name: layer.losses for layer in report.layers if layer.after}
-    return figure_of([before, after], title=_title_of_run(report), losses=losses, layer=layer, dark=dark)
+    treated = [layer for layer in report.layers if layer.after]
+    losses = {layer.name: layer.losses for layer in treated}
+    left = [layer.after[SIMILARITY] / layer.before[SIMILARITY] for layer in treated if layer.before[SIMILARITY]]
+    title = report.model or "model"
+    if left:  # the mean over layers is that of a single 7×7 stem
+        title += f": {statistics.median(left):.1%} of the filters' similarity is left in the median layer"
+    return figure_of([before, after], title=title, losses=losses, layer=layer, dark=dark)
 
 
 def figure_of(
@@ -126,12 +127,7 @@ def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a figure as PNG, SVG or PDF, as its path ends, whole or not at all; the same figure gives the same bytes.
-
-    Raises:
-        InputError: If the path cannot be written.
-        RunError: If writing fails; a file that was there is still there.
-    """
+    """Write a figure as PNG, SVG or PDF, as its path ends; equal ones give equal bytes. Fails as `write_text` does."""
     from convsim_init.plotting import panels
 
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
@@ -147,13 +143,3 @@ def _settle(figure: Figure) -> None:
     for axes in figure.axes:
         x, y, width, height = (round(share, 5) for share in axes.get_position(original=True).bounds)
         axes.set_position((x, y, width, height))
-
-
-def _title_of_run(report: Report) -> str:
-    """What is left in the median layer: the mean over layers is that of a single 7×7 stem."""
-    name = report.model or "model"
-    treated = [layer for layer in report.layers if layer.after and layer.before[SIMILARITY]]
-    if not treated:
-        return name
-    left = statistics.median(layer.after[SIMILARITY] / layer.before[SIMILARITY] for layer in treated)
-    return f"{name}: {left:.1%} of the filters' similarity is left in the median layer"

@@ -97,13 +97,17 @@ def draw_filters(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
 
 def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     """Normalized similarity of every layer: colours tell the snapshots apart, markers the kernel sizes."""
+    from matplotlib import colormaps
+
     axes = figure.subplots()
     layers = [(index, layer) for index, one in enumerate(snapshots) for layer in one.report.layers if layer.before]
     names = list(dict.fromkeys(layer.name for _, layer in layers))
     places = {name: place for place, name in enumerate(names)}
     kernels = sorted({tuple(layer.shape[2:]) for _, layer in layers}, key=lambda kernel: (math.prod(kernel), kernel))
     markers = dict(zip(kernels, itertools.cycle(MARKERS), strict=False))
-    colours = _colours(len(snapshots))
+    colours: Sequence[Any] = OKABE_ITO[: len(snapshots)]
+    if len(snapshots) > len(OKABE_ITO):
+        colours = [colormaps["viridis"](index / (len(snapshots) - 1)) for index in range(len(snapshots))]
     points = defaultdict(list)  # of one snapshot and kernel size: place and value of each layer
     spans = defaultdict(list)  # at one place: the values
     for index, layer in layers:
@@ -185,14 +189,6 @@ def _characters(figure: SubFigure) -> int:
 
 def _size(kernel: Sequence[int]) -> str:
     return "×".join(map(str, kernel)) or "1"
-
-
-def _colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    if count <= len(OKABE_ITO):
-        return list(OKABE_ITO[:count])
-    return [colormaps["viridis"](index / (count - 1)) for index in range(count)]
 
 
 def correlations(bank: torch.Tensor) -> Array:

@@ -169,11 +169,7 @@ class Report:
         ]
 
     def select(self, include: Sequence[str]) -> Report:
-        """The report of the layers whose names match one of these shell patterns, if there are any.
-
-        Raises:
-            InputError: If a pattern matches no layer.
-        """
+        """The report of the layers that match one of these shell patterns, if there are any; each has to match one."""
         check_patterns("include", include, [layer.name for layer in self.layers])
         chosen = [layer for layer in self.layers if any(fnmatchcase(layer.name, pattern) for pattern in include)]
         return replace(self, layers=chosen) if include else self
@@ -231,11 +227,7 @@ def _combine(measures: list[Measures]) -> Measures:
 
 
 def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a shell pattern that matches no layer, and a string in place of a list of patterns.
-
-    Raises:
-        InputError: With some of the layers that there are, and the nearest.
-    """
+    """Refuse a shell pattern that matches no layer, with the nearest, and a string for a list of patterns."""
     pattern = unmatched_pattern(option, patterns, names)
     if pattern is not None:
         raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {nearest_pattern(pattern, names)}")
@@ -250,11 +242,7 @@ def nearest_pattern(pattern: str, names: Collection[str]) -> str:
 
 
 def unmatched_pattern(option: str, patterns: Sequence[str], names: Collection[str]) -> str | None:
-    """The first of these shell patterns that matches no name.
-
-    Raises:
-        InputError: If it is anything but a list of patterns.
-    """
+    """The first of these shell patterns that matches no name; an `InputError` if it is no list of patterns."""
     if isinstance(patterns, str):
         raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
     if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):

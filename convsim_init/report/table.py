@@ -84,7 +84,9 @@ def report_table(data: Mapping[str, Any]) -> Table:
     layers, totals, note = data["layers"], data["totals"], shared_reason(data["layers"])
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
-    end = f"{data['seconds']:.2f} s{device}{processes}, {_file(data)}"
+    written = data["file"] is not None and data["file_bytes"] is not None
+    file = f"{shown(data['file'], PATH)} ({data['file_bytes'] / 1e6:.1f} MB)" if written else "no weights written"
+    end = f"{data['seconds']:.2f} s{device}{processes}, {file}"
     change = _change_of_totals(data)
     if any(layer["after"] for layer in layers):
         header, rows = CHANGED_HEADER, [_changed_row(layer, note) for layer in layers]
@@ -97,7 +99,8 @@ def report_table(data: Mapping[str, Any]) -> Table:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
     shared = [f"each layer: {note}"] if note else []
-    return Table(header, rows, [_counts(data), *data["remarks"], *change, *shared, end])
+    counts = f"{shown(data['model'] or 'model', PATH)}, {totals['layers']} convolutions: {_outcomes(totals)}"
+    return Table(header, rows, [counts, *data["remarks"], *change, *shared, end])
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
@@ -170,12 +173,6 @@ def _measured_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
     return [*_title(layer), *measure_cells(layer["before"]), ": ".join(filter(None, remarks))]
 
 
-def _counts(data: Mapping[str, Any]) -> str:
-    return (
-        f"{shown(data['model'] or 'model', PATH)}, {data['totals']['layers']} convolutions: {_outcomes(data['totals'])}"
-    )
-
-
 def _outcomes(totals: Mapping[str, Any]) -> str:
     return ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
 
@@ -209,9 +206,3 @@ def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _change(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, str]:
     old, new = before["normalized_similarity"], after["normalized_similarity"]
     return f"{old:.3e} -> {new:.3e}", f"{new / old:6.1%}" if old else ""
-
-
-def _file(data: Mapping[str, Any]) -> str:
-    if data["file"] is None or data["file_bytes"] is None:
-        return "no weights written"
-    return f"{shown(data['file'], PATH)} ({data['file_bytes'] / 1e6:.1f} MB)"

@@ -130,10 +130,9 @@ def scale_layers(
 
 
 def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
-    """Gaussian noise ``[N, *shape]`` of unit variance with power 1/|f|², zero at f = 0; its channels are independent.
+    """Gaussian noise of unit variance and power 1/|f|², zero at f = 0, for a shape of channels and sizes.
 
-    Raises:
-        InputError: If the shape is not of channels and at least one size.
+    It is ``[N, *shape]``, and its channels are independent.
     """
     try:
         sizes = tuple(map(operator.index, shape))

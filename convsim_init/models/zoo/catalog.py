@@ -39,11 +39,7 @@ class BuiltIn:
     in_chans: int = 3
 
     def check_arguments(self, arguments: Mapping[str, object]) -> None:
-        """Refuse arguments that no built-in model takes.
-
-        Raises:
-            InputError: If there are any.
-        """
+        """Refuse arguments that no built-in model takes."""
         others = [argument for argument in arguments if argument not in ARGUMENTS]
         if others:
             raise InputError(
