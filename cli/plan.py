@@ -42,11 +42,6 @@ class Run:
         files = {"out": self.out, "record": self.record, "plot": self.plot}
         return {kind: path for kind, path in files.items() if path is not None}
 
-    def unfinished(self) -> Run:
-        """The run with those files alone that are not there yet."""
-        missing = {kind: path for kind, path in self.files.items() if not path.exists()}
-        return Run(self.model, self.seed, **missing)
-
 
 def plan_runs(starts: Iterable[tuple[str, int | None]], files: Mapping[str, Path | None]) -> list[Run]:
     """The runs of a command, in the order given, each with its model and seed, and files after patterns by their kind.

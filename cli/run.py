@@ -19,7 +19,7 @@ from convsim_init.models.spec import Source, parse
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
 from convsim_init.report.record import save_record
-from convsim_init.report.report import Outcome, Report
+from convsim_init.report.report import Outcome
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
@@ -138,9 +138,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         if choices.calibrate is not None:
             if not isinstance(network, torch.nn.Module):
                 raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
-            factors, left = scale_layers(
-                network, None, choices.calibrate, seed=0, include=choices.include, exclude=exclude
-            )
+            factors, left = scale_layers(network, None, choices.calibrate, seed=0, **layers)
             report = report.with_factors(factors)
             report.remarks += [f"not scaled: {some(names)}: {reason}" for reason, names in left.items()]
             report.calibrated = list(choices.calibrate)
@@ -148,7 +146,13 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             snapshots = before, take_snapshot("after", network)
     report.model, report.seed, report.base, report.options = start.name, run.seed, choices.base, choices.of_files
     report.remarks += start.remarks + head_remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
-    report.remarks += _loaded_remarks(report, start, choices)
+    moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
+    filled = [shown(name) for name in moved if name in start.filled]
+    if filled and choices.base == "model":
+        report.remarks.append(
+            f"filled by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters "
+            "have learned is lost when they are moved"
+        )
     # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.
     complete = report if snapshots is None else report.with_measures(*(snapshot.report for snapshot in snapshots))
     error = failure(report)
@@ -168,17 +172,6 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         complete.remarks += [*_file_remarks(network, checkpoint, choices, head_keys), *checkpoint.remarks]
     drawn = not (is_file(run.model) or start.filled)
     return Result(run, Status.DONE, complete, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
-
-
-def _loaded_remarks(report: Report, start: Loaded, choices: Choices) -> list[str]:
-    moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
-    filled = [shown(name) for name in moved if name in start.filled]
-    if not filled or choices.base != "model":
-        return []
-    return [
-        f"filled by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters have "
-        "learned is lost when they are moved"
-    ]
 
 
 def _file_remarks(
@@ -235,12 +228,7 @@ def write(result: Result, choices: Choices) -> Result:
         if result.config is not None:
             picture = (f"plot{run.plot.suffix}", partial(save_figure, figure)) if run.plot and figure else None
             write_folder(
-                result.checkpoint,
-                run.out,
-                config=result.config,
-                report=report,
-                drawn=result.drawn,
-                picture=picture,
+                result.checkpoint, run.out, config=result.config, report=report, drawn=result.drawn, picture=picture
             )
             report.file, report.file_bytes = str(run.out), sum(path.stat().st_size for path in run.out.iterdir())
         elif run.out == STDOUT:

@@ -125,14 +125,11 @@ def signals_of_python() -> Iterator[None]:
 @contextmanager
 def _handled_by(handler: Handler, *, last: bool = False) -> Iterator[None]:
     """Handle signals like that where they are handled as Python does by default, or by us."""
-    before = {number: signal.getsignal(number) for number in HANDLED}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}
-    for number, former in list(before.items()):
-        if former in (signal.default_int_handler, signal.SIG_DFL, _raise_once):
-            signal.signal(number, handler)
-        else:
-            del before[number]
+    numbers = HANDLED if threading.current_thread() is threading.main_thread() else ()
+    known = (signal.default_int_handler, signal.SIG_DFL, _raise_once)
+    before = {number: former for number in numbers if (former := signal.getsignal(number)) in known}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:

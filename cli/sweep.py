@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,50 +113,35 @@ def _is_model(found: str, wanted: str) -> bool:
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iterator[Result]:
     """Of all runs, in their order; none in ranks but the first, which is the one that writes."""
     pending: list[Run | Result] = []
-    for run in runs:  # with what there is still to write
-        unwritten = run if choices.force else run.unfinished()
-        pending.append(Result(run, Status.KEPT) if run.files and not unwritten.files else unwritten)
+    for run in runs:
+        missing = {kind: path for kind, path in run.files.items() if choices.force or not path.exists()}
+        kept = bool(run.files) and not missing
+        pending.append(Result(run, Status.KEPT) if kept else Run(run.model, run.seed, **missing))
     if ranks is not None:
         pending = ranks.exchange(pending)[0]  # which files are there already, the first says
     unfinished = [one for one in pending if isinstance(one, Run)]
     check_found([run.model for run in unfinished], choices.like if unfinished else None)
-    if ranks is None:
-        for one in pending:
-            yield _written(_made(one, choices), choices)
-        return
-    for start in range(0, len(pending), ranks.size):
-        turn = pending[start : start + ranks.size]
-        made = _made(turn[ranks.rank], choices) if ranks.rank < len(turn) else None
-        for result in ranks.gather(made):
-            if result is not None:
-                yield _written(result, choices)
+    size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
+    for start in range(0, len(pending), size):
+        made = None  # the weights of the last run go before those of the next are made
+        for one in pending[start : start + size][rank : rank + 1]:
+            made = one if isinstance(one, Result) else _attempt(one, partial(make, one, choices), choices)
+        results = filter(None, [made] if ranks is None else ranks.gather(made))
+        yield from (_attempt(result.run, partial(write, result, choices), choices) for result in results)
 
 
-def _made(run: Run | Result, choices: Choices) -> Result:
-    if isinstance(run, Result):
-        return run
-    try:
-        return make(run, choices)
-    except Exception as error:
-        return _failed(run, error, choices)
-
-
-def _written(result: Result, choices: Choices) -> Result:
+def _attempt(run: Run, work: Callable[[], Result], choices: Choices) -> Result:
     try:
         with suppress(ExistsError):
-            return write(result, choices)
-        check_kept([result.run], choices)  # another command has written it in the meantime
-        return Result(result.run, Status.KEPT)
+            return work()
+        check_kept([run], choices)  # another command has written it in the meantime
+        return Result(run, Status.KEPT)
     except Exception as error:
-        return _failed(result.run, error, choices)
-
-
-def _failed(run: Run, error: Exception, choices: Choices) -> Result:
-    if choices.debug:
-        traceback.print_exception(error)
-    foreseen = isinstance(error, (InputError, RunError))
-    why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
-    return Result(run, Status.FAILED, error=" ".join(why.split()))
+        if choices.debug:
+            traceback.print_exception(error)
+        foreseen = isinstance(error, (InputError, RunError))
+        why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
+        return Result(run, Status.FAILED, error=" ".join(why.split()))
 
 
 @contextmanager

@@ -211,17 +211,9 @@ def plan(
     """What `initialize_` would do, without doing it: layers to treat are reported as planned."""
     settings = check_settings(settings)
     started = time.perf_counter()
-    reports = []
     layers = find_layers(model, include, exclude)
     decided, unknown = decide_channels(layers, settings)
-    for layer in layers:
-        report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
-        if layer.obstacle is None:
-            own, why = decided[layer.name]
-            channels = own.compared_channels
-            outcome, reason = _hindrance(layer.bank(channels), own) or (Outcome.PLANNED, why)
-            report = replace(report, outcome=outcome, reason=reason, channels=channels)
-        reports.append(replace(report, reason=layer.explained(report.reason)))
+    reports = [replace(_treat(layer, decided=decided), seconds=0.0) for layer in layers]
     remarks = [*model_remarks(model, layers), *unknown]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
 
@@ -240,10 +232,13 @@ def _treat(
     layer: Layer,
     *,
     decided: Mapping[str, tuple[Settings, str | None]],
-    device: torch.device | str | None,
-    on_step: Callable[[], None],
+    device: torch.device | str | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> LayerReport:
-    """Lower the similarity of one layer's filters, write them, and report what the forward pass then uses."""
+    """Lower the similarity of one layer's filters, write them, and report what the forward pass then uses.
+
+    Without `on_step` report what would be treated, and do nothing.
+    """
     started = time.perf_counter()
     report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
     if layer.obstacle is None:
@@ -258,15 +253,17 @@ def _lower(
     settings: Settings,
     why: str | None,
     device: torch.device | str | None,
-    on_step: Callable[[], None],
+    on_step: Callable[[], None] | None,
 ) -> LayerReport:
     channels = settings.compared_channels
     report = replace(report, channels=channels)
     bank = layer.bank(channels, device)
-    hindrance = _hindrance(bank, settings)
-    if hindrance is not None:
-        outcome, reason = hindrance
-        return replace(report, outcome=outcome, reason=reason)
+    if not all_finite(bank):
+        return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
+    if (obstacle := _obstacle(bank, settings)) is not None:
+        return replace(report, reason=obstacle)
+    if on_step is None:
+        return replace(report, outcome=Outcome.PLANNED, reason=why)
     before, norms = measure_bank(bank, channels), filter_norms(bank)
     mask = layer.mask(channels, device)
     descent = descend(bank, settings, mask=mask, on_step=on_step)
@@ -306,14 +303,6 @@ def _lower(
     within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
     remark = ": ".join(filter(None, [why, within, difference])) or None
     return replace(report, outcome=outcome, reason=remark, before=before, after=after)
-
-
-def _hindrance(bank: Tensor, settings: Settings) -> tuple[Outcome, str] | None:
-    """What becomes of a layer with a bank ``[G, M, C, *kernel_size]`` that cannot be treated, and why."""
-    if not all_finite(bank):
-        return Outcome.FAILED, "left as it was: its weight holds infinities or NaN"
-    obstacle = _obstacle(bank, settings)
-    return (Outcome.SKIPPED, obstacle) if obstacle else None
 
 
 def _obstacle(bank: Tensor, settings: Settings) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,26 +121,25 @@ class LoadReport:
                 f"the model's own strict loading raised {self.refused}; where it asks for a version, write a .pt file, "
                 f"which holds it"
             )
-        yield from _line("extra state of modules, no plain data and not read", map(shown, self.unread))
-        yield from _line("not in the file as the model has it, set by its own loading", map(shown, self.supplied))
-        yield from _line("converted by the model's own loading", map(shown, self.converted))
-        yield from _line("missing in the file", map(shown, self.missing))
-        yield from _line("unexpected, not in the model", map(shown, self.unexpected))
-        yield from _line("of one shape, perhaps renamed", _pairs(self.renamed, "for"))
         shapes = {key: (shape_text(file), shape_text(model)) for key, (file, model) in self.mismatched.items()}
-        yield from _line("other shape", _sides(shapes))
-        yield from _line("infinities or NaN", map(shown, self.non_finite))
-        yield from _line("missing, but tied", _pairs(self.tied, "to"))
-        yield from _line("tied in the model, different in the file", _pairs(self.conflicting, "and"))
-        yield from _line("other kind of dtype", _sides(self.retyped))
-        yield from _line("dtype narrowed", _sides(self.narrowed))
-        yield from _line("filters so small that the model's dtype rounds them away", map(shown, self.faded))
-
-
-def _line(title: str, entries: Iterable[str]) -> Iterator[str]:
-    listed = list(entries)
-    if listed:
-        yield f"{title}, {len(listed)}: {some(listed)}"
+        kinds = {
+            "extra state of modules, no plain data and not read": map(shown, self.unread),
+            "not in the file as the model has it, set by its own loading": map(shown, self.supplied),
+            "converted by the model's own loading": map(shown, self.converted),
+            "missing in the file": map(shown, self.missing),
+            "unexpected, not in the model": map(shown, self.unexpected),
+            "of one shape, perhaps renamed": _pairs(self.renamed, "for"),
+            "other shape": _sides(shapes),
+            "infinities or NaN": map(shown, self.non_finite),
+            "missing, but tied": _pairs(self.tied, "to"),
+            "tied in the model, different in the file": _pairs(self.conflicting, "and"),
+            "other kind of dtype": _sides(self.retyped),
+            "dtype narrowed": _sides(self.narrowed),
+            "filters so small that the model's dtype rounds them away": map(shown, self.faded),
+        }
+        for kind, entries in kinds.items():
+            if listed := list(entries):
+                yield f"{kind}, {len(listed)}: {some(listed)}"
 
 
 def _pairs(keys: Mapping[str, str], between: str) -> list[str]:

@@ -87,12 +87,19 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 def _read(path: Path) -> object:
     """What a file holds: of safetensors if it begins as one does, by the length of a header in JSON."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
-    header_fits = int.from_bytes(head[:8], "little") < path.stat().st_size
-    others = head.startswith((b"PK", b"\x80")) and not (header_fits and head[8:] == b"{")  # zipped or pickled
-    is_safetensors = (header_fits and head[8:] == b"{") or (path.suffix == ".safetensors" and not others)
-    return _read_safetensors(path) if is_safetensors else TorchFile(path).read()
+        length = int.from_bytes(head[:8], "little")
+        others = path.suffix != ".safetensors" or head.startswith((b"PK", b"\x80"))  # zipped or pickled
+        if others and not (length < size and head[8:] == b"{"):
+            return TorchFile(path).read()
+        check_room(str(path), size, JSON * min(length, size))
+        file.seek(8)
+        header = file.read(length)
+    tensors = safetensors.torch.load_file(path)
+    json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
+    return tensors
 
 
 def _read_shards(index: Path) -> tuple[dict[str, object], int]:
@@ -121,17 +128,6 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
         tensors |= {key: content[key] for key in wanted}
         size += shard.stat().st_size
     return tensors, size
-
-
-def _read_safetensors(path: Path) -> object:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        check_room(str(path), size, JSON * min(length, size))
-        header = file.read(length)
-    tensors = safetensors.torch.load_file(path)
-    json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
-    return tensors
 
 
 def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:

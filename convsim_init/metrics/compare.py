@@ -163,16 +163,10 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are equal, NaN to NaN, whatever the dtypes."""
-    a, b = _readable(a), _readable(b)
+    a, b = (one if one.layout is torch.strided else one.to_dense() for one in (a.detach().cpu(), b.detach().cpu()))
     if a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point():
         a, b = a.double(), b.double()
     return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as one whose values can be compared: dense and on the CPU."""
-    tensor = tensor.detach().cpu()
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _union(names: Sequence[Sequence[str] | Mapping[str, object]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from convsim_init.errors import InputError
 from convsim_init.models.factories import check_place, find_factory
 from convsim_init.models.hub import check_described, find_described
-from convsim_init.models.libraries import Resolved, check_library_model, find_builder, installed, resolve, unknown_model
+from convsim_init.models.libraries import check_library_model, find_builder, installed, resolve, unknown_model
 from convsim_init.models.spec import DESCRIBED, LIBRARIES, Source, Spec, parse
 from convsim_init.models.user_code import import_context
 from convsim_init.models.zoo.catalog import MODELS
@@ -79,12 +79,11 @@ def build_model(
     return model
 
 
-def find_model(spec: str, /) -> Resolved:
+def find_model(spec: str, /) -> None:
     """Import what builds a model, and build nothing; fails as `build_model` does."""
-    resolved = resolve(spec)
-    with _imports(resolved.spec), _reproducible(0):
-        _builder(resolved.spec)
-    return resolved
+    found = resolve(spec).spec
+    with _imports(found), _reproducible(0):
+        _builder(found)
 
 
 def check_model(

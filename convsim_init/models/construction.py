@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Construction:
 
     def __enter__(self) -> Construction:
         _OPEN.add(self._token)
-        self._undo.enter_context(replaced(nn.Module, "__init__", self._marking))
+        self._undo.enter_context(replaced(nn.Module, "__init__", partial(self._recording, drawn=True)))
         self._undo.enter_context(replaced(nn.Module, "__setstate__", self._recording))  # of a copy
         self._undo.enter_context(noting_loaded(self._leave))
         self._undo.enter_context(replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
@@ -93,23 +93,17 @@ class Construction:
             _OPEN.remove(self._token)
             _unmark(self._marked.values())
 
-    def _recording(self, make: Callable[..., None]) -> Callable[..., None]:
+    def _recording(self, make: Callable[..., None], *, drawn: bool = False) -> Callable[..., None]:
         @wraps(make)
         def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             make(module, *args, **kwargs)
+            if drawn and not (self._telling or _on_meta()):
+                self._mark(module)
             drop_hooks(module)  # of a copy
             if not self._telling:
                 self._built[id(module)] = self._marked[id(module)] = module
 
         return recorded
-
-    def _marking(self, init: Callable[..., None]) -> Callable[..., None]:
-        def marked(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            init(module, *args, **kwargs)
-            if not (self._telling or _on_meta()):
-                self._mark(module)
-
-        return self._recording(wraps(init)(marked))
 
     def _marking_trained(self, backward: Callable[..., None]) -> Callable[..., None]:
         @wraps(backward)
@@ -118,8 +112,7 @@ class Construction:
             told = () if self._telling else self._told.values()
             parameters = (one for model in told for one in tree.parameters(model))
             if any(_has_gradient(one) and id(one) not in self._graded for one in parameters):
-                self._window.close()  # the forward pass was not seen
-                self._tell_again(Moment.STEP)
+                self._tell_again(Moment.STEP)  # the forward pass was not seen
             for module in (*self._marked.values(), *self._redrawn.values()):
                 if any(map(_has_gradient, module._parameters.values())):
                     self._redrawn.pop(id(module), None)
@@ -147,28 +140,25 @@ class Construction:
     def _before_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
         @wraps(init)
         def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-            if _is_own(optimizer):
-                init(optimizer, *args, **kwargs)
-                return
-            self._window.close()
-            self._tell(Moment.OPTIMIZER)
-            models = list(self._told.values())
-            self._graded = {id(one) for model in models for one in tree.parameters(model) if _has_gradient(one)}
-            self._window.enter_context(before_first_pass(models, self._at_first_pass))
+            if not _is_own(optimizer):
+                self._window.close()
+                self._tell(Moment.OPTIMIZER)
+                models = list(self._told.values())
+                parameters = [one for model in models for one in tree.parameters(model)]
+                self._graded = {id(one) for one in parameters if _has_gradient(one)}
+                self._window.enter_context(before_first_pass(models, self._at_first_pass))
             init(optimizer, *args, **kwargs)
 
         return after_telling
 
     def _at_first_pass(self) -> None:
         if not self._telling:
-            self._window.close()
             self._tell_again(Moment.FORWARD)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if torch.compiler.is_compiling() or _is_own(optimizer):
             return
         if self._told:
-            self._window.close()
             self._tell_again(Moment.STEP)
         if self._redrawn:
             trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
@@ -217,6 +207,7 @@ class Construction:
         return bool(drawn)
 
     def _tell_again(self, moment: Moment) -> None:
+        self._window.close()
         models = list(self._told.values())
         self._told.clear()
         with self._own_work():
