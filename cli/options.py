@@ -40,10 +40,12 @@ class Whole(click.IntRange):
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a MODEL is built: the seed, if the user gave one, and what else was given, as `build_model` takes it."""
+    """How a MODEL is built and a FILE is read."""
 
-    seed: int | None
-    arguments: dict[str, Any]
+    seed: int | None  # if the user gave one
+    arguments: dict[str, Any]  # what else was given, as `build_model` takes it
+    like: str | None = None  # model that a file's weights belong to
+    key: str | None = None  # entry of a file that holds the weights
 
     def check(self, spec: str) -> None:
         """Refuse, without torch, what is no model that can be built like this."""
@@ -67,12 +69,13 @@ class Loaded:
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of how a MODEL is built, as one argument, `how`."""
+    """Give a command the options of how a MODEL is built, as one argument, `how`, with those of a FILE that it has."""
 
     @wraps(function)
     def collected(*args: Any, seed: int | None, model_args: tuple[str, ...], **others: Any) -> Any:
         own = {name: value for name in OWN if (value := others.pop(name, None)) is not None}
-        return function(*args, how=ModelOptions(seed, own | parse_arguments(model_args)), **others)
+        of_file = {name: others.pop(name, None) for name in ("like", "key")}
+        return function(*args, how=ModelOptions(seed, own | parse_arguments(model_args), **of_file), **others)
 
     whole, positive = Whole(min=0), Whole(min=1)
     for option in (
@@ -115,22 +118,19 @@ def is_file(spec: str) -> bool:
     return spec not in MODELS and is_source(spec)
 
 
-def check_sources(specs: Sequence[str], how: ModelOptions, like: str | None, *, drawn: bool = False) -> None:
-    """Refuse, without torch, what is no file or model, and options that would change nothing.
-
-    The files' weights belong to the model `like`, and are `drawn` anew or not.
-    """
+def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = False) -> None:
+    """Refuse, without torch, what is no file or model, and options of no use, also where files are `drawn` anew."""
     files = [spec for spec in specs if is_file(spec)]
     for spec in specs:
         _check_source(spec, how)
     if not files and is_by_hand("key"):
         raise click.UsageError("--key: expected a FILE that has that entry, got none: leave it out")
-    if like is not None:
+    if how.like is not None:
         if not files:
             raise click.UsageError("--like: expected a FILE that is like that model, got none")
-        how.check(like)
+        how.check(how.like)
     given = [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
-    used = [*(["--seed"] if drawn else []), *(option for option in given if like is not None and option != "--seed")]
+    used = [*(["--seed"] if drawn else []), *(option for option in given if how.like and option != "--seed")]
     unused = [option for option in given if option not in used]
     if unused and len(files) == len(specs):
         hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
@@ -147,22 +147,22 @@ def check_found(specs: Sequence[str], like: str | None) -> None:
             find_model(model)
 
 
-def load(spec: str, how: ModelOptions, like: str | None = None, key: str | None = None) -> Loaded:
-    """The model of that spec, or what is in that file: a state dict or, with `like`, that model."""
-    if is_file(spec) and like is None:
-        return _load_file(spec, key)
+def load(spec: str, how: ModelOptions) -> Loaded:
+    """The model of that spec, or what is in that file: a state dict or, if it is like a model, that one."""
+    if is_file(spec) and how.like is None:
+        return _load_file(spec, how.key)
     from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.layers import tree
     from convsim_init.layers.names import bare_name
     from convsim_init.models.patching import noting_loaded
 
-    found = resolve(like if like is not None and is_file(spec) else spec)
+    found = resolve(how.like if how.like is not None and is_file(spec) else spec)
     name, remarks = found.spec.text, [found.remark] if found.remark else []
     loaded: list[torch.nn.Module] = []
     with noting_loaded(loaded.append):
         model = how.build(name)
     if is_file(spec):
-        report = load_checkpoint(model, spec, strict=True, key=key)
+        report = load_checkpoint(model, spec, strict=True, key=how.key)
         return Loaded(model, spec, None, [*remarks, *str(report).splitlines()], built=name)
     parts = set(map(id, loaded))
     filled = frozenset(bare_name(name) for name, part in tree.named_modules(model) if id(part) in parts)

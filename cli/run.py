@@ -45,8 +45,6 @@ class Choices:
 
     settings: Settings
     how: ModelOptions
-    like: str | None
-    key: str | None
     base: str
     calibrate: tuple[int, ...] | None
     include: tuple[str, ...]
@@ -112,7 +110,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
 
     device = find_device(choices.device)
-    start = load(run.model, replace(choices.how, seed=run.seed), choices.like, choices.key)
+    start = load(run.model, replace(choices.how, seed=run.seed))
     network = start.content
     head_layers, head_keys, head_remarks = _classifier(run, start, choices)
     exclude = (*choices.exclude, *map(glob.escape, head_layers))

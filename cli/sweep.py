@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,10 +37,20 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
         InputError: If a model that is to be built is not found; then no run is begun.
         RunError: If a run failed, which keeps no other from being done, or a rank has died.
     """
+    from tqdm import tqdm
+
     results: list[Result] = []
     width = max(len(run.name) for run in runs)
     show_table = not (choices.as_json or choices.quiet)
-    with _bar(len(runs), shown=progress and not choices.verbose) as show:
+    shown = progress and not choices.verbose
+    with tqdm(total=len(runs), desc="runs", unit="run", leave=False, disable=not shown) as bar:
+
+        def show(line: str | None) -> None:
+            with tqdm.external_write_mode():
+                if line is not None:
+                    click.echo(line)
+            bar.update()
+
         try:
             for result in _results(runs, choices, ranks):
                 results.append(result)
@@ -120,7 +130,7 @@ def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iter
     if ranks is not None:
         pending = ranks.exchange(pending)[0]  # which files are there already, the first says
     unfinished = [one for one in pending if isinstance(one, Run)]
-    check_found([run.model for run in unfinished], choices.like if unfinished else None)
+    check_found([run.model for run in unfinished], choices.how.like if unfinished else None)
     size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
     for start in range(0, len(pending), size):
         made = None  # the weights of the last run go before those of the next are made
@@ -142,19 +152,3 @@ def _attempt(run: Run, work: Callable[[], Result], choices: Choices) -> Result:
         foreseen = isinstance(error, (InputError, RunError))
         why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
         return Result(run, Status.FAILED, error=" ".join(why.split()))
-
-
-@contextmanager
-def _bar(runs: int, *, shown: bool) -> Iterator[Callable[[str | None], None]]:
-    """A bar of progress on stderr, and a way to print a line on stdout that also moves it on."""
-    from tqdm import tqdm
-
-    with tqdm(total=runs, desc="runs", unit="run", leave=False, disable=not shown) as bar:
-
-        def show(line: str | None) -> None:
-            with tqdm.external_write_mode():
-                if line is not None:
-                    click.echo(line)
-            bar.update()
-
-        yield show

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -39,8 +40,6 @@ Examples:
 def compare(
     specs: tuple[str, ...],
     how: options.ModelOptions,
-    like: str | None,
-    key: str | None,
     as_json: bool,
     plot: Path | None,
     plot_layer: str | None,
@@ -56,14 +55,14 @@ def compare(
         raise click.UsageError("expected at least two models or checkpoints to compare")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    options.check_sources(specs, how, like)
+    options.check_sources(specs, how)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with exit_on_signal():
         from convsim_init.metrics import compare as comparison
 
     with stdout_for_results():
-        loaded = _load_all(specs, how, like, key)
+        loaded = _load_all(specs, how)
         compared = comparison.compare([(one.name, one.content) for one in loaded])
     for snapshot, one in zip(compared.snapshots, loaded, strict=True):
         snapshot.report.remarks += one.remarks
@@ -78,16 +77,14 @@ def compare(
         show_table(compared.table)
 
 
-def _load_all(
-    specs: Sequence[str], how: options.ModelOptions, like: str | None, key: str | None
-) -> list[options.Loaded]:
+def _load_all(specs: Sequence[str], how: options.ModelOptions) -> list[options.Loaded]:
     """What is compared; a file that loads strictly into a model beside it as that model, which knows its layers."""
-    loaded = [options.load(spec, how, like, key) for spec in specs]
+    loaded = [options.load(spec, how) for spec in specs]
     models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not options.is_file(spec)]
     for place, spec in enumerate(specs):
-        for model in models if like is None and options.is_file(spec) else ():
+        for model in models if how.like is None and options.is_file(spec) else ():
             with suppress(InputError):  # it is none of that model's
-                loaded[place] = options.load(spec, how, model, key)
+                loaded[place] = options.load(spec, replace(how, like=model))
                 loaded[place].remarks.append(f"{shown(spec, PATH)} is read as weights of {shown(model, PATH)}")
                 break
     return loaded

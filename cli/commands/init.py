@@ -49,12 +49,11 @@ def _check_out(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-REPORTS = (*RECORD_SUFFIXES, *PAGE_SUFFIXES)
 OF_SETTINGS = ("pairs", "channels", "norm", "steps")
 OF_ENTRIES = ("convs_only", "head", "without", "prefix", "dtype")  # that --out writes
 TARGETS: dict[str, Callable[..., Path]] = {
     "out": _check_out,
-    "record": partial(check_target, suffixes=REPORTS),
+    "record": partial(check_target, suffixes=(*RECORD_SUFFIXES, *PAGE_SUFFIXES)),
     "plot": check_plot,
 }
 
@@ -122,7 +121,7 @@ def init(
     )
     force, drawn = choices.force, choices.base != "model"
     _check_no_command(ctx, models)
-    check_sources(models, how, choices.like, drawn=drawn)
+    check_sources(models, how, drawn=drawn)
     check_device_name(choices.device)
     if plot is None and is_by_hand("plot_layer"):
         raise click.UsageError("--plot-layer: nothing is drawn without --plot")

@@ -15,7 +15,6 @@ from convsim_init.settings import ACTIVATIONS, CHANNELS_CHOICES, NORMS, PAIRS, P
 from ..completion import complete_bases
 from ..options import Whole, json_option, key_option, like_option, model_options, names_option, plot_layer_option
 
-HEADS = ("keep", "drop")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
 
@@ -101,7 +100,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that."),
     click.option(
         "--head",
-        type=click.Choice(HEADS),
+        type=click.Choice(("keep", "drop")),
         default="keep",
         help="""drop leaves the classifier out of the file, for another
         number of classes. Default: keep.""",

@@ -57,8 +57,6 @@ Examples:
 def inspect(
     spec: str,
     how: options.ModelOptions,
-    like: str | None,
-    key: str | None,
     sort: str | None,
     include: tuple[str, ...],
     as_json: bool,
@@ -72,7 +70,7 @@ def inspect(
         raise click.UsageError("--json and --csv: choose one")
     if plot is None and (plot_layer is not None or force):
         raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
-    options.check_sources([spec], how, like)
+    options.check_sources([spec], how)
     picture = None if plot is None else check_plot(plot, overwrite=force)
 
     with exit_on_signal():
@@ -80,7 +78,7 @@ def inspect(
         from convsim_init.metrics.snapshot import take_snapshot
 
     with stdout_for_results():
-        loaded = options.load(spec, how, like, key)
+        loaded = options.load(spec, how)
         if picture is None:
             report = measure(loaded.content).select(include)
         else:

@@ -36,7 +36,7 @@ Examples:
 @json_option(help="Print every key's match as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
 @debug_option
-def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: bool, quiet: bool) -> int:
+def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if is_file(model) and not is_file(str(file)):
         raise click.UsageError(f"expected FILE MODEL, got MODEL FILE: write verify {model} {file}")
@@ -48,7 +48,7 @@ def verify(file: Path, model: str, how: ModelOptions, key: str | None, as_json: 
 
     name = resolve(model).spec.text
     with stdout_for_results():
-        report = verify_checkpoint(how.build(name), file, name=name, key=key)
+        report = verify_checkpoint(how.build(name), file, name=name, key=how.key)
     if as_json:
         show_json(report.to_dict())
     elif not quiet:

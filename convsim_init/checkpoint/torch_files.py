@@ -175,10 +175,7 @@ class TorchFile:
 
         def position(name: str) -> int:
             header = start + entries[name].header_offset
-            lengths = (
-                self.content[header + 26 : header + 28],
-                self.content[header + 28 : header + 30],
-            )  # of a name, and of more
+            lengths = (self.content[header + at : header + at + 2] for at in (26, 28))  # of a name, and of more
             return header + 30 + sum(int.from_bytes(length, "little") for length in lengths)
 
         def find(key: str) -> UntypedStorage:

@@ -19,7 +19,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def own_layers(layers: Sequence[Layer], settings: Settings, ranks: Ranks) -> list[Layer]:
-    """The layers that this rank treats, the largest first; an `InputError` if not all start from the same."""
+    """The layers that this rank treats, the largest first; an `InputError` if ranks start from different ones."""
     if ranks.size > 1:
         _check_alike(layers, settings, ranks)
     owners = deal([cost(layer) for layer in layers], ranks.size)
