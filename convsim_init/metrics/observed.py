@@ -60,7 +60,7 @@ def measure_feature_correlation(
 
     def look(name: str, output: Tensor, bias: Tensor | None) -> None:
         if not output.is_complex():
-            maps[name].look(output)
+            maps[name].add(output)
 
     with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
         _run(model, batch)
@@ -85,20 +85,16 @@ class FeatureMaps:
         self._varies = self._origin = self._mean = self._scatter = torch.empty(0)
         self._unit = 1.0
 
-    def look(self, output: Tensor) -> None:
-        """Add the output of a convolution, batched or not."""
-        with full_precision(output.device):
-            self.add(output if output.dim() == self._rank + 2 else output[None])
-
-    def add(self, maps: Tensor) -> None:
-        """Add feature maps ``[N, M, *positions]``."""
-        maps = maps.detach().flatten(2)  # [N, M, P]
+    def add(self, output: Tensor) -> None:
+        """Add the output of a convolution, ``[N, M, *positions]`` or that of one sample."""
+        maps = (output if output.dim() == self._rank + 2 else output[None]).detach().flatten(2)  # [N, M, P]
         if maps.numel() == 0:
             return
         step = max(1, VALUES_PER_CHUNK // maps[0].numel())
-        for start in range(0, len(maps), step):
-            chunk = maps[start : start + step].to(accumulation_dtype(maps.dtype))
-            self._merge(chunk.transpose(0, 1).flatten(1))
+        with full_precision(output.device):
+            for start in range(0, len(maps), step):
+                chunk = maps[start : start + step].to(accumulation_dtype(maps.dtype))
+                self._merge(chunk.transpose(0, 1).flatten(1))
 
     def _merge(self, values: Tensor) -> None:
         filters, positions = values.shape  # [M, n]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from convsim_init.report.text import PATH, cut, layer_name, printable, shown
+from convsim_init.report.text import PATH, layer_name, printable, shown
 
 COLUMNS = {
     "similarity": "normalized_similarity",
@@ -59,7 +59,9 @@ class Table:
             rows = [[shown(row[0], widths[0]) if row[0] else "", *row[1:]] for row in rows]
         lines = ["  ".join(row[column].ljust(widths[column]) for column in columns).rstrip() for row in rows]
         note = [f"left out to fit {width} columns: {', '.join(left_out)}"] if left_out else []
-        return "\n".join([*(cut(line, width) for line in lines), "", *map(printable, self.summary), *note])
+        if width is not None:
+            lines = [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
+        return "\n".join([*lines, "", *map(printable, self.summary), *note])
 
     def html(self) -> str:
         """The summary, then the table, folded if it is long; everything escaped."""

@@ -25,11 +25,6 @@ def shortened(text: str, length: int = NAME) -> str:
     return text[: length - 3 - end] + "..." + text[-end:]
 
 
-def cut(line: str, width: int | None) -> str:
-    """The start of a line that is longer than so many characters, and an ellipsis."""
-    return line if width is None or len(line) <= width else line[: width - 3] + "..."
-
-
 def shown(name: str, length: int = NAME) -> str:
     """A name as one short piece of a line."""
     return shortened(printable(name), length) or "''"

@@ -172,9 +172,6 @@ def _find_factors(
             scales[name] = output.new_tensor(factor).requires_grad_()
         return plain * scales[name] + bias
 
-    def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        reached.append(inputs[0])
-
     with (
         isolated(model),
         convolution_outputs(modules, scaled),
@@ -185,7 +182,7 @@ def _find_factors(
         for part in tree.modules(model):
             # A classifier of zeros hides what enters it.
             if isinstance(part, nn.Linear) and not (is_wrapper(part.weight) or part.weight.any()):
-                part.register_forward_pre_hook(note_input)
+                part.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
         try:
             reached += tree_leaves(model(images))
         except Exception as error:  # whatever the model's own code raises
@@ -220,8 +217,8 @@ def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _is_scalable(layer: Layer) -> bool:
     """Whether twice its weight can be set; it is left as it was."""
-    if layer.obstacle is not None or type(layer.weight) is Weight:
-        return layer.obstacle is None
+    if type(layer.weight) is Weight:
+        return True
     with LIVE, torch.no_grad():
         put_back = layer.weight.backup()
         try:
