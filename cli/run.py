@@ -71,8 +71,8 @@ class Choices:
         """What changes a file beside settings, base and calibration, where it is not the default; ready for JSON."""
         given = {
             "model_arg": [f"{name}={value!r}" for name, value in self.how.arguments.items()],
-            "like": self.like,
-            "key": self.key,
+            "like": self.how.like,
+            "key": self.how.key,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "convs_only": self.convs_only,
