@@ -64,7 +64,7 @@ def _names(kind: Any, forward: Any) -> set[str]:
 
 def is_heavy(value: object) -> bool:
     """Whether an object leads to many others or to large tensors and arrays."""
-    if isinstance(value, (Tensor, dict, list, tuple, set)):
+    if isinstance(value, (*ATOMS, Tensor, dict, list, tuple, set)):
         return False
     size, known, pending = 0, set[int](), list[object]([value])
     for one in pending:
