@@ -17,7 +17,7 @@ from convsim_init.functional.dtypes import name_of, narrows
 from convsim_init.layers.memory import is_sharded, is_wrapper
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
-from convsim_init.report.report import Report, nearest_pattern, unmatched_pattern
+from convsim_init.report.report import Report, check_patterns
 from convsim_init.report.text import quoted, shown, some
 
 MODEL_PREFIX = "model."
@@ -74,10 +74,7 @@ def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[
     Raises:
         InputError: If a pattern matches no key, or no key is left.
     """
-    pattern = unmatched_pattern("exclude", exclude, entries)
-    if pattern is not None:
-        nearest = nearest_pattern(pattern, entries)
-        raise InputError(f"expected a pattern that a key matches, got {quoted(pattern)}; {nearest}")
+    check_patterns("exclude", exclude, entries, "expected a pattern that a key matches, got")
     kept = {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
     if entries and not kept:
         raise InputError(f"expected patterns that leave a key, got {', '.join(map(quoted, exclude))}: all keys match")
@@ -171,28 +168,25 @@ def is_extra_state(key: object) -> bool:
 def check_entry(key: str, value: object) -> Tensor:
     """The entry, if `plain_tensors` takes it, whatever its numbers are."""
     if not isinstance(value, Tensor):
-        if is_extra_state(key):
-            raise InputError(
-                f"{shown(key)}: expected only tensors in the state dict, got a module's extra state of type "
-                f"{type(value).__name__}, which no file of tensors holds: {LEAVE_OUT}"
-            )
+        kind = type(value).__name__
         holds_tensors = isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
         hint = "pass the state dict inside it" if holds_tensors else LEAVE_OUT
-        raise InputError(f"{shown(key)}: expected a tensor in the state dict, got {type(value).__name__}: {hint}")
-    if is_lazy(value):
-        raise InputError(f"{shown(key)}: expected a tensor with data, got a lazy one: run a forward pass first")
-    if value.is_meta:
-        raise InputError(f"{shown(key)}: expected a tensor with data, got one on the meta device: initialize it first")
-    if is_sharded(value):
-        raise InputError(
-            f"{shown(key)}: expected a whole tensor, got one that is sharded over processes: gather the "
-            f"state dict with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
-        )
-    if value.layout is not torch.strided or value.is_quantized or is_wrapper(value):
-        raise InputError(
-            f"{shown(key)}: expected a dense tensor, got a sparse, quantized or wrapped one: convert it first"
-        )
-    return value
+        problem = f"a tensor in the state dict, got {kind}: {hint}"
+        if is_extra_state(key):
+            extra = f"a module's extra state of type {kind}, which no file of tensors holds"
+            problem = f"only tensors in the state dict, got {extra}: {LEAVE_OUT}"
+    elif is_lazy(value):
+        problem = "a tensor with data, got a lazy one: run a forward pass first"
+    elif value.is_meta:
+        problem = "a tensor with data, got one on the meta device: initialize it first"
+    elif is_sharded(value):
+        gathering = "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+        problem = f"a whole tensor, got one that is sharded over processes: gather the state dict with {gathering}"
+    elif value.layout is not torch.strided or value.is_quantized or is_wrapper(value):
+        problem = "a dense tensor, got a sparse, quantized or wrapped one: convert it first"
+    else:
+        return value
+    raise InputError(f"{shown(key)}: expected {problem}")
 
 
 def is_finite(key: str, tensor: Tensor) -> bool:
@@ -212,18 +206,13 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     converted = tensor.to(dtype or tensor.dtype)
-    if _all_finite(converted):
-        if tensor.any() and not converted.any():
-            raise InputError(
-                f"{shown(key)}: expected numbers in the range of {converted.dtype}, got smaller ones, which "
-                f"would all be zero: choose {name_of(tensor.dtype)}"
-            )
+    fits = _all_finite(converted)
+    if fits and (not tensor.any() or converted.any()):
         return converted
-    if _all_finite(tensor):
-        raise InputError(
-            f"{shown(key)}: expected numbers in the range of {converted.dtype}, got larger ones: choose "
-            f"{name_of(tensor.dtype)}"
-        )
+    if fits or _all_finite(tensor):
+        got = "smaller ones, which would all be zero" if fits else "larger ones"
+        expected = f"{shown(key)}: expected numbers in the range of {converted.dtype}"
+        raise InputError(f"{expected}, got {got}: choose {name_of(tensor.dtype)}")
     if not is_finite(key, tensor):
         raise InputError(f"{shown(key)}: expected finite numbers, got infinities or NaN: draw it anew, or {LEAVE_OUT}")
     return converted

@@ -226,25 +226,19 @@ def _combine(measures: list[Measures]) -> Measures:
     return {name: sum(values[name]) if name == "similarity" else fmean(values[name]) for name in names}
 
 
-def check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a shell pattern that matches no layer, with the nearest, and a string for a list of patterns."""
-    pattern = unmatched_pattern(option, patterns, names)
-    if pattern is not None:
-        raise InputError(f"{option}: no convolution matches {quoted(pattern)}; {nearest_pattern(pattern, names)}")
+def check_patterns(option: str, patterns: Sequence[str], names: Collection[str], refusal: str | None = None) -> None:
+    """Refuse a shell pattern that matches no name, those of layers by default, and what is no list of patterns.
 
-
-def nearest_pattern(pattern: str, names: Collection[str]) -> str:
-    """As `alternatives`, of a pattern; of a module's name, the pattern of what is in it."""
-    inside = f"{pattern}.*"
-    if any(fnmatchcase(name, inside) for name in names):
-        return f"did you mean {quoted(inside)}?"
-    return alternatives(pattern, names)
-
-
-def unmatched_pattern(option: str, patterns: Sequence[str], names: Collection[str]) -> str | None:
-    """The first of these shell patterns that matches no name; an `InputError` if it is no list of patterns."""
+    It is refused with some of the names that there are, and the nearest; a module's name with the pattern of what is in
+    it.
+    """
     if isinstance(patterns, str):
         raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
     if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):
         raise InputError(f"{option}: expected a list of patterns such as ['layer4.*'], got {shown(repr(patterns))}")
-    return next((one for one in patterns if not any(fnmatchcase(name, one) for name in names)), None)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            inside = f"{pattern}.*"
+            within = any(fnmatchcase(name, inside) for name in names)
+            nearest = f"did you mean {quoted(inside)}?" if within else alternatives(pattern, names)
+            raise InputError(f"{refusal or f'{option}: no convolution matches'} {quoted(pattern)}; {nearest}")
