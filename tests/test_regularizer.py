@@ -411,3 +411,13 @@ def test_on_a_gpu_it_is_the_same_also_in_a_captured_training_step(dtype, memory_
         if expected.grad is not None:
             error = 1e-4 if dtype == torch.float32 else 1e-2
             torch.testing.assert_close(found.grad.cpu().double(), expected.grad, rtol=error, atol=error)
+
+
+def test_a_weight_without_a_gradient_is_left_out():
+    class Detaching(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, 2 * self.weight.detach(), self.bias)
+
+    term = ci.ConvolutionalSimilarity(nn.Sequential(Detaching(3, 8, 3), nn.Conv2d(8, 4, 3)))
+    assert (term.layers, list(term.skipped)) == (["1"], ["0"])
+    assert term.skipped["0"] == "no gradient leads from the weight that is used to a parameter"

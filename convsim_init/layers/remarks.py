@@ -79,9 +79,11 @@ def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> list[s
 
 
 def _is_kernel(module: nn.Module, weight: Tensor | None) -> bool:
+    """Whether a module may make kernels of a parameter: not of factors of channels, such as ``[M, 1, 1]``."""
     if weight is None or is_lazy(weight):
         return False
-    return tree.has_attribute(module, "kernel_size") or weight.dim() in KERNEL_RANKS
+    kernels = weight.dim() in KERNEL_RANKS and weight.numel() > max(weight.shape)
+    return kernels or tree.has_attribute(module, "kernel_size")
 
 
 def _arrays(state: Mapping[str, object]) -> list[str]:
