@@ -61,7 +61,7 @@ def _whole(
         return first
     if math.prod(shape) * first.dtype.itemsize > left:
         raise ValueError("a tensor that is larger than its parts")
-    whole, filled = torch.zeros(shape, dtype=first.dtype), 0
+    whole, filled = torch.zeros(shape, dtype=first.dtype, device="cpu"), 0
     for offset, place in parts:
         part, view = _part(folder, files, place), whole
         for dimension, (start, length) in enumerate(zip(offset, part.shape, strict=True)):

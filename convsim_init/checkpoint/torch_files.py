@@ -112,7 +112,7 @@ class TensorReader(PickleReader):
             raise UnpicklingError("extents that are none")
         if any(any(flag.values()) for flag in flags if flag):
             raise InputError(f"expected plain tensors in {self.path!r}, got a conjugate or negative view: clone it")
-        tensor = torch.empty(0, dtype=dtype or storage.dtype)
+        tensor = torch.empty(0, dtype=dtype or storage.dtype, device="cpu")
         if storage.data is None:
             return tensor
         last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))

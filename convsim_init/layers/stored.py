@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from convsim_init.layers.forward.isolation import draw_numbers, isolated, random_states
+from convsim_init.layers.forward.isolation import draw_numbers, isolated, not_cached, random_states
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.weights import ComputedWeight, RefusedError, Weight, describe_mismatch, is_random
 from convsim_init.report.text import error_text
@@ -81,7 +81,9 @@ class ParametrizedWeight(Weight):
             if source.data.data_ptr() != memory.data_ptr() and source.shape == memory.shape:
                 memory.copy_(source.data)
                 source.data = memory
-        self._follow()
+        parametrize._cache.pop((id(self._module), "weight"), None)  # of what it was before
+        with not_cached():
+            self._follow()
         return describe_mismatch("parametrization", weight, self.read())
 
     def _follow(self) -> None:

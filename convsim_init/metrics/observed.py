@@ -82,7 +82,7 @@ class FeatureMaps:
     def __init__(self, rank: int) -> None:
         self.count = 0  # positions seen, over all samples
         self._rank = rank  # number of positional dimensions
-        self._varies = self._origin = self._mean = self._scatter = torch.empty(0)
+        self._varies = self._origin = self._mean = self._scatter = torch.empty(0, device="cpu")
         self._unit = 1.0
 
     def add(self, output: Tensor) -> None:

@@ -207,7 +207,7 @@ def tiles(bank: torch.Tensor) -> Array:
         filters = filters[:, None]  # a kernel of rank 1 is a row for each channel
     if filters.shape[1] != 3:
         strongest = filters.flatten(2).norm(dim=2).argmax(dim=1)
-        filters = filters[torch.arange(len(filters)), strongest, None]
+        filters = filters[torch.arange(len(filters), device=filters.device), strongest, None]
     return filters.movedim(1, -1).nan_to_num().numpy()
 
 

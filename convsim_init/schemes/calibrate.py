@@ -197,7 +197,10 @@ def _find_factors(
             return {}
         # Weighted, lest a sum cancel what a layer does to it.
         total = torch.stack(
-            [(end * torch.linspace(1, 2, end.numel()).view_as(end).to(end)).sum().float() for end in ends]
+            [
+                (end * torch.linspace(1, 2, end.numel(), device=end.device).view_as(end).to(end)).sum().float()
+                for end in ends
+            ]
         )
         gradients = torch.autograd.grad(total.sum(), list(scales.values()), allow_unused=True)
     factors = {

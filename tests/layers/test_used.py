@@ -1,5 +1,6 @@
 """What is reported is what the convolution is given: masked, tied, quantized, expanded, pruned and computed weights."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import convsim_init as ci
 from convsim_init.initialize import plan
@@ -1636,3 +1637,47 @@ os._exit(0)
 def test_a_sharded_model_still_runs_after_it_was_looked_at():
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
     assert done.stdout == "{'sharded over processes: initialize the model before it is sharded'}\n", done.stderr
+
+
+class CentredIn(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+@contextlib.contextmanager
+def default_device():
+    torch.set_default_device("meta")  # as "cuda" would be
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("context", [parametrize.cached, default_device, lambda: torch.device("meta")])
+def test_contexts_around_change_nothing(context):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.uncalled = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return F.conv2d(x, 2 * self.conv.weight)
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(CentredIn(3, 8, 3), parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), Around())
+
+    def used(model):
+        reports = ci.initialize_(model, settings=SETTINGS), ci.measure(model)
+        with pytest.warns(UserWarning, match="does not call"):
+            factors = ci.calibrate_(model, images)
+        correlations = ci.measure_feature_correlation(model, images)
+        layers = [(one.reason, one.before, one.after) for report in reports for one in report.layers]
+        return layers, factors, correlations, float(ci.ConvolutionalSimilarity(model)().detach())
+
+    images, model = torch.randn(2, 3, 9, 9), build()
+    expected = used(build())
+    with context():
+        model[1].weight  # noqa: B018
+        assert used(model) == expected
+        assert torch.equal(model[1].weight, model[1].parametrizations.weight())

@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes
@@ -53,7 +54,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     What attributes hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
     """
     parts = list(tree.modules(module))
-    with LIVE, undisturbed(module, containers=False), warnings.catch_warnings():
+    with LIVE, not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
         for part in parts:
@@ -184,6 +185,16 @@ def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield part
         elif "_orig_mod" in part._modules:
             yield part.get_submodule("_orig_mod")
+
+
+@contextmanager
+def not_cached() -> Iterator[None]:
+    """Context in which what `parametrize.cached` keeps, of the weights of before perhaps, counts for nothing."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 @contextmanager

@@ -224,7 +224,7 @@ class ForwardWeight(Weight):
 
     def _noise(self, times: int = 1) -> Tensor:
         x = self._input(times)
-        return x + torch.linspace(-1, 2, x.numel()).view_as(x).to(x)
+        return x + torch.linspace(-1, 2, x.numel(), device=x.device).view_as(x).to(x)
 
     def _input(self, times: int = 1) -> Tensor:
         """Zeros that the convolution takes, so many samples."""

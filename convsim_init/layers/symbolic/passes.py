@@ -50,7 +50,7 @@ UNWRITTEN = {"requires_grad", "requires_grad_", "retain_grad", "grad"}  # change
 BEFORE, AFTER = "before", "after"  # a forward pass
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
-SAMPLE = torch.empty(0, 0)  # what is asked of an unknown value, but for its shape, is asked of this one
+SAMPLE = torch.empty(0, 0, device="cpu")  # what is asked of an unknown value, but for its shape, is asked of this one
 
 
 class EndlessError(BaseException):
