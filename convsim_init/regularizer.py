@@ -78,7 +78,7 @@ class ConvolutionalSimilarity:
                 continue
             if isinstance(layer.weight, ForwardWeight) and layer.weight.module is not module:
                 layer.obstacle = layer.obstacle or "the module around it uses another weight, which does not count here"
-            if not layer.weight.made_of and not torch.is_inference_mode_enabled():
+            if not layer.weight.made_of:
                 layer.obstacle = layer.obstacle or "no gradient leads from the weight that is used to a parameter"
             count = 1 if channels == "matched" else layer.groups
             reason = layer.obstacle or count_obstacle(layer.filters * count, layer.groups)

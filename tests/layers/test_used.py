@@ -1653,7 +1653,10 @@ def default_device():
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("context", [parametrize.cached, default_device, lambda: torch.device("meta")])
+CONTEXTS = [parametrize.cached, default_device, lambda: torch.device("meta"), torch.inference_mode, torch.no_grad]
+
+
+@pytest.mark.parametrize("context", CONTEXTS, ids=["cached", "default", "device", "inference", "no_grad"])
 def test_contexts_around_change_nothing(context):
     class Around(nn.Module):
         def __init__(self):

@@ -58,11 +58,12 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
         Exception: Whatever the module's own code raises before the first call.
     """
     calls, to_the_end = list[Call](), False
-    with contextlib.suppress(Exception):  # also that of code which refuses an input with a gradient
-        calls, to_the_end = _calls(module, _leaf(module, x), others)
-    if to_the_end:
-        return calls, to_the_end
-    without = _calls(module, x.detach(), others)
+    with _recording(module):
+        with contextlib.suppress(Exception):  # also that of code which refuses an input with a gradient
+            calls, to_the_end = _calls(module, _leaf(module, x), others)
+        if to_the_end:
+            return calls, to_the_end
+        without = _calls(module, x.detach().clone(), others)
     return without if len(without[0]) > len(calls) else (calls, to_the_end)
 
 
@@ -111,14 +112,15 @@ def convolution_call(
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
-    leaf = _leaf(module, x) if fed else x.detach()  # whose gradient code might refuse
-    capture = _Capture(stored.shape, others, leaf, last=index, fed=fed)
-    with isolated(module), capture, torch.enable_grad(), contextlib.suppress(_CapturedError):
-        if probe is not None:
-            stored.data.copy_(probe)
-        if redraw:
-            draw_numbers(stored.device)
-        _run(module, leaf)
+    with _recording(module):
+        leaf = _leaf(module, x) if fed else x.detach().clone()  # whose gradient code might refuse
+        capture = _Capture(stored.shape, others, leaf, last=index, fed=fed)
+        with isolated(module), capture, torch.enable_grad(), contextlib.suppress(_CapturedError):
+            if probe is not None:
+                stored.data.copy_(probe)
+            if redraw:
+                draw_numbers(stored.device)
+            _run(module, leaf)
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError(NO_CALL)
     return capture.calls[index]
@@ -131,10 +133,18 @@ def _run(module: nn.Module, leaf: Tensor) -> None:
         raise RuntimeError("its own code ended the program") from error
 
 
+def _recording(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Context in which derivatives can be had, also in inference mode, unless the module was made there."""
+    return torch.inference_mode(False) if _is_differentiable(module) else contextlib.nullcontext()
+
+
+def _is_differentiable(module: nn.Module) -> bool:
+    return not any(one.is_inference() for one in (*tree.parameters(module), *tree.buffers(module)))
+
+
 def _leaf(module: nn.Module, x: Tensor) -> Tensor:
     """The input, such that derivatives tell what is computed from it; what inference mode made has none."""
-    tensors = (*tree.parameters(module), *tree.buffers(module))
-    return x.detach().requires_grad_(x.is_floating_point() and not any(one.is_inference() for one in tensors))
+    return x.detach().clone().requires_grad_(x.is_floating_point() and _is_differentiable(module))
 
 
 def leaves(tensor: Tensor) -> set[int]:
