@@ -83,6 +83,10 @@ def check_source(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
     """
+    if re.match(r"\w{2,}:/", str(path)):  # a path has one slash less
+        raise InputError(
+            f"expected a file, got the address {str(path)!r}: nothing is downloaded here; download it first"
+        )
     source = folder_file(Path(path)) or Path(path)
     folder = False
     with contextlib.suppress(OSError, ValueError):  # of names that cannot be, which are refused below

@@ -377,6 +377,10 @@ NOT_DRAWN = "nothing is drawn without --plot"
                 ([], f"Missing argument 'FILE|MODEL' {see('inspect')}"),
                 (["gone.pt"], "cannot read 'gone.pt': No such file or directory; check the path"),
                 (
+                    ["https://x/y.pt"],
+                    "expected a file, got the address 'https://x/y.pt': nothing is downloaded here; download it first",
+                ),
+                (
                     ["old.json"],
                     f"{ENDING} .safetensors, .pt, .pth, .ckpt, .bin, .th, .tar or a model's name, got 'old.json': "
                     "rename it",
