@@ -30,6 +30,8 @@ from convsim_init.layers.memory import gradient_hooks, is_wrapper
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 EAGER: list[int] = []  # the threads in which nothing is compiled
+RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which modules run, and these, by their ids
+FREE = threading.Condition()  # for those that wait until theirs run in no other thread
 COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
 LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
 P = ParamSpec("P")
@@ -73,7 +75,7 @@ def undisturbed(
 
     It runs where it is, because hooks and closures may know its tensors and their memory: values, attributes, gradients
     and hooks are noted before, and put back in place at the end. What is changed deep within objects that attributes
-    hold stays. One model is not to be run by several threads at a time.
+    hold stays. Threads that run one model like that wait for each other.
 
     Args:
         module: The module.
@@ -81,6 +83,29 @@ def undisturbed(
         containers: Whether what lists and dicts hold that are attributes is put back too, as that of hooks is.
     """
     parts = list(tree.modules(module))
+    with _alone(parts), _undone(module, parts, copy, containers):
+        yield
+
+
+@contextmanager
+def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which modules run in no other thread that is in such a context."""
+    own = threading.get_ident(), frozenset(map(id, parts))
+    with FREE:
+        FREE.wait_for(lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in RUNNING))
+        RUNNING.append(own)
+    try:
+        yield
+    finally:
+        with FREE:
+            RUNNING.remove(own)
+            FREE.notify_all()
+
+
+@contextmanager
+def _undone(
+    module: nn.Module, parts: Sequence[nn.Module], copy: Callable[[Tensor], bool], containers: bool
+) -> Iterator[None]:
     attributes = [vars(part) for part in parts]
     values = [value for one in attributes for value in one.values()]
     held: list[Any] = [*attributes]
@@ -100,7 +125,12 @@ def undisturbed(
             for live, before in zip(held, contents, strict=True):
                 now = _content(live)  # what did not change others may be reading
                 if len(now) != len(before) or any(map(operator.is_not, now, before)):
-                    live.clear()
+                    if (
+                        type(live) is not dict
+                        or len(now) != len(before)
+                        or any(map(operator.is_not, live, before[::2]))
+                    ):
+                        live.clear()  # else all of it is there meanwhile too
                     if isinstance(live, list):
                         live.extend(before)
                     else:

@@ -459,3 +459,33 @@ def test_no_thread_looks_at_a_model_while_another_tries_it(look):
         assert not done.wait(0.2)
     thread.join()
     assert done.is_set()
+
+
+def test_a_model_runs_in_one_thread_at_a_time():
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            begun.set()
+            assert go_on.wait(60)
+            return self.conv(x)
+
+    def try_it() -> None:
+        with isolation.isolated(model.conv):
+            tried.set()
+
+    model, begun, go_on, tried = Slow(), threading.Event(), threading.Event(), threading.Event()
+    threads = [
+        threading.Thread(target=lambda: ci.measure_feature_correlation(model, torch.randn(2, 3, 8, 8))),
+        threading.Thread(target=try_it),
+    ]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    assert not tried.wait(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert tried.is_set()
