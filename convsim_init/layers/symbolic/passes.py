@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ VIEWS = {  # of what they are given: what is written into one is in the other
     *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "data", "detach"),
     *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "diagonal", "unfold", "as_strided", "numpy"),
 }
+UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # kinds of arguments
+ORDERED = (*UNNAMED, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 UNWRITTEN = {"requires_grad", "requires_grad_", "retain_grad", "grad"}  # change no value
 BEFORE, AFTER = "before", "after"  # a forward pass
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
@@ -117,10 +120,11 @@ class SymbolicPass(TorchFunctionMode):
             return []
         self._usual = usual
         self._nodes, self._written, self._made, self._answers = [], [], 0, Answers({})
-        parameters = inspect.signature(part.forward).parameters
-        unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
-        args = [self.symbol() for name in given if parameters[name].kind in unnamed]
-        kwargs = {name: self.symbol() for name in given if parameters[name].kind not in unnamed}
+        unknown = {name: self.symbol() for name in given}
+        kinds = {name: one.kind for name, one in inspect.signature(part.forward).parameters.items()}
+        first = list(takewhile(unknown.__contains__, (name for name, kind in kinds.items() if kind in ORDERED)))
+        args = [unknown[name] for name in first]  # in order, as they usually are given and hooks expect them
+        kwargs = {name: one for name, one in unknown.items() if name not in first and kinds[name] not in UNNAMED}
         with self, not_compiled():
             try:
                 self._running = [(part, "")]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convsim_init as ci
+from convsim_init.layers.symbolic.follow import follow
 
 TABLE = {1: F.conv1d, 2: F.conv2d}
 
@@ -325,6 +326,15 @@ def test_hooks_are_followed_and_nothing_that_they_know_is_touched():
     assert (features, counts, recorder.shapes) == ([], {"calls": 0}, [])
     assert not hasattr(model[0], "calls")
     assert not hasattr(model[0], "seen")
+
+
+def test_hooks_are_given_arguments_as_they_usually_are():
+    model, teacher = nn.Sequential(Two()), Two()
+    model.register_forward_hook(lambda module, inputs, output: (teacher(inputs[0]), output)[1])
+    model[0].register_forward_pre_hook(lambda module, inputs, kwargs: ((inputs[0] * 2,), {}), with_kwargs=True)
+    model[0].conv.register_forward_pre_hook(lambda module, inputs: inputs[0] * 2)
+    assert not follow(model).failed
+    assert not follow(model[0]).failed
 
 
 def test_a_hook_may_look_at_the_model_itself():
