@@ -172,7 +172,7 @@ class SymbolicPass(TorchFunctionMode):
                 self.failed.add(module)
         symbol = self.symbol(name, args, kwargs, module=module)
         weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
-        if weight is not self._weights.get(module):
+        if weight is not self._weights.get(module) or isinstance(weight, Symbol):  # as after torch.utils.swap_tensors
             symbol.node.weight = self.symbol("weight", weight).node
         return symbol
 

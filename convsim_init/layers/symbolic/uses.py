@@ -7,7 +7,7 @@ what comes of that a trial pass tells, or nobody.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers import tree
 from convsim_init.layers.symbolic.follow import Followed, kernels, origins
+from convsim_init.layers.symbolic.kinds import PRODUCTS, USING
 from convsim_init.layers.symbolic.symbols import Node
 
 CALLED, REPLACED, CHANGED, UNKNOWN = "called", "replaced", "changed", "unknown"
@@ -93,7 +94,18 @@ def find_uses(followed: Followed) -> Uses:
             uses.others[by] |= {followed.originals.get(one, one) for one in _made_of(node)}
             if not kernels(node) <= followed.names.keys():
                 uses.outside.add(by)
+    for name, by in _products(followed, {name for name in layers if all(use.by == name for use in uses.of[name])}):
+        uses.of[name].add(Use(by, REPLACED))
     return uses
+
+
+def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]:
+    """Layers that no module calls, with those that multiply by their weights, as after unfolding or in a library."""
+    for node in (node for nodes, _ in followed.runs if unused for node in nodes if node.caller is not None):
+        if node.module is None and (node.name in PRODUCTS | USING or "conv" in node.name):
+            of = {one for before in node.inputs for origin in origins(before) for one in origin.learned} | node.learned
+            for name in unused & {followed.names.get(one) for one in of}:
+                yield name, followed.names[id(node.caller)]
 
 
 def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:

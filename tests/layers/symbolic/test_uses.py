@@ -371,3 +371,69 @@ def test_what_a_hook_that_cannot_be_followed_does_is_tried():
     model.register_forward_pre_hook(hook)
     (layer,) = ci.initialize_(model, settings=ci.Settings(steps=1)).layers
     assert "within its mask, " in layer.reason
+
+
+class Unfolding(nn.Module):
+    """Has a weight that no convolution of torch.nn.functional is given, but what does the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mask = nn.Conv2d(3, 8, 3), torch.rand(8, 3, 3, 3) < 0.5
+
+    def kernel(self):
+        return self.conv.weight * self.mask
+
+
+class ByEinsum(Unfolding):
+    def forward(self, x):
+        return torch.einsum("of,bfl->bol", self.kernel().flatten(1), F.unfold(x, 3))
+
+
+class ByProduct(Unfolding):
+    def forward(self, x):
+        return self.kernel().flatten(1) @ F.unfold(x, 3)
+
+
+class ByLinear(Unfolding):
+    def forward(self, x):
+        return F.linear(F.unfold(x, 3).transpose(1, 2), self.kernel().flatten(1))
+
+
+class ByOperator(Unfolding):
+    def forward(self, x):
+        return torch.ops.aten.conv2d(x, self.kernel())
+
+
+@pytest.mark.parametrize("kind", [ByEinsum, ByProduct, ByLinear, ByOperator])
+def test_a_weight_that_is_multiplied_with_by_other_means_is_not_known(kind):
+    (layer,) = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1)).layers
+    assert layer.outcome is ci.Outcome.SKIPPED
+    assert layer.reason.startswith(f"which weight {kind.__name__} uses is not known: ")
+
+
+class Tied(Unfolding):
+    def __init__(self):
+        super().__init__()
+        self.weight = self.conv.weight
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.mask)
+
+
+def test_a_parameter_that_others_hold_too_is_that_of_its_convolution():
+    (layer,) = ci.initialize_(nn.Sequential(Tied()), settings=ci.Settings(steps=1)).layers
+    assert "within its mask, " in layer.reason
+
+
+class Swapping(Unfolding):
+    def forward(self, x, scale):
+        other = nn.Parameter(self.kernel().detach())
+        torch.utils.swap_tensors(self.conv.weight, other)
+        x = self.conv(x) * scale
+        torch.utils.swap_tensors(self.conv.weight, other)
+        return x
+
+
+def test_a_weight_that_is_swapped_is_told():
+    (layer,) = ci.measure(nn.Sequential(Swapping())).layers
+    assert layer.reason == "Swapping may change it in its forward pass, which could not be tried"
