@@ -21,7 +21,7 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import is_sharded, memories, overlap
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
-from convsim_init.layers.owners import find_call, weight_within
+from convsim_init.layers.owners import find_call, try_unknown, weight_within
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import Use, owner_of
@@ -193,6 +193,7 @@ def _module_layers(model: nn.Module) -> Layers:
     layers = Layers(followed=follow(model))
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
     owners, uses = dict(tree.named_modules(model)), layers.uses
+    try_unknown(uses, owners)
     for name, module in owners.items():
         if name.startswith(within):
             continue

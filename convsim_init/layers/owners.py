@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers import tree
+from convsim_init.layers.forward.trial import Call, is_parameter, leaves
 from convsim_init.layers.forward.weight import ForwardWeight, parts_of
 from convsim_init.layers.stored import stored_weight
 from convsim_init.layers.symbolic.passes import AFTER
-from convsim_init.layers.symbolic.uses import CHANGED, REPLACED, UNKNOWN, Use
+from convsim_init.layers.symbolic.uses import CALLED, CHANGED, REPLACED, UNKNOWN, Use, Uses, owner_of
 from convsim_init.layers.weights import KERNEL_RANKS, Weight
 
 MAX_ENTRIES = 3  # inputs of other convolutions that are tried
@@ -42,7 +45,8 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Colle
     """The weight of a convolution as the module around it uses it, where that does more than to call it.
 
     A trial pass tells, with an input for the convolution or, where its code fails at that one, for others inside. Where
-    none can be made, `ForwardWeight.obstacle` says so if another weight is made of this one.
+    none can be made, `ForwardWeight.obstacle` says so if another weight is made of this one. What is not known of a
+    module after `try_unknown` is not tried again.
 
     Args:
         owner: Module with a forward pass around the convolution.
@@ -52,11 +56,12 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Colle
     """
     replaces = any(use.how == REPLACED for use in uses)
     changes = [use.hook for use in uses if use.how == CHANGED and use.hook != AFTER]
-    unknown = any(use.how == UNKNOWN for use in uses)
-    if not (replaces or changes or unknown):
+    if not (replaces or changes):
+        if any(use.how == UNKNOWN for use in uses):
+            stored.note = stored.note or f"whether {type(owner).__name__} uses another weight of it could not be told"
         return None
     weight = ForwardWeight(owner, stored, module)
-    for entry in (module, *(_entries(owner) if replaces or changes else ())):
+    for entry in (module, *_entries(owner)):
         weight.entry = entry
         try:
             if not weight.is_stored():
@@ -71,9 +76,36 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Colle
     if changes and not replaces:
         what = f"a hook of {type(owner).__name__}" if all(changes) else type(owner).__name__
         stored.note = stored.note or f"{what} may change it in its forward pass, which could not be tried"
-    if unknown and not changes and not replaces:
-        stored.note = stored.note or f"whether {type(owner).__name__} uses another weight of it could not be told"
     return weight if replaces else None
+
+
+def try_unknown(uses: Uses, modules: Mapping[str, nn.Module]) -> None:
+    """Note how modules use the convolutions in them whose forward passes could not be followed, by trial passes.
+
+    Args:
+        uses: What the passes that could be followed tell; added to.
+        modules: The modules of the model, by their names.
+    """
+    held = defaultdict[str, dict[int, str]](dict)  # the layers by their weights' ids, by the modules that they are in
+    for name, module in modules.items():
+        if isinstance(module, _ConvNd) and name and (by := owner_of(name, modules)) in uses.failed:
+            held[by] |= dict.fromkeys(stored_weight(module).source_ids, name)
+    for by, layers in held.items():
+        for call in _calls(modules[by]):
+            how = CALLED if is_parameter(call.weight) else REPLACED
+            for layer in {layers[source] for source in leaves(call.weight) & layers.keys()}:
+                uses.of[layer].add(Use(by, how))
+                uses.tried.add((by, layer))
+
+
+def _calls(owner: nn.Module) -> Sequence[Call]:
+    """What a trial pass gives to convolutions, whichever; nothing if none can be made."""
+    for entry in _entries(owner):
+        weight = ForwardWeight(owner, stored_weight(entry))
+        weight.entry = entry
+        with suppress(Exception):  # whatever its own code raises at an input that is not what it is made for
+            return weight.calls(others=())[0]
+    return ()
 
 
 def _entries(owner: nn.Module) -> list[_ConvNd]:

@@ -159,6 +159,13 @@ def leaves(tensor: Tensor) -> set[int]:
     return {getattr(one, ORIGINAL, id(one)) for one in variables}
 
 
+def is_parameter(weight: Tensor) -> bool:
+    """Whether the weight of a call is a parameter as it stands."""
+    ((before, _),) = weight.grad_fn.next_functions if weight.grad_fn else ((None, 0),)
+    parameter = getattr(before, "variable", None)
+    return parameter is not None and torch.equal(parameter, weight)
+
+
 class _CapturedError(BaseException):
     """Ends a forward pass where it gives a weight to a convolution; no handler of exceptions stops it."""
 

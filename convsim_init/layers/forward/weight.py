@@ -7,7 +7,7 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -120,7 +120,7 @@ class ForwardWeight(Weight):
             NoConvolutionError: If there is none.
             Exception: Whatever the module's own code raises.
         """
-        calls, to_the_end = self._calls()
+        calls, to_the_end = self.calls(self._others())
         same = [call for call in calls if list(call.weight.shape) == self.shape]
         self._fed = any(call.fed for call in same)
         same = [call for call in same if call.fed or not self._fed]
@@ -194,9 +194,16 @@ class ForwardWeight(Weight):
         """The tensors that the stored weight is stored in."""
         return self._stored.storage()
 
-    def _calls(self) -> tuple[list[Call], bool]:
-        """All calls of a pass, at an input of more or fewer axes where its code rejects the usual ones."""
-        others, self._axes = self._others(), 0
+    def calls(self, others: Collection[int]) -> tuple[list[Call], bool]:
+        """All calls of a pass, at an input of more or fewer axes where its code rejects the usual ones.
+
+        Args:
+            others: Addresses of weights that do not count.
+
+        Returns:
+            As of `convolution_calls`.
+        """
+        self._axes = 0
         try:
             return convolution_calls(self.module, self._input(), others)
         except Exception:  # whatever the module's own code raises

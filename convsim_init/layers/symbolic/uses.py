@@ -60,6 +60,7 @@ class Uses:
         changed: The parameters that are changed in place, of whatever module, by their ids.
         ran: Names of the modules whose forward passes could be followed.
         failed: Names of those whose forward passes could not.
+        tried: Names of such with those of convolutions of which a trial pass has told how they use them.
         others: The parameters that other weights are made of, by the names of the modules that convolve with them.
         outside: Names of modules that call convolutions which are no parts of the model.
     """
@@ -68,12 +69,13 @@ class Uses:
     changed: set[int] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    tried: set[tuple[str, str]] = field(default_factory=set)
     others: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     outside: set[str] = field(default_factory=set)
 
     def by(self, module: str, layer: str) -> set[Use]:
         """The uses of a convolution by a module."""
-        unknown = {Use(module, UNKNOWN)} if module in self.failed else set()
+        unknown = {Use(module, UNKNOWN)} if module in self.failed and (module, layer) not in self.tried else set()
         return {use for use in self.of[layer] if use.by == module} | unknown
 
 

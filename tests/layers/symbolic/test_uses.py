@@ -360,6 +360,29 @@ def test_what_a_forward_pass_that_cannot_be_followed_does_is_not_known(kind):
     assert other.reason is None
 
 
+class ByNumpy(nn.Module):
+    """Leaves PyTorch on the way, so that it cannot be followed, and cannot be given the input of the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 8, 3), nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.last, self.mask = nn.Conv2d(8, 16, 3), torch.rand(16, 8, 3, 3) < 0.5
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + torch.from_numpy(x.detach().numpy())
+        for block in self.blocks:
+            x = block(x)
+        return self.last(F.conv2d(x, self.last.weight * self.mask, padding=1)[:, :8])
+
+
+def test_one_that_cannot_be_followed_is_tried_with_the_input_of_others():
+    settings = ci.Settings(steps=1, channels="matched")
+    *plain, last = ci.initialize_(nn.ModuleList([ByNumpy()]), settings=settings).layers
+    assert [layer.reason for layer in plain] == [None] * 3
+    assert "within its mask" in last.reason
+
+
 def test_what_a_hook_that_cannot_be_followed_does_is_tried():
     model, mask = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.rand(8, 3, 3, 3) < 0.5
 
