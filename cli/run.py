@@ -69,8 +69,10 @@ class Choices:
     @property
     def of_files(self) -> dict[str, object]:
         """What changes a file beside settings, base and calibration, where it is not the default; ready for JSON."""
+        arguments = self.how.arguments
         given = {
-            "model_arg": [f"{name}={value!r}" for name, value in self.how.arguments.items()],
+            **{name: value for name, value in arguments.items() if name in OWN},
+            "model_arg": [f"{name}={value!r}" for name, value in arguments.items() if name not in OWN],
             "like": self.how.like,
             "key": self.how.key,
             "include": list(self.include),
