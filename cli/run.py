@@ -23,6 +23,7 @@ from convsim_init.report.report import Outcome
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
+from .arguments import OWN
 from .options import Loaded, ModelOptions, is_file, load
 from .signals import exit_on_signal
 from .terminal import stdout_for_results
