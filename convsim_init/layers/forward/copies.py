@@ -62,8 +62,8 @@ def _names(kind: Any, forward: Any) -> set[str]:
     return found
 
 
-def is_heavy(value: object) -> bool:
-    """Whether an object leads to many others or to large tensors and arrays."""
+def is_heavy(value: object, *, tensors: bool = True) -> bool:
+    """Whether an object leads to many others or to large tensors, where those count, and arrays."""
     if isinstance(value, (*ATOMS, Tensor, dict, list, tuple, set)):
         return False
     size, known, pending = 0, set[int](), list[object]([value])
@@ -72,8 +72,10 @@ def is_heavy(value: object) -> bool:
             continue
         known.add(id(one))
         with suppress(Exception):  # its own code may say what it holds
-            if isinstance(one, (Tensor, np.ndarray)):
-                size += one.nbytes if isinstance(one, np.ndarray) or one.layout is torch.strided else 0
+            if isinstance(one, Tensor):
+                size += one.nbytes if tensors and one.layout is torch.strided else 0
+            elif isinstance(one, np.ndarray):
+                size += one.nbytes
             elif isinstance(one, Mapping):
                 pending += one.values() if isinstance(one, dict) else ()
             elif isinstance(one, (list, tuple, set, deque)):

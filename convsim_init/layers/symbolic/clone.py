@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from types import CellType, FunctionType, MethodType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import copied, heavy_attributes, is_heavy, is_librarys
@@ -21,12 +23,21 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy whose tensors have no data, with hooks before and after forward passes.
 
     Attributes that cannot be copied, or are too heavy, it shares with the model.
+
+    Args:
+        model: The model.
+        memo: What has been copied already, by the ids of the originals; added to.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
+    with _WithoutData():
+        return _copied_model(model, memo)
+
+
+def _copied_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     parts = list(tree.modules(model))
     for part in parts:
         for name, value in vars(part).items():
@@ -52,10 +63,9 @@ def on_meta(model: nn.Module) -> nn.Module:
             raise TypeError(f"{type(part).__name__} does not let itself be copied")
         vars(part)["training"] = False
     for part, name in product(parts, HOOKS):
-        twin = memo.get(id(part))
-        hooks = {key: _rebound(hook, memo) for key, hook in vars(part).get(name, {}).items() if not _is_librarys(hook)}
-        if twin is not None:
-            vars(twin)[name].update(hooks)
+        if id(part) in memo:
+            hooks = {key: _hook(hook, memo) for key, hook in vars(part).get(name, {}).items() if not _is_librarys(hook)}
+            vars(memo[id(part)])[name].update(hooks)
     return clone
 
 
@@ -66,20 +76,70 @@ def _is_librarys(hook: Any) -> bool:
     return is_librarys(bare if isinstance(bare, FunctionType) else type(bare))
 
 
-def _rebound(hook: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a hook that knows the copy of the model, but for other modules and for what is heavy."""
+def _hook(hook: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a hook that changes nothing of what the hook knows; one that fails, where there is none."""
+    try:
+        return _twin(hook, memo)
+    except Exception:  # of any kind: a module that cannot be copied
+        return _unknown
 
-    def twin(value: Any) -> Any:
-        known = not isinstance(value, nn.Module) or id(value) in memo
-        return copied(value, memo) if known and not is_heavy(SimpleNamespace(value=value)) else value
 
-    if not isinstance(hook, FunctionType):
-        return twin(hook)
-    cells = []
-    for cell in hook.__closure__ or ():
+def _unknown(*_: object) -> None:
+    raise TypeError("a hook that cannot be copied")
+
+
+def _twin(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a hook, or of what one knows, but for the code and the objects of libraries."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, (type, ModuleType)):
+        return value
+    if isinstance(value, FunctionType):
+        return value if is_librarys(value) else _rebound(value, memo)
+    if isinstance(value, MethodType):
+        return MethodType(_twin(value.__func__, memo), _twin(value.__self__, memo))
+    if isinstance(value, partial):
+        keywords = {name: _twin(one, memo) for name, one in value.keywords.items()}
+        return partial(_twin(value.func, memo), *(_twin(one, memo) for one in value.args), **keywords)
+    if isinstance(value, nn.Module):
+        return on_meta(value, memo)
+    if is_heavy(SimpleNamespace(value=value), tensors=False):
+        raise TypeError(f"{type(value).__name__} is too heavy to be copied")
+    memo[id(value)] = twin = copied(value, memo)
+    return twin
+
+
+def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """A copy of a function that knows copies, by its closure and, but for functions of others, by global names."""
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    known = dict(function.__globals__)
+    twin = FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    memo[id(function)] = twin  # which may know itself
+    for cell, original in zip(cells, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # empty yet
-            cell = CellType(twin(cell.cell_contents))
-        cells.append(cell)
-    rebound = FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, tuple(cells))
-    rebound.__kwdefaults__ = hook.__kwdefaults__
-    return rebound
+            cell.cell_contents = _twin(original.cell_contents, memo)
+    for name in _names(function.__code__) & known.keys():
+        if getattr(known[name], "__globals__", function.__globals__) is function.__globals__:
+            known[name] = _twin(known[name], memo)
+    return twin
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names in code, and in that of functions within it."""
+    return set(code.co_names).union(*(_names(one) for one in code.co_consts if isinstance(one, CodeType)))
+
+
+class _WithoutData(TorchFunctionMode):
+    """Context in which copies of tensors are on the meta device."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (Tensor.clone, Tensor.__deepcopy__):
+            return torch.empty_like(args[0], device="meta")
+        return func(*args, **(kwargs or {}))

@@ -3,7 +3,9 @@
 import gc
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,6 +328,82 @@ def test_hooks_are_followed_and_nothing_that_they_know_is_touched():
     assert (features, counts, recorder.shapes) == ([], {"calls": 0}, [])
     assert not hasattr(model[0], "calls")
     assert not hasattr(model[0], "seen")
+
+
+SEEN = []
+
+
+def see(value):
+    SEEN.append(value)
+
+
+def by_global(module, inputs, output):
+    SEEN.append(output)
+
+
+def by_function_of_global(module, inputs, output):
+    see(output)
+
+
+def by_closure(held):
+    def note():
+        held.append(1)
+
+    @torch.no_grad()
+    def hook(module, inputs, output):
+        note()
+
+    return hook
+
+
+def by_large_object(held):
+    store = SimpleNamespace(features=torch.empty(2**26, device="meta"), outputs=held)
+    return lambda module, inputs, output: store.outputs.append(output)
+
+
+def by_array(held):
+    store = SimpleNamespace(features=np.empty(2**25), outputs=held)
+    return lambda module, inputs, output: store.outputs.append(output)
+
+
+def by_teacher(held):
+    teacher = Two()
+    teacher.outputs = held
+
+    def hook(module, inputs, output):
+        teacher.outputs.append(teacher(inputs[0]))
+        teacher.conv.calls = 1
+        held.extend(vars(teacher.conv).get("calls", []))
+
+    return hook
+
+
+HOOKS = {
+    "global": lambda held: by_global,
+    "function of global": lambda held: by_function_of_global,
+    "partial": lambda held: partial(by_global),
+    **{one.__name__: one for one in (by_closure, by_large_object, by_array, by_teacher)},
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_hooks_change_is_a_copy(kind):
+    model, held = nn.Sequential(Two()), []
+    model[0].register_forward_hook(HOOKS[kind](held))
+    ci.initialize_(model, settings=ci.Settings(steps=1))
+    assert held == SEEN == []
+
+
+def test_copies_of_what_hooks_know_have_no_data():
+    teacher = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Linear(2, 2**10))
+    model, store = nn.Sequential(Two()), SimpleNamespace(teacher=teacher, more=[torch.zeros(2)])
+
+    def hook(module, inputs, output):
+        assert store.teacher[0].weight.is_meta
+        assert store.more[0].is_meta
+
+    model.register_forward_hook(hook)
+    assert not follow(model).failed
 
 
 def test_hooks_are_given_arguments_as_they_usually_are():
