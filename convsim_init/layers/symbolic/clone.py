@@ -38,7 +38,7 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def _copied_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    parts = list(tree.modules(model))
+    parts = [part for part in tree.modules(model) if id(part) not in memo]
     for part in parts:
         for name, value in vars(part).items():
             if "hooks" in name and isinstance(value, dict):

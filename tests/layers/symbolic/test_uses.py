@@ -13,6 +13,7 @@ from torch import nn
 
 import convsim_init as ci
 from convsim_init.layers.symbolic.follow import follow
+from convsim_init.layers.symbolic.uses import find_uses
 
 TABLE = {1: F.conv1d, 2: F.conv2d}
 
@@ -392,6 +393,15 @@ def test_what_hooks_change_is_a_copy(kind):
     model[0].register_forward_hook(HOOKS[kind](held))
     ci.initialize_(model, settings=ci.Settings(steps=1))
     assert held == SEEN == []
+
+
+def test_hooks_may_know_the_model_within_another_module():
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3))
+    wrapper, weight = nn.Sequential(model), model[1].weight
+    model[0].register_forward_pre_hook(lambda *_: wrapper[0].eval() and None)
+    model[0].register_forward_hook(lambda *_: weight.data.clamp_(min=0) and None)
+    followed = follow(model)
+    assert find_uses(followed).changed == {id(weight)}
 
 
 def test_copies_of_what_hooks_know_have_no_data():
