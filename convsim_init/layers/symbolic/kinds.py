@@ -21,6 +21,7 @@ USING = {  # names of functions
     "convolution",
     *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)),
 }
+MULTIPLYING = {"mul", "multiply"}
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 SHAPES = {"size", "stride", "numel", *(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))}
 SHAPES |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}  # hold nothing of the values

@@ -13,7 +13,17 @@ from itertools import permutations
 from convsim_init.layers.layer import Layers
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.symbolic.follow import Followed, origins
-from convsim_init.layers.symbolic.kinds import FUSED, NORMALIZED, PASSED, PRODUCTS, SHAPES, UNKNOWN, USED, USING
+from convsim_init.layers.symbolic.kinds import (
+    FUSED,
+    MULTIPLYING,
+    NORMALIZED,
+    PASSED,
+    PRODUCTS,
+    SHAPES,
+    UNKNOWN,
+    USED,
+    USING,
+)
 from convsim_init.layers.symbolic.passes import OUTPUT
 from convsim_init.layers.symbolic.symbols import Node
 from convsim_init.settings import Settings
@@ -32,7 +42,6 @@ STATISTICS = {
     "linalg_norm",
     "linalg_vector_norm",
 }
-MULTIPLYING = {"mul", "multiply"}
 DIVIDING = {"div", "divide", "truediv", "true_divide"}
 NEAR = 300  # calls in which a value is computed from a statistic and from what that is of
 ENDS: dict[str, set[bool | None]]  # of ways into the calls of modules, by what they count as

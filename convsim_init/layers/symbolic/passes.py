@@ -46,10 +46,11 @@ VIEWS = {  # of what they are given: what is written into one is in the other
     *("getitem", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
     *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "data", "detach"),
     *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "diagonal", "unfold", "as_strided", "numpy"),
+    *("storage", "untyped_storage"),
 }
 UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # kinds of arguments
 ORDERED = (*UNNAMED, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-UNWRITTEN = {"requires_grad", "requires_grad_", "retain_grad", "grad"}  # change no value
+UNWRITTEN = {"requires_grad", "retain_grad", "grad"}  # change no value
 BEFORE, AFTER = "before", "after"  # a forward pass
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
@@ -108,6 +109,10 @@ class SymbolicPass(TorchFunctionMode):
                 for key, hook in hooks.items():
                     hooks[key] = functools.partial(self._run_hook, hook, module, when)
 
+    def __deepcopy__(self, memo: object) -> SymbolicPass:
+        """Itself, which the modules know that code may copy."""
+        return self
+
     def run(self, part: nn.Module, given: Iterable[str], *, usual: bool = True) -> list[Node]:
         """The calls of a part's forward pass in order, its output the last; none if it cannot run.
 
@@ -159,6 +164,8 @@ class SymbolicPass(TorchFunctionMode):
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A module's forward pass."""
+        if module not in self._forward:  # a copy that code has made of one
+            return type(module).forward(module, *args, **kwargs)
         name, single = self._named[module]
         if {one for one, _ in self._running} == {module}:  # with which the pass began
             return self._attempt(self._forward[module], args, kwargs, module)
@@ -214,7 +221,8 @@ class SymbolicPass(TorchFunctionMode):
         """
         outer, before, unwritten = self._answers, len(self._nodes), len(self._written)
         self._answers = answers = Answers(outer.proven)  # those of this call are changed alone
-        self._running += [(caller, hook)] if caller is not None else []
+        entered = len(self._running)
+        self._running += [(caller, hook)] if caller in self._forward else []
         running = len(self._running)
         try:
             for _ in range(ATTEMPTS):
@@ -233,7 +241,7 @@ class SymbolicPass(TorchFunctionMode):
             raise FailedError
         finally:
             self._answers = outer
-            del self._running[running - (caller is not None) :]
+            del self._running[entered:]
 
     def __torch_function__(
         self,
@@ -261,6 +269,7 @@ class SymbolicPass(TorchFunctionMode):
         exponent = args[1] if name == "pow" and len(args) > 1 else None
         if isinstance(exponent, float):
             name = ROOTS.get(exponent, name)
+        args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
         symbol = self.symbol(name, args, kwargs)
         if func in CONVOLUTIONS:
             symbol.node.convolution = convolution_arguments(func, args, kwargs)

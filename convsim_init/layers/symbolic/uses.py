@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers import tree
 from convsim_init.layers.symbolic.follow import Followed, kernels, origins
-from convsim_init.layers.symbolic.kinds import PRODUCTS, USING
+from convsim_init.layers.symbolic.kinds import MULTIPLYING, PRODUCTS, USING
 from convsim_init.layers.symbolic.symbols import Node
 
 CALLED, REPLACED, CHANGED, UNKNOWN = "called", "replaced", "changed", "unknown"
@@ -33,6 +33,7 @@ SAME = {
     "double",
     "contiguous",
     "clone",
+    "requires_grad",
 }
 
 
@@ -102,12 +103,18 @@ def find_uses(followed: Followed) -> Uses:
 
 
 def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]:
-    """Layers that no module calls, with those that multiply by their weights, as after unfolding or in a library."""
+    """Layers that no module calls, with those that multiply by their weights or write them into others."""
     for node in (node for nodes, _ in followed.runs if unused for node in nodes if node.caller is not None):
-        if node.module is None and (node.name in PRODUCTS | USING or "conv" in node.name):
+        if node.changed or _multiplies(node):
             of = {one for before in node.inputs for origin in origins(before) for one in origin.learned} | node.learned
-            for name in unused & {followed.names.get(one) for one in of}:
+            for name in unused & {followed.names.get(one) for one in of - node.changed}:
                 yield name, followed.names[id(node.caller)]
+
+
+def _multiplies(node: Node) -> bool:
+    """Whether it is a convolution by whatever function, or a part of one, as after unfolding or a Fourier transform."""
+    name = node.name if node.module is None else ""
+    return name in PRODUCTS | USING or "conv" in name or (name in MULTIPLYING and len(node.inputs) > 1)
 
 
 def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:

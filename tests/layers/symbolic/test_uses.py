@@ -1,5 +1,6 @@
 """What code names: functions that convolve however they are held, and no attributes of the same name."""
 
+import copy
 import gc
 import weakref
 from functools import partial
@@ -515,11 +516,53 @@ class ByOperator(Unfolding):
         return torch.ops.aten.conv2d(x, self.kernel())
 
 
-@pytest.mark.parametrize("kind", [ByEinsum, ByProduct, ByLinear, ByOperator])
+class ByFourier(Unfolding):
+    def forward(self, x):
+        kernel = torch.fft.rfft2(self.kernel(), s=x.shape[-2:])
+        return torch.fft.irfft2((torch.fft.rfft2(x)[:, None] * kernel.conj()).sum(2))
+
+
+class ByAnother(Unfolding):
+    def __init__(self):
+        super().__init__()
+        self.other = [nn.Conv2d(3, 8, 3)]
+
+    def forward(self, x):
+        self.other[0].weight.data.copy_(self.kernel())
+        return self.other[0](x)
+
+
+class ByCopy(Unfolding):
+    def forward(self, x):
+        conv = copy.deepcopy(self.conv)
+        conv.weight.data *= self.mask
+        return conv(x)
+
+
+@pytest.mark.parametrize("kind", [ByEinsum, ByProduct, ByLinear, ByOperator, ByFourier, ByAnother, ByCopy])
 def test_a_weight_that_is_multiplied_with_by_other_means_is_not_known(kind):
     (layer,) = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1)).layers
     assert layer.outcome is ci.Outcome.SKIPPED
     assert layer.reason.startswith(f"which weight {kind.__name__} uses is not known: ")
+
+
+class CopyingItself(Two):
+    def forward(self, x, copied=False):
+        return super().forward(x) if copied else copy.deepcopy(self)(x, copied=True)
+
+
+class ByStorage(Two):
+    def forward(self, x):
+        self.conv.weight.data.untyped_storage().fill_(0)
+        return super().forward(x)
+
+
+def test_copies_and_memory_are_those_of_their_originals():
+    (copying,) = ci.initialize_(nn.Sequential(CopyingItself()), settings=ci.Settings(steps=1)).layers
+    assert copying.outcome is ci.Outcome.INITIALIZED
+    assert copying.reason is None
+    (zero,) = ci.initialize_(nn.Sequential(ByStorage()), settings=ci.Settings(steps=1)).layers
+    assert zero.reason.startswith("all weights are zero that ByStorage makes of its parameter")
 
 
 class Tied(Unfolding):
