@@ -130,11 +130,11 @@ def _follow(model: nn.Module, followed: Followed) -> None:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    modules = list(tree.named_modules(model))
+    modules = list(tree.named_modules(model))[::-1]
     convolutions = [(name, one) for name, one in modules if isinstance(one, _ConvNd)]
     return {
         id(one): name.partition(".parametrizations.")[0]
-        for name, module in (*reversed(modules), *convolutions)  # the last one that holds a parameter counts
+        for name, module in (*modules, *convolutions)  # the last one that holds a parameter counts
         for one in (module, *(one for one in module._parameters.values() if one is not None and not is_lazy(one)))
     }
 

@@ -579,6 +579,12 @@ def test_a_parameter_that_others_hold_too_is_that_of_its_convolution():
     assert "within its mask, " in layer.reason
 
 
+def test_a_weight_that_convolutions_share_is_that_of_the_first():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    model[1].weight = model[0].weight
+    assert follow(model).names[id(model[0].weight)] == "0"
+
+
 class Swapping(Unfolding):
     def forward(self, x, scale):
         other = nn.Parameter(self.kernel().detach())
