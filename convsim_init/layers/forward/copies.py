@@ -42,16 +42,20 @@ def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
 def names_of(parts: Iterable[nn.Module]) -> set[str]:
     """The names in the code of forward passes, and in that of the methods and functions that these name."""
     code = {(type(part), vars(part).get("forward")) for part in parts}
-    return set().union(*(_names(kind, forward) for kind, forward in code))
+    return set().union(*(names_in(kind, forward) for kind, forward in code))
 
 
-def _names(kind: Any, forward: Any) -> set[str]:
-    pending: list[Any] = [forward or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
+def names_in(kind: Any, code: Any = None) -> set[str]:
+    """The names in the code of a function, or of the forward pass of a class, and in that of what these name."""
+    pending: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
     known, found = set[CodeType](), set[str]()
     for one in pending:
         function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
-        code = getattr(function, "__code__", None)
-        codes = [code] if isinstance(code, CodeType) and not is_librarys(function) else []
+        own = getattr(function, "__code__", None)
+        codes = [own] if isinstance(own, CodeType) and not is_librarys(function) else []
+        for cell in function.__closure__ or () if codes else ():
+            with suppress(ValueError):  # empty yet
+                pending.append(cell.cell_contents)
         for inner in codes:
             if inner not in known:
                 known.add(inner)

@@ -16,10 +16,11 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import copied, heavy_attributes, is_heavy, is_librarys
+from convsim_init.layers.forward.copies import copied, heavy_attributes, is_heavy, is_librarys, names_in
 
 DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # what a deep copy of the model copies by itself
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+TAKING = {"weight", "data", "parameters", "named_parameters", "_parameters", "state_dict", "load_state_dict", "setattr"}
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -64,8 +65,9 @@ def _copied_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         vars(part)["training"] = False
     for part, name in product(parts, HOOKS):
         if id(part) in memo:
-            hooks = {key: _hook(hook, memo) for key, hook in vars(part).get(name, {}).items() if not _is_librarys(hook)}
-            vars(memo[id(part)])[name].update(hooks)
+            for key, hook in vars(part).get(name, {}).items():
+                if not _is_librarys(hook) and (name == HOOKS[0] or _may_change(hook)):
+                    vars(memo[id(part)])[name][key] = _hook(hook, memo)
     return clone
 
 
@@ -74,6 +76,14 @@ def _is_librarys(hook: Any) -> bool:
     bare = hook.func if isinstance(hook, partial) else hook
     bare = bare.__func__ if isinstance(bare, MethodType) else bare
     return is_librarys(bare if isinstance(bare, FunctionType) else type(bare))
+
+
+def _may_change(hook: Any) -> bool:
+    """Whether a hook names what changes weights: others after a forward pass, which log or keep what is there, rest."""
+    bare = hook.func if isinstance(hook, partial) else hook
+    kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
+    names = names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
+    return not names.isdisjoint(TAKING) or any(name.endswith("_") and not name.startswith("_") for name in names)
 
 
 def _hook(hook: Any, memo: dict[int, Any]) -> Any:

@@ -597,3 +597,17 @@ class Swapping(Unfolding):
 def test_a_weight_that_is_swapped_is_told():
     (layer,) = ci.measure(nn.Sequential(Swapping())).layers
     assert layer.reason == "Swapping may change it in its forward pass, which could not be tried"
+
+
+LOGGED = []
+
+
+def test_hooks_that_only_log_or_keep_what_comes_out_are_not_run():
+    def log(module, inputs, output):
+        LOGGED.append(type(output))
+
+    model = nn.Sequential(Two())
+    model.register_forward_hook(log)
+    model[0].register_forward_hook(partial(lambda kept, *_: kept(None, None, 1), log))
+    ci.measure(model)
+    assert LOGGED == []
