@@ -35,6 +35,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
 
     from convsim_init.errors import InputError, RunError
     from convsim_init.parallel.launch import launched
+    from convsim_init.report.text import error_text
     from convsim_init.version import __version__
 
     from .commands.compare import compare
@@ -162,4 +163,4 @@ def _run(arguments: Sequence[str]) -> int:
             return fail(str(error), FAILED)
         if isinstance(error, OSError) and error.errno in FULL:  # what is written to files is told by RunError
             return fail(f"could not write to stdout: {error.strerror}; send it elsewhere", FAILED)
-        return fail(f"{type(error).__name__}: {error} (--debug shows where)", FAILED)
+        return fail(f"{error_text(error)} (--debug shows where)", FAILED)

@@ -19,7 +19,7 @@ from convsim_init.files import ExistsError
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import Source, parse
 from convsim_init.report.record import json_text, read_record
-from convsim_init.report.text import PATH, quoted, shown, some
+from convsim_init.report.text import PATH, error_text, quoted, shown, some
 
 from .options import check_found, is_file
 from .run import Choices, make, write
@@ -150,5 +150,5 @@ def _attempt(run: Run, work: Callable[[], Result], choices: Choices) -> Result:
         if choices.debug:
             traceback.print_exception(error)
         foreseen = isinstance(error, (InputError, RunError))
-        why = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
+        why = str(error) if foreseen else f"{error_text(error)} (--debug shows where)"
         return Result(run, Status.FAILED, error=" ".join(why.split()))

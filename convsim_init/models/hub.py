@@ -133,7 +133,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from error
+        raise InputError(f"cannot read {str(path)!r}: {error_text(error)}") from error
     if not isinstance(content, dict) or not {"model_type", "architecture"} & content.keys():
         raise InputError(f"expected the config of a model of transformers or timm, got {str(path)!r}, which is neither")
     return content

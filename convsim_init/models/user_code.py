@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from convsim_init.errors import InputError
+from convsim_init.report.text import error_text
 
 # What the files of a folder have imported from it. Other folders may hold other modules of the same names.
 _beside: dict[Path, dict[str, ModuleType]] = {}
@@ -67,7 +68,7 @@ def user_errors(what: str) -> Iterator[None]:
     except BaseException as error:  # SystemExit, and whatever else a user's code derives from it
         relative = isinstance(error, ImportError) and "relative import" in str(error)
         hint = "name it with its package, as package.module:function" if relative else "--debug shows where"
-        raise InputError(f"{what} raised {type(error).__name__}: {error}; {hint}") from error
+        raise InputError(f"{what} raised {error_text(error)}; {hint}") from error
 
 
 def load_module(name: str) -> ModuleType:

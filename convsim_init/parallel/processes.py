@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convsim_init.errors import InputError, RunError
 from convsim_init.parallel.launch import Launch
+from convsim_init.report.text import error_text
 
 Value = TypeVar("Value")
 
@@ -59,7 +60,7 @@ class Ranks:
         if self._ended:
             return
         foreseen = isinstance(error, (InputError, RunError))
-        message = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        message = str(error) if foreseen else error_text(error)
         with suppress(InputError, RunError):  # this one comes back, or that of another rank
             self.exchange(InputError(message) if isinstance(error, InputError) else RunError(message))
 

@@ -37,7 +37,7 @@ def quoted(value: object) -> str:
 
 def error_text(error: BaseException) -> str:
     """The kind of an error and what it says, on one line, which may be a whole tensor."""
-    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), ERROR)
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"), ERROR)
 
 
 def layer_name(name: str) -> str:

@@ -934,7 +934,7 @@ def raises(error: BaseException):
     ("error", "message"),
     [
         (RuntimeError("two\n  lines"), "Error: RuntimeError: two lines (--debug shows where)\n"),
-        (MemoryError(), "Error: MemoryError: (--debug shows where)\n"),
+        (MemoryError(), "Error: MemoryError (--debug shows where)\n"),
         (ValueError("bad"), "Error: ValueError: bad (--debug shows where)\n"),
     ],
     ids=["of-torch", "no-memory", "no-input-error"],

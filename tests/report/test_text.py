@@ -2,7 +2,7 @@
 
 import pytest
 
-from convsim_init.report.text import did_you_mean, layer_name, printable, quoted, shortened, shown, some
+from convsim_init.report.text import did_you_mean, error_text, layer_name, printable, quoted, shortened, shown, some
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,12 @@ def test_a_name_is_shown_in_one_short_piece():
     assert shown(shown("\x1b" * 3000)) == shown("\x1b" * 3000)
     assert (layer_name(""), layer_name("\n")) == ("(the model itself)", r"\n")
     assert (quoted("a\n"), quoted(3), len(quoted("x" * 3000))) == (r"'a\n'", "3", 80)
+
+
+def test_an_error_is_told_by_its_kind_and_what_it_says_if_anything():
+    assert error_text(ValueError("two\n lines")) == "ValueError: two lines"
+    assert error_text(AssertionError()) == "AssertionError"
+    assert len(error_text(ValueError("x" * 3000))) == 500
 
 
 @pytest.mark.parametrize(
