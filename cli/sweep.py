@@ -109,7 +109,11 @@ def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
     pairs = [(name, found.get(name, value), value) for name, value in wanted.items()]
     given, asked = options if isinstance(options, Mapping) else {}, choices.of_files  # both without defaults
     pairs += [(name, given.get(name), asked.get(name)) for name in {**asked, **given}]
-    return [f"{name} {quoted(one)}, not {quoted(other)}" for name, one, other in pairs if one != other]
+    return [f"{name} {_told(one)}, not {_told(other)}" for name, one, other in pairs if one != other]
+
+
+def _told(value: object) -> str:
+    return "default" if value is None else quoted(value)
 
 
 def _is_model(found: str, wanted: str) -> bool:

@@ -231,7 +231,7 @@ def test_what_was_made_otherwise_is_not_kept_in_silence(name, command, tmp_path)
     assert (status, out) == (2, "")
     assert err == (
         f"Error: expected the files of an earlier run of this command or none, got '{path}', made with norm "
-        "'preserve', not 'free', steps 2, not 3, calibrated None, not [3, 32, 32]: choose another name, or write it "
+        "'preserve', not 'free', steps 2, not 3, calibrated default, not [3, 32, 32]: choose another name, or write it "
         "anew with --force\n"
     )
 
@@ -243,12 +243,17 @@ def test_what_was_made_otherwise_is_not_kept_in_silence(name, command, tmp_path)
         ("./nets.py:small", "1", [], "seed 0, not 1"),
         ("nets.py:small", "0", ["--base", "orthogonal"], "base 'model', not 'orthogonal'"),
         ("other/nets.py:small", "0", [], "model 'nets.py:small', not 'other/nets.py:small'"),
-        ("nets.py:small", "0", ["--exclude", "2"], "exclude None, not ['2']"),
-        ("nets.py:small", "0", ["--include", "0"], "include None, not ['0']"),
-        ("nets.py:small", "0", ["--dtype", "float16"], "dtype None, not 'float16'"),
-        ("nets.py:small", "0", ["--model-arg", "width=6"], "model_arg None, not ['width=6']"),
-        ("nets.py:small", "0", ["--prefix", "a.", "--convs-only"], "convs_only None, not True, prefix None, not 'a.'"),
-        ("nets.py:small", "0", ["--without", "1.*"], "without None, not ['1.*']"),
+        ("nets.py:small", "0", ["--exclude", "2"], "exclude default, not ['2']"),
+        ("nets.py:small", "0", ["--include", "0"], "include default, not ['0']"),
+        ("nets.py:small", "0", ["--dtype", "float16"], "dtype default, not 'float16'"),
+        ("nets.py:small", "0", ["--model-arg", "width=6"], "model_arg default, not ['width=6']"),
+        (
+            "nets.py:small",
+            "0",
+            ["--prefix", "a.", "--convs-only"],
+            "convs_only default, not True, prefix default, not 'a.'",
+        ),
+        ("nets.py:small", "0", ["--without", "1.*"], "without default, not ['1.*']"),
         ("./nets.py:small", "0", [], ""),
     ],
 )
