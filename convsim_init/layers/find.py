@@ -92,7 +92,7 @@ def find_layers(
             hint = ": make tensors of its arrays, as by torch.from_numpy" if arrays else ""
             raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}{hint}")
     else:
-        raise InputError(f"expected a module or its state dict, got {type(source).__name__}")
+        raise InputError(f"expected a module or its state dict, got {type(source).__name__}: build or load it first")
     names = [layer.name for layer in layers]
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)

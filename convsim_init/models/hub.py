@@ -18,7 +18,7 @@ from convsim_init.errors import InputError
 from convsim_init.models.libraries import import_errors
 from convsim_init.models.spec import CONFIG, Source, Spec
 from convsim_init.models.user_code import user_errors
-from convsim_init.report.text import error_text, quoted, shown
+from convsim_init.report.text import did_you_mean, error_text, quoted, shown
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,10 @@ def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Modu
     if spec.source is Source.TRANSFORMERS:
         found = _transformers_class(spec.name, spec.text)
         if getattr(found, "config_class", None) is None:
-            raise InputError(f"expected a model's class of transformers with a config, got {quoted(spec.name)}")
+            raise InputError(
+                f"expected a model's class of transformers with a config, such as ResNetModel, got {quoted(spec.name)}"
+                f"{did_you_mean(spec.name, {*dir(_load('transformers', spec.text))} - {spec.name})}"
+            )
         return partial(_build_transformers, spec.text, found, found.config_class)
     folder = _cached(spec) if spec.source is Source.HUB else Path(spec.place)
     if "model_type" in _read(folder):

@@ -186,7 +186,10 @@ def _find_factors(
         try:
             reached += tree_leaves(model(images))
         except Exception as error:  # whatever the model's own code raises
-            raise InputError(f"expected a model that takes {list(images.shape)}, got {error_text(error)}") from error
+            raise InputError(
+                f"expected a model that takes {list(images.shape)}, got {error_text(error)}: "
+                "give the shape of its inputs"
+            ) from error
         ends = [end for end in reached if isinstance(end, Tensor) and end.requires_grad]
         if not ends:
             raise InputError(

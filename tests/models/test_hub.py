@@ -73,7 +73,8 @@ def test_a_config_in_the_cache(timm_folder, tmp_path, monkeypatch):
     [
         (CLASS, {"width": 3}, "expected an entry of its config, got width: leave it out"),
         (CLASS, {"depths": "two"}, "depths"),
-        ("transformers:Trainer", {}, "expected a model's class of transformers with a config, got 'Trainer'"),
+        ("transformers:Trainer", {}, "of transformers with a config, such as ResNetModel, got 'Trainer'"),
+        ("transformers:ResNetModl", {}, "got 'ResNetModl': did you mean ResNetModel"),
         ("transformers:", {}, "name a model"),
     ],
 )
