@@ -99,11 +99,13 @@ def run(
     except UnmatchedError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        where = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, ImportError) and where[-1] == "runpy" and "__main__" not in where:  # there is no script
+        own = error.__traceback__
+        while own is not None and own.tb_frame.f_globals.get("__name__") != "__main__":
+            last, own = own.tb_frame.f_globals.get("__name__"), own.tb_next
+        if isinstance(error, ImportError) and own is None and last == "runpy":  # there is no script
             quiet = True
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
-        traceback.print_exc()
+        traceback.print_exception(error.with_traceback(own or error.__traceback__))  # of the script's own code
         return FAILED if isinstance(error, Exception) else INTERRUPTED
     finally:
         sys.argv, sys.path[:] = before

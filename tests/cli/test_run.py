@@ -60,6 +60,7 @@ def test_a_script_runs_as_it_would_alone(what, status, code, run):
     line, *rest = err.splitlines()
     assert line.startswith("convsim-init: Network, 2 convolutions: 2 initialized, ")
     assert ("RuntimeError: not today" in rest) == (what == "raise")
+    assert [one.split('"')[1] for one in rest if "File" in one] == ["code/train.py"] * (what in ("raise", "refuse"))
     assert ("convsim_init.errors.InputError: not this" in rest) == (what == "refuse")
 
 
