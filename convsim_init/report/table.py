@@ -87,7 +87,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
     written = data["file"] is not None and data["file_bytes"] is not None
-    file = f"{shown(data['file'], PATH)} ({data['file_bytes'] / 1e6:.1f} MB)" if written else "no weights written"
+    file = f"{shown(data['file'], PATH)} ({_size_text(data['file_bytes'])})" if written else "no weights written"
     end = f"{data['seconds']:.2f} s{device}{processes}, {file}"
     change = _change_of_totals(data)
     if any(layer["after"] for layer in layers):
@@ -131,6 +131,10 @@ def measure_cells(measures: Mapping[str, float]) -> list[str]:
         digits = ".3e" if name == "normalized_similarity" else ".4f"
         cells.append(format(measures[name], digits) if name in measures else "-")
     return cells
+
+
+def _size_text(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def shape_text(shape: Sequence[int]) -> str:

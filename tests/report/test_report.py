@@ -233,10 +233,11 @@ def test_a_plan_shows_outcomes():
     ]
 
 
-def test_the_file_is_named_whatever_bytes_its_name_is_made_of():
+@pytest.mark.parametrize(("size", "text"), [(2_340_000, "2.3 MB"), (120_000, "0.1 MB"), (1_260, "1.3 kB")])
+def test_the_file_is_named_whatever_bytes_its_name_is_made_of(size, text):
     report = run()
-    report.file, report.file_bytes = "a\udcff.pt", 2_340_000
-    assert str(report).endswith(r"1.25 s, a\udcff.pt (2.3 MB)")
+    report.file, report.file_bytes = "a\udcff.pt", size
+    assert str(report).endswith(rf"1.25 s, a\udcff.pt ({text})")
     str(report).encode()
 
 
