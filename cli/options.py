@@ -18,6 +18,7 @@ from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG
 from convsim_init.models.zoo.catalog import MODELS
+from convsim_init.plotting.figure import check_plot
 from convsim_init.report.text import PATH, quoted, shown, some
 
 from .completion import complete_layers, complete_models
@@ -109,6 +110,10 @@ key_option = click.option(
 
 names_option = partial(click.option, multiple=True, metavar="GLOB", shell_complete=complete_layers)  # of layers
 plot_layer_option = partial(click.option, "--plot-layer", metavar="NAME", shell_complete=complete_layers)
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
+)
+force_option = click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 json_option = partial(click.option, "--json", "as_json", is_flag=True, callback=needs_stdout)
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
@@ -135,6 +140,14 @@ def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = Fals
     if unused and len(files) == len(specs):
         hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
         raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
+
+
+def check_picture(plot: Path | None, layer: str | None, *, force: bool) -> None:
+    """Refuse, without torch, a picture that cannot be drawn, and options of one where there is none."""
+    if plot is not None:
+        check_plot(plot, overwrite=force)
+    elif layer is not None or force:
+        raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
 
 
 def check_found(specs: Sequence[str], like: str | None) -> None:

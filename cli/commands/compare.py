@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from convsim_init.errors import InputError
-from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
+from convsim_init.plotting.figure import figure_of, is_dark, save_figure
 from convsim_init.report.text import PATH, shown
 
 from .. import options
@@ -31,11 +31,9 @@ Examples:
 @options.like_option
 @options.key_option
 @options.json_option(help="Print the comparison as JSON.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
-)
+@options.plot_option
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most different.")
-@click.option("--force", is_flag=True, help="Overwrite an existing picture.")
+@options.force_option
 @options.debug_option
 def compare(
     specs: tuple[str, ...],
@@ -53,10 +51,8 @@ def compare(
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
-    if plot is None and (plot_layer is not None or force):
-        raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
     options.check_sources(specs, how)
-    picture = None if plot is None else check_plot(plot, overwrite=force)
+    options.check_picture(plot, plot_layer, force=force)
 
     with exit_on_signal():
         from convsim_init.metrics import compare as comparison
@@ -66,11 +62,11 @@ def compare(
         compared = comparison.compare([(one.name, one.content) for one in loaded])
     for snapshot, one in zip(compared.snapshots, loaded, strict=True):
         snapshot.report.remarks += one.remarks
-    if picture is not None:
+    if plot is not None:
         figure = figure_of(
-            compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(picture)
+            compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(plot)
         )
-        save_figure(figure, picture, overwrite=force)
+        save_figure(figure, plot, overwrite=force)
     if as_json:
         show_json(compared.to_dict())
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from convsim_init.plotting.figure import check_plot, figure_of, is_dark, save_figure
+from convsim_init.plotting.figure import figure_of, is_dark, save_figure
 from convsim_init.report.record import run_record
 from convsim_init.report.table import COLUMNS, as_csv
 
@@ -48,11 +48,9 @@ Examples:
 @options.names_option("--include", help="Show only layers whose name matches. Repeatable.")
 @options.json_option(help="Print all measures as JSON.")
 @click.option("--csv", is_flag=True, callback=needs_stdout, help="Print all measures as comma-separated values.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
-)
+@options.plot_option
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most redundant.")
-@click.option("--force", is_flag=True, help="Overwrite an existing picture.")
+@options.force_option
 @options.debug_option
 def inspect(
     spec: str,
@@ -68,10 +66,8 @@ def inspect(
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if as_json and csv:
         raise click.UsageError("--json and --csv: choose one")
-    if plot is None and (plot_layer is not None or force):
-        raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
     options.check_sources([spec], how)
-    picture = None if plot is None else check_plot(plot, overwrite=force)
+    options.check_picture(plot, plot_layer, force=force)
 
     with exit_on_signal():
         from convsim_init.metrics.measure import measure
@@ -79,12 +75,12 @@ def inspect(
 
     with stdout_for_results():
         loaded = options.load(spec, how)
-        if picture is None:
+        if plot is None:
             report = measure(loaded.content).select(include)
         else:
             snapshot = take_snapshot(loaded.name, loaded.content).select(include)
-            figure = figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(picture))
-            save_figure(figure, picture, overwrite=force)
+            figure = figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(plot))
+            save_figure(figure, plot, overwrite=force)
             report = snapshot.report
     report.model, report.seed = loaded.name, loaded.seed
     report.remarks += loaded.remarks
