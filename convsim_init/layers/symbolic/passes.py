@@ -69,7 +69,7 @@ class SymbolicPass(TorchFunctionMode):
     """Forward passes of a model, or of parts of it, on unknown values.
 
     Args:
-        model: Model whose tensors are on the meta device. It is changed and can be used for this alone.
+        model: Copy of a model, with its hooks, on the meta device. It is changed and can be used for this alone.
         naming: What the call of a module is to be called, and whether it counts as a single one in any case.
 
     Attributes:
