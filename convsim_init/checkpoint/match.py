@@ -50,24 +50,24 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     wrappers = [f"{part}." for part in WRAPPER_PARTS if any(part in parts for parts in changed)]
     choices = find_prefixes(theirs, own)
     copies = list(dict.fromkeys(prefix for prefix, _ in choices))
-    if len(copies) > 1:
-        keys = [f"{checkpoint.wrapper}.{copy}".strip(".") for copy in copies]
-        raise InputError(
-            f"expected one copy of the model in {file!r}, got {len(copies)}: choose one with key (--key NAME in the "
-            f"shell): {some(map(shown, keys))}"
-        )
     twins = _twins(model)
     (removed, added), *others = choices
     parts = [added, *(other for _, other in others if not _is_tied(added, other, own, twins))]
     sources = _sources(theirs, own, removed, added)
     fitting = [key for key, source in sources.items() if theirs[source] == own[key]]
+    if len(copies) > 1 and 2 * len(fitting) > min(len(theirs), len(own)):  # not of another model
+        keys = [f"{checkpoint.wrapper}.{copy}".strip(".") for copy in copies]
+        raise InputError(
+            f"expected one copy of the model in {file!r}, got {len(copies)}: choose one with key (--key NAME in the "
+            f"shell): {some(map(shown, keys))}"
+        )
     if len(parts) > 1 and 2 * len(fitting) > len(theirs):
         names = [part.removesuffix(".") for part in parts]
         raise InputError(
             f"expected a file that fits one part of the model, got {file!r}, which fits {len(parts)}: "
             f"{some(map(shown, names))}; load_checkpoint(model.get_submodule({names[0]!r}), ...) loads it into one"
         )
-    if len(parts) > 1:
+    if len(parts) > 1 or len(copies) > 1:
         removed, added, sources = "", "", _sources(theirs, own, "", "")
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}

@@ -94,6 +94,13 @@ def test_a_key_may_go_through_several_dicts(tmp_path):
     assert read_checkpoint(tmp_path / "a.pth", "states.ema").wrapper == "states.ema"
 
 
+def test_a_file_of_which_several_parts_have_the_keys_of_a_model_but_other_shapes_is_another_models(tmp_path):
+    torch.save(build_model("resnet18").state_dict(), tmp_path / "a.pt")  # each of three downsamplings has a 0.weight
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8))
+    with pytest.raises(InputError, match="none of which fits"):
+        load_checkpoint(model, tmp_path / "a.pt")
+
+
 def test_a_file_with_two_copies_of_a_network_asks_which(tmp_path, command):
     state = build_model("cifar_resnet18", seed=1).state_dict()
     copies = {"encoder_q": state, "encoder_k": build_model("cifar_resnet18", seed=2).state_dict()}
