@@ -33,7 +33,7 @@ EAGER: list[int] = []  # the threads in which nothing is compiled
 RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which modules run, and these, by their ids
 FREE = threading.Condition()  # for those that wait until theirs run in no other thread
 COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
-LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # a trial ends before they are due
+LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # called after all convolutions
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -1,4 +1,4 @@
-"""A trial pass: a module's forward pass is begun, and the weight is taken that it gives to a convolution."""
+"""A trial pass: a module's forward pass runs as far as it is needed, and what it gives to convolutions is kept."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from convsim_init.layers.forward.trial import (
 from convsim_init.layers.weights import Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
 
-SIDE = 16  # of such an input: there is something left of it for those that follow
+SIDE = 16  # of an input for another convolution than its own: something is left of it for those that follow
 
 
 class ForwardWeight(Weight):
