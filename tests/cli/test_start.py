@@ -174,7 +174,7 @@ def test_base_weights_for_a_file_take_a_seed(command, weights):
         (["list.pt"], "expected a state dict in 'list.pt', got list"),
         (["objects.pt"], "expected only tensors"),
         (["code.pt"], "which needs code to be run"),
-        (["linear.safetensors"], "expected a state dict with convolution weights"),
+        (["linear.safetensors"], "expected a file with convolution weights, of rank 3 to 5, got 'linear.safetensors'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
