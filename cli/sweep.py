@@ -42,8 +42,8 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
     results: list[Result] = []
     width = max(len(run.name) for run in runs)
     show_table = not (choices.as_json or choices.quiet)
-    shown = progress and not choices.verbose
-    with tqdm(total=len(runs), desc="runs", unit="run", leave=False, disable=not shown) as bar:
+    hidden = choices.verbose or not progress
+    with tqdm(total=len(runs), desc="runs", unit="run", leave=False, disable=hidden) as bar:
 
         def show(line: str | None) -> None:
             with tqdm.external_write_mode():

@@ -130,8 +130,8 @@ def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
     """Which tensors a forward pass may change: of a very large model not those parameters that none seems to write."""
     if sum(one.nbytes for one in tree.parameters(model)) <= COPIED:
         return lambda _: True
-    uses = find_uses(follow(model))
-    parts = dict(tree.named_modules(model))
+    followed = follow(model)
+    uses, parts = find_uses(followed), followed.modules
     written = uses.changed | {
         id(one) for name, part in parts.items() for one in _may_be_written(part, name in uses.ran)
     }

@@ -6,7 +6,7 @@ import copy
 import inspect
 import sys
 from collections import ChainMap, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import getattr_static
@@ -52,18 +52,25 @@ def names_in(kind: Any, code: Any = None) -> set[str]:
     for one in pending:
         function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
         own = getattr(function, "__code__", None)
-        codes = [own] if isinstance(own, CodeType) and not is_librarys(function) else []
+        codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_librarys(function) else []
+        codes = codes if known.isdisjoint(codes[:1]) else []
+        known.update(codes)
         for cell in function.__closure__ or () if codes else ():
             with suppress(ValueError):  # empty yet
                 pending.append(cell.cell_contents)
         for inner in codes:
-            if inner not in known:
-                known.add(inner)
-                found |= {*inner.co_names, *(name for name in inner.co_consts if isinstance(name, str))}
-                codes += [constant for constant in inner.co_consts if isinstance(constant, CodeType)]
-                pending += [getattr_static(kind, name, None) for name in inner.co_names]
-                pending += [function.__globals__.get(name) for name in inner.co_names]
+            found |= {*inner.co_names, *(name for name in inner.co_consts if isinstance(name, str))}
+            pending += [getattr_static(kind, name, None) for name in inner.co_names]
+            pending += [function.__globals__.get(name) for name in inner.co_names]
     return found
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and that of those within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_in(constant)
 
 
 def is_heavy(value: object, *, tensors: bool = True) -> bool:

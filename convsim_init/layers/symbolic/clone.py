@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import copied, heavy_attributes, is_heavy, is_librarys, names_in
+from convsim_init.layers.forward.copies import codes_in, copied, heavy_attributes, is_heavy, is_librarys, names_in
 
 DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # what a deep copy of the model copies by itself
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -129,15 +129,10 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # empty yet
             cell.cell_contents = _twin(original.cell_contents, memo)
-    for name in _names(function.__code__) & known.keys():
+    for name in {name for code in codes_in(function.__code__) for name in code.co_names} & known.keys():
         if getattr(known[name], "__globals__", function.__globals__) is function.__globals__:
             known[name] = _twin(known[name], memo)
     return twin
-
-
-def _names(code: CodeType) -> set[str]:
-    """The names in code, and in that of functions within it."""
-    return set(code.co_names).union(*(_names(one) for one in code.co_consts if isinstance(one, CodeType)))
 
 
 class _WithoutData(TorchFunctionMode):
