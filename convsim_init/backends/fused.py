@@ -27,7 +27,7 @@ from convsim_init.settings import Settings
 
 MIN_PROGRAMS, MAX_CHANNELS = 1024, 16  # some programs for each of a GPU's processors; channels of one
 TILE: constexpr = constexpr(128)  # filters at a time, one a thread
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fused multiply and add
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": 168}  # so that three programs share a processor
 SIZES = ["channels", "filters", "span"]  # with Triton's special cases each would compile anew
 
 
@@ -46,9 +46,13 @@ def transform(values, basis, taps: constexpr, freqs: constexpr):
 
 @triton.jit(do_not_specialize=["keep", "add", "shift", *SIZES])
 def _evaluate(
-    weights, direction, grad, keep, add, shift, basis, sums, channels, filters, span, taps: constexpr, freqs: constexpr
-):
-    """`Block.evaluate`; the gradient before is read where the new one is written."""
+    weights, direction, grad, keep, add, shift, basis, sums,
+    channels, filters, span, taps: constexpr, freqs: constexpr, moves: constexpr = True
+):  # fmt: skip
+    """`Block.evaluate`; the gradient before is read where the new one is written.
+
+    Where nothing moves it is that of the weights as they are, and nothing else is read.
+    """
     program, parts = tl.program_id(0), tl.cdiv(channels, span)
     group, first = program // parts, program % parts * span
     taps_stride = tl.num_programs(0) // parts * channels * filters
@@ -57,15 +61,14 @@ def _evaluate(
         row = (group * channels + channel) * filters
         power = tl.zeros([freqs, TILE], tl.float32)
         for start in range(0, filters, TILE):
-            here = start + lane < filters
-            own = group * filters + start + lane
-            factor = tl.load(keep + own, mask=here, other=0.0)
-            step = tl.load(add + own, mask=here, other=0.0)
+            here, own = start + lane < filters, group * filters + start + lane
+            factor = tl.load(keep + own, mask=here & moves, other=1.0)
+            step = tl.load(add + own, mask=here & moves, other=0.0)
             moved = ()
             for t in tl.static_range(taps):
                 at = t * taps_stride + row + start + lane
                 w = factor * tl.load(weights + at, mask=here, other=0.0)
-                moved += (w + step * tl.load(direction + at, mask=here, other=0.0),)
+                moved += (w + step * tl.load(direction + at, mask=here & moves, other=0.0),)
             for t in tl.static_range(taps):
                 tl.store(weights + t * taps_stride + row + start + lane, moved[t], mask=here)
             cosines, sines = transform(moved, basis, taps, freqs)
@@ -73,8 +76,8 @@ def _evaluate(
         total = tl.sum(power, 1)
         tl.debug_barrier()  # what is read below may have been written by another thread
         for start in range(0, filters, TILE):
-            here = start + lane < filters
-            lift = tl.load(shift + group * filters + start + lane, mask=here, other=0.0) / 2
+            here, own = start + lane < filters, group * filters + start + lane
+            lift = tl.load(shift + own, mask=here & moves, other=0.0) / 2
             ws = ()
             for t in tl.static_range(taps):
                 ws += (tl.load(weights + t * taps_stride + row + start + lane, mask=here, other=0.0),)
@@ -92,16 +95,23 @@ def _evaluate(
                 new = tl.sum(tl.load(basis + t * freqs + frequency)[:, None] * spectrum, 0)
                 dot_w += new * ws[t]
                 sq_norm += new * new
-                dot_dir += new * tl.load(direction + at, mask=here, other=0.0)
+                dot_dir += new * tl.load(direction + at, mask=here & moves, other=0.0)
                 w_sq_norm += ws[t] * ws[t]
-                dot_prev += new * tl.load(grad + at, mask=here, other=0.0)
+                dot_prev += new * tl.load(grad + at, mask=here & moves, other=0.0)
                 tl.store(grad + at, new, mask=here)
             to = sums + program * 5 * filters + start + lane
             known = start + lane < tl.where(channel > first, filters, 0)  # from the channels before
             found = dot_w, sq_norm, dot_dir, w_sq_norm, dot_prev
-            for i in tl.static_range(5):
+            for i in tl.static_range(5 if moves else 1):
                 tl.store(to, found[i] + tl.load(to, mask=known, other=0.0), mask=here)
                 to += filters
+
+
+@triton.jit
+def _add_products(sums, a, b, c):
+    """The inner products of powers at step 0, 1 and 2, in the order of `Block.turn`, added to five sums."""
+    ab, ac, bb, bc, cc = tl.sum(a * b, 0), tl.sum(a * c, 0), tl.sum(b * b, 0), tl.sum(b * c, 0), tl.sum(c * c, 0)
+    return sums[0] + ab, sums[1] + ac, sums[2] + bb, sums[3] + bc, sums[4] + cc
 
 
 @triton.jit(do_not_specialize=["beta", "turn", "bend", *SIZES])
@@ -114,18 +124,16 @@ def _turn(
     taps_stride = tl.num_programs(0) // parts * channels * filters
     lane = tl.arange(0, TILE)
     nothing = tl.zeros([freqs, TILE], tl.float32)
-    zeros = tl.zeros([TILE], tl.float32)
-    own01, own02, own11, own12, own22 = zeros, zeros, zeros, zeros, zeros  # of filters with themselves
-    zeros = tl.zeros([freqs], tl.float32)
-    all01, all02, all11, all12, all22 = zeros, zeros, zeros, zeros, zeros  # of all filters with all
+    zeros, zero = tl.zeros([TILE], tl.float32), tl.zeros([], tl.float32)
+    own = zeros, zeros, zeros, zeros, zeros  # of filters with themselves
+    every = zero, zero, zero, zero, zero  # of all filters with all
     for channel in range(first, tl.minimum(first + span, channels)):
         row = (group * channels + channel) * filters
         power0, power1, power2 = nothing, nothing, nothing
         for start in range(0, filters, TILE):
-            here = start + lane < filters
-            own = group * filters + start + lane
-            factor = tl.load(turn + own, mask=here, other=0.0)
-            curvature = tl.load(bend + own, mask=here, other=0.0)
+            here, at = start + lane < filters, group * filters + start + lane
+            factor = tl.load(turn + at, mask=here, other=0.0)
+            curvature = tl.load(bend + at, mask=here, other=0.0)
             ws, ds = (), ()
             for t in tl.static_range(taps):
                 at = t * taps_stride + row + start + lane
@@ -143,23 +151,11 @@ def _turn(
             power0 += p0
             power1 += p1
             power2 += p2
-            own01 += tl.sum(p0 * p1, 0)
-            own02 += tl.sum(p0 * p2, 0)
-            own11 += tl.sum(p1 * p1, 0)
-            own12 += tl.sum(p1 * p2, 0)
-            own22 += tl.sum(p2 * p2, 0)
-        total0, total1, total2 = tl.sum(power0, 1), tl.sum(power1, 1), tl.sum(power2, 1)
-        all01 += total0 * total1
-        all02 += total0 * total2
-        all11 += total1 * total1
-        all12 += total1 * total2
-        all22 += total2 * total2
-    to = sums + program * 5
-    tl.store(to, tl.sum(all01) - tl.sum(own01))
-    tl.store(to + 1, tl.sum(all02) - tl.sum(own02))
-    tl.store(to + 2, tl.sum(all11) - tl.sum(own11))
-    tl.store(to + 3, tl.sum(all12) - tl.sum(own12))
-    tl.store(to + 4, tl.sum(all22) - tl.sum(own22))
+            own = _add_products(own, p0, p1, p2)
+        every = _add_products(every, tl.sum(power0, 1), tl.sum(power1, 1), tl.sum(power2, 1))
+    at = 1, 2, 4, 5, 8  # in the matrix
+    for i in tl.static_range(5):
+        tl.store(sums + program * 9 + at[i], every[i] - tl.sum(own[i]))
 
 
 class FusedBlock:
@@ -182,7 +178,7 @@ class FusedBlock:
         self._basis, self._coarse_basis = (rows(basis.first, basis.second) for basis in (fourier.full, fourier.coarse))
         self._basis[taps, : len(fourier.identity)] = fourier.identity.flatten()
         self._sums = weights.new_empty(group_count, parts, 5, filters)
-        self._coefficients = weights.new_empty(group_count * parts, 5)
+        self._coefficients = weights.new_zeros(group_count * parts, 3, 3)
 
     def evaluate(self, keep: Tensor, add: Tensor, shift: Tensor) -> tuple[Tensor, float]:
         """As `Block.evaluate`."""
@@ -193,9 +189,7 @@ class FusedBlock:
     def turn(self, beta: float, weight_coefficient: Tensor, curvature: Tensor) -> Tensor:
         """As `Block.turn`."""
         self._launch(_turn, (beta, weight_coefficient, curvature), self._coarse_basis, self._coefficients)
-        coefficients = torch.zeros(3, 3, dtype=torch.float64, device="cpu")
-        coefficients[[0, 0, 1, 1, 2], [1, 2, 1, 2, 2]] = self._coefficients.sum(0, dtype=torch.float64).cpu()
-        return coefficients
+        return self._coefficients.sum(0, dtype=torch.float64).cpu()
 
     def _launch(self, kernel: Any, factors: tuple[Tensor | float, ...], basis: Tensor, sums: Tensor) -> None:
         state, taps = (self.weights, self._direction, self._gradient), len(self.weights)

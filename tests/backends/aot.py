@@ -18,20 +18,23 @@ from convsim_init.backends import fused, fused_similarity
 
 FULL, COARSE = {1: 2, 9: 16}, {1: 2, 9: 8}  # frequencies, by taps
 KERNELS = [  # with their constants
-    *((fused, "evaluate", {"taps": taps, "freqs": freqs}) for taps, freqs in FULL.items()),
+    *((fused, "evaluate", {"taps": taps, "freqs": freqs, "moves": True}) for taps, freqs in FULL.items()),
+    *((fused, "evaluate", {"taps": taps, "freqs": freqs, "moves": False}) for taps, freqs in FULL.items()),
     *((fused, "turn", {"taps": taps, "freqs": freqs}) for taps, freqs in COARSE.items()),
-    *((fused_similarity, "differentiate", {"taps": taps, "freqs": freqs}) for taps, freqs in FULL.items()),
-    (fused_similarity, "scale", {}),
-    (fused_similarity, "project", {}),
+    *(
+        (fused_similarity, name, {"taps": taps, "normalized": normalized})
+        for name in ("fold", "unfold")
+        for taps in FULL
+        for normalized in (False, True)
+    ),
 ]
 
 
-def usage(kernel, options: dict[str, object], constants: dict[str, int], capability: int) -> dict[str, int]:
+def usage(kernel, constants: dict[str, int], capability: int) -> dict[str, int]:
     """Registers, and bytes spilled, of a thread."""
-    kinds = dict.fromkeys([*fused.SIZES, "groups", "size"], "i32")
-    kinds |= (
-        {"beta": "fp32"} | dict.fromkeys(["scales", "shares", "value"], "*fp64") | dict.fromkeys(constants, "constexpr")
-    )
+    kinds = dict.fromkeys([*fused.SIZES, "groups"], "i32") | {"beta": "fp32", "scales": "*fp64", "value": "*fp64"}
+    kinds |= {} if constants.get("moves", "freqs" in constants) else {"sums": "*fp64"}  # those of the regularizer
+    kinds |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -40,7 +43,7 @@ def usage(kernel, options: dict[str, object], constants: dict[str, int], capabil
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if name == "basis"},  # read as vectors
     )
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused.OPTIONS)
     told = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads[^$]*Used (\d+) registers", log.getvalue())
     stores, loads, registers = map(int, told.groups())
     return {"registers": registers, "spilled": max(stores, loads)}
@@ -49,5 +52,5 @@ def usage(kernel, options: dict[str, object], constants: dict[str, int], capabil
 if __name__ == "__main__":
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     for module, name, constants in KERNELS:
-        used = usage(getattr(module, f"_{name}"), module.OPTIONS, constants, int(sys.argv[1]))
+        used = usage(getattr(module, f"_{name}"), constants, int(sys.argv[1]))
         print(json.dumps({"kernel": name, **constants, **used}))

@@ -41,7 +41,7 @@ def fused_card(card, answer_with, monkeypatch) -> Iterator[PretendedCard]:
 
     for module, names in (
         (fused, ("_evaluate", "_turn")),
-        (fused_similarity, ("_scale", "_differentiate", "_project")),
+        (fused_similarity, ("_fold", "_evaluate", "_unfold")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, card.launcher(getattr(module, name)))
