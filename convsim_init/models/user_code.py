@@ -50,7 +50,7 @@ def _modules_beside(folder: Path) -> Iterator[None]:
             sys.modules.pop(name, None)
     beside = _beside.setdefault(folder, {})
     sys.modules.update(beside)
-    known = set(sys.modules)
+    known = set(sys.modules) - beside.keys()
     try:
         yield
     finally:

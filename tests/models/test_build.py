@@ -278,6 +278,18 @@ def test_files_of_two_folders_import_each_its_own_neighbours(folder):
     assert widths == [5, 6, 5]
 
 
+def test_files_of_two_folders_import_each_its_own_part_of_a_package(folder):
+    text = "import pack{}\nfrom torch import nn\n\n\ndef make():\n    return nn.Conv2d(3, {}, 3)\n"
+    for name, width in (("a", 5), ("b", 6)):
+        (folder / name / "pack").mkdir(parents=True)
+        (folder / name / "pack" / "__init__.py").write_text("")
+        (folder / name / "pack" / "part.py").write_text(f"width = {width}\n")
+        (folder / name / "first.py").write_text(text.format("", 4))
+        (folder / name / "second.py").write_text(text.format(".part", "pack.part.width"))
+    files = ("a/first", "a/second", "b/second", "a/second")  # the first leaves the part to the second
+    assert [build_model(f"{file}.py:make").out_channels for file in files] == [4, 5, 6, 5]
+
+
 def test_a_file_is_run_once_and_again_when_it_was_edited(folder, capsys):
     path = folder / "net.py"
     build_model("net.py:make")
