@@ -106,16 +106,24 @@ def _try_out(
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
     state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
     outcome = _try_loading(trial, state, strict=True)
+    # A model whose loading takes nothing for everything says nothing by taking the file.
     is_strict = isinstance(outcome, Exception) or isinstance(_try_loading(trial, {}, strict=True), Exception)
     if isinstance(outcome, Exception):
         report = replace(report, refused=error_text(outcome)) if report.exact else report
-    elif is_strict:  # else it takes anything
+    elif is_strict:
         report = replace(_settled(report, set(), set()), removed=[], added="")
         return _less_ignored(report, checkpoint.tensors, inner, _changes(inner, trial), is_strict=True), state
+    return _try_moved(report, checkpoint, inner, trial, is_strict=is_strict)
 
+
+def _try_moved(
+    report: LoadReport, checkpoint: Checkpoint, inner: nn.Module, trial: nn.Module, *, is_strict: bool
+) -> tuple[LoadReport, Mapping[str, Tensor]]:
+    """Load the file under the model's prefix, as far as its keys and shapes go."""
     # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
     own = inner.state_dict()
     real = {bare_name(key): key for key in own}
+    # Two entries under one key would be one: what matched goes before what is only moved there.
     taken = {real[key] for key in (*report.matched, *report.mismatched)}  # by keys of the file that go before these
     moved = {source: key for source in report.unexpected if (key := _moved(source, report)) not in taken}
     keys = {source: real[key] for key, source in report.matched.items()} | moved
@@ -125,17 +133,17 @@ def _try_out(
     for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
         state = with_versions(tensors, versions)
         outcome = _try_loading(trial, state, strict=False)
-        if not isinstance(outcome, Exception):
-            missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
-            changes = _changes(inner, trial)
-            if missing is not None and unexpected is not None:
-                left = {source for source in checkpoint.tensors if keys.get(source) in {None, *unexpected}}
-                report = _settled(report, dict.fromkeys(map(bare_name, missing)), left)
-            elif any(changes.get(key) for key in report.missing):  # it takes names of its own, and says nothing
-                absent = [*report.missing, *report.mismatched]
-                report = _settled(report, {*report.tied, *(key for key in absent if not changes.get(key))}, set())
-            report = _less_ignored(report, checkpoint.tensors, inner, changes, is_strict=is_strict)
-            break
+        if isinstance(outcome, Exception):
+            continue
+        missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
+        changes = _changes(inner, trial)
+        if missing is not None and unexpected is not None:
+            left = {source for source in checkpoint.tensors if keys.get(source) in {None, *unexpected}}
+            report = _settled(report, dict.fromkeys(map(bare_name, missing)), left)
+        elif any(changes.get(key) for key in report.missing):  # it takes names of its own, and says nothing
+            absent = [*report.missing, *report.mismatched]
+            report = _settled(report, {*report.tied, *(key for key in absent if not changes.get(key))}, set())
+        return _less_ignored(report, checkpoint.tensors, inner, changes, is_strict=is_strict), state
     return report, state
 
 
@@ -170,6 +178,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> obj
 
 def _settled(report: LoadReport, missing: Collection[str], unexpected: Collection[str]) -> LoadReport:
     """The report, given what the model's own loading says is missing and which keys of the file it leaves over."""
+    # What matched may be missing all the same: a model may rename or drop keys as it loads them.
     absent = [*report.missing, *report.tied, *report.mismatched]
     matched = {key: source for key, source in report.matched.items() if key not in missing and source not in unexpected}
     lost = [source for key, source in report.matched.items() if key not in matched and source in unexpected]
@@ -189,6 +198,7 @@ def _settled(report: LoadReport, missing: Collection[str], unexpected: Collectio
 def _changes(model: nn.Module, loaded: nn.Module) -> dict[str, bool]:
     """Whether a model's own loading changed its tensors in a copy, by their keys, where that can be told."""
     before, after = _bare_state(model), _bare_state(loaded)
+    # A model that could not be copied was tried itself: there is no before to compare with.
     pairs = {key: (one, after[key]) for key, one in before.items() if model is not loaded and key in after}
     return {key: not torch.equal(a.to(b), b) for key, (a, b) in pairs.items() if _are_comparable(a, b)}
 
@@ -199,6 +209,7 @@ def _bare_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _are_comparable(*values: object) -> bool:
     tensors = [one for one in values if isinstance(one, Tensor) and not one.is_quantized]
+    # What is lazy, sparse, sharded or without data has no memory, and nothing to compare.
     return len(memories(tensors)) == len(values)
 
 
@@ -222,6 +233,7 @@ def _less_ignored(
 
 def _moved(key: str, report: LoadReport) -> str:
     """A key of the file, or a module's name with a dot behind it, with the model's prefix in place of the file's."""
+    # Of a wrapper's prefix bare_name leaves nothing: it is off the bare key already.
     removed = "".join(prefix for prefix in report.removed if bare_name(prefix))
     bare = bare_name(key)
     return report.added + bare.removeprefix(removed) if bare.startswith(removed) else bare
@@ -239,6 +251,7 @@ def _moved_versions(
 
 def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
+    # Copying to a tensor without data does nothing, without an error.
     for key in state:
         tensor = own.get(key)
         if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -253,6 +266,7 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     restore = _backup(model)
     try:
         _load(model, state, strict=False)
+    # Restored after an interrupt, too, which may leave half of the weights written.
     except BaseException as error:
         restore()
         if isinstance(error, Exception):

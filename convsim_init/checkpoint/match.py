@@ -48,27 +48,9 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
 
     changed = [source.split(".") for key, source in raw.items() if key != source]
     wrappers = [f"{part}." for part in WRAPPER_PARTS if any(part in parts for parts in changed)]
-    choices = find_prefixes(theirs, own)
-    copies = list(dict.fromkeys(prefix for prefix, _ in choices))
     twins = _twins(model)
-    (removed, added), *others = choices
-    parts = [added, *(other for _, other in others if not _is_tied(added, other, own, twins))]
+    removed, added = _choose_prefixes(theirs, own, twins, file=file, wrapper=checkpoint.wrapper)
     sources = _sources(theirs, own, removed, added)
-    fitting = [key for key, source in sources.items() if theirs[source] == own[key]]
-    if len(copies) > 1 and 2 * len(fitting) > min(len(theirs), len(own)):  # not of another model
-        keys = [f"{checkpoint.wrapper}.{copy}".strip(".") for copy in copies]
-        raise InputError(
-            f"expected one copy of the model in {file!r}, got {len(copies)}: choose one with key (--key NAME in the "
-            f"shell): {some(map(shown, keys))}"
-        )
-    if len(parts) > 1 and 2 * len(fitting) > len(theirs):
-        names = [part.removesuffix(".") for part in parts]
-        raise InputError(
-            f"expected a file that fits one part of the model, got {file!r}, which fits {len(parts)}: "
-            f"{some(map(shown, names))}; load_checkpoint(model.get_submodule({names[0]!r}), ...) loads it into one"
-        )
-    if len(parts) > 1 or len(copies) > 1:
-        removed, added, sources = "", "", _sources(theirs, own, "", "")
     matched = {key: raw[source] for key, source in sources.items() if theirs[source] == own[key]}
     tensors = {key: checkpoint.tensors[source] for key, source in matched.items()}
     absent = [key for key in own if key not in sources]
@@ -103,10 +85,38 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     )
 
 
+def _choose_prefixes(
+    theirs: Shapes, own: Shapes, twins: Mapping[str, Sequence[str]], *, file: str, wrapper: str
+) -> tuple[str, str]:
+    """What `find_prefixes` finds; two empty ones where several serve alike and the file is another model's."""
+    (removed, added), *others = choices = find_prefixes(theirs, own)
+    copies = list(dict.fromkeys(prefix for prefix, _ in choices))
+    parts = [added, *(other for _, other in others if not _is_tied(added, other, own, twins))]
+    if len(copies) == len(parts) == 1:
+        return removed, added
+    fitting = sum(theirs[source] == own[key] for key, source in _sources(theirs, own, removed, added).items())
+    # A small model's keys may be in several parts of another, larger one: to ask which is meant would
+    # not help there, and neither would a prefix that is one of them.
+    if len(copies) > 1 and 2 * fitting > min(len(theirs), len(own)):
+        keys = [f"{wrapper}.{copy}".strip(".") for copy in copies]
+        raise InputError(
+            f"expected one copy of the model in {file!r}, got {len(copies)}: choose one with key (--key NAME in the "
+            f"shell): {some(map(shown, keys))}"
+        )
+    if len(parts) > 1 and 2 * fitting > len(theirs):
+        names = [part.removesuffix(".") for part in parts]
+        raise InputError(
+            f"expected a file that fits one part of the model, got {file!r}, which fits {len(parts)}: "
+            f"{some(map(shown, names))}; load_checkpoint(model.get_submodule({names[0]!r}), ...) loads it into one"
+        )
+    return "", ""
+
+
 def _sources(theirs: Shapes, own: Shapes, removed: str, added: str) -> dict[str, str]:
     """The file's key for each of the model's that it has, as it is where it lacks the prefix that others have."""
     moved = {added + key.removeprefix(removed): key for key in theirs if key.startswith(removed)}
     left = theirs.keys() - {moved[key] for key in own if key in moved}
+    # A key of the file that was moved to another of the model's is not used once more as it is.
     return {key: moved.get(key, key) for key in own if key in moved or key in left}
 
 
@@ -184,6 +194,7 @@ def _shared_prefixes(keys: Shapes, enough: float) -> list[str]:
 
 
 def _score(removed: str, added: str, file: Shapes, model: Shapes) -> tuple[int, int, int]:
+    # Either side names the same pairs: the shorter is gone through, for each pair of prefixes.
     if len(file) <= len(model):
         names = [key[len(removed) :] for key in file if key.startswith(removed)]
     else:
