@@ -58,6 +58,7 @@ def _layers(spec: str) -> list[str]:
     if spec in MODELS:
         import torch
 
+        # Nothing is drawn for names alone.
         with torch.device("meta"):
             state = MODELS[spec].build({}).state_dict()
         ranks = {key: tensor.dim() for key, tensor in state.items()}
@@ -81,6 +82,7 @@ class Bash(BashComplete):
         """The words before the one to complete, and that one."""
         args, incomplete = super().get_completion_args()
         words: list[str] = []
+        # Bash has `=` and `:` in COMP_WORDBREAKS: they come as words of their own.
         for word in [*(arg for arg in args if arg != "="), incomplete]:
             if words and (word.startswith(":") or words[-1].endswith(":")):
                 words[-1] += word

@@ -40,6 +40,7 @@ def config_option(command: click.Command) -> click.Command:
         click.Option(
             ["--config"],
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            # Before the other options, for it sets their defaults.
             is_eager=True,
             expose_value=False,
             callback=_read,
@@ -72,6 +73,7 @@ def origins(ctx: click.Context) -> list[str]:
 
 
 def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    # While a shell completes a word, nothing is read or told.
     if ctx.resilient_parsing:
         return
     places: list[tuple[Path, Mapping[str, Any]]] = []

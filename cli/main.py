@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with grace_period(last=arguments is None), showing_once():
             status = _run(sys.argv[1:] if arguments is None else list(arguments))
     except (KeyboardInterrupt, click.Abort) as error:
+        # MainGroup turns an interrupt into Abort, whose cause says which signal it was.
         status = interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
     sys.exit(status)
 
@@ -145,8 +146,10 @@ def _run(arguments: Sequence[str]) -> int:
                 ctx = cli.make_context(PROGRAM, [], resilient_parsing=True)
                 click.echo(cli.get_help(ctx), err=True, color=colour())
             return WRONG_USAGE
+        # In its standalone mode click would end the process itself, by statuses of its own.
         status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False, color=colour())
         return status if isinstance(status, int) else DONE
+    # It is a RuntimeError, which would be told as one further down.
     except click.Abort:
         raise
     except click.UsageError as error:

@@ -135,6 +135,7 @@ def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = Fals
             raise click.UsageError("--like: expected a FILE that is like that model, got none")
         how.check(how.like)
     given = [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
+    # A file uses the seed where it is drawn anew, and the others for the model that it is like.
     used = [*(["--seed"] if drawn else []), *(option for option in given if how.like and option != "--seed")]
     unused = [option for option in given if option not in used]
     if unused and len(files) == len(specs):

@@ -68,6 +68,7 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
+        # The largest seed has 19 digits; of thousands int() raises an error of its own.
         found = re.fullmatch(r"\s*([0-9]{1,19})(?::([0-9]{1,19}))?\s*", part)
         if found is None:
             raise InputError(f"--seeds: expected whole numbers such as 0,3,5 or a range such as 0:100, got {text!r}")
@@ -77,6 +78,7 @@ def parse_seeds(text: str) -> list[int]:
                 f"--seeds: expected a range that rises and ends by {MAX_SEED}, got {part.strip()!r}: its end is "
                 f"left out"
             )
+        # Before they are listed: so many may not fit into memory.
         if len(seeds) + end - first > MAX_SEEDS:
             raise InputError(f"--seeds: expected at most {MAX_SEEDS} seeds, got more in {text!r}: use several commands")
         seeds += range(first, end)

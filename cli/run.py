@@ -116,6 +116,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     start = load(run.model, replace(choices.how, seed=run.seed))
     network = start.content
     head_layers, head_keys, head_remarks = _classifier(run, start, choices)
+    # Names, which may hold brackets, and no patterns.
     exclude = (*choices.exclude, *map(glob.escape, head_layers))
     settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
     without = [*choices.without, *map(glob.escape, head_keys)]

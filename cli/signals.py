@@ -92,6 +92,7 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
     with _handled_by(_raise_once, last=last):
         ended = threading.Event()
         reader, writer = os.pipe()
+        # Python takes no other descriptor for its signals.
         os.set_blocking(writer, False)
         former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         watcher = threading.Thread(target=watch, name="convsim-init-signals", daemon=True)
@@ -99,6 +100,7 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
+            # In this order: no signal is written to what is closed, and the watcher ends by that.
             ended.set()
             signal.set_wakeup_fd(former)
             os.close(writer)

@@ -106,6 +106,7 @@ def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
         del wanted["channels"]  # a file has what that came to
     if _is_model(str(found.get("model", "")), run.model):
         del wanted["model"]
+    # What a record does not say is not held against it.
     pairs = [(name, found.get(name, value), value) for name, value in wanted.items()]
     given, asked = options if isinstance(options, Mapping) else {}, choices.of_files  # both without defaults
     pairs += [(name, given.get(name), asked.get(name)) for name in {**asked, **given}]
@@ -138,6 +139,7 @@ def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iter
     size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
     for start in range(0, len(pending), size):
         made = None  # the weights of the last run go before those of the next are made
+        # This rank's run of the next so many; in the last round some have none, and gather nothing.
         for one in pending[start : start + size][rank : rank + 1]:
             made = one if isinstance(one, Result) else _attempt(one, partial(make, one, choices), choices)
         results = filter(None, [made] if ranks is None else ranks.gather(made))

@@ -95,9 +95,11 @@ def initializing(
             if again and not drawn:
                 continue
             if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
+                # Without a pair of filters a layer would be left anyway, and says so itself.
                 for layer in drawn:
                     layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
             report = initialize_layers(model, layers, checked, device, within=history)
+            # The report that was there before says it all.
             if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
                 continue
             report.model = type(unwrap(model)).__name__

@@ -69,6 +69,7 @@ def cuda_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         cause = re.search(r".*(CUDA|cusolver).*", str(error))  # a line; the others are for developers
+        # RunError is a RuntimeError, too: one that has been told in a line already.
         if cause is None or isinstance(error, RunError):
             raise
         sentence = cause[0].split(". ")[0]

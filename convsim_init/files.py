@@ -60,6 +60,7 @@ class ExistsError(InputError):
 def is_source(path: str | os.PathLike[str]) -> bool:
     """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one; no path does not."""
     source = Path(path)
+    # The path of an empty text is the working folder, which may hold weights.
     return path != "" and (source.suffix in READ_SUFFIXES or folder_file(source) is not None)
 
 
@@ -214,6 +215,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         for path in (*temporary.iterdir(), temporary):
             with _optional(target, "it could not be synced"):
                 _sync(path, os.O_RDONLY)
+        # To rename a folder replaces an empty one in silence.
         if os.path.lexists(real):
             raise FileExistsError
         temporary.rename(real)
@@ -221,6 +223,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def remove_scratch_folders() -> None:
     """Remove those of this process, because it ends without leaving their contexts."""
+    # Of a copy: the thread that waits for signals calls this while others write files.
     for folder in list(_scratch_folders):
         _remove(folder)
 
@@ -233,6 +236,7 @@ def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
         with _scratch_file(real.parent) as temporary:
             yield temporary, real
     except OSError as error:
+        # ENOTEMPTY is what renaming a folder onto another says.
         if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
             raise exists from error
         raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
@@ -341,6 +345,7 @@ def _scratch_file(place: Path) -> Iterator[Path]:
 def _remove_if_abandoned(folder: Path, *, here: bool) -> None:
     with contextlib.suppress(OSError):
         age = time.time() - max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
+        # Where it is held, this raises, and the folder stays.
         lock = _lock(folder, wait=False)
         if age > ABANDONED or (here and lock is not None):
             shutil.rmtree(folder, ignore_errors=True)

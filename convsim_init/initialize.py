@@ -83,6 +83,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     obstacle = Weight(weight, trained=False).obstacle(read_only=False)
     if obstacle is not None:
         raise InputError(f"expected a convolution's weight that can be changed, got one that cannot: {obstacle}")
+    # A slice of a parameter has a grad_fn, too, although writing to it reaches the parameter.
     owner = weight._base if weight._is_view() and weight._base is not None else weight
     if owner.grad_fn is not None:
         raise InputError(

@@ -127,6 +127,7 @@ def parse_base(base: str) -> tuple[str, str, Activation | None]:
         InputError: If it is not of that form.
     """
     text = base if isinstance(base, str) else ""
+    # With its colon: leaky_relu ends in relu, too.
     activation = next((one for one in ACTIVATIONS if text.endswith(f":{one}")), None)
     start = text.removesuffix(f":{activation}") if activation else text
     if start not in BASES or (start == "model" and activation):

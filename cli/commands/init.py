@@ -142,6 +142,7 @@ def init(
     for run in runs if launch.on_first_machine else ():
         for kind, path in run.files.items():
             if not folder or kind != "out":
+                # Of several runs what is there is kept, and not refused.
                 TARGETS[kind](path, overwrite=force or not alone)
             elif alone or force or not path.exists():  # what is there of several is kept
                 check_new_folder(path, overwrite=force)
@@ -198,6 +199,7 @@ def _check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
         if model in commands:
             raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
     first = models[0]
+    # Looked up only where it may be a command mistyped: to look up a model's name imports torch.
     hint = did_you_mean(first, commands)
     if hint and parse(first).source is Source.ANY:
         try:

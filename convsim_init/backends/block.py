@@ -75,8 +75,11 @@ def cut_into_blocks(
     is cut depends on its shape alone, never on the number of threads. With a mask, of the bank's
     shape, taps where it is zero stay zero.
     """
+    # Neither step.c nor the fused kernels project a gradient to the taps of a mask.
     kind = _kind(bank, settings) if mask is None else MaskedBlock
+    # Over all channels the loss is <sum_c P_c, Q sum_d P_d>: no sum over parts of the channels.
     whole = settings.channels == "all" or bank.device.type != "cpu"
+    # Blocks share the scratch memory of the thread that works on them; two threads share none.
     memory = threading.local()
     for part, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
         block = kind(part, weights, fourier, settings, memory)
@@ -89,6 +92,7 @@ def _kind(bank: Tensor, settings: Settings) -> type[CompiledBlock | FusedBlock |
     if compiled.fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels):
         return CompiledBlock
     if gpu.fits(bank.shape, bank.dtype, bank.device, settings.pairs, settings.compared_channels):
+        # Only where it is used: it imports Triton, which torch's builds for the CPU do not bring.
         from convsim_init.backends.fused import FusedBlock
 
         return FusedBlock

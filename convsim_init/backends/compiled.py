@@ -49,6 +49,8 @@ class _Layout(ctypes.Structure):
     @classmethod
     def of(cls, fourier: Fourier, groups: int, channels: int, filters: int) -> _Layout:
         """That of a bank whose kernels lie in the coordinates of ``fourier``."""
+        # In the order of the fields. ctypes leaves null those that get no value, from which step.c
+        # knows that the weights are their own coefficients on the coarse lattice.
         coarse = () if fourier.coarse_is_free else (fourier.coarse.first, fourier.coarse.second)
         kept = [one.contiguous() for one in (fourier.full.first, fourier.full.second, fourier.identity, *coarse)]
         layout = cls(
@@ -72,6 +74,7 @@ class _Functions(NamedTuple):
     @classmethod
     def of(cls, library: ctypes.CDLL, lanes: int) -> _Functions:
         """Those that take so many floats at a time."""
+        # Without these types ctypes passes an address as a C int, and cuts it to 32 bits.
         layout, pointers = POINTER(_Layout), [c_void_p] * 9
         library.scratch_size.argtypes, library.scratch_size.restype = [layout], c_int64
         evaluate, turn, similarity = (library[f"{name}_{lanes}"] for name in ("evaluate", "turn", "similarity"))
@@ -97,6 +100,7 @@ def _built() -> _Functions | str:
 
 def library() -> _Functions | None:
     """What was compiled; None if it cannot be used, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
+    # The environment is asked at each call, the library loaded once: it may change in a process.
     found = None if os.environ.get(SWITCH) == "0" else _built()
     return found if isinstance(found, _Functions) else None
 
@@ -124,7 +128,9 @@ class CompiledSimilarity:
         self._library = library_
         self._layout = _Layout.of(_folded(tuple(kernel_size)), groups, channels, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
-        self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25  # the pairs' sum is then their mean
+        # CS of filters of norm r is r^4 times that of the unit ones: their mean over the pairs
+        # where r = pairs^(-1/4). All filters form pairs, for step.c refuses those that are zero.
+        self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25
 
     def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float | None:
         """The similarity of kernels, contiguous in the order of the bank, whose gradient is written to ``out``.
@@ -133,6 +139,8 @@ class CompiledSimilarity:
             The raw one, or the mean of the pairs' normalized ones; None where a norm is too small or
             too large for that.
         """
+        # Threads share this object, which is cached, so scratch memory is each call's own; the
+        # tuple keeps it alive, which an address does not.
         arrays = (kernels, out, kernels.new_empty(self._scratch_size))
         radius = self._radius if normalized else 0
         value = float(self._library.similarity(byref(self._layout), radius, *map(Tensor.data_ptr, arrays)))
@@ -188,6 +196,7 @@ class CompiledBlock:
     def _scratch(self) -> Tensor:
         """Memory of the thread's own."""
         scratch: Tensor | None = getattr(self._memory, "scratch", None)
+        # The last block of a layer may be smaller than the others, and takes what they needed.
         if scratch is None or len(scratch) < self._scratch_size:
             scratch = self._memory.scratch = self._weights.new_empty(self._scratch_size)
         return scratch

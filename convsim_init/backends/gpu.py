@@ -22,6 +22,7 @@ def fits(shape: Sequence[int], dtype: torch.dtype, device: torch.device, pairs: 
     try:  # Triton comes with torch's builds for CUDA, on Linux
         import triton
 
+        # Triton tells of the current device, which need not be the bank's.
         with torch.cuda.device(device):
             target = triton.runtime.driver.active.get_current_target()
     except Exception:  # ImportError, or whatever Triton raises where it finds no C compiler or no driver

@@ -62,7 +62,8 @@ class _Sum(torch.autograd.Function):
                 gradient.to(weight.dtype)
                 for gradient, weight in zip(_scaled(list(ctx.saved_tensors), outer), ctx.weights, strict=True)
             ]
-        if torch.is_grad_enabled():  # a second derivative may follow
+        # In a backward pass gradients are enabled only where create_graph asked for a graph of it.
+        if torch.is_grad_enabled():
             gradients = list(map(_Once.apply, gradients, ctx.weights))
         return None, None, None, None, *gradients
 
@@ -72,7 +73,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, weight: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+        return gradient
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,6 +90,7 @@ def _value_and_gradient(
     ordered = filter_bank(weight, **layout._asdict()) if layout.transposed else weight  # its kernels as in the bank
     value: float | Tensor | None = None
     if real and compiled.fits(weight.dtype, weight.device, pairs, channels):
+        # step.c reads memory, in which z.conj().imag has the other sign: its negative bit says so.
         kernels = ordered.resolve_neg().contiguous()
         gradient = torch.empty_like(kernels)
         value = _compiled(shape)(kernels, gradient, normalized=normalized)
@@ -125,6 +127,7 @@ def _total(values: Sequence[float | Tensor], first: Tensor) -> Tensor:
     dtype, device = accumulation_dtype(first.dtype), first.device
     tensors = [value.to(device) for value in values if isinstance(value, Tensor)]
     numbers = sum(value for value in values if isinstance(value, float))
+    # What step.c returned is a float: together these go to the device in one copy.
     if len(tensors) < len(values):
         tensors.append(torch.tensor(numbers, dtype=dtype, device=device))
     total = tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum()
@@ -137,6 +140,7 @@ def _bank_shape(shape: torch.Size, dtype: torch.dtype, layout: Layout, channels:
     return filter_bank(torch.empty(shape, dtype=dtype, device="meta"), **layout._asdict(), channels=channels).shape
 
 
+# Every layer asks at every call, and the answer takes a look at Triton's driver.
 @lru_cache(maxsize=256)
 def _has_fused(shape: torch.Size, dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
     return shape[0] <= MAX_GROUPS and gpu.fits(shape, dtype, device, pairs, channels)

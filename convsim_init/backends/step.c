@@ -28,6 +28,7 @@
 #define SMALL_SQUARE 1e-30 /* of norms: within, nothing is lost in single precision */
 #define LARGE_SQUARE 1e30
 enum { CHUNK = 32, PARTS = CHUNK / LANES }; /* filters at a time, and vectors of them */
+/* aligned(4), for a chunk may begin at any float; may_alias, for it is memory of floats. */
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Numbers of taps, of even ones among them, of points of a lattice, and of cosines among these. */
@@ -103,6 +104,7 @@ INLINE void two_rows(const float *a, const float *b, int64_t step, int64_t colum
 INLINE void product(const float *restrict matrix, int64_t row_step, int64_t column_step, int64_t rows, int64_t columns,
                     const float *restrict in, float *restrict out, float factor) {
     for (int64_t r = 0; r < rows; r += 2) {
+        /* An odd last row is computed twice, into one place: so neither out is restrict. */
         const int64_t other = r + 1 < rows ? r + 1 : r;
         two_rows(matrix + r * row_step, matrix + other * row_step, column_step, columns, in, out + r * CHUNK,
                  out + other * CHUNK, factor);
@@ -218,6 +220,7 @@ INLINE void turn_chunk(int64_t n, int64_t taps, float beta, const float *restric
 int64_t scratch_size(const Layout *l) {
     const int64_t evaluation = chunks(l) * (l->full.taps + l->full.points) + l->full.cosines + l->full.taps;
     const int64_t turning = 2 * (l->coarse.taps + l->coarse.points) + 3 * l->coarse.cosines;
+    /* The last ones are the factors of `similarity`. */
     return CHUNK * (evaluation > turning ? evaluation : turning) + l->groups * l->filters;
 }
 #endif
@@ -239,19 +242,23 @@ INLINE void evaluate_sized(Sizes z, const Layout *l, const float *keep, const fl
         for (int64_t i = 0; i < F * CHUNK; i++) power_sums[i] = 0;
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
+            /* m is a multiple of CHUNK: the chunks before this one have m T floats. */
             float *w = all_w + m * T, *x = all_x + m * N;
             prefetch(gradient + at, n * T);
+            /* Filters that are not there must add no power; scratch memory may hold any numbers. */
             if (n < CHUNK)
                 for (int64_t i = 0; i < T * CHUNK; i++) w[i] = 0;
             FILTERS(n, move, T, keep + filter, add + filter, weights + at, direction + at, w, sums + 3 * next + filter);
             transform(l, z, w, x, power_sums);
         }
+        /* In place: f <= f * CHUNK, so that only what has been summed is written over. */
         for (int64_t f = 0; f < F; f++) power_sums[f] = total(power_sums + f * CHUNK);
         for (int64_t m = 0; m < M; m += CHUNK) {
             const int64_t n = M - m < CHUNK ? M - m : CHUNK, at = (row * M + m) * T, filter = group + m;
             float *w = all_w + m * T, *x = all_x + m * N, shift[CHUNK] = {0};
             prefetch(weights + at + M * T, n * T);
             prefetch(direction + at + M * T, n * T);
+            /* Half of it: the transposed basis is doubled, as in dCS/dx = 2 (S - P) x. */
             for (int64_t i = 0; i < n; i++) shift[i] = all_shifts[filter + i] / 2;
             differentiate(l, z, power_sums, shift, x, g, NULL);
             *dot_previous += FILTERS(n, keep_gradient, T, g, w, direction + at, gradient + at, sums + filter, next);
@@ -332,6 +339,7 @@ INLINE void turn_sized(Sizes z, const Layout *l, float beta, const float *weight
             prefetch(direction + at - M * T, n * T);
             prefetch(gradient + at - M * T, n * T);
             for (int64_t i = 0; i < n; i++) curvatures[i] = curvature[filter + i];
+            /* a lies right behind w: both at once. */
             if (n < CHUNK)
                 for (int64_t i = 0; i < 2 * T * CHUNK; i++) w[i] = 0;
             FILTERS(n, turn_chunk, T, beta, weight_coefficient + filter, weights + at, gradient + at, direction + at,
@@ -398,11 +406,13 @@ double NAME(similarity, LANES)(const Layout *l, float radius, const float *kerne
     float *factors = scratch, *rest = scratch + filters;
     for (int64_t i = 0; i < filters; i++) {
         const double squares = radius ? dot(length, kernels + i * length, kernels + i * length) : 1;
+        /* Negated as a whole, so that NaN is refused, too. */
         if (!(squares > SMALL_SQUARE && squares < LARGE_SQUARE)) return -1;
         factors[i] = radius ? radius / sqrt(squares) : 1;
     }
     const double found = SIZED(l->full, FULL_3X3, similarity_sized, l, kernels, factors, gradient, rest);
     for (int64_t i = 0; radius && i < filters; i++) { /* project: radial changes do not count */
+        /* With u = w factor / radius, of norm 1: dCS/dw = factor (g - <g, u> u). */
         const float *w = kernels + i * length;
         float *g = gradient + i * length;
         const float factor = factors[i], radial = dot(length, g, w) * (factor / radius) * (factor / radius);

@@ -43,6 +43,7 @@ class TorchBlock:
         weights.mul_(keep).addcmul_(direction, add)
         self._fourier.full.forward(self._weights, out=here.spectrum)
         power = here.power()  # [F, g, c, M]
+        # Over all pairs Q P = S - P is elementwise and may replace P; adjacent ones read neighbours.
         partners = partner_power(power, self._pairs, out=power if self._pairs == "all" else None)
         # The shift is subtracted from the partners' power, before anything cancels. To a filter's own power, of which
         # it is M times as much, it must not be added: that would leave M times the rounding.
@@ -59,6 +60,7 @@ class TorchBlock:
         weights, direction, here = self._weights, self._direction, self._workspace()
         torch.add(self._gradient.whole, direction.whole, alpha=beta, out=direction.whole)
         direction.whole.addcmul_(weights.whole, weight_coefficient)
+        # Exchanged, not copied: `evaluate` writes every entry of the new gradient.
         self._previous, self._gradient = self._gradient, self._previous
         if not self._fourier.coarse_is_free:
             self._fourier.coarse.forward(weights, out=here.coarse_weights)
@@ -121,6 +123,7 @@ class _Workspace:
 
         power = weights.new_empty(frequencies, *rest)
         self._power, self._power_rest = power, power[1:]
+        # There are F >= T rows: prod(2 k - 1) + 1 >= 2 prod(k). `inner` comes once P is used up.
         self._product = power[:taps]
 
         seen = 0 if fourier.coarse_is_free else fourier.coarse_points
@@ -162,6 +165,7 @@ def value_and_gradient(
     value, gradient = _raw(unit.view_as(kernels), shape, pairs, channels)
     gradient = gradient.view_as(unit)
     gradient.addcmul_(unit, torch.linalg.vecdot(gradient, unit)[..., None], value=-1)
+    # One after the other: their product, the filter's norm, may be out of the range of float32.
     gradient.div_(nonzero(norms) * active).div_(largest)
     return value / active, gradient.view_as(kernels)
 
@@ -170,6 +174,7 @@ def _raw(kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels
     """Raw similarity of kernels ``[G M C, T]`` and its gradient."""
     basis = real_fourier_basis(shape[3:], kernels.dtype, kernels.device)  # [N, T]
     bank = kernels.view(*shape[:3], -1)
+    # As in `cut_into_blocks`: the loss over all channels is no sum over parts of them.
     if channels == "all" or kernels.device.type != "cpu":
         value, gradients = _raw_block(bank, basis, pairs, channels)
         return value, gradients.view_as(kernels)
@@ -188,5 +193,6 @@ def _raw_block(bank: Tensor, basis: Tensor, pairs: Pairs, channels: Channels) ->
     value = torch.sum(power * partners) / 2
     spectrum[: len(power)].mul_(partners.mT)
     spectrum[len(power) :].mul_(partners[1:].mT)
+    # With beta = 0 the first argument is not read: basis[0] only has a shape that fits.
     gradient = torch.addmm(basis[0], spectrum.flatten(1).T, basis, beta=0, alpha=2)  # in one launch
     return value, gradient.view(bank.shape)

@@ -38,12 +38,14 @@ def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
         parts[index.state["fqn"]].append((index.state.get("offset"), place.state))
     files: dict[str, TorchFile] = {}
     tree: dict[object, object] = {}
+    # Several entries may name one part: together, too, they take no more memory than the files.
     left = size
     for key, entry in described.state["state_dict_metadata"].items():
         value = entry
         if entry.maker.name == "TensorStorageMetadata":
             value = _whole(metadata.parent, files, entry.state["size"], parts[key], left)
             left -= value.nbytes
+        # The path of a key that was flattened; one that is not listed there is a path of one part.
         _put(tree, (described.state.get("planner_data") or {}).get(key, (key,)), value)
     return tree, size
 
@@ -57,6 +59,7 @@ def _whole(
 ) -> Tensor:
     """The tensor of several parts, each with where it begins in the whole; no larger than the bytes that are left."""
     first = _part(folder, files, parts[0][1])
+    # Nothing is to be assembled: the tensor stays on the disk.
     if len(parts) == 1 and first.shape == shape:
         return first
     if math.prod(shape) * first.dtype.itemsize > left:
@@ -76,6 +79,7 @@ def _whole(
 def _part(folder: Path, files: dict[str, TorchFile], place: Mapping[str, Any]) -> Tensor:
     name = place["relative_path"]
     path = folder / name
+    # A name with a separator would lead out of the folder.
     if path.parent != folder or not path.is_file():
         raise InputError(
             f"expected the file {quoted(name)} beside {str(folder / '.metadata')!r}: copy the folder again"

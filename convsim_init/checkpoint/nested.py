@@ -23,6 +23,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
     """
     opened: list[str] = []
     whole = content
+    # A dict may hold itself: without a key, which is used up, only so many levels are opened.
     while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
         inside = list(_state_dicts(content))
         holding = {id(one) for _, one in inside}  # each looked at once, though many keys may lead to it
@@ -50,6 +51,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
                         f"expected one state dict in {name}, got {keys}: choose one with key (--key NAME in the shell)"
                     )
                 (wrapper,) = leading
+            # Opened although nothing in it is a tensor, so that the error can say what is there.
             elif wrapper is None and not found:
                 alone = [key for key in content if isinstance(key, str)] if len(content) == 1 else []
                 wrapper = next((key for key in (*usual, *alone) if isinstance(content[key], Mapping)), None)

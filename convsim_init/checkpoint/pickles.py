@@ -53,6 +53,7 @@ PLAIN = (dict, OrderedDict, list, tuple, str, bytes, int, float, bool, type(None
 def is_plain(value: object) -> bool:
     """Whether what was read is what was written: of plain types throughout, without tensors and what is not made."""
     known, pending = set[int](), [value]
+    # The list grows while it is gone through, where a recursion would end at Python's limit.
     for one in pending:
         if type(one) not in PLAIN:
             return False
@@ -112,12 +113,14 @@ class PickleReader:
 
     def read(self, count: int) -> bytes:
         """The next bytes; `pickletools` calls it."""
+        # The pickle may claim any length; no more bytes than the file has are read.
         self.take(TEXT * min(count, len(self.content)))
         return self.content.read(count)
 
     def readline(self) -> bytes:
         """The next line; `pickletools` calls it."""
         start = self.tell()
+        # Where no line ends, nothing is read, and pickletools raises.
         return self.read(max(self.content.find(b"\n", start, start + LINE) + 1 - start, 0))
 
     def take(self, count: int) -> None:

@@ -109,6 +109,7 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
     places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     tensors: dict[str, object] = {}
     for name in dict.fromkeys(places.values()):
+        # A name with a separator would lead out of the folder.
         if Path(name).name != name or len(name) > NAME_LENGTH:
             raise InputError(
                 f"expected names of files beside {str(index)!r}, got {quoted(name)}: copy the folder again"

@@ -152,6 +152,7 @@ def _metadata(report: Report | None) -> dict[str, str]:
         about |= {"options": report.options} if report.options else {}
         if report.channels == "auto":  # not the same in all layers
             about["all_channels"] = [layer.name for layer in report.layers if layer.channels == "all"]
+    # Loaders, such as those of transformers, refuse or have refused a file that names no format.
     return {"format": "pt", "convsim_init": json_text(about, sort_keys=True)}
 
 
@@ -192,8 +193,10 @@ def _sort_metadata(file: BinaryIO) -> None:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))
+    # Letters as the library writes them: escaped they would be longer than what is there.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     if len(text) > length:
         raise RunError("the header of the file cannot be rewritten in a fixed order: it would be longer")
+    # Spaces fill the header up, as the format allows: the tensors behind it do not move.
     file.seek(8)
     file.write(text.ljust(length))

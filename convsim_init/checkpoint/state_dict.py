@@ -142,7 +142,9 @@ def fades(key: str, source: object, converted: Tensor) -> bool:
     if not (source.is_floating_point() and converted.is_floating_point() and narrows(source.dtype, converted.dtype)):
         return False
     wide = source.detach().cpu().double()
+    # Rounding changes a number by up to eps / 2 of it: a norm that changes more is out of range.
     change, most = wide - converted.double(), 4 * torch.finfo(converted.dtype).eps
+    # The key does not tell whether filters lie along dimension 0 or, transposed, along 1.
     axes = [axis for axis in (0, 1) if wide.numel() > wide.shape[axis]]  # single numbers may be small by chance
     norms = ([filter_norms(one.movedim(axis, 0)[None]) for one in (change, wide)] for axis in axes)
     return any(bool((small > most * whole).any()) for small, whole in norms)
@@ -207,6 +209,7 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     converted = tensor.to(dtype or tensor.dtype)
     fits = _all_finite(converted)
+    # A tensor that becomes zero as a whole is lost; single small numbers may.
     if fits and (not tensor.any() or converted.any()):
         return converted
     if fits or _all_finite(tensor):

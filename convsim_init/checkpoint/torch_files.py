@@ -24,6 +24,7 @@ from convsim_init.errors import InputError
 from convsim_init.report.text import quoted
 
 ZIP_SIGNATURE = b"PK\3\4"
+# 56 + 20 + 22: of a zip64 archive the end of the directory, where that is, and the old end.
 END = 98  # bytes of the three records that end a zip archive
 ENTRY = 14  # times its length in the archive that an entry takes in memory
 LEGACY_HEAD = (0x1950A86A20F9469CFC6C, 1001)  # magic number, protocol
@@ -86,6 +87,7 @@ class TensorReader(PickleReader):
     def refer(self, reference: object) -> Storage:
         """The storage that is referred to."""
         match reference:
+            # A sixth item that is not None made it a view of another storage, in very old files.
             case ("storage", Name(name=kind), str(key), str(), int(), *rest) if not any(rest):
                 self.storages[key] = Storage(DTYPES[kind.removesuffix("Storage")], self.find(key))
                 return self.storages[key]
@@ -116,6 +118,7 @@ class TensorReader(PickleReader):
         if storage.data is None:
             return tensor
         last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
+        # A tensor without numbers may claim any offset.
         if 0 in size:
             offset = 0
         elif (last + 1) * tensor.element_size() > storage.data.nbytes():
@@ -128,6 +131,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.size = path, str(path), path.stat().st_size
+        # Not shared: what is written to a tensor stays in memory, and does not reach the file.
         self.data = cast("UntypedStorage", UntypedStorage.from_file(self.name, False, self.size))
         with path.open("rb") as file:
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -174,6 +178,7 @@ class TorchFile:
         parts: dict[str, UntypedStorage] = {}
 
         def position(name: str) -> int:
+            # The local header's own lengths: to align numbers torch pads there alone.
             header = start + entries[name].header_offset
             lengths = (self.content[header + at : header + at + 2] for at in (26, 28))  # of a name, and of more
             return header + 30 + sum(int.from_bytes(length, "little") for length in lengths)
@@ -190,6 +195,7 @@ class TorchFile:
     def _read_legacy(self) -> object:
         """What bare pickles hold: magic number, protocol, system, content, keys of the storages, whose data follow."""
         parts: dict[str, UntypedStorage] = {}
+        # The data follow the pickle that names them: it is gone through twice, first without.
         reader = TensorReader(self.name, self.content, parts.get)
         magic, protocol, system = (reader.load() for _ in range(3))
         if (magic, protocol) != LEGACY_HEAD or not isinstance(system, dict) or not system.get("little_endian", True):

@@ -73,8 +73,10 @@ def count_pairs(active: Tensor, pairs: Pairs) -> Tensor:
 def filter_norms(bank: Tensor) -> Tensor:
     """L2 norms ``[G, M]`` of the filters of a bank ``[G, M, C, *kernel_size]``; no finite filter's overflows."""
     norms: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1)
+    # MPS has no float64, and the meta device no numbers to compare.
     if bank.device.type in ("mps", "meta") or bool(((norms > SMALL_NORM) & (norms < LARGE_NORM)).all()):
         return norms
+    # Returned in float64, too: float32 ends at 1e-45 and 3e38.
     filters = bank.flatten(2).double()
     largest = filters.abs().amax(-1)  # squares of shares of it neither vanish nor overflow
     exact: Tensor = largest * torch.linalg.vector_norm(filters / nonzero(largest)[..., None], dim=-1)
@@ -83,6 +85,7 @@ def filter_norms(bank: Tensor) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor that is not empty holds neither infinities nor NaN; one pass, nothing allocated."""
+    # aminmax hands NaN on, so that its two numbers tell of all.
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
@@ -93,6 +96,7 @@ def nonzero(norms: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Context in which an autocast of the caller does not lower the precision of products."""
+    # autocast raises on the meta device, even to be disabled.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

@@ -34,6 +34,7 @@ def cuts(shape: Sequence[int], max_weights: int) -> Iterator[Part]:
     A power of two of them and of nearly equal size, where that is possible: so they suit most numbers of threads.
     """
     groups, channels = shape[0], shape[2]
+    # 2^ceil(log2 n) of n parts, without the rounding of a logarithm.
     count = 1 << (math.ceil(math.prod(shape) / max_weights) - 1).bit_length()
     room = math.ceil(groups * channels / count)  # in channels
     group_step, channel_step = max(1, room // channels), min(room, channels)
@@ -65,6 +66,7 @@ class Halves:
     """
 
     def __init__(self, whole: Tensor) -> None:
+        # Views, because the tensors given are contiguous: copies would miss what is written later.
         half = (len(whole) + 1) // 2
         self.whole = whole
         self.first, self.second = whole[:half], whole[half:]
@@ -91,15 +93,20 @@ class Fourier:
     ) -> None:
         cpu, taps = torch.device("cpu"), math.prod(kernel_size)
         full = real_fourier_basis(kernel_size, torch.float64, cpu)  # [N, T]
+        # Parseval: a lattice of k points an axis or more keeps norms. Where k is even it takes one
+        # more: else a frequency besides zero would be its own mirror, without a sine.
         coarse = real_fourier_basis(kernel_size, torch.float64, cpu, [k | 1 for k in kernel_size])
         self.points, self.coarse_points = len(full), len(coarse)
         self.coarse_is_free = self.coarse_points == taps and not folded
+        # B^T diag(identity) B = 1: rows of B carry (2/N)^(1/4), and Parseval's weight is 2/N.
         identity = full.new_full((self.points // 2 + 1, 1, 1, 1), math.sqrt(2 / self.points))
         identity[0] = math.sqrt(1 / self.points)
         self.identity = identity.to(device, dtype)
         lengths = torch.linalg.vector_norm(coarse, dim=1, keepdim=True)
         rotation = coarse / lengths if self.coarse_is_free else _parity_rotation(taps)
         self.rotation = rotation.to(device, dtype)
+        # Rows of the basis are (2/N)^(-1/4) times orthonormal ones, the constant's (1/N)^(-1/4):
+        # its power, a square, is sqrt(2) times as large next to that of the others.
         self.coarse_constant = math.sqrt(2) if self.coarse_is_free else 1.0
         self.full = Basis(full @ rotation.T, self.rotation)
         self.coarse = Basis(coarse @ rotation.T, self.rotation)
@@ -112,6 +119,7 @@ class Fourier:
         """
         kernels = bank.flatten(3)  # [G, M, C, T]
         for part in cuts(bank.shape, max_weights):
+            # The scale is in float64 where norms are very small or large (see `filter_norms`).
             scaled = kernels[part] / scale[part.groups, :, None, None]
             some = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
             rotated = torch.mm(self.rotation, some.reshape(len(some), -1))

@@ -75,6 +75,7 @@ def convolutional_similarity(
         if not normalized:
             return bank_similarity(bank, pairs, channels)
         norms = filter_norms(bank)  # [G, M]
+        # Norms may come in float64 (see `filter_norms`), and would make all that follows so.
         unit = (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
         return bank_similarity(unit, pairs, channels) / count_pairs(norms > 0, pairs).clamp(min=1)
 
@@ -95,6 +96,7 @@ def power_spectrum(spectrum: Tensor, channels: Channels) -> Tensor:
     """
     frequencies = spectrum.shape[0] // 2 + 1
     cosines, sines = spectrum[:frequencies], spectrum[frequencies:]
+    # The constant, which is the first cosine, has no sine.
     power = cosines.square()
     power[1:].addcmul_(sines, sines)
     return power.sum(2, keepdim=True) if channels == "all" else power

@@ -152,6 +152,7 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) < len(tensors):
         weights = INCOMPLETE
+    # Before the shapes, of which a lazy tensor has none.
     elif any(is_lazy(tensor) or has_no_data(tensor) for tensor in present):
         weights = NO_VALUES
     elif any(shape != shapes[0] for shape in shapes):
@@ -163,8 +164,10 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are equal, NaN to NaN, whatever the dtypes."""
+    # Sparse tensors know no ==.
     a, b = (one if one.layout is torch.strided else one.to_dense() for one in (a.detach().cpu(), b.detach().cpu()))
     if a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point():
+        # Every narrower float is a float64, so that only values that differ do so here.
         a, b = a.double(), b.double()
     return bool(((a == b) | ((a != a) & (b != b))).all())
 

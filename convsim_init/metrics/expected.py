@@ -77,6 +77,7 @@ def directions(rows: Tensor) -> tuple[Tensor, Tensor]:
     than the kernel. Both are then zero, rather than what rounding left.
     """
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    # A unit filter without an answer is left with a length of about eps (7e-8 of a constant one).
     lengths = torch.where(lengths > 16 * torch.finfo(rows.dtype).eps, lengths, 0)
     return torch.where(lengths > 0, 1 / lengths, 0)[..., None] * rows, lengths
 
@@ -109,6 +110,7 @@ def effective_rank(rows: Tensor) -> float:
     """
     groups, filters, width = rows.shape
     gram = rows @ rows.mT if filters <= width else rows.mT @ rows  # the same eigenvalues but for zeros
+    # Rounding makes some of the zeros negative, which have no logarithm: entr is -inf there.
     values = torch.linalg.eigvalsh(gram).double().clamp(min=0)
     total = values.sum()
     if not total > 0:
@@ -128,6 +130,7 @@ def _natural_factor(kernel_size: tuple[int, ...], grid: int) -> Tensor:
     autocorrelation = torch.fft.ifftn(power).real
     autocorrelation = autocorrelation / autocorrelation.flatten()[0]
     taps = torch.meshgrid(*(torch.arange(k, device=cpu) for k in kernel_size), indexing="ij")
+    # The grid is periodic, so that a negative shift wraps around.
     shifts = [(t.flatten()[:, None] - t.flatten()) % side for t, side in zip(taps, sides, strict=True)]
     values, vectors = torch.linalg.eigh(autocorrelation[tuple(shifts)])
     factor: Tensor = vectors * values.clamp(min=0).sqrt()

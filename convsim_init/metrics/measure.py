@@ -72,6 +72,7 @@ def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, 
     """What `measure` returns, and the layers that it found."""
     started = time.perf_counter()
     layers = find_layers(source, read_only=True)
+    # Begun last, the largest would keep one thread at work after all others are done.
     largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
     with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
         reports = {report.name: report for report in team.as_completed(_measure, largest_first)}
@@ -90,6 +91,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     norms = filter_norms(bank)  # [G, M]
     flat, lengths = bank.flatten(3), nonzero(norms)[..., None, None]  # [G, M, C, T], [G, M, 1, 1]
     size = float(nonzero(norms.max()))  # in this unit large weights do not overflow
+    # A filter's power is |w|^2 times that of the unit filter: one spectrum serves both losses.
     energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
     basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0

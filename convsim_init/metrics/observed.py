@@ -101,6 +101,7 @@ class FeatureMaps:
         if self.count == 0:
             # Constant maps become exactly zero, and squares neither vanish nor overflow.
             self._origin = values[:, :1].clone()
+            # Over an infinite unit all other maps would be zero and seem constant: None, not NaN.
             self._unit = float((values - self._origin).abs().nan_to_num(0, 0).max()) or 1.0
             self._mean = values.new_zeros(filters)
             self._scatter = values.new_zeros(filters, filters)
@@ -111,6 +112,7 @@ class FeatureMaps:
         values -= mean[:, None]
         self._scatter.addmm_(values, values.T)
         shift, total = mean - self._mean, self.count + positions
+        # S = S_a + S_b + n_a n_b / n (m_b - m_a)(m_b - m_a)^T, of counts n, means m and scatters S.
         self._scatter.addr_(shift, shift, alpha=self.count * positions / total)
         self._mean += shift * (positions / total)
         self.count = total

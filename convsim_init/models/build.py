@@ -66,6 +66,7 @@ def build_model(
     checked_seed = _whole("seed", seed, 0, _LARGEST_SEED)
     arguments = check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
     found = resolve(spec).spec
+    # Again: only now is it known which library a bare name is of, and what that does not take.
     _check(found, arguments)
     with _imports(found):
         with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
@@ -82,6 +83,7 @@ def build_model(
 def find_model(spec: str, /) -> None:
     """Import what builds a model, and build nothing; fails as `build_model` does."""
     found = resolve(spec).spec
+    # An import may draw, too, and leaves the caller's random state as it was.
     with _imports(found), _reproducible(0):
         _builder(found)
 
@@ -153,6 +155,7 @@ def _reproducible(seed: int) -> Iterator[None]:
         # torch.manual_seed would also reseed the accelerators, whose state is not kept here.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
+        # NumPy's seeds end at 32 bits.
         numpy.random.seed(seed % 2**32)
         torch.set_default_dtype(torch.float32)
         try:

@@ -26,6 +26,7 @@ def classifier_keys(model: torch.nn.Module, spec: str, /, **arguments: Any) -> l
     for other in OTHERS if classes is None else (classes + 1,):
         state = build_model(spec, **arguments | {"num_classes": other}).state_dict()
         keys = [key for key, shape in own.items() if key in state and state[key].shape != shape]
+        # Another number of classes may make another network: its shapes say nothing of this one's.
         if keys and own.keys() <= state.keys():
             return keys
     raise InputError(f"expected a model with outputs for a number of classes, got {spec!r}, whose shapes do not change")

@@ -110,9 +110,11 @@ class Construction:
         def marking(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
             told = () if self._telling else self._told.values()
+            # A gradient that was not there when the optimizer was made: of a pass that no hook saw.
             parameters = (one for model in told for one in tree.parameters(model))
             if any(_has_gradient(one) and id(one) not in self._graded for one in parameters):
                 self._tell_again(Moment.STEP)  # the forward pass was not seen
+            # A gradient may train it without an optimizer, by code that steps by hand.
             for module in (*self._marked.values(), *self._redrawn.values()):
                 if any(map(_has_gradient, module._parameters.values())):
                     self._redrawn.pop(id(module), None)
@@ -160,6 +162,7 @@ class Construction:
             return
         if self._told:
             self._tell_again(Moment.STEP)
+        # What was drawn anew and is trained now is not to be treated before a later optimizer.
         if self._redrawn:
             trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
             for model in list(self._models.values()):
@@ -185,6 +188,7 @@ class Construction:
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
             inner = {id(part) for model in models for part in list(tree.modules(model))[1:]}
+            # A model that was told is told again if a part was drawn anew, or a new one is in it.
             told = {
                 id(model): model
                 for model in models

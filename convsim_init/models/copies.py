@@ -55,6 +55,7 @@ class Known(defaultdict[tuple[int, ...], list[tuple[Fact, Tensor]]]):
         facts, sums = zip(*self[sample.shape], strict=True)
         known = torch.stack(sums)
         alike = (known - sample.sums).norm(dim=1) < DISTANCE * known.norm(dim=1)
+        # The first that is alike; of booleans there is no argmax.
         return facts[int(alike.int().argmax())] if alike.any() else None
 
 
@@ -118,6 +119,7 @@ def sample_layer(layer: Layer) -> Sample | None:
     with LIVE:
         values = layer.weight.read().flatten().float().cpu()
     rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
+    # The same signs for all weights of a shape, whose sums would not be comparable otherwise.
     signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
     return Sample(tuple(layer.shape), rows @ signs.to(rows))
 

@@ -44,6 +44,7 @@ def find_factory(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module
     found: object = load_module(spec.place) if spec.source is Source.MODULE else load_file(spec.place)
     for part in spec.name.split("."):
         owner = found
+        # A module may have a __getattr__ of its own.
         with user_errors(spec.place):
             found = getattr(owner, part, _MISSING)
         if found is _MISSING:

@@ -108,6 +108,7 @@ def _build_transformers(
 
 
 def _changed(config: Any, **arguments: object) -> Any:
+    # transformers warns of labels that are not as many as are asked for.
     labels = ("id2label", "label2id") if "num_labels" in arguments else ()
     entries = {name: value for name, value in config.to_dict().items() if name not in labels}
     return type(config).from_dict(entries | arguments)

@@ -33,6 +33,7 @@ TRAINED = {
     Source.TORCHVISION: ("weights", "weights_backbone", "pretrained", "pretrained_backbone"),
     Source.TIMM: ("pretrained", "checkpoint_path"),
 }
+# Between the decorator and the function there may be other decorators, on several lines.
 REGISTERED = re.compile(r"^@register_model\b.*\n(?:[@ )].*\n)*def (\w+)", re.MULTILINE)
 
 
@@ -56,6 +57,7 @@ def check_library_model(library: Source, name: str, arguments: Mapping[str, obje
             f"{library.value}:{name} needs the package {library.value}, which is not installed: "
             f"pip install 'convsim-init[{library.value}]'"
         )
+    # With None or False they decline weights, which is so anyway.
     trained = [argument for argument, value in arguments.items() if value and argument in TRAINED[library]]
     if trained:
         raise InputError(

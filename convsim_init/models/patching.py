@@ -42,6 +42,7 @@ def replaced(owner: object, name: str, change: Callable[..., Callable[..., None]
     try:
         yield
     finally:
+        # The changes that are left wrap the attribute anew: contexts may end in any order.
         entry.changes.remove(change)
         entry.install()
         if not entry.changes and _REPLACED.get((owner, name)) is entry:
@@ -62,6 +63,7 @@ def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
         @wraps(load)
         def noted(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
             load(module, state_dict, prefix, *args, **kwargs)
+            # Called for each module by load_state_dict, also where the file has nothing of it.
             if any(key.startswith(prefix) for key in state_dict):
                 note(module)
 

@@ -57,6 +57,7 @@ def parse(text: str) -> Spec:
         return Spec(text, library, "", name)
     if Path(text).suffix in SUFFIXES:
         return Spec(text, Source.CHECKPOINT, text, "")
+    # Before folders: one that is called like a built-in model does not stand in for it.
     if text in catalog.MODELS:
         return Spec(text, Source.BUILT_IN, "", text)
     if _has_config(text):

@@ -22,6 +22,7 @@ _beside: dict[Path, dict[str, ModuleType]] = {}
 def is_importable(module: str) -> bool:
     """Whether the package that a module is in can be found from the working folder; nothing is run to tell."""
     top = module.partition(".")[0]
+    # Importers remember what folders held: a file that was just written would not be found.
     invalidate_caches()
     with _on_path(Path.cwd()):
         return top in sys.modules or find_spec(top) is not None
@@ -54,6 +55,7 @@ def _modules_beside(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # A module of a package that others have imported is not the folder's, wherever it lies.
         new = {name: sys.modules[name] for name in sys.modules.keys() - known if name.partition(".")[0] not in known}
         beside.update({name: module for name, module in new.items() if _lies_in(folder, name, module)})
 
@@ -102,6 +104,7 @@ def load_file(file: str) -> ModuleType:
         spec = spec_from_file_location(name, path)
         assert spec is not None  # its name ends in .py
         assert spec.loader is not None
+        # Before it runs, as in an import: dataclasses and pickle look a class's module up there.
         module = sys.modules[name] = module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -178,6 +178,7 @@ class ConjugateGradient:
         if self._preserve:
             self._norms = np.where(sq_norms > 0, np.sqrt(sq_norms), 1)
             self._radial = grad_dot_w / self._norms**2
+            # Not `>`, which is false of NaN: that is broken, too.
             if not np.abs(self._norms - 1).max() <= NORM_TOLERANCE:
                 return math.inf
         # Euler's theorem for a polynomial of degree 4: 4 f = <g, w>, with the shift put back.
@@ -193,6 +194,7 @@ class ConjugateGradient:
             The step length, equation (7); 0 where there is nowhere to go.
         """
         step, radial, dir_sq_norm = self._step, self._radial, self._dir_sq_norm
+        # Where norms are free, nothing is radial: `radial` is zero then, and serves for q.
         dir_radial = transported_radial(step, dir_sq_norm) if self._preserve else radial
         grad_sq_norm = tangent_sq_norm(self._grad_sq_norm, radial)
         grad_dot_dir = self._grad_dot_dir + dir_radial * radial
@@ -208,6 +210,7 @@ class ConjugateGradient:
         beta = polak_ribiere(total, overlap, self._prev_grad_sq_norm)
         # 1.01: a step of just 45 degrees, which the line search takes where it finds no minimum, is no reason.
         turned_far = self._preserve and step**2 * float(dir_sq_norm.max()) > 1.01 * MAX_TANGENT**2
+        # <grad, d_new> = sum |grad|^2 + beta sum <grad, T d>; at 0 or below d_new does not ascend.
         descends = total + beta * float(grad_dot_dir.sum()) <= 0
         if restart or turned_far or descends:
             beta = 0.0
@@ -222,6 +225,8 @@ class ConjugateGradient:
         # Last block first: what was passed over last is still in the cache.
         parts = [part.cpu() for part in self._team.map(turn, self._blocks[::-1])]
         coefficients = torch.stack(parts).sum(0, dtype=torch.float64)
+        # For (4), when the gradient stored now is g_prev: <w, g_prev> is what the shift left of r,
+        # and <d, g_prev> = <d_new, grad>, since d_new is tangent.
         self._prev_dot_w, self._prev_dot_dir = radial, grad_sq_norm + beta * grad_dot_dir
         self._dir_sq_norm, self._prev_grad_sq_norm = dir_sq_norm, total
         self._shift, self._step = full_radial, 0.0

@@ -94,6 +94,7 @@ class StoppingRule:
         on_plateau = loss > PLATEAU_SHARE * start and len(self.losses) <= PLATEAU_LOSSES
         idle = gain < self._settings.tolerance * start and not on_plateau
         self._idle = self._idle + 1 if idle else 0
+        # `<=`: where the loss is 0 from the start, there is nothing to lower.
         if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * start:
             return Stop.CONVERGED
         return Stop.STEPS if len(self.losses) > self._settings.steps else None
@@ -106,6 +107,7 @@ def _conjugate_gradient(
     """Conjugate gradients. Each step lowers the loss, so the last weights are the best."""
     norms = filter_norms(bank)  # [G, M]
     preserve = settings.norm == "preserve"
+    # Free norms may differ from filter to filter: one unit for all keeps their ratios.
     scale = norms if preserve else norms.square().mean().sqrt().expand_as(norms)  # [G, M]
     if preserve:
         unit = 1 / int(count_pairs(norms > 0, settings.pairs).clamp(min=1))
@@ -119,6 +121,7 @@ def _conjugate_gradient(
     while (stop := rule.update(loss)) is None:
         on_step()
         loss, restart = _take_step(filters, rule.losses[-1], restart)
+        # Not `>=`, which is false of NaN. The loss is not noted, for no step was taken.
         if not loss < rule.losses[-1]:
             stop = Stop.CONVERGED
             break
@@ -137,6 +140,8 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
     Returns:
         The loss there, or ``reached`` if no step lowers it; and whether the next direction has to restart.
     """
+    # Even where that has just failed: `retract` has taken the gradient anew, with the shift of this
+    # place, so that less of it is rounding.
     for steepest in (restart, True):  # where the conjugate direction fails, steepest descent from the same place
         step = filters.next_direction(restart=steepest)
         if not step:
@@ -144,8 +149,10 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
         for tries in range(BACKTRACKS):
             loss = filters.retract(step)
             if loss < reached:
+                # A second try may write over g_prev in the blocks: <g, g_prev>, and beta, is lost.
                 return loss, tries > 0
             step /= 4
+        # Not only for the weights: `next_direction` takes the gradient that was evaluated last.
         filters.retract(0.0)
     return reached, True
 
@@ -158,16 +165,19 @@ def _adam(bank: Tensor, settings: Settings, mask: Tensor | None, on_step: Callab
     """What a plain loop with `torch.optim.Adam` does; where norms are preserved, each step ends by restoring them."""
     norms = filter_norms(bank)
     rule = StoppingRule(settings)
+    # A tensor that is made in the caller's inference mode could not get a gradient.
     with torch.inference_mode(False), torch.enable_grad():
         weight = bank.clone().requires_grad_()
         adam = OwnAdam([weight], lr=settings.learning_rate)
         loss = bank_similarity(weight, settings.pairs, settings.compared_channels)
+        # Adam's loss may rise again, which that of conjugate gradients never does.
         best, lowest = bank, loss.item()
         while (stop := rule.update(loss.item())) is None:
             on_step()
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if mask is not None and weight.grad is not None:
+                # Adam's moments of what is always zero are zero: these taps do not move.
                 weight.grad *= mask
             adam.step()
             if settings.norm == "preserve":

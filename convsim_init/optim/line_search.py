@@ -28,6 +28,7 @@ def first_minimum(a: float, b: float, c: float, d: float, *, otherwise: float) -
     # that of c: nothing cancels.
     q = -c - math.copysign(math.sqrt(max(0.0, c * c - 3 * b * d)), c)
     turns = [over / under for over, under in ((q, 3 * d), (b, q)) if under]
+    # Just behind 0 the slope has the sign of its first coefficient that is not zero.
     rising = next((value > 0 for value in (a, b, c, d) if value), True)
     for low, high in pairwise([0.0, *sorted(turn for turn in turns if 0 < turn < 1), 1.0]):
         if (slope(high) >= 0) != rising:

@@ -22,6 +22,7 @@ class Launch(NamedTuple):
     @property
     def on_first_machine(self) -> bool:
         """Whether this process is on the machine of the leading one, and finds the same files there."""
+        # Ranks count on from machine to machine, local ranks from 0 on each.
         return self.rank == self.local_rank
 
     @property

@@ -24,6 +24,7 @@ def own_layers(layers: Sequence[Layer], settings: Settings, ranks: Ranks) -> lis
         _check_alike(layers, settings, ranks)
     owners = deal([cost(layer) for layer in layers], ranks.size)
     own = [layer for layer, owner in zip(layers, owners, strict=True) if owner == ranks.rank]
+    # Begun last, the largest would keep one thread at work after all others are done.
     return sorted(own, key=lambda layer: -math.prod(layer.shape))
 
 
@@ -42,6 +43,7 @@ def share(
     reports = {name: (report, rank) for rank, some in enumerate(ranks.exchange(own)) for name, report in some.items()}
     for layer in layers:
         report, owner = reports[layer.name]
+        # All ranks copy the same layers in the same order, for each has the reports of all.
         if report.after:
             ranks.copy(layer.weight.storage(), owner, device=device)
     return [reports[layer.name][0] for layer in layers]
@@ -54,6 +56,7 @@ def deal(costs: Sequence[float], workers: int) -> list[int]:
     multiprocessing timing anomalies*, 1969).
     """
     owners, load = [0] * len(costs), [0.0] * workers
+    # Of equals the first comes first: so every rank finds the same division by itself.
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         owners[item] = min(range(workers), key=load.__getitem__)
         load[owners[item]] += costs[item]
@@ -86,4 +89,5 @@ def _fingerprint(layer: Layer) -> tuple[tuple[object, ...], tuple[int, ...]]:
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> int:
     """Sum of a tensor's bits as integers: differs from draw to draw, in one pass on any device."""
+    # Sums of integers do not depend on the order of the terms, as those of floats do.
     return int(tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum())

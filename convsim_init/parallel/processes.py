@@ -39,6 +39,7 @@ class Ranks:
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._ended = False  # whether a rank was lost or has sent an error: nobody waits any more
+        # torch gives a rank of -1 to a process that is not in the group.
         if self.rank < 0:
             raise InputError("group: expected a process group that this process is in: call it only where it is")
 
@@ -68,6 +69,7 @@ class Ranks:
         """The values of all ranks, for the first alone; an empty list for the others."""
         if self.group is None:
             return [value]
+        # Before the exchange: what cannot be pickled fails while the others can still be told.
         data = pickle.dumps(value)
         self.exchange(None)  # the last moment for an error: what follows brings data alone
         values: list[Any] = [None] * self.size if self.rank == 0 else []

@@ -20,6 +20,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Taken again by its holder: _one_intra_op_thread calls _callers_threads.
 _intra_op = threading.RLock()  # guards the two below
 _teams = 0  # how many are at work, maybe in several threads of the caller's at once
 _callers = 1  # torch's number of intra-op threads before they were
@@ -50,6 +51,8 @@ class Team:
         return cls(_callers_threads() if all(device.type == "cpu" for device in devices) else 1)
 
     def __enter__(self) -> Team:
+        # Undone from the last to the first: workers hear that the caller has left, then they are
+        # waited for, and only then torch has its threads back.
         self._exits = ExitStack()
         self._exits.enter_context(_one_intra_op_thread())
         if self._pool:
@@ -79,9 +82,11 @@ class Team:
                 waiting.extendleft(stops)  # nothing more is begun, by anyone
                 raise
 
+        # With the caller as many as there are stops, and no more than items.
         helpers = [self._submit(take, stop) for stop in stops[1 : len(items)]]  # few: to wake one takes long
         results = take(None)
         for helper in helpers:
+            # One that has not begun by now has nothing to do: the caller has come upon a stop.
             if not helper.cancel():
                 results |= helper.result()
         return [results[number] for number in range(len(items))]
@@ -97,6 +102,7 @@ class Team:
         assert self._pool is not None
 
         def alone() -> Result:
+            # Both modes are each thread's own.
             with torch.inference_mode(self._inference), torch.no_grad():
                 return work(item)
 

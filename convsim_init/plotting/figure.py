@@ -131,6 +131,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, overwrite: bool
     from convsim_init.plotting import panels
 
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
+    # Part of the style, svg.hashsalt and pdf.fonttype, is read only as the figure is written.
     with replacing(target, overwrite=overwrite) as temporary, panels.style():
         figure.savefig(temporary, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=NO_DATE[target.suffix])
     return target

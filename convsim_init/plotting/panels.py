@@ -139,6 +139,7 @@ def draw_losses(figure: SubFigure, losses: Sequence[Sequence[float]]) -> None:
     for values in losses:
         each = axes.plot(np.array(values) / values[0], **FAINT)
     longest = max(map(len, losses))
+    # A layer that has ended keeps its last loss in the sum of all.
     held = [np.pad(np.array(values), (0, longest - len(values)), mode="edge") for values in losses]
     total = axes.plot(np.sum(held, axis=0) / sum(values[0] for values in losses), color=OKABE_ITO[1], linewidth=2)
     axes.set_title("Loss, over its start", loc="left")
@@ -195,6 +196,7 @@ def correlations(bank: torch.Tensor) -> Array:
     """Magnitudes of the expected correlations, without the diagonal."""
     groups = bank.shape[0]
     matrix = expected_correlation(bank.flatten(0, 1), groups=groups)[:MAX_MAPS, :MAX_MAPS].abs()
+    # The correlation of a map with itself, which is 1, would set the scale of colours.
     return matrix.fill_diagonal_(math.nan).float().numpy()
 
 

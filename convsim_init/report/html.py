@@ -30,6 +30,7 @@ COLUMNS = (  # headings, and what `Report.to_records` calls what stands below th
     *(("norm ratio", "norm_ratio_after"), ("steps", "steps"), ("seconds", "seconds"), ("remark", "reason")),
 )
 TEXTS = ("name", "shape", "outcome", "reason")  # the others are numbers
+# a - b is NaN of texts, which counts as false: these go by localeCompare.
 SCRIPT = """
 const table = document.querySelector("table");
 table.querySelectorAll("tbody button").forEach(button => button.onclick = () => {
@@ -69,6 +70,7 @@ figure img, figure svg { display: block; height: 9.5rem; image-rendering: pixela
 figcaption { font-size: .85rem }
 dl { display: grid; gap: .1rem 1.5rem; grid-template-columns: max-content 1fr } dd { margin: 0 }
 """
+# Nothing may stand beside the style and the script in their tags: the policy has their hashes.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -39,6 +39,7 @@ def read_record(path: Path) -> dict[str, Any]:
             record = json.loads(path.read_bytes())
         elif path.suffix in TORCH_SUFFIXES:
             with ZipFile(path) as archive, archive.open(TORCH_RECORD) as file:
+                # No more, whatever size the archive's entry has when it is unpacked.
                 record = json.loads(file.read(MAX_HEADER))
         else:
             record = json.loads(safetensors_header(folder_file(path) or path)[METADATA_KEY]["convsim_init"])

@@ -149,6 +149,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
         layers = [layer.to_dict() for layer in self.layers]
+        # Without the layers, of which asdict would copy every loss.
         data = asdict(replace(self, layers=[])) | {"layers": layers, "totals": self.totals}
         return {name: data[name] for name in ORDER}
 
@@ -232,6 +233,7 @@ def check_patterns(option: str, patterns: Sequence[str], names: Collection[str],
     It is refused with some of the names that there are, and the nearest; a module's name with the pattern of what is in
     it.
     """
+    # A text is a sequence of patterns, too, of one letter each.
     if isinstance(patterns, str):
         raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
     if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):

@@ -44,6 +44,7 @@ class Table:
             width: Most characters of a row. Where the rows are longer, the columns of `OPTIONAL` are left out, which
                 the summary says, then names and remarks are cut. Default: rows are as long as they are.
         """
+        # An empty cell stays empty: of an empty name `shown` makes ''.
         rows = [[shown(cell, CELL) if cell else "" for cell in row] for row in (self.header, *self.rows)]
         widths = dict(enumerate(max(map(len, column)) for column in zip(*rows, strict=True)))
         columns = [column for column, cells in widths.items() if cells]

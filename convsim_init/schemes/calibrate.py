@@ -114,6 +114,7 @@ def scale_layers(
         images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
     if images.numel() == 0 or not images.isfinite().all():
         raise InputError("expected images of finite numbers, got infinities or NaN, or none at all: leave those out")
+    # Of a place without its shape and strides: two layers may share numbers by different views.
     places = {layer.name: tuple(one[:4] for one in memories(layer.weight.sources)) for layer in found}
     owners = {places[layer.name]: layer.name for layer in layers}
     owner = {layer.name: owners.get(places[layer.name]) for layer in found}
@@ -169,6 +170,7 @@ def _find_factors(
         if name not in scales:
             deviation = float(plain.detach().float().std())
             factor = float(f"{1 / deviation:.3e}") if 0 < deviation < math.inf else 1.0
+            # A leaf: its gradient tells whether the output depends on the scale of this layer.
             scales[name] = output.new_tensor(factor).requires_grad_()
         return plain * scales[name] + bias
 

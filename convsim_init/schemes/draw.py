@@ -99,10 +99,12 @@ def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, ge
     by_fan = scheme in FAN_SCHEMES
     if by_fan:
         fan_in, fan_out = bank.shape[2], bank.shape[1]  # over the number of taps
+        # Kaiming's deviation is gain / sqrt(fan), drawn here over the fan in.
         wanted = fan_out if fan == "fan_out" else fan_in
         strided = layer.transposed != (fan == "fan_out")
         drawn *= math.sqrt(fan_in / wanted * (layer.strides if strided else 1))
     if activation:  # in place of the gain that it is drawn with
+        # That is ReLU's for Kaiming's: they draw for a leaky ReLU of slope 0, which is the same.
         drawn *= nn.init.calculate_gain(activation) / nn.init.calculate_gain("relu" if by_fan else "linear")
     try:
         layer.weight.write(bank_weight(drawn, groups=layer.groups, transposed=layer.transposed))

@@ -36,6 +36,7 @@ class WideBlock(nn.Module):
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:
     first = WideBlock(in_channels, channels, stride)
     layer = nn.Sequential(first, *(WideBlock(channels, channels, 1) for _ in range(blocks - 1)))
+    # In its keys the blocks of a stage stand below this name.
     return nn.Sequential(OrderedDict(layer=layer))
 
 
