@@ -142,5 +142,6 @@ def _toml(path: Path) -> dict[str, Any]:
 def _options(command: click.Command) -> dict[str, click.Option]:
     """The options that may be given elsewhere, by their names without the hyphens before them."""
     options = [one for one in command.params if isinstance(one, click.Option)]
+    # Of -o and --out the long one.
     named = {max(option.opts, key=len).removeprefix("--"): option for option in options}
     return {name: option for name, option in named.items() if name not in BY_HAND}

@@ -153,9 +153,11 @@ def _run(arguments: Sequence[str]) -> int:
     except click.Abort:
         raise
     except click.UsageError as error:
+        # The main command runs without its name, which its help does not show.
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
+        # Among the words: the error may have come before click had parsed them.
         if "--debug" in arguments and launched().reports_errors:
             import traceback
 

@@ -190,6 +190,7 @@ def _check_source(spec: str, how: ModelOptions) -> None:
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
         )
+    # A name without a separator may be a model's, whatever folder is called like it.
     elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():
         raise without_weights(spec)
     else:

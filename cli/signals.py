@@ -100,7 +100,8 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            # In this order: no signal is written to what is closed, and the watcher ends by that.
+            # In this order: no signal is written to what is closed, and the closed writer ends the
+            # watcher.
             ended.set()
             signal.set_wakeup_fd(former)
             os.close(writer)

@@ -331,6 +331,7 @@ def _scratch_file(place: Path) -> Iterator[Path]:
     while folder is None or not folder.exists():  # taken for abandoned before it was locked
         _unlock(lock)
         folder = place / f".{HOST}-{secrets.token_hex(8)}.convsim-init.tmp"
+        # For this user alone: what lies in it is given the target's name.
         folder.mkdir(0o700)
         lock = _lock(folder, wait=True)
     _scratch_folders.add(folder)

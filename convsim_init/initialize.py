@@ -174,9 +174,11 @@ def initialize_layers(
     """Treat the layers, and let the open contexts know; in all but the one that does it its choice counts too."""
     started = time.perf_counter()
     _check_device(device)
+    # Taken now: what the layers hold is gone once they are treated.
     before = [sample_layer(layer) for layer in layers] if HISTORIES else []
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
+    # Copies are found while they are equal; that they have parted is told when they have.
     twins, remarks = find_twins(model, layers), model_remarks(model, layers)
     decided, unknown = decide_channels(layers, settings)
     costs = {layer.name: cost(layer) for layer in own}
@@ -287,6 +289,7 @@ def _lower(
             put_back()
             return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: its own code {failure}")
     after, kept = measure_bank(written, channels), filter_norms(written)
+    # Next to what the descent has made: with free norms they are meant to change in it.
     change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
     counting = list(before)
     dtype = layer.weight.sources[0].dtype
@@ -294,6 +297,7 @@ def _lower(
         cause = f"the range of {dtype}" if type(layer.weight) is Weight else "its forward pass"
         difference = difference or f"{cause} changes the norms of filters by up to {change:.1%}"
         counting.remove("similarity")  # which falls with the norms
+    # Either will do: with free norms the one blind to scale may rise while the raw one falls.
     if not any(after[name] < before[name] for name in counting):
         with LIVE:
             put_back()

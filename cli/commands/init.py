@@ -114,6 +114,7 @@ def init(
     settings = replace(Settings.preset(preset), **chosen)
     if is_by_hand("seed") != is_by_hand("seeds"):  # that one counts, whatever a file has for the other
         how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
+        # `origins` is not to tell of one that does not count.
         del ctx.params["seeds" if is_by_hand("seed") else "seed"]
     folder, to_stdout = out is not None and out.endswith(("/", os.sep)), out == str(STDOUT)
     choices = Choices(

@@ -103,6 +103,7 @@ def run(
         while own is not None and own.tb_frame.f_globals.get("__name__") != "__main__":
             last, own = own.tb_frame.f_globals.get("__name__"), own.tb_next
         if isinstance(error, ImportError) and own is None and last == "runpy":  # there is no script
+            # Then it is not worth telling that no network was treated.
             quiet = True
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
         traceback.print_exception(error.with_traceback(own or error.__traceback__))  # of the script's own code

@@ -152,6 +152,7 @@ def fades(key: str, source: object, converted: Tensor) -> bool:
 
 def _owner(key: str) -> str | None:
     """The layer whose weight, or what its weight is computed from, stands under that key."""
+    # With a dot before it, so that weight alone is the key of the layer that has no name.
     match = OF_A_WEIGHT.fullmatch(f".{key}")
     return match[1][1:] if match else None
 

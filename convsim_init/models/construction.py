@@ -39,6 +39,7 @@ class Moment(Enum):
 
 Treat = Callable[[Sequence[nn.Module], Moment], None]
 _OPEN = set[str]()  # contexts: what is loaded from a file may have been drawn in another one
+# Weak: nothing is kept alive, and an id is forgotten before another module may have it.
 _Modules = weakref.WeakValueDictionary[int, nn.Module]  # by their ids: they need not be hashable
 
 
@@ -72,6 +73,7 @@ class Construction:
     def __enter__(self) -> Construction:
         _OPEN.add(self._token)
         self._undo.enter_context(replaced(nn.Module, "__init__", partial(self._recording, drawn=True)))
+        # deepcopy and pickle make a module without its constructor.
         self._undo.enter_context(replaced(nn.Module, "__setstate__", self._recording))  # of a copy
         self._undo.enter_context(noting_loaded(self._leave))
         self._undo.enter_context(replaced(_ConvNd, "reset_parameters", self._noting_redrawn))

@@ -95,6 +95,7 @@ def _build_transformers(
     named = {NAMES.get(name, name): value for name, value in arguments.items()}
     with user_errors(text):
         known = configure()
+    # A config takes any argument, and keeps those that it does not know without a word.
     unknown = [name for name in named if not hasattr(known, name)]
     if unknown:
         raise InputError(f"{text}: expected an entry of its config, got {shown(unknown[0])}: leave it out")

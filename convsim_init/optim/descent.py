@@ -149,7 +149,7 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
         for tries in range(BACKTRACKS):
             loss = filters.retract(step)
             if loss < reached:
-                # A second try may write over g_prev in the blocks: <g, g_prev>, and beta, is lost.
+                # A second try may write over g_prev in the blocks: <g, g_prev> and beta are lost.
                 return loss, tries > 0
             step /= 4
         # Not only for the weights: `next_direction` takes the gradient that was evaluated last.

@@ -142,5 +142,6 @@ def _settle(figure: Figure) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
+        # The original place: the active one of an image is what its aspect ratio has left of it.
         x, y, width, height = (round(share, 5) for share in axes.get_position(original=True).bounds)
         axes.set_position((x, y, width, height))

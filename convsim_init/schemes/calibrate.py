@@ -209,6 +209,7 @@ def _find_factors(
         )
         gradients = torch.autograd.grad(total.sum(), list(scales.values()), allow_unused=True)
     factors = {
+        # Four digits once more, which the model's dtype may have rounded.
         name: float(f"{scale.item():.3e}")
         for (name, scale), slope in zip(scales.items(), gradients, strict=True)
         if slope is not None and slope.isfinite() and slope != 0
