@@ -166,9 +166,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are equal, NaN to NaN, whatever the dtypes."""
     # Sparse tensors know no ==.
     a, b = (one if one.layout is torch.strided else one.to_dense() for one in (a.detach().cpu(), b.detach().cpu()))
-    if a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point():
-        # Every narrower float is a float64, so that only values that differ do so here.
-        a, b = a.double(), b.double()
+    if a.dtype != b.dtype and not (a.is_quantized or b.is_quantized):
+        # Both in a dtype that holds all of their numbers: torch promotes neither float8 nor uint16.
+        kinds = ((torch.is_complex, torch.complex128), (torch.is_floating_point, torch.float64))
+        wide = next((dtype for is_kind, dtype in kinds if is_kind(a) or is_kind(b)), torch.int64)
+        a, b = a.to(wide), b.to(wide)
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 

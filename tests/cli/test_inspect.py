@@ -202,6 +202,23 @@ def test_weights_are_compared_by_value(other, weights):
     assert compared.layers[0].weights == weights
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(torch.uint16, torch.int32, id="unsigned"),
+        pytest.param(torch.float8_e5m2, torch.int64, id="float8"),
+        pytest.param(torch.float8_e5m2, torch.complex64, id="complex"),
+    ],
+)
+def test_entries_of_dtypes_that_torch_does_not_promote_are_compared(one, other):
+    for last, weights in ((3, "identical"), (4, "different")):
+        entries = [torch.tensor([1, 2, 3]).to(one), torch.tensor([1, 2, last]).to(other)]
+        compared = compare(
+            [(name, {"c.weight": torch.ones(2, 1, 1), "x": x}) for name, x in zip("ab", entries, strict=True)]
+        )
+        assert [entry.weights for entry in compared.entries] == ["identical", weights]
+
+
 def test_compare_takes_models_and_any_number(command):
     torch.save({f"module.{key}": value for key, value in build_model("cifar_resnet18").state_dict().items()}, "a.pt")
     data = json.loads(command("compare", "cifar_resnet18", "a.pt", "cifar_resnet18", "--json")[1])
