@@ -121,6 +121,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
     try:
+        # With arguments it was called by other code, which goes on and wants its signals back.
         with grace_period(last=arguments is None), showing_once():
             status = _run(sys.argv[1:] if arguments is None else list(arguments))
     except (KeyboardInterrupt, click.Abort) as error:

@@ -163,6 +163,7 @@ def init(
         if not alone:
             sweep(runs, choices, ranks, progress=progress)
             return
+        # The other ranks share in the work, and have no files to write.
         run = runs[0] if launch.leads else Run(runs[0].model, runs[0].seed)
         result = write(make(run, choices, progress=progress, group=ranks.group if ranks else None), choices)
         assert result.report is not None

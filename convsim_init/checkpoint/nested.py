@@ -42,8 +42,10 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
             wanted = wanted[len(wrapper) + 1 :] or None
         else:
             usual = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+            # The first usual key may lead to a config of the model, not to its weights.
             wrapper = next((key for key in usual if any(_state_dicts(content[key]))), None)
             leading = found or list(dict.fromkeys(path[0] for path, _ in inside if path))
+            # Beside a tensor they are entries of this state dict, which are refused as no tensors.
             if wrapper is None and leading and not any(isinstance(value, Tensor) for value in content.values()):
                 if len(leading) > 1:
                     keys = some(shown(".".join([*opened, key])) for key in leading)

@@ -162,6 +162,7 @@ def _curve(losses: Sequence[float]) -> str:
     """The losses on a logarithmic scale as a line, of a height of 1 for each factor of ten."""
     heights = [-math.log10(max(loss / losses[0], 1e-9)) if losses[0] > 0 else 0.0 for loss in losses]
     points = " ".join(f"{step},{height * 10:.2f}" for step, height in enumerate(heights))
+    # One unit more above and below, where half of the line's width would be cut off.
     box = f"0 -1 {len(losses)} {max(heights) * 10 + 2:.2f}"
     line = f'<polyline points="{points}" fill="none" stroke="currentColor" vector-effect="non-scaling-stroke"/>'
     return f'<svg viewBox="{box}" preserveAspectRatio="none" width="152">{line}</svg>'
