@@ -43,7 +43,7 @@ class TorchBlock:
         weights.mul_(keep).addcmul_(direction, add)
         self._fourier.full.forward(self._weights, out=here.spectrum)
         power = here.power()  # [F, g, c, M]
-        # Over all pairs Q P = S - P is elementwise and may replace P; adjacent ones read neighbours.
+        # Over all pairs Q P = S - P is elementwise and may replace P; else neighbours are read.
         partners = partner_power(power, self._pairs, out=power if self._pairs == "all" else None)
         # The shift is subtracted from the partners' power, before anything cancels. To a filter's own power, of which
         # it is M times as much, it must not be added: that would leave M times the rounding.

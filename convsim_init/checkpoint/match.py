@@ -95,8 +95,8 @@ def _choose_prefixes(
     if len(copies) == len(parts) == 1:
         return removed, added
     fitting = sum(theirs[source] == own[key] for key, source in _sources(theirs, own, removed, added).items())
-    # A small model's keys may be in several parts of another, larger one: to ask which is meant would
-    # not help there, and neither would a prefix that is one of them.
+    # A small model's keys may be in several parts of another, larger one: to ask which is meant
+    # would not help there, and neither would one of the prefixes.
     if len(copies) > 1 and 2 * fitting > min(len(theirs), len(own)):
         keys = [f"{wrapper}.{copy}".strip(".") for copy in copies]
         raise InputError(
