@@ -112,7 +112,7 @@ def file_safe(model: str) -> str:
     The last part of a path counts, without its suffix; letters, digits, ``._-`` stay.
     """
     if is_file(model):
-        text = Path(model).name.partition(".")[0] if model.endswith(".tar") else Path(model).stem
+        text = Path(model.removesuffix(".tar")).stem  # of .pth.tar
     else:
         place, colon, name = model.rpartition(":")
         text = f"{Path(place).name.removesuffix('.py')}-{name}" if colon else name

@@ -64,14 +64,14 @@ def _whole(
         return first
     if math.prod(shape) * first.dtype.itemsize > left:
         raise ValueError("a tensor that is larger than its parts")
-    whole, filled = torch.zeros(shape, dtype=first.dtype, device="cpu"), 0
+    whole, filled = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (first.dtype, torch.bool))
     for offset, place in parts:
-        part, view = _part(folder, files, place), whole
+        part, view, view_filled = _part(folder, files, place), whole, filled
         for dimension, (start, length) in enumerate(zip(offset, part.shape, strict=True)):
-            view = view.narrow(dimension, start, length)
+            view, view_filled = view.narrow(dimension, start, length), view_filled.narrow(dimension, start, length)
         view.copy_(part)
-        filled += part.numel()
-    if filled != whole.numel():
+        view_filled.fill_(True)
+    if not filled.all():
         raise ValueError("parts that are not the whole")
     return whole
 

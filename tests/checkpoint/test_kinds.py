@@ -1,7 +1,9 @@
 """The files that people have: told by what they hold, not by what they are called."""
 
+import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -248,6 +250,17 @@ def test_distributed_checkpoints_that_lack_or_hide_something_are_refused(tmp_pat
         (folder / ".metadata").write_bytes(whole.replace(b"\x0c__0_0.distcp", bytes([len(name)]) + name))
         with pytest.raises(InputError, match=rf"expected the file '{name.decode()}' beside"):
             read_checkpoint(folder)
+
+
+def test_parts_that_overlap_are_not_the_whole(tmp_path):
+    write_distributed(tmp_path, weight=torch.ones(2, 3))
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["weight"].size = torch.Size([4, 3])
+    ((index, place),) = metadata.storage_data.items()
+    metadata.storage_data = {dataclasses.replace(index, offset=torch.Size([row, 0])): place for row in (0, 1)}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.gguf", "net.h5"])

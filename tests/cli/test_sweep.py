@@ -73,6 +73,8 @@ def written(folder, *suffixes):
         ("../net.py:small", "net-small"),
         ("path/to/weights.safetensors", "weights"),
         ("weights.best.pt", "weights.best"),
+        ("net.v2.pth.tar", "net.v2"),
+        ("net.tar", "net"),
         ("of tuesday (2).pth", "of-tuesday-2"),
         ("größe.pt", "größe"),
         ("a:b/w.pt", "w"),
