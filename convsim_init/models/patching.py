@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import reduce, wraps
 from typing import Any
 
@@ -12,43 +11,44 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 
-@dataclass(eq=False)
 class _Replacement:
-    """An attribute that contexts replace, and what was there before the first of them."""
+    """What stands in the place of a function, and calls what the contexts that are open make of that."""
 
-    owner: object
-    name: str
-    before: Any
-    below: _Replacement | None  # somebody else has replaced the attribute in between
-    changes: list[Callable[..., Callable[..., None]]] = field(default_factory=list)
-    installed: Any = None
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self.before = self.now = before
+        self.changes: list[Callable[..., Callable[..., None]]] = []
+        self.call = wraps(before)(lambda *args, **kwargs: self.now(*args, **kwargs))
 
-    def install(self) -> None:
-        self.installed = reduce(lambda value, change: change(value), self.changes, self.before)
-        setattr(self.owner, self.name, self.installed)
+    def update(self) -> None:
+        self.now = reduce(lambda value, change: change(value), self.changes, self.before)
 
 
-_REPLACED: dict[tuple[object, str], _Replacement] = {}
+_REPLACED: dict[int, _Replacement] = {}  # by the ids of their functions
 
 
 @contextmanager
 def replaced(owner: object, name: str, change: Callable[..., Callable[..., None]]) -> Iterator[None]:
-    """Context in which an attribute is changed; contexts may overlap, as those of several threads do."""
-    now, entry = getattr(owner, name), _REPLACED.get((owner, name))
-    if entry is None or now is not entry.installed:
-        entry = _REPLACED[owner, name] = _Replacement(owner, name, now, entry)
+    """Context in which an attribute is changed; contexts may overlap, as those of several threads do.
+
+    What somebody else puts in its place meanwhile stays there.
+    """
+    there = getattr(owner, name)
+    entry = _REPLACED.get(id(there))
+    if entry is None:
+        entry = _Replacement(there)
+        _REPLACED[id(entry.call)] = entry
+        setattr(owner, name, entry.call)
     entry.changes.append(change)
-    entry.install()
+    entry.update()
     try:
         yield
     finally:
-        # The changes that are left wrap the attribute anew: contexts may end in any order.
         entry.changes.remove(change)
-        entry.install()
-        if not entry.changes and _REPLACED.get((owner, name)) is entry:
-            del _REPLACED[owner, name]
-            if entry.below is not None:
-                _REPLACED[owner, name] = entry.below
+        entry.update()
+        # Where somebody else's wraps it, it goes on calling what was there before.
+        if not entry.changes and getattr(owner, name) is entry.call:
+            setattr(owner, name, entry.before)
+            del _REPLACED[id(entry.call)]
 
 
 @contextmanager
