@@ -15,9 +15,9 @@ import click
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
-from convsim_init.files import ExistsError
+from convsim_init.files import ExistsError, folder_file
 from convsim_init.models.libraries import resolve
-from convsim_init.models.spec import Source, parse
+from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.record import json_text, read_record
 from convsim_init.report.text import PATH, error_text, quoted, shown, some
 
@@ -74,12 +74,14 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
 def check_kept(runs: Sequence[Run], choices: Choices) -> None:
     """Refuse to keep a file that says it is of another model, seed, base or other options than its run.
 
-    Of files that say nothing of the kind, nor does another of their run, a line is told.
+    Of files that say nothing of the kind, nor does another of their run, a line is told; so it is of those that are
+    older than the file that their weights or the code of their model are in.
 
     Raises:
         InputError: If one does.
     """
     silent: list[Path] = []
+    older: dict[Path, list[Path]] = {}
     for run in () if choices.force else runs:
         records = {path: read_record(path) for path in run.files.values() if path.exists()}
         for path, record in records.items():
@@ -89,9 +91,23 @@ def check_kept(runs: Sequence[Run], choices: Choices) -> None:
                     f"{', '.join(others)}: choose another name, or write it anew with --force"
                 )
         silent += [] if any(record.get("model") for record in records.values()) else records
-    if silent:
-        names = some(shown(str(path), PATH) for path in silent)
-        tell(f"kept, though nothing in them says what made them: {names}; --force writes them anew")
+        for source in _sources(run, choices):
+            made = source.stat().st_mtime_ns
+            older.setdefault(source, []).extend(path for path in records if path.stat().st_mtime_ns < made)
+    kept = {"nothing in them says what made them": silent}
+    kept |= {f"{shown(str(source), PATH)} is newer": paths for source, paths in older.items()}
+    for why, paths in kept.items():
+        if paths:
+            names = some(shown(str(path), PATH) for path in paths)
+            tell(f"kept, though {why}: {names}; --force writes them anew")
+
+
+def _sources(run: Run, choices: Choices) -> Iterator[Path]:
+    """Files of weights, of code and of configs that the run begins with; what these import is not among them."""
+    for spec in filter(None, [run.model, choices.how.like if is_file(run.model) else None]):
+        place = spec if is_file(spec) else parse(spec).place
+        found = (Path(place), Path(place, CONFIG), folder_file(Path(place))) if place else ()
+        yield from (path for path in found if path is not None and path.is_file())
 
 
 def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:

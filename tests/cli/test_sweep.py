@@ -306,6 +306,32 @@ def test_what_says_little_of_its_run_is_kept_and_named(text, command, tmp_path):
     assert err.startswith("Error: " if status else f"{UNTOLD}a.json;")
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "source"),
+    [
+        (SMALL, [], "nets.py"),
+        ("w.pt", ["--base", "orthogonal"], "w.pt"),
+        ("w/", ["--base", "orthogonal"], "w/model.safetensors"),
+        ("w.pt", ["--base", "orthogonal", "--like", SMALL], "nets.py"),
+    ],
+    ids=["code", "weights", "folder", "like"],
+)
+def test_what_is_older_than_its_source_is_kept_and_named(model, options, source, command, tmp_path):
+    assert command(SMALL, "--out", "w.pt", *QUICK)[0] == 0
+    (tmp_path / "w").mkdir()
+    save_file(torch.load(tmp_path / "w.pt"), tmp_path / "w" / "model.safetensors")
+    arguments = [model, "--seeds", "0:2", "--out", "o{seed}.pt", *options, *QUICK]
+    assert command(*arguments)[2] == ""
+    assert command(*arguments)[2] == ""
+    later = (tmp_path / "o1.pt").stat().st_mtime_ns
+    os.utime(tmp_path / "o0.pt", ns=(later - 10, later - 10))
+    os.utime(tmp_path / source, ns=(later, later))
+    status, out, err = command(*arguments)
+    assert (status, err) == (0, f"kept, though {source} is newer: o0.pt; --force writes them anew\n")
+    assert "2 runs: 2 kept" in out
+    assert command(*arguments, "--force")[2] == ""
+
+
 def test_what_is_all_there_needs_no_torch(tmp_path):
     for seed in range(2):
         (tmp_path / f"resnet18-s{seed}.safetensors").write_bytes(b"")
