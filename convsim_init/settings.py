@@ -140,6 +140,12 @@ def parse_base(base: str) -> tuple[str, str, Activation | None]:
     return scheme, fan, activation
 
 
+def check_prefix(prefix: str) -> None:
+    """Refuse a prefix of a state dict's keys that would run into their first part."""
+    if prefix and not prefix.endswith("."):
+        raise InputError(f"expected a prefix of keys that ends in a dot, such as {prefix + '.'!r}, got {prefix!r}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a value that is none of the choices."""
     if value not in choices:

@@ -10,7 +10,17 @@ import click
 
 from convsim_init.errors import InputError
 from convsim_init.files import SUFFIXES
-from convsim_init.settings import ACTIVATIONS, CHANNELS_CHOICES, NORMS, PAIRS, PRESETS, SCHEMES, Settings, parse_base
+from convsim_init.settings import (
+    ACTIVATIONS,
+    CHANNELS_CHOICES,
+    NORMS,
+    PAIRS,
+    PRESETS,
+    SCHEMES,
+    Settings,
+    check_prefix,
+    parse_base,
+)
 
 from ..completion import complete_bases
 from ..options import Whole, json_option, key_option, like_option, model_options, names_option, plot_layer_option
@@ -29,15 +39,16 @@ def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) 
     return tuple(map(int, sizes))
 
 
-class BaseType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """What the convolutions are drawn anew by, as in `parse_base`."""
+class Checked(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A text that a function does not refuse."""
 
-    name = "scheme"
+    def __init__(self, name: str, check: Callable[[str], object]) -> None:
+        self.name, self._check = name, check
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself, if it is one."""
+        """The text itself."""
         try:
-            parse_base(value)
+            self._check(value)
         except InputError as error:
             self.fail(str(error), param, ctx)
         return value
@@ -57,7 +68,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     key_option,
     click.option(
         "--base",
-        type=BaseType(),
+        type=Checked("scheme", parse_base),
         shell_complete=complete_bases,
         metavar="SCHEME",
         default="model",
@@ -106,7 +117,13 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         number of classes. Default: keep.""",
     ),
     click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches."),
-    click.option("--prefix", default="", metavar="TEXT", help="Put before every key, for instance 'model.'."),
+    click.option(
+        "--prefix",
+        type=Checked("text", check_prefix),
+        default="",
+        metavar="TEXT",
+        help="Put before every key, for instance 'model.'.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),

@@ -33,6 +33,7 @@ from convsim_init.errors import InputError, RunError
 from convsim_init.files import METADATA_KEY, TORCH_SUFFIXES, check_target, replacing
 from convsim_init.report.record import TORCH_RECORD, json_text
 from convsim_init.report.report import Report
+from convsim_init.settings import check_prefix
 from convsim_init.version import __version__
 
 
@@ -57,7 +58,7 @@ def save_checkpoint(
         model_or_state_dict: Model or state dict to write.
         path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`.
         report: Report of the run that made the weights; its model, seed, settings and totals go into the metadata.
-        prefix: Text to put before every key, for instance ``"model."``.
+        prefix: Text that ends in a dot, to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
         exclude: Shell patterns of keys to leave out, such as ``"fc.*"`` for another number of classes.
         dtype: Dtype of the floating tensors; None keeps each one's own. A warning says if it rounds filters away.
@@ -68,7 +69,7 @@ def save_checkpoint(
 
     Raises:
         InputError: If the path cannot be written, the weights hold other than finite tensors, a pattern matches no
-            key, or none is left.
+            key, or none is left; or the prefix ends in no dot.
         RunError: If writing fails, for instance on a full disk; the file that was there is still there.
 
     Examples:
@@ -106,6 +107,7 @@ def checkpoint_contents(
     dtype: torch.dtype | None = torch.float32,
 ) -> Contents:
     """What `save_checkpoint` would write with the same arguments; weights and patterns are refused as there."""
+    check_prefix(prefix)
     entries = state_entries(model_or_state_dict)
     kept = without_keys(entries, exclude)
     if convs_only:

@@ -47,7 +47,7 @@ def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") 
     """
     state = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
     noted = getattr(state, "_metadata", None)
-    if not isinstance(noted, Mapping) or (prefix and not prefix.endswith(".")):
+    if not isinstance(noted, Mapping):
         return None
     names = {name: f"{prefix}{bare_name(name)}".removesuffix(".") for name in noted if isinstance(name, str)}
     return OrderedDict((names[name], noted[name]) for name in names)

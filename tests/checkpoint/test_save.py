@@ -243,6 +243,12 @@ def test_a_prefix_stands_before_every_key(name, prefix, tmp_path):
     assert_holds(path, {prefix + key: value for key, value in model.state_dict().items()})
 
 
+def test_a_prefix_that_would_run_into_the_keys_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"ends in a dot, such as 'model\.', got 'model'"):
+        save_checkpoint(small(), tmp_path / "init.pt", prefix="model")
+    assert not list(tmp_path.iterdir())
+
+
 # Only the convolutions
 
 

@@ -687,6 +687,12 @@ GONE = "gone/init.pt"
             id="file-options-without-file",
         ),
         pytest.param(
+            ["resnet18", "--prefix", "model", "--out", "a.pt"],
+            "Invalid value for '--prefix': expected a prefix of keys that ends in a dot, such as 'model.', got 'model' "
+            f"{SEE}",
+            id="prefix-without-dot",
+        ),
+        pytest.param(
             ["list", "nothing*"],
             "expected a pattern that a model's name matches, got 'nothing*'; `convsim-init list` shows the built-in "
             "ones, `convsim-init list 'timm:*'` and `convsim-init list 'torchvision:*'` those of the libraries",
