@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 from torch import nn
 
@@ -16,11 +17,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
         # A __getattr__ may answer to any other name, or raise what it likes.
-        compiled = dict(getattr(model, "_modules", {}).items()).get("_orig_mod")
+        held = (getattr(model, kind, {}).items() for kind in ("_modules", "_parameters", "_buffers"))
+        parts = dict(chain.from_iterable(held))
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(compiled, nn.Module):
-            model = compiled
+        elif isinstance(parts.get("_orig_mod"), nn.Module) and len(parts) == 1:  # else what is beside it would be lost
+            model = parts["_orig_mod"]
         else:
             return model
 

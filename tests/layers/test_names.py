@@ -1,5 +1,7 @@
 """Names are bare: without what torch.compile, activation checkpointing and FSDP put into them."""
 
+import copy
+
 import pytest
 import safetensors.torch
 import torch
@@ -77,6 +79,20 @@ def test_a_state_dict_with_two_keys_of_one_bare_name_is_refused():
     weight = torch.randn(4, 3, 3, 3)
     with pytest.raises(ci.InputError, match="differ in more than '_orig_mod', got 2 keys for 1 tensors"):
         ci.measure({"a.weight": weight, "_orig_mod.a.weight": weight})
+
+
+@pytest.mark.parametrize("beside", [nn.Conv2d(8, 8, 3), nn.Parameter(torch.ones(1))], ids=["module", "parameter"])
+def test_a_child_of_a_wrappers_name_beside_others_is_no_wrapper(beside, tmp_path):
+    model = nn.ModuleDict({"_orig_mod": plain()})
+    model.beside = beside
+    layers = {layer.name for layer in ci.measure(model).layers}
+    assert ("beside" in layers) == isinstance(beside, nn.Module)
+    path, before = ci.save_checkpoint(model, tmp_path / "a.pt"), copy.deepcopy(model.state_dict())
+    assert len(torch.load(path)) == len(before)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert ci.load_checkpoint(model, path).complete
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_part_of_a_name_that_looks_alike_stays():
