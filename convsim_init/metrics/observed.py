@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,15 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, refuse_lazy
+from convsim_init.layers.forward.copies import is_librarys
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.forward.outputs import convolution_outputs
+from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import find_uses
+from convsim_init.report.text import error_text, layer_name
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 COPIED = 2**30  # bytes of parameters that are copied whatever a forward pass seems to do
@@ -45,7 +49,8 @@ def measure_feature_correlation(
         with fewer than two that vary are not in it. NaN where feature maps hold infinities or NaN.
 
     Raises:
-        InputError: If the model has no convolution, none ran, or there is a lazy module, which running would change.
+        InputError: If the model has no convolution, none ran, one does not take what the batch gives it, a parameter
+            has no data, or there is a lazy module, which running would change. What other modules raise is raised.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -62,8 +67,23 @@ def measure_feature_correlation(
         if not output.is_complex():
             maps[name].add(output)
 
+    if any(map(has_no_data, tree.parameters(model))):
+        raise InputError("expected a model with data, got one with parameters that have none: initialize it first")
     with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
-        _run(model, batch)
+        try:
+            _run(model, batch)
+        except Exception as error:
+            running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+            failed = [(name, one) for name, one in modules if any(one is other for other in running)]
+            if not failed:
+                raise
+            name, module = failed[0]
+            kind = f"a {type(module).__name__} of {module.in_channels} channels"
+            got = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise InputError(
+                f"expected a batch that the model takes, got {got}: {layer_name(name)}, {kind}, raised "
+                f"{error_text(error)}"
+            ) from error
     if not any(one.count for one in maps.values()):
         raise InputError(
             "expected a model that calls its convolutions, got one whose forward pass called none of real numbers"
@@ -142,7 +162,7 @@ def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
 
 def _may_be_written(part: nn.Module, ran: bool) -> Iterable[Tensor | None]:
     """Parameters that the forward pass of a module may change beside those that one which could be followed did."""
-    of_torch = str(type(part).__module__).startswith("torch.")
+    of_torch = is_librarys(type(part))
     if has_unknown_hook(part) or part._forward_hooks or not (of_torch or ran):
         return tree.parameters(part)
     return () if of_torch else part._parameters.values()
