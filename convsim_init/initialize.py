@@ -25,6 +25,7 @@ from convsim_init.functional.bank import (
 from convsim_init.layers.find import find_layers, pair_obstacle
 from convsim_init.layers.forward.isolation import LIVE
 from convsim_init.layers.layer import Layer, Layers
+from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.remarks import divergence_remarks, find_twins, model_remarks
 from convsim_init.layers.symbolic.normalized import decide_channels
@@ -75,6 +76,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         >>> bool(after < before / 5)
         True
     """
+    refuse_fake_mode()
     settings = check_settings(settings)
     if not isinstance(weight, Tensor):
         raise InputError(

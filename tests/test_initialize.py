@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
@@ -502,3 +503,39 @@ def test_filters_that_are_not_alike_at_all_stay_to_the_bit():
     (layer,) = ci.initialize_(model).layers
     assert (layer.outcome, layer.reason) == (ci.Outcome.SKIPPED, "left as it was: the new weight is no better")
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("built_within", [True, False])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda model, path: ci.initialize_(model),
+        lambda model, path: plan(model),
+        lambda model, path: ci.convsim_(model[0].weight),
+        lambda model, path: ci.measure(model),
+        lambda model, path: ci.calibrate_(model, input_shape=(3, 9, 9)),
+        lambda model, path: ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9)),
+        lambda model, path: ci.ConvolutionalSimilarity(model),
+        lambda model, path: ci.save_checkpoint(model, path),
+        lambda model, path: ci.load_checkpoint(model, path.with_name("there.pt")),
+    ],
+    ids=["initialize", "plan", "convsim", "measure", "calibrate", "correlation", "regularizer", "save", "load"],
+)
+def test_where_tensors_have_no_data_nothing_is_done(work, built_within, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    ci.save_checkpoint(model, tmp_path / "there.pt")
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)) if built_within else model
+        with pytest.raises(ci.InputError, match="a call within FakeTensorMode"):
+            work(model, tmp_path / "a.pt")
+
+
+def test_a_model_of_fake_tensors_is_left_alone(tmp_path):
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    assert {layer.outcome for layer in ci.initialize_(model).layers} == {ci.Outcome.SKIPPED}
+    with pytest.raises(ci.InputError, match="expected a tensor with data"):
+        ci.save_checkpoint(model, tmp_path / "a.pt")
+    path = ci.save_checkpoint(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), tmp_path / "a.pt")
+    with pytest.raises(ci.InputError, match="expected a tensor with data"):
+        ci.load_checkpoint(model, path)

@@ -19,7 +19,7 @@ from convsim_init.checkpoint.read import Checkpoint, read_checkpoint
 from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
 from convsim_init.layers import tree
-from convsim_init.layers.memory import memories
+from convsim_init.layers.memory import has_no_data, memories
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
 from convsim_init.report.text import error_text, quoted, shown
@@ -254,7 +254,7 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     # Copying to a tensor without data does nothing, without an error.
     for key in state:
         tensor = own.get(key)
-        if isinstance(tensor, Tensor) and tensor.is_meta:
+        if isinstance(tensor, Tensor) and has_no_data(tensor):
             raise InputError(
                 f"{shown(key)}: expected a tensor with data, got one on the meta device: call to_empty first"
             )
@@ -278,7 +278,7 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _backup(model: nn.Module) -> Callable[[], None]:
     """What gives a model's parameters and buffers the values back that they have now."""
-    tensors = [tensor for tensor in (*tree.parameters(model), *tree.buffers(model)) if not tensor.is_meta]
+    tensors = [tensor for tensor in (*tree.parameters(model), *tree.buffers(model)) if not has_no_data(tensor)]
     before = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from convsim_init.checkpoint.state_dict import is_extra_state, module_versions
 from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
 from convsim_init.files import check_source
+from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
 
@@ -71,6 +72,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"expected the path of a checkpoint, got {type(path).__name__}: load_state_dict takes tensors")
+    refuse_fake_mode()
     source = check_source(path)
     name = repr(str(source))
     with _errors(source):

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite, filter_norms
 from convsim_init.functional.dtypes import name_of, narrows
-from convsim_init.layers.memory import is_sharded, is_wrapper
+from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.report import Report, check_patterns
@@ -33,6 +33,7 @@ def state_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]
     Raises:
         InputError: If ``source`` is neither a module nor a mapping of bare names that are strings and differ.
     """
+    refuse_fake_mode()
     if isinstance(source, nn.Module):
         return bare_entries(unwrap(source).state_dict(), parallel=False)
     if not isinstance(source, Mapping):
@@ -180,7 +181,7 @@ def check_entry(key: str, value: object) -> Tensor:
             problem = f"only tensors in the state dict, got {extra}: {LEAVE_OUT}"
     elif is_lazy(value):
         problem = "a tensor with data, got a lazy one: run a forward pass first"
-    elif value.is_meta:
+    elif has_no_data(value):
         problem = "a tensor with data, got one on the meta device: initialize it first"
     elif is_sharded(value):
         gathering = "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"

@@ -19,7 +19,7 @@ from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
-from convsim_init.layers.memory import is_sharded, memories, overlap
+from convsim_init.layers.memory import is_sharded, memories, overlap, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.owners import find_call, try_unknown, weight_within
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
@@ -39,6 +39,7 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     Raises:
         InputError: If there is none, or it is no module.
     """
+    refuse_fake_mode()
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module, got {type(model).__name__}: pass the model itself")
     modules = tree.named_modules(unwrap(model))
@@ -82,6 +83,7 @@ def find_layers(
     Raises:
         InputError: If there is no convolution, a pattern matches none of them, or the source is something else.
     """
+    refuse_fake_mode()
     if isinstance(source, nn.Module):
         layers = _module_layers(unwrap(source))
     elif isinstance(source, Mapping):

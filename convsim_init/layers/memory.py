@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from convsim_init.errors import InputError
+
 MAX_WORK: Any = 10**5  # candidates that are tried where entries leave gaps
 SOMEWHERE = 2**20  # an address that is not 0, where NumPy would take memory of its own
 
@@ -102,6 +104,12 @@ def _is_sparse(tensor: Tensor) -> bool:
 def has_no_data(tensor: Tensor) -> bool:
     """Whether it is on the meta device, or a `FakeTensor`."""
     return tensor.is_meta or type(tensor).__module__ == "torch._subclasses.fake_tensor"
+
+
+def refuse_fake_mode() -> None:
+    """Raise an `InputError` where a mode is on in which no tensor that is made has data."""
+    if has_no_data(torch.empty(0, device="cpu")):
+        raise InputError("expected numbers to work on, got a call within FakeTensorMode: leave it first")
 
 
 def is_wrapper(tensor: Tensor) -> bool:
