@@ -99,7 +99,7 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
             for name in EITHER if value is not None and options[variable].name in EITHER else ():
                 ctx.default_map.pop(name, None)
         elif variable.startswith(PREFIX) and variable != SWITCH:
-            tell(f"{shown(variable)} is not read{did_you_mean(variable.removeprefix(PREFIX), known)}")
+            tell(f"{shown(variable)} is not read{did_you_mean(variable.removeprefix(PREFIX), known, PREFIX)}")
 
 
 def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:

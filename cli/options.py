@@ -13,7 +13,7 @@ import click
 
 from convsim_init.cli.arguments import OWN, parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.files import FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
+from convsim_init.files import CHECKPOINT, FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG
@@ -188,7 +188,7 @@ def _check_source(spec: str, how: ModelOptions) -> None:
         check_source(spec)
     elif ":" not in spec and Path(spec).suffix != ".py" and Path(spec).is_file():
         raise InputError(
-            f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: rename it"
+            f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: {CHECKPOINT}"
         )
     # A name without a separator may be a model's, whatever folder is called like it.
     elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():

@@ -73,11 +73,12 @@ def parse_seeds(text: str) -> list[int]:
         if found is None:
             raise InputError(f"--seeds: expected whole numbers such as 0,3,5 or a range such as 0:100, got {text!r}")
         first, end = int(found[1]), int(found[2] or found[1]) + (found[2] is None)
-        if end <= first or end - 1 > MAX_SEED:
+        if end <= first:
             raise InputError(
-                f"--seeds: expected a range that rises and ends by {MAX_SEED}, got {part.strip()!r}: its end is "
-                f"left out"
+                f"--seeds: expected a range that rises, such as 0:100, got {part.strip()!r}: its end is left out"
             )
+        if end - 1 > MAX_SEED:
+            raise InputError(f"--seeds: expected seeds up to {MAX_SEED}, got {part.strip()!r}: choose smaller ones")
         # Before they are listed: so many may not fit into memory.
         if len(seeds) + end - first > MAX_SEEDS:
             raise InputError(f"--seeds: expected at most {MAX_SEEDS} seeds, got more in {text!r}: use several commands")

@@ -42,6 +42,7 @@ FOLDER_FILES = (  # of Hugging Face, where an index names several files
 )
 METADATA_KEY = "__metadata__"  # of safetensors
 MAX_HEADER = 10**7  # bytes that are read
+CHECKPOINT = "if it is a checkpoint, rename it"  # advice on a file of another suffix
 STDOUT = Path("-")  # as a name to write to, by convention
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 
@@ -100,7 +101,7 @@ def check_source(path: str | os.PathLike[str]) -> Path:
             f"state_dict() as .safetensors"
         )
     if source.suffix != ".json" and source.name != ".metadata":
-        source = _with_suffix(source, READ_SUFFIXES)
+        source = _with_suffix(source, READ_SUFFIXES, CHECKPOINT)
     try:
         mode = source.stat().st_mode
     except (OSError, ValueError) as error:
@@ -282,11 +283,11 @@ def _exists(target: Path) -> ExistsError:
     )
 
 
-def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
+def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], advice: str = "rename it") -> Path:
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"expected the path of a file, got {type(path).__name__}: pass a text or a pathlib.Path")
     if Path(path).suffix not in suffixes:  # in lower case only: loaders look for just these
-        raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: rename it")
+        raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: {advice}")
     return Path(path)
 
 

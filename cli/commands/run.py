@@ -26,10 +26,10 @@ HELP = """
 Run a training script, and initialize the networks that it builds before it trains them.
 
 SCRIPT is run as by `python SCRIPT ARGUMENTS`, with its own exit status. Every convolution that it draws is treated when
-it makes an optimizer of torch.optim; what it loads by load_state_dict, pretrained weights and checkpoints, stays: what it
-sets in another way counts as drawn, so --exclude it. Lines on stderr tell of each network, and of what was left alone
-in it. Processes that the script starts itself are not reached; start it under
-torchrun instead, as `torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
+it makes an optimizer of torch.optim; what it loads by load_state_dict, pretrained weights and checkpoints, stays. What
+it sets in another way counts as drawn: --exclude it. Lines on stderr tell of each network, and of what was left alone
+in it. Processes that the script starts itself are not reached; start it under torchrun instead, as
+`torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
 """
 EPILOG = """\b
 Examples:

@@ -124,7 +124,7 @@ class LoadReport:
         shapes = {key: (shape_text(file), shape_text(model)) for key, (file, model) in self.mismatched.items()}
         kinds = {
             "extra state of modules, no plain data and not read": map(shown, self.unread),
-            "not in the file as the model has it, set by its own loading": map(shown, self.supplied),
+            "not in the file, or of another shape there, and set by the model's own loading": map(shown, self.supplied),
             "converted by the model's own loading": map(shown, self.converted),
             "missing in the file": map(shown, self.missing),
             "unexpected, not in the model": map(shown, self.unexpected),

@@ -52,11 +52,11 @@ def some(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing; all names lack a prefix."""
     # Of the shortened names: the search takes a time that is quadratic in their length.
     alike = get_close_matches(shown(name), list(dict.fromkeys(map(shown, known))))
-    return f": did you mean {' or '.join(alike)}?" if alike else ""
+    return f": did you mean {' or '.join(prefix + one for one in alike)}?" if alike else ""
 
 
 def alternatives(name: str, known: Collection[str]) -> str:

@@ -125,7 +125,7 @@ def test_a_variable_that_is_not_read_is_told_with_the_nearest_that_is(command, m
     monkeypatch.setenv("CONVSIM_INIT_LEARNING_RATE\n", "1")
     first, second = sorted(dry(command)[1].splitlines())
     assert first == r"CONVSIM_INIT_LEARNING_RATE\n is not read"
-    assert second.startswith("CONVSIM_INIT_STEP is not read: did you mean STEPS")
+    assert second.startswith("CONVSIM_INIT_STEP is not read: did you mean CONVSIM_INIT_STEPS?")
 
 
 def test_help_and_other_commands_need_no_file(command, tmp_path):

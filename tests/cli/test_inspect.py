@@ -400,7 +400,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
                 (
                     ["old.json"],
                     f"{ENDING} .safetensors, .pt, .pth, .ckpt, .bin, .th, .tar or a model's name, got 'old.json': "
-                    "rename it",
+                    "if it is a checkpoint, rename it",
                 ),
                 (["resnet18", "--json", "--csv"], f"--json and --csv: choose one {see('inspect')}"),
                 (["old.pt", "--seed", "1"], f"--seed: a file has its weights already {see('inspect')}"),
