@@ -19,7 +19,7 @@ from convsim_init.models.spec import Source, parse
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
 from convsim_init.report.record import save_record
-from convsim_init.report.report import Outcome
+from convsim_init.report.report import Outcome, Report
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from convsim_init.checkpoint.save import Contents
+    from convsim_init.metrics.snapshot import Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +104,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
 
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.checkpoint.state_dict import check_entry, state_entries, without_keys
-        from convsim_init.initialize import initialize_, plan
-        from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.models.hub import describe
-        from convsim_init.schemes.calibrate import scale_layers
-        from convsim_init.schemes.draw import draw_base_
 
         if choices.settings.optimizer == "adam":
             import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
@@ -117,44 +114,20 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     network = start.content
     head_layers, head_keys, head_remarks = _classifier(run, start, choices)
     # Names, which may hold brackets, and no patterns.
-    exclude = (*choices.exclude, *map(glob.escape, head_layers))
-    settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
     without = [*choices.without, *map(glob.escape, head_keys)]
     for key, value in without_keys(state_entries(network), without).items() if choices.writes else ():
         check_entry(key, value)  # refused here, not after the work
-    before = snapshots = checkpoint = config = None
-    if choices.folder:
-        if not isinstance(network, torch.nn.Module):
-            raise InputError(f"expected a model for a folder, got the weights {run.model!r}: --like names their model")
-        config = describe(network)
-    if choices.dry_run:
-        report = plan(network, settings=settings, **layers)
-    else:
-        draw_base_(network, choices.base, seed=run.seed or 0, **layers)
-        if run.record or run.plot:
-            before = take_snapshot("before", network, copy=True)
-            if choices.plot_layer is not None:
-                choose_layer([before], choices.plot_layer)
-        with cuda_errors():
-            report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
-        if choices.calibrate is not None:
-            if not isinstance(network, torch.nn.Module):
-                raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
-            factors, left = scale_layers(network, None, choices.calibrate, seed=0, **layers)
-            report = report.with_factors(factors)
-            report.remarks += [f"not scaled: {some(names)}: {reason}" for reason, names in left.items()]
-            report.calibrated = list(choices.calibrate)
-        if before is not None:
-            snapshots = before, take_snapshot("after", network)
+    checkpoint = config = None
+    if isinstance(network, torch.nn.Module):
+        config = describe(network) if choices.folder else None
+    elif choices.folder:
+        raise InputError(f"expected a model for a folder, got the weights {run.model!r}: --like names their model")
+    elif choices.calibrate is not None:
+        raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
+    report, snapshots = _treat(run, network, choices, head_layers, device, progress=progress, group=group)
     report.model, report.seed, report.base, report.options = start.name, run.seed, choices.base, choices.of_files
     report.remarks += start.remarks + head_remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
-    moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
-    filled = [shown(name) for name in moved if name in start.filled]
-    if filled and choices.base == "model":
-        report.remarks.append(
-            f"filled by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters "
-            "have learned is lost when they are moved"
-        )
+    report.remarks += _filled_remarks(report, start, choices)
     # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.
     complete = report if snapshots is None else report.with_measures(*(snapshot.report for snapshot in snapshots))
     error = failure(report)
@@ -174,6 +147,56 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         complete.remarks += [*_file_remarks(network, checkpoint, choices, head_keys), *checkpoint.remarks]
     drawn = not (is_file(run.model) or start.filled)
     return Result(run, Status.DONE, complete, checkpoint=checkpoint, config=config, drawn=drawn, snapshots=snapshots)
+
+
+def _treat(
+    run: Run,
+    network: torch.nn.Module | Mapping[str, torch.Tensor],
+    choices: Choices,
+    left_alone: Sequence[str],
+    device: torch.device | None,
+    *,
+    progress: bool,
+    group: dist.ProcessGroup | None,
+) -> tuple[Report, tuple[Snapshot, Snapshot] | None]:
+    """What became of each layer, or would; and the network before and after, where a file is to show it."""
+    with exit_on_signal():
+        import torch
+
+        from convsim_init.initialize import initialize_, plan
+        from convsim_init.metrics.snapshot import take_snapshot
+        from convsim_init.schemes.calibrate import scale_layers
+        from convsim_init.schemes.draw import draw_base_
+
+    exclude = (*choices.exclude, *map(glob.escape, left_alone))
+    settings, layers = choices.settings, {"include": choices.include, "exclude": exclude}
+    if choices.dry_run:
+        return plan(network, settings=settings, **layers), None
+    draw_base_(network, choices.base, seed=run.seed or 0, **layers)
+    before = take_snapshot("before", network, copy=True) if run.record or run.plot else None
+    if before is not None and choices.plot_layer is not None:
+        choose_layer([before], choices.plot_layer)
+    with cuda_errors():
+        report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
+    if choices.calibrate is not None:
+        assert isinstance(network, torch.nn.Module)
+        factors, left = scale_layers(network, None, choices.calibrate, seed=0, **layers)
+        report = report.with_factors(factors)
+        report.remarks += [f"not scaled: {some(names)}: {reason}" for reason, names in left.items()]
+        report.calibrated = list(choices.calibrate)
+    return report, None if before is None else (before, take_snapshot("after", network))
+
+
+def _filled_remarks(report: Report, start: Loaded, choices: Choices) -> list[str]:
+    """A remark on layers that were moved, or would be, and that the model's own code had filled."""
+    moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
+    filled = [shown(name) for name in moved if name in start.filled]
+    if not filled or choices.base != "model":
+        return []
+    return [
+        f"filled by the model's own code: {some(filled)}; if they are trained --exclude them, for what filters "
+        "have learned is lost when they are moved"
+    ]
 
 
 def _file_remarks(

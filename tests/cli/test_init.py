@@ -390,11 +390,12 @@ def test_calibrate_says_what_it_did_not_scale(command):
 
 def test_calibrate_needs_a_model_and_a_shape(command):
     command(*QUICK, "--out", "init.safetensors")
-    status, _, err = command("init.safetensors", "--calibrate", "3x8x8")
-    assert (status, err) == (
-        2,
-        "Error: --calibrate: 'init.safetensors' is a file of weights: name their model with --like\n",
-    )
+    for options in ([], ["--dry-run"]):
+        status, _, err = command("init.safetensors", "--calibrate", "3x8x8", *options)
+        assert (status, err) == (
+            2,
+            "Error: --calibrate: 'init.safetensors' is a file of weights: name their model with --like\n",
+        )
     status, _, err = command(*QUICK, "--calibrate", "3x")
     assert (status, "expected channels and sizes such as 3x224x224, got '3x'" in err) == (2, True)
 
