@@ -18,7 +18,7 @@ from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.models.construction import Construction, Moment, UnmatchedError, left_alone
 from convsim_init.models.copies import HISTORIES, History
 from convsim_init.parallel.processes import of_several_processes
-from convsim_init.report.report import Report, check_patterns
+from convsim_init.report.report import Report, check_list, check_patterns
 from convsim_init.settings import Settings, check_settings
 
 RECEIVED = "changed after the optimizer was made, in this process or by another one"
@@ -63,8 +63,8 @@ def initializing(
         The reports, one for each model, which are there once it is treated; ``model`` is the name of its class.
 
     Raises:
-        InputError: If a pattern matches no layer of the models: at the first forward pass after an optimizer was made,
-            or when the context ends.
+        InputError: If the patterns are no lists; or if one matches no layer of the models: at the first forward pass
+            after an optimizer was made, or when the context ends.
 
     Examples:
         >>> with ci.initializing(exclude=["0"]) as reports:
@@ -73,6 +73,8 @@ def initializing(
         >>> [(report.model, report.totals["initialized"]) for report in reports]
         [('Sequential', 1)]
     """
+    check_list("include", include)
+    check_list("exclude", exclude)
     checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
 
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:

@@ -233,14 +233,19 @@ def check_patterns(option: str, patterns: Sequence[str], names: Collection[str],
     It is refused with some of the names that there are, and the nearest; a module's name with the pattern of what is in
     it.
     """
-    # A text is a sequence of patterns, too, of one letter each.
-    if isinstance(patterns, str):
-        raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):
-        raise InputError(f"{option}: expected a list of patterns such as ['layer4.*'], got {shown(repr(patterns))}")
+    check_list(option, patterns)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             inside = f"{pattern}.*"
             within = any(fnmatchcase(name, inside) for name in names)
             nearest = f"did you mean {quoted(inside)}?" if within else alternatives(pattern, names)
             raise InputError(f"{refusal or f'{option}: no convolution matches'} {quoted(pattern)}; {nearest}")
+
+
+def check_list(option: str, patterns: Sequence[str]) -> None:
+    """Refuse what is no list of patterns."""
+    # A text is a sequence of patterns, too, of one letter each.
+    if isinstance(patterns, str):
+        raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
+    if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):
+        raise InputError(f"{option}: expected a list of patterns such as ['layer4.*'], got {shown(repr(patterns))}")

@@ -567,6 +567,12 @@ def test_copies_are_treated_alike():
     assert len(reports) == 2
 
 
+@pytest.mark.parametrize("patterns", ["0", [0]])
+def test_what_is_no_list_of_patterns_is_refused_before_anything_is_built(patterns):
+    with pytest.raises(ci.InputError, match="exclude: expected a list of patterns"), ci.initializing(exclude=patterns):
+        pytest.fail("the context was entered")
+
+
 def test_patterns_and_several_models():
     torch.manual_seed(0)
     seen = []
