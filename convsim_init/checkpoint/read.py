@@ -152,10 +152,16 @@ def _errors(path: Path) -> Iterator[None]:
         name = repr(str(path))
         if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
             raise InputError(f"cannot read {name}: {error.strerror}; check the file") from error
+        if _has_surrogates(str(path)):  # which stand for other bytes
+            raise InputError(f"cannot read {name}: its path is not in UTF-8, as libraries expect; rename it") from error
         writer = WRITERS.get(path.suffix, "torch.save")
         raise InputError(
             f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
         ) from error
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _checked(name: str, content: object, size: int, wanted: str | None) -> Checkpoint:
@@ -175,7 +181,7 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
         if not isinstance(key, str) or not isinstance(value, Tensor):
             what = f"{shown(type_name(value))} under {quoted(key)}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
-        if any("\ud800" <= letter <= "\udfff" for letter in key):  # lone surrogates
+        if _has_surrogates(key):
             raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")
         # One row that stands for a million, or a million rows of nothing.
         if max(value.nbytes, *value.shape, 0) > size:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from convsim_init.checkpoint.read import bare_tensors, read_checkpoint
+from convsim_init.checkpoint.save import save_checkpoint
 from convsim_init.errors import InputError
 
 TENSORS = {"conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "conv.bias": torch.ones(2, dtype=torch.float16)}
@@ -243,6 +244,15 @@ def test_damage_anywhere_gives_tensors_or_one_line(name, tmp_path):
             refusals.append(str(error))
     assert len(refusals) > 50
     assert not [message for message in refusals if "\n" in message]
+
+
+@pytest.mark.parametrize("name", [b"\xff.pt", b"\xff.safetensors", b"\xff/a.pt"])
+def test_a_path_that_is_no_text_is_not_called_damage(name, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    save_checkpoint(TENSORS, path, dtype=None)
+    with pytest.raises(InputError, match="its path is not in UTF-8, as libraries expect; rename it"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("key", [0, None, (1, 2)])
