@@ -283,7 +283,7 @@ def _exists(target: Path) -> ExistsError:
     )
 
 
-def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], advice: str = "rename it") -> Path:
+def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], advice: str = "choose another name") -> Path:
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"expected the path of a file, got {type(path).__name__}: pass a text or a pathlib.Path")
     if Path(path).suffix not in suffixes:  # in lower case only: loaders look for just these

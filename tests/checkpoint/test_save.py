@@ -521,7 +521,7 @@ def test_an_existing_file_is_replaced_only_on_demand(name, tmp_path):
 @pytest.mark.parametrize("name", ["init", "init.bin", "init.SAFETENSORS", "init.Pt", "init.pt.zip", ".pt", "init.pt2"])
 def test_other_suffixes_are_refused(name, tmp_path):
     with pytest.raises(
-        InputError, match=r"^expected a file name ending in \.safetensors, \.pt, \.pth, got '.*': rename"
+        InputError, match=r"^expected a file name ending in \.safetensors, \.pt, \.pth, got '.*': choose another name"
     ):
         save_checkpoint(small(), tmp_path / name)
     assert names(tmp_path) == []

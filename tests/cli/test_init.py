@@ -596,13 +596,13 @@ GONE = "gone/init.pt"
         ),
         pytest.param(
             ["resnet18", "--out", "."],
-            "expected a file name ending in .safetensors, .pt, .pth, got '.': rename it",
+            "expected a file name ending in .safetensors, .pt, .pth, got '.': choose another name",
             id="folder-as-file",
         ),
         *(
             pytest.param(
                 ["resnet18", *more, "--out", name],
-                f"expected a file name ending in .safetensors, .pt, .pth, got {name!r}: rename it",
+                f"expected a file name ending in .safetensors, .pt, .pth, got {name!r}: choose another name",
                 id=f"not stdout {name}",
             )
             for more, name in [([], "./-"), (["--json"], "./-"), (["--seeds", "0:2"], "-/.")]
@@ -619,7 +619,7 @@ GONE = "gone/init.pt"
         ),
         pytest.param(
             ["resnet18", "--out", "init.ckpt"],
-            "expected a file name ending in .safetensors, .pt, .pth, got 'init.ckpt': rename it",
+            "expected a file name ending in .safetensors, .pt, .pth, got 'init.ckpt': choose another name",
             id="suffix",
         ),
         pytest.param(

@@ -378,8 +378,8 @@ NOT_DRAWN = "nothing is drawn without --plot"
             for options, message in [
                 (["--report", "old.json"], f"'old.json' {EXISTS}"),
                 (["--plot", "old.png"], f"'old.png' {EXISTS}"),
-                (["--report", "new.txt"], f"{ENDING} .json, .html, got 'new.txt': rename it"),
-                (["--plot", "new.jpg"], f"{ENDING} .png, .svg, .pdf, got 'new.jpg': rename it"),
+                (["--report", "new.txt"], f"{ENDING} .json, .html, got 'new.txt': choose another name"),
+                (["--plot", "new.jpg"], f"{ENDING} .png, .svg, .pdf, got 'new.jpg': choose another name"),
                 (
                     ["--report", "gone/a.json"],
                     "expected an existing folder to write to, got '{}/gone': create it first",
