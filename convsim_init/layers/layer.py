@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,6 +17,7 @@ from convsim_init.layers.weights import Weight
 from convsim_init.settings import Channels
 
 
+@dataclass(eq=False)
 class Layer:
     """One convolution.
 
@@ -25,29 +27,19 @@ class Layer:
         weight: Weight that the forward pass uses.
         groups: Number of groups.
         transposed: Whether it is a transposed convolution.
-        strides: Product of its strides; 1 where they are not known.
         note: What groups and transposed were inferred from, where no module says it.
+        strides: Product of its strides; 1 where they are not known.
         obstacle: Why it cannot or must not be treated; None if it can.
     """
 
-    def __init__(
-        self,
-        name: str,
-        kind: str,
-        weight: Weight,
-        *,
-        groups: int = 1,
-        transposed: bool = False,
-        note: str | None = None,
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.weight = weight
-        self.groups = groups
-        self.transposed = transposed
-        self.strides = 1
-        self.note = note
-        self.obstacle: str | None = None
+    name: str
+    kind: str
+    weight: Weight
+    groups: int = 1
+    transposed: bool = False
+    note: str | None = None
+    strides: int = 1
+    obstacle: str | None = None
 
     @property
     def shape(self) -> list[int]:

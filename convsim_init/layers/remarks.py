@@ -215,7 +215,7 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
             treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
         elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
-    known = {id(one) for layer in layers for one in layer.weight.storage()}
+    known = {id(one) for layer in layers for one in layer.weight.storage().values()}
     for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():
         if (
             isinstance(tensor, Tensor)

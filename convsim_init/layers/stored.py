@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,64 +100,66 @@ class ParametrizedWeight(Weight):
                 for part, training in modes:
                     part.training = training
 
-    def backup(self) -> Callable[[], None]:
-        """What gives the parametrization back its parameters and buffers, which it may have made anew."""
-        values = {key: entry.detach().clone() for key, entry in self._entries().items()}
-
-        @torch.no_grad()
-        def restore() -> None:
-            for key, entry in self._entries().items():
-                if key in values:
-                    entry.copy_(values[key])
-
-        return restore
-
-    def storage(self) -> list[Tensor]:
-        """The parametrization's parameters and buffers."""
-        return list(self._entries().values())
-
-    def _entries(self) -> dict[str, Tensor]:
+    def storage(self) -> dict[str, Tensor]:
+        """The parametrization's parameters and buffers, of which its state dict may leave some out."""
         parts: nn.ModuleDict = self._module.parametrizations
-        return {**dict(parts.named_parameters()), **dict(parts.named_buffers())}  # its state dict may leave some out
+        return {**dict(parts.named_parameters()), **dict(parts.named_buffers())}
 
 
-class NormedWeight(Weight):
-    """A weight that the hook of the old `torch.nn.utils.weight_norm` computes: a direction times a length."""
+class HookedWeight(Weight):
+    """A weight that an old hook of `torch.nn.utils` computes and leaves on the module.
 
-    def __init__(self, module: Any, hook: WeightNorm) -> None:
-        super().__init__(module.weight_v, module.weight_g)
+    Args:
+        module: Module with the hook.
+        sources: The parameters that the hook computes it from.
+        hook: The hook.
+    """
+
+    name = ""  # of the function that puts on the hook
+
+    def __init__(self, module: Any, *sources: Tensor, hook: Any) -> None:
+        super().__init__(*sources)
         self._module, self._hook = module, hook
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> str | None:
+        """Set what the hook computes the weight from, and what it left on the module."""
+        self._set(weight)
+        self._module.weight.copy_(self.read())
+        return describe_mismatch(self.name, weight, self.read())
+
+    def _set(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def storage(self) -> dict[str, Tensor]:
+        """The parameters and what the hook left on the module."""
+        return super().storage() | {"weight": self._module.weight}
+
+
+class NormedWeight(HookedWeight):
+    """A direction times a length."""
+
+    name = "weight_norm"
 
     def compute(self) -> Tensor:
         """What the hook computes."""
         weight: Tensor = self._hook.compute_weight(self._module)
         return weight
 
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> str | None:
-        """Set the direction and its length, and what the hook left on the module."""
+    def _set(self, weight: Tensor) -> None:
         direction, length = self.sources
         direction.copy_(weight)
         length.copy_(torch.norm_except_dim(direction, 2, self._hook.dim))
-        computed = self.read()
-        self._module.weight.copy_(computed)
-        return describe_mismatch("weight_norm", weight, computed)
-
-    def storage(self) -> list[Tensor]:
-        """Direction, length and what the hook left on the module."""
-        return [*self.sources, self._module.weight]
 
 
-class SpectralNormedWeight(Weight):
-    """A weight that the hook of the old `torch.nn.utils.spectral_norm` computes: a parameter over its spectral norm."""
+class SpectralNormedWeight(HookedWeight):
+    """A parameter over its spectral norm."""
 
-    def __init__(self, module: Any, hook: SpectralNorm) -> None:
-        super().__init__(module.weight_orig)
-        self._module, self._hook = module, hook
+    name = "spectral_norm"
 
     def compute(self) -> Tensor:
         """The parameter over its norm, as it is estimated once the vectors of a fresh hook have converged."""
-        weight: Tensor = self._module.weight_orig
+        weight = self.sources[0]
         matrix = self._hook.reshape_weight_to_matrix(weight)
         with torch.no_grad():
             u = self._module.weight_u.clone()
@@ -168,47 +169,35 @@ class SpectralNormedWeight(Weight):
         normed: Tensor = weight / (u @ (matrix @ v))
         return normed
 
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> str | None:
-        """Set the parameter, let the hook estimate its norm, and set what the hook left on the module."""
+    def _set(self, weight: Tensor) -> None:
         self.sources[0].copy_(weight)
         for _ in range(ITERATIONS):
             self._hook.compute_weight(self._module, do_power_iteration=True)
-        self._module.weight.copy_(self.read())
-        return describe_mismatch("spectral_norm", weight, self.read())
 
-    def storage(self) -> list[Tensor]:
-        """The parameter, the hook's vectors and what the hook left on the module."""
-        return [*self.sources, self._module.weight_u, self._module.weight_v, self._module.weight]
+    def storage(self) -> dict[str, Tensor]:
+        """The vectors of the hook too."""
+        return super().storage() | {"u": self._module.weight_u, "v": self._module.weight_v}
 
 
-class PrunedWeight(Weight):
-    """A weight that a hook of `torch.nn.utils.prune` computes: a parameter times a mask of zeros and ones."""
+class PrunedWeight(HookedWeight):
+    """A parameter times a mask of zeros and ones."""
 
-    def __init__(self, module: Any, parameter: Tensor, mask: Tensor) -> None:
-        super().__init__(parameter)
-        self._module, self._mask = module, mask
+    name = "pruning"
 
     @property
     def mask(self) -> Tensor:
         """Where the parameter is not pruned."""
-        return self._mask != 0
+        mask: Tensor = self._module.weight_mask != 0
+        return mask
 
     def compute(self) -> Tensor:
         """What the hook computes."""
-        return self.sources[0] * self._mask
+        weight: Tensor = self._hook.apply_mask(self._module)
+        return weight
 
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> str | None:
-        """Set the parameter where it is not pruned, and what the hook left on the module."""
+    def _set(self, weight: Tensor) -> None:
         parameter = self.sources[0]
         parameter.copy_(torch.where(self.mask, weight.to(parameter), parameter))
-        self._module.weight.copy_(self.read())
-        return describe_mismatch("pruning", weight, self.read())
-
-    def storage(self) -> list[Tensor]:
-        """The parameter and what the hook left on the module."""
-        return [*self.sources, self._module.weight]
 
 
 def stored_weight(module: Any) -> Weight:
@@ -223,17 +212,17 @@ def stored_weight(module: Any) -> Weight:
         return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
     if module._parameters.get("weight") is weight:
         return Weight(weight)
+    compute = partial(getattr, module, "weight")
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
-            return NormedWeight(module, hook)
+            return NormedWeight(module, module.weight_v, module.weight_g, hook=hook)
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return SpectralNormedWeight(module, hook)
-        if _prunes(hook):
-            parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
-            if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
-                return PrunedWeight(module, parameter, mask)
-    masks = (partial(hook.apply_mask, module) for hook in module._forward_pre_hooks.values() if _prunes(hook))
-    compute = next(masks, lambda: module.weight)  # as a hook of torch would before a forward pass
+            return SpectralNormedWeight(module, module.weight_orig, hook=hook)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            mask = getattr(module, "weight_mask", None)
+            if isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
+                return PrunedWeight(module, module.weight_orig, hook=hook)
+            compute = partial(hook.apply_mask, module)  # as torch would before a forward pass
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
     if "weight" in module._parameters:
         reason = "its weight is no parameter: its class computes it"
@@ -246,7 +235,3 @@ def has_unknown_hook(module: nn.Module) -> bool:
     """Whether a hook of somebody's own, which may change the weight, runs before its forward pass."""
     known = (WeightNorm, SpectralNorm, BasePruningMethod)
     return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())
-
-
-def _prunes(hook: object) -> TypeGuard[BasePruningMethod]:
-    return isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"

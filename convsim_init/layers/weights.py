@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,12 +28,15 @@ class Weight:
         trained: Whether it is a model's parameter, which may be frozen, and no state dict's tensor.
 
     Attributes:
+        source_ids: The sources, by their ids.
+        made_of: The parameters that the weight is made of which a forward pass uses, by their ids.
         note: What its layer's report should say of it, once `obstacle` has looked.
         call: The call that it was seen to be given to; None where the module alone tells what that is.
     """
 
     def __init__(self, *sources: Tensor, trained: bool = True) -> None:
         self.sources = sources
+        self.source_ids = self.made_of = frozenset(map(id, sources))
         self._trained = trained
         self.note: str | None = None
         self.call: Call | None = None
@@ -54,16 +57,6 @@ class Weight:
         """Shape of the weight; empty while a lazy module has none."""
         return [] if is_lazy(self.sources[0]) else list(self.sources[0].shape)
 
-    @property
-    def source_ids(self) -> frozenset[int]:
-        """The tensors that it is stored in or computed from, by their ids."""
-        return frozenset(map(id, self.sources))
-
-    @property
-    def made_of(self) -> frozenset[int]:
-        """The parameters that the weight is made of which a forward pass uses, by their ids."""
-        return self.source_ids
-
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
         if any(is_lazy(source) for source in self.sources):
@@ -81,7 +74,8 @@ class Weight:
             return f"its weight is of rank {len(self.shape)}, without kernels"
         if not read_only and any(map(overlaps_itself, self.sources)):
             return "its entries share memory, as after expand(): clone it first"
-        if not read_only and any(s.is_inference() for s in self.storage()) and not torch.is_inference_mode_enabled():
+        inference = not torch.is_inference_mode_enabled() and any(s.is_inference() for s in self.storage().values())
+        if not read_only and inference:
             return "made under torch.inference_mode, and cannot be changed outside of it: make it outside"
         frozen = [source for source in self.sources if not source.requires_grad]
         if self._trained and not read_only and frozen:
@@ -116,11 +110,19 @@ class Weight:
 
     def backup(self) -> Callable[[], None]:
         """What undoes a `write`, to the bit."""
-        return backup_tensors(self.storage())
+        values = {name: tensor.detach().clone() for name, tensor in self.storage().items()}
 
-    def storage(self) -> list[Tensor]:
-        """The tensors that a `write` may change."""
-        return list(self.sources)
+        @torch.no_grad()
+        def restore() -> None:
+            for name, tensor in self.storage().items():  # which a parametrization may have made anew
+                if name in values:
+                    tensor.copy_(values[name])
+
+        return restore
+
+    def storage(self) -> dict[str, Tensor]:
+        """The tensors that a `write` may change, by names."""
+        return {str(position): source for position, source in enumerate(self.sources)}
 
 
 class ComputedWeight(Weight):
@@ -146,18 +148,6 @@ class ComputedWeight(Weight):
         """What the function computes."""
         assert self._compute is not None  # there is an obstacle otherwise
         return self._compute()
-
-
-def backup_tensors(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """What gives tensors back the values that they have now."""
-    values = [tensor.detach().clone() for tensor in tensors]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
-
-    return restore
 
 
 def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None:

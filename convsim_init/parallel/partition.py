@@ -45,7 +45,7 @@ def share(
         report, owner = reports[layer.name]
         # All ranks copy the same layers in the same order, for each has the reports of all.
         if report.after:
-            ranks.copy(layer.weight.storage(), owner, device=device)
+            ranks.copy(list(layer.weight.storage().values()), owner, device=device)
     return [reports[layer.name][0] for layer in layers]
 
 

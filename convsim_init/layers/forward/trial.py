@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
+from convsim_init.layers.forward.calls import CONVOLUTIONS, Convolution, convolution_arguments
 from convsim_init.layers.forward.copies import ORIGINAL
-from convsim_init.layers.forward.isolation import draw_numbers, isolated
+from convsim_init.layers.forward.isolation import isolated
 
 NO_CALL = "its forward pass, in evaluation mode, called no convolution with a weight of that shape"
 
@@ -58,52 +58,50 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
         Exception: Whatever the module's own code raises before the first call.
     """
     calls, to_the_end = list[Call](), False
-    with _recording(module):
-        with contextlib.suppress(Exception):  # also that of code which refuses an input with a gradient
-            calls, to_the_end = _calls(module, _leaf(module, x), others)
-        if to_the_end:
-            return calls, to_the_end
-        without = _calls(module, x.detach().clone(), others)
+    with suppress(Exception):  # also that of code which refuses an input with a gradient
+        calls, to_the_end = _calls(module, x, others, with_gradient=True)
+    if to_the_end:
+        return calls, to_the_end
+    without = _calls(module, x, others, with_gradient=False)
     return without if len(without[0]) > len(calls) else (calls, to_the_end)
 
 
-def _calls(module: nn.Module, leaf: Tensor, others: Collection[int]) -> tuple[list[Call], bool]:
-    capture = _Capture(None, others, leaf)
-    with isolated(module), capture, torch.enable_grad():
+def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, with_gradient: bool) -> tuple[list[Call], bool]:
+    def train_all() -> None:
         for parameter in tree.parameters(module):
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
-        try:
-            _run(module, leaf)
-        except Exception:
-            if not capture.calls:
-                raise
-            return capture.calls, False
+
+    capture = _Capture(others)
+    try:
+        _run(module, x, capture, train_all, with_gradient=with_gradient)
+    except Exception:
+        if not capture.calls:
+            raise
+        return capture.calls, False
     return capture.calls, True
 
 
 def convolution_call(
     module: nn.Module,
-    stored: Tensor,
+    shape: Sequence[int],
     x: Tensor,
     others: Collection[int] = (),
     *,
     index: int = 0,
     fed: bool = False,
-    probe: Tensor | None = None,
-    redraw: bool = False,
+    prepare: Callable[[], object] = lambda: None,
 ) -> Call:
     """What a module's forward pass, in evaluation mode, gives to a convolution.
 
     Args:
         module: Module that calls a convolution.
-        stored: Weight that it holds; the one that is given has that shape.
+        shape: Shape of the weight.
         x: Input of the pass.
         others: Addresses of weights that do not count.
         index: Position among the calls with a weight of that shape.
         fed: Whether only those count whose input is computed from x.
-        probe: Values to be tried in the parameter's place.
-        redraw: Whether random numbers are others than without it.
+        prepare: What is done right before the pass and undone after it, as the rest.
 
     Returns:
         The call; its weight is differentiable by the module's parameters.
@@ -112,39 +110,27 @@ def convolution_call(
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
-    with _recording(module):
-        leaf = _leaf(module, x) if fed else x.detach().clone()  # whose gradient code might refuse
-        capture = _Capture(stored.shape, others, leaf, last=index, fed=fed)
-        with isolated(module), capture, torch.enable_grad(), contextlib.suppress(_CapturedError):
-            if probe is not None:
-                stored.data.copy_(probe)
-            if redraw:
-                draw_numbers(stored.device)
-            _run(module, leaf)
+    capture = _Capture(others, shape=torch.Size(shape), fed=fed, last=index)
+    _run(module, x, capture, prepare, with_gradient=fed)  # which code might refuse
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError(NO_CALL)
     return capture.calls[index]
 
 
-def _run(module: nn.Module, leaf: Tensor) -> None:
-    try:
-        module(leaf.clone())
-    except SystemExit as error:  # of code that wants another input
-        raise RuntimeError("its own code ended the program") from error
-
-
-def _recording(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Context in which derivatives can be had, also in inference mode, unless the module was made there."""
-    return torch.inference_mode(False) if _is_differentiable(module) else contextlib.nullcontext()
-
-
-def _is_differentiable(module: nn.Module) -> bool:
-    return not any(one.is_inference() for one in (*tree.parameters(module), *tree.buffers(module)))
-
-
-def _leaf(module: nn.Module, x: Tensor) -> Tensor:
-    """The input, such that derivatives tell what is computed from it; what inference mode made has none."""
-    return x.detach().clone().requires_grad_(x.is_floating_point() and _is_differentiable(module))
+def _run(
+    module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], object], *, with_gradient: bool
+) -> None:
+    """Run a forward pass; derivatives can be had also in inference mode, unless the module was made there."""
+    differentiable = not any(one.is_inference() for one in (*tree.parameters(module), *tree.buffers(module)))
+    with torch.inference_mode(False) if differentiable else nullcontext():
+        leaf = x.detach().clone().requires_grad_(with_gradient and differentiable and x.is_floating_point())
+        capture.leaf = id(leaf)
+        with isolated(module), capture, torch.enable_grad(), suppress(_CapturedError):
+            prepare()
+            try:
+                module(leaf.clone())
+            except SystemExit as error:  # of code that wants another input
+                raise RuntimeError("its own code ended the program") from error
 
 
 def leaves(tensor: Tensor) -> set[int]:
@@ -171,43 +157,27 @@ class _CapturedError(BaseException):
 
 
 class _Capture(TorchFunctionMode):
-    """Context that keeps what is given to convolutions with a weight of some shape.
+    """Context that keeps what is given to convolutions.
 
     Args:
-        shape: Shape of the weight; None for any.
         others: Addresses of weights that do not count.
-        leaf: What the input of the pass is computed from.
+        shape: Shape of the weights that count. Default: any.
+        fed: Whether only calls count whose input is computed from that of the pass.
         last: Position of the call that ends the forward pass. Default: None; it goes on.
-        fed: Whether only calls count whose input is computed from it.
     """
 
     def __init__(
         self,
-        shape: Sequence[int] | None,
         others: Collection[int],
-        leaf: Tensor,
         *,
-        last: int | None = None,
+        shape: torch.Size | None = None,
         fed: bool = False,
+        last: int | None = None,
     ) -> None:
         super().__init__()
-        self._shape, self._others, self._leaf, self._last, self._fed = shape, others, leaf, last, fed
+        self._others, self._shape, self._fed, self._last = others, shape, fed, last
+        self.leaf = 0  # the id of what the input of the pass is a copy of
         self.calls: list[Call] = []
-        self._known: dict[Any, bool] = {None: False}  # whether a node of derivatives leads to the leaf
-
-    def _is_fed(self, start: Any) -> bool:
-        """Whether a node of derivatives leads to the leaf; what is known of others is not looked at again."""
-        pending, seen, found = [start], set[Any](), False
-        while pending and not found:
-            node = pending.pop()
-            if node in self._known:
-                found = self._known[node]
-            elif node not in seen:
-                seen.add(node)
-                found = getattr(node, "variable", None) is self._leaf
-                pending += [following for following, _ in node.next_functions]
-        self._known |= {start: True} if found else dict.fromkeys(seen, False)
-        return found
 
     def __torch_function__(
         self,
@@ -217,17 +187,19 @@ class _Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func in CONVOLUTIONS and (self._last is None or len(self.calls) <= self._last):
-            given = convolution_arguments(func, args, kwargs)
-            x, weight = given.x, given.weight
-            if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
-                weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
-            if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
-                fed = isinstance(x, Tensor) and self._is_fed(x.grad_fn)
-                if fed or not self._fed:
-                    steps = math.prod(given.strides) ** (1 if len(given.strides) > 1 else weight.dim() - 2)
-                    copy = weight.clone()  # before its memory is put back
-                    self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))
-                if len(self.calls) - 1 == self._last:
-                    raise _CapturedError
+        if func in CONVOLUTIONS:
+            self._note(convolution_arguments(func, args, kwargs))
+            if len(self.calls) - 1 == self._last:
+                raise _CapturedError
         return func(*args, **kwargs)
+
+    def _note(self, given: Convolution) -> None:
+        weight, strides = given.weight, given.strides
+        if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
+            weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
+        if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
+            fed = isinstance(given.x, Tensor) and self.leaf in leaves(given.x)
+            if fed or not self._fed:
+                steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
+                copy = weight.clone()  # before its memory is put back
+                self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))

@@ -8,8 +8,7 @@ them by a mask. No class is known here by its name: a trial pass shows which wei
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
+from convsim_init.layers.forward.isolation import draw_numbers
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
 from convsim_init.layers.forward.trial import (
     NO_CALL,
@@ -54,18 +54,13 @@ class ForwardWeight(Weight):
         self._centred, self._known = False, True
         self._index: int | None = None
         self._fed, self._axes = False, 0
-        self._made_of = frozenset[int]()
+        self.made_of = frozenset[int]()  # before `choose_call`
         self.entry = self._inner
 
     @property
     def shape(self) -> list[int]:
         """Shape of the stored weight."""
         return self._stored.shape
-
-    @property
-    def made_of(self) -> frozenset[int]:
-        """As of a plain weight, once `choose_call` has looked."""
-        return self._made_of
 
     @property
     def mask(self) -> Tensor | None:
@@ -86,7 +81,7 @@ class ForwardWeight(Weight):
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
             other = self._at_another_input()
-            random = is_random(used, self._given(redraw=True))
+            random = is_random(used, self._given(partial(draw_numbers, stored.device)))
         except Exception as error:  # whatever the class's own code raises
             return f"which weight {kind} uses is not known: a trial pass ended with {error_text(error)}"
         assert self.call is not None
@@ -128,12 +123,12 @@ class ForwardWeight(Weight):
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError(NO_CALL)
         self.call = chosen = (made or same)[0]
-        self._index, self._made_of = [call is chosen for call in same].index(True), frozenset(leaves(chosen.weight))
+        self._index, self.made_of = [call is chosen for call in same].index(True), frozenset(leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self.source_ids | {id(one) for one in parameters}
         several = any(
             (used := leaves(call.weight)) & own
-            and (call.fed or not self._fed or used - self._made_of)
+            and (call.fed or not self._fed or used - self.made_of)
             and not _same_filters(call, chosen)
             for call in calls
         )
@@ -154,7 +149,7 @@ class ForwardWeight(Weight):
         stored = self._stored.read()
         probe = probe_like(stored)
         probes = (probe, probe * signs_like(probe), stored)  # of one sign, of both, and what is there now
-        return type(self._stored) is Weight and all(torch.equal(self._given(probe=one), one) for one in probes)
+        return type(self._stored) is Weight and all(torch.equal(self._given_of(one), one) for one in probes)
 
     def compute(self) -> Tensor:
         """The weight that a forward pass gives to the convolution."""
@@ -186,11 +181,7 @@ class ForwardWeight(Weight):
             self._stored.write(weight)
         return describe_mismatch("class", weight, self.read())
 
-    def backup(self) -> Callable[[], None]:
-        """What gives back the tensors that the stored weight is stored in."""
-        return self._stored.backup()
-
-    def storage(self) -> list[Tensor]:
+    def storage(self) -> dict[str, Tensor]:
         """The tensors that the stored weight is stored in."""
         return self._stored.storage()
 
@@ -203,24 +194,27 @@ class ForwardWeight(Weight):
         Returns:
             As of `convolution_calls`.
         """
-        self._axes = 0
-        try:
-            return convolution_calls(self.module, self._input(), others)
-        except Exception:  # whatever the module's own code raises
-            for self._axes in (1, -1):  # such as one of time before that of samples; or no axis of samples
-                with suppress(Exception):
-                    return convolution_calls(self.module, self._input(), others)
-            raise
+        errors = []
+        for self._axes in (0, 1, -1):  # one more such as that of time, before that of samples; or none of samples
+            try:
+                return convolution_calls(self.module, self._input(), others)
+            except Exception as error:  # whatever the module's own code raises
+                errors.append(error)
+        raise errors[0]
 
-    def _given(self, **how: Any) -> Tensor:
-        return self._call(**how).weight
+    def _given(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
+        return self._call(prepare=prepare).weight
 
-    def _call(self, x: Tensor | None = None, **how: Any) -> Call:
+    def _given_of(self, probe: Tensor) -> Tensor:
+        """What is given where those are the values of the parameter."""
+        return self._given(partial(self.sources[0].data.copy_, probe))
+
+    def _call(self, x: Tensor | None = None, prepare: Callable[[], object] = lambda: None) -> Call:
         if self._index is None:
             self.choose_call()
         x = self._input() if x is None else x
-        stored, others = self._stored.read(), self._others()
-        return convolution_call(self.module, stored, x, others, index=self._index or 0, fed=self._fed, **how)
+        others, index = self._others(), self._index or 0
+        return convolution_call(self.module, self.shape, x, others, index=index, fed=self._fed, prepare=prepare)
 
     def _at_another_input(self) -> Call:
         """The call at an input of noise: of two samples and, if channels are a guess, of twice as many, if it can."""
@@ -259,7 +253,7 @@ class ForwardWeight(Weight):
             return self._stored.mask
         probe = probe_like(stored)
         probe *= signs_like(probe)
-        used, opposite = self._given(probe=probe), self._given(probe=-probe)
+        used, opposite = self._given_of(probe), self._given_of(-probe)
         mask = used != 0
         if mask.all() or not torch.equal(opposite != 0, mask):  # it depends on the weight, as a ReLU of it does
             return None
