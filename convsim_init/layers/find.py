@@ -104,9 +104,15 @@ def find_layers(
         )
         if layer.weight.call is not None:  # which counts, whatever the attributes of the module are
             _, layer.groups, layer.transposed, layer.strides, _ = layer.weight.call
-        layer.obstacle = layer.obstacle or _ungrouped(layer.shape[0], layer.groups)
-    # What is left alone comes first: a layer that shares its memory would change it.
-    taken = [
+        if layer.obstacle is None and layer.shape[0] % layer.groups:
+            layer.obstacle = f"its {layer.groups} groups do not divide dimension 0 of its weight, {layer.shape[0]}"
+    _leave_shared(layers, read_only=read_only)
+    return layers
+
+
+def _leave_shared(layers: Layers, *, read_only: bool) -> None:
+    """Note as an obstacle that a layer shares the memory of its weight with one before, or with one left alone."""
+    taken = [  # what is left alone comes first: a layer that shares its memory would change it
         (one, f"{shown(layer.name)}, left alone: {layer.obstacle.partition(':')[0]}")
         for layer in layers
         if layer.obstacle is not None and not read_only
@@ -115,37 +121,32 @@ def find_layers(
     stored: dict[int, Layer] = {}  # the layers so far, by their sources
     within: dict[int, Layer] = {}  # and by what the weights are made of that they use
     for layer in layers:
-        if layer.obstacle is None:
-            sources, parts = layer.weight.source_ids, layer.weight.made_of
-            first = next(filter(None, [*map(within.get, sources), *map(stored.get, parts)]), None)
-            # The one would change with the other, if that is treated; read are both, unless they are one and the same.
-            if (
-                first is not None
-                and not sources & first.weight.source_ids
-                and (not read_only or parts == first.weight.made_of)
-                and pair_obstacle(first.bank("matched")) is None
-            ):
-                layer.obstacle = f"used together with {shown(first.name)}, as one weight"
-        if layer.obstacle is None:
-            own = memories(layer.weight.sources)
-            owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
-            layer.obstacle = owner and f"shares its weight with {owner}"
-            taken += [(one, shown(layer.name)) for one in own]
-        if layer.obstacle is None:
-            stored |= dict.fromkeys(layer.weight.source_ids, layer)
-            for part in layer.weight.made_of:
-                within.setdefault(part, layer)
-    return layers
+        if layer.obstacle is not None:
+            continue
+        sources, parts = layer.weight.source_ids, layer.weight.made_of
+        first = next(filter(None, [*map(within.get, sources), *map(stored.get, parts)]), None)
+        # The one would change with the other, if that is treated; read are both, unless they are one and the same.
+        if (
+            first is not None
+            and not sources & first.weight.source_ids
+            and (not read_only or parts == first.weight.made_of)
+            and pair_obstacle(first.bank("matched")) is None
+        ):
+            layer.obstacle = f"used together with {shown(first.name)}, as one weight"
+            continue
+        own = memories(layer.weight.sources)
+        owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
+        taken += [(one, shown(layer.name)) for one in own]
+        if owner is not None:
+            layer.obstacle = f"shares its weight with {owner}"
+            continue
+        stored |= dict.fromkeys(sources, layer)
+        for part in parts:
+            within.setdefault(part, layer)
 
 
 def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
-    """The weight that a convolution's forward pass uses, or that of the module around it, its owner.
-
-    Args:
-        module: The convolution.
-        owner: Module with a forward pass that it is in; None for none.
-        uses: How the owner uses the convolution.
-    """
+    """The weight that a convolution's forward pass uses, or that of the module around it, by how that uses it."""
     weight = stored_weight(module)
     if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
         return weight
@@ -202,8 +203,7 @@ def _module_layers(model: nn.Module) -> Layers:
         if isinstance(module, _ConvNd):
             owner = owner_of(name, owners)
             weight = used_weight(module, owners[owner] if name else None, uses.by(owner, name))
-            kind = type(module).__name__
-            layer = Layer(bare_name(name), kind, weight, groups=module.groups, transposed=module.transposed)
+            layer = Layer(bare_name(name), type(module).__name__, weight, module.groups, module.transposed)
             layer.strides = math.prod(module.stride)
             layers.append(layer)
         elif found := find_call(module):
@@ -217,10 +217,6 @@ def _module_layers(model: nn.Module) -> Layers:
         why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers
-
-
-def _ungrouped(channels: int, groups: int) -> str | None:
-    return f"its {groups} groups do not divide dimension 0 of its weight, {channels}" if channels % groups else None
 
 
 def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:

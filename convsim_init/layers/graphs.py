@@ -22,8 +22,6 @@ CALLS = re.compile(r"aten::conv(_transpose)?[123]d|aten::_?convolution|prim::mkl
 WEIGHT = 1  # position among the arguments of all of them
 FROZEN_NAME = re.compile(r"(?:self\.)?(.*?weight)(?:_fused_bn)?(?:_mkldnn)?")  # of what was a parameter
 
-Call = tuple[str, str, Weight, Sequence[Any]]  # operator, path of the weight, the weight, arguments
-
 
 def graph_layers(name: str, module: nn.Module) -> list[Layer]:
     """The convolutions that a module's own graph calls, once each; none where it has no graph.
@@ -50,35 +48,34 @@ def _layer(name: str, operator: str, weight: Weight, arguments: Sequence[Any]) -
     return Layer(name, kind, weight, groups=groups, transposed=transposed)
 
 
-def _calls(module: nn.Module) -> Iterator[Call]:
+def _calls(module: nn.Module) -> Iterator[tuple[str, str, Weight, Sequence[Any]]]:
+    """The operator of each call, the path of its weight, the weight, and all arguments."""
     if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
         graph = module.inlined_graph  # owns its nodes
         for node in _script_nodes(graph):
             if CALLS.fullmatch(node.kind()):
                 source = node.inputsAt(WEIGHT).node()
-                found = _constant(source) or _parameter(module, source, _script_path, _script_inputs)
+                found = _constant(source) or _parameter(module, source, _script_node)
                 yield node.kind(), *found, [value.toIValue() for value in node.inputs()]
     elif isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:
             operator = getattr(getattr(node.target, "_schema", None), "name", "")
             if CALLS.fullmatch(operator):
-                found = _parameter(module, node.args[WEIGHT], _exported_path, lambda node: node.all_input_nodes)
+                found = _parameter(module, node.args[WEIGHT], _exported_node)
                 yield operator, *found, node.args
 
 
-def _parameter(
-    module: nn.Module, source: Any, path_of: Callable[[Any], str], inputs_of: Callable[[Any], Sequence[Any]]
-) -> tuple[str, Weight]:
+def _parameter(module: nn.Module, source: Any, look: Callable[[Any], tuple[str, list[Any]]]) -> tuple[str, Weight]:
     """The parameter called ``weight`` that a node is or is computed from, by the shortest way."""
     pending = [source]
     for node in pending:
-        path = path_of(node)
+        path, inputs = look(node)
         if path.rpartition(".")[2] == "weight":
             tensor: Any = reduce(getattr, path.split("."), module)
             reason = "its graph computes the weight: initialize the model that the graph was made from"
             return path, Weight(tensor) if node is source else ComputedWeight(tensor, None, reason)
-        pending += [one for one in inputs_of(node) if one not in pending]
-    return "", Weight()
+        pending += [one for one in inputs if one not in pending]
+    return "", Weight(torch.empty(()))
 
 
 def _constant(node: Any) -> tuple[str, Weight] | None:
@@ -98,17 +95,16 @@ def _script_nodes(block: Any) -> Iterator[Any]:
             yield from _script_nodes(inner)
 
 
-def _script_path(node: Any) -> str:
-    names: list[str] = []
+def _script_node(node: Any) -> tuple[str, list[Any]]:
+    """The path of the attribute that a node is, if it is one, and the nodes that it is given."""
+    names, inputs = list[str](), [value.node() for value in node.inputs()]
+    if CALLS.fullmatch(node.kind()):
+        return "", []
     while node.kind() == "prim::GetAttr":
         names.insert(0, node.s("name"))
         node = node.inputsAt(0).node()
-    return ".".join(names)
+    return ".".join(names), inputs
 
 
-def _script_inputs(node: Any) -> list[Any]:
-    return [] if CALLS.fullmatch(node.kind()) else [value.node() for value in node.inputs()]
-
-
-def _exported_path(node: Any) -> str:
-    return str(node.target) if node.op == "get_attr" else ""
+def _exported_node(node: Any) -> tuple[str, list[Any]]:
+    return str(node.target) if node.op == "get_attr" else "", node.all_input_nodes

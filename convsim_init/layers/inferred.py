@@ -102,8 +102,10 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
         return True  # [M, C, rotations, k, k] of a group convolution
     if weight.dim() == 3 and not has_bias and _is_far_from_zero(weight):
         return True
-    if len(extents) == 3 and not has_bias and _is_no_kernel(*extents):
-        return True
+    if len(extents) == 3 and not has_bias:
+        depth, height, width = extents
+        if USUAL_EXTENT < depth > height > 1 or depth == height > width == 2:
+            return True  # [C, k, k] of stacked models, or [k, k, 2] of real and imaginary parts
     if max(extents) <= USUAL_EXTENT:
         small = not has_bias and len(set(extents)) == len(extents) == 2
         return small and weight.shape[0] == inputs in (3, 5, 7)  # [k, k, C, M]
@@ -152,11 +154,6 @@ def _is_chain(shapes: Sequence[torch.Size]) -> bool:
 
 def _looks_channels_last(shape: torch.Size) -> bool:
     return len(shape) > 3 and shape[1] == shape[2] != shape[-1] and len(set(shape[2:-1])) == 1
-
-
-def _is_no_kernel(depth: int, height: int, width: int) -> bool:
-    """Whether they may be ``[C, k, k]`` of stacked models, or ``[k, k, 2]`` of real and imaginary parts."""
-    return USUAL_EXTENT < depth > height > 1 or depth == height > width == 2
 
 
 def _is_far_from_zero(weight: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from convsim_init.functional.bank import computing_bank
 from convsim_init.layers.forward.isolation import LIVE
 from convsim_init.layers.symbolic.follow import Followed
-from convsim_init.layers.symbolic.uses import Uses, find_uses
+from convsim_init.layers.symbolic.uses import find_uses
 from convsim_init.layers.weights import Weight
 from convsim_init.settings import Channels
 
@@ -77,18 +76,9 @@ class Layer:
 
 
 class Layers(list[Layer]):
-    """The convolutions of a model or of a state dict.
-
-    Args:
-        layers: The convolutions.
-        followed: The forward passes of the model; None for a state dict.
-    """
+    """The convolutions of a model, and its forward passes as they were followed, or those of a state dict."""
 
     def __init__(self, layers: Iterable[Layer] = (), followed: Followed | None = None) -> None:
         super().__init__(layers)
         self.followed = followed
-
-    @cached_property
-    def uses(self) -> Uses:
-        """How the forward passes use the convolutions; in no way where there are none."""
-        return find_uses(self.followed or Followed())
+        self.uses = find_uses(followed or Followed())  # of the convolutions by the forward passes

@@ -19,23 +19,13 @@ SOMEWHERE = 2**20  # an address that is not 0, where NumPy would take memory of 
 
 
 class Memory(NamedTuple):
-    """Where a tensor's entries lie, in bytes: in a stretch that they may leave gaps in.
-
-    Attributes:
-        device: Their device.
-        storage: The storage that is counted from; 0 where positions are addresses, of whatever storage.
-        start: Position of the first.
-        end: Position after the last.
-        size: Of an entry.
-        shape: Shape of the tensor.
-        strides: Its strides.
-    """
+    """Where a tensor's entries lie, in bytes: in a stretch that they may leave gaps in."""
 
     device: torch.device
-    storage: int
-    start: int
-    end: int
-    size: int
+    storage: int  # that is counted from; 0 where positions are addresses, of whatever storage
+    start: int  # position of the first
+    end: int  # position after the last
+    size: int  # of an entry
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -52,9 +42,24 @@ def memory(tensor: Tensor) -> Memory:
 
 
 def memories(tensors: Iterable[Tensor]) -> list[Memory]:
-    """Where the entries of those tensors lie that have any: not lazy, without data, sparse, sharded or wrapped ones."""
-    without = (is_lazy, has_no_data, _is_sparse, is_sharded, is_wrapper)
-    return [memory(one) for one in tensors if not any(is_so(one) for is_so in without)]
+    """Where the entries of those tensors lie that have a memory of their own."""
+    return [memory(one) for one in tensors if why_without_memory(one) is None]
+
+
+def why_without_memory(tensor: Tensor) -> str | None:
+    """Why the entries of a tensor lie in no memory of its own; None if they do."""
+    if is_lazy(tensor):
+        return "lazy, without a weight yet: run a forward pass first"
+    if has_no_data(tensor):
+        return "on the meta device, without data: move it with to_empty and initialize it first"
+    if is_sharded(tensor):
+        return "sharded over processes: initialize the model before it is sharded"
+    if tensor.layout is not torch.strided:
+        return "a sparse tensor: make it dense first"
+    if is_wrapper(tensor):
+        kind = type(tensor).__name__
+        return f"of class {kind}, which wraps other tensors: initialize the model before its weights are wrapped"
+    return None
 
 
 def overlap(a: Memory, b: Memory) -> bool:
@@ -95,10 +100,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
 def gradient_hooks(tensor: Tensor) -> list[dict[int, Any]]:
     """The hooks on a tensor's gradient, before and after it is added up, which are kept beside its memory."""
     return [getattr(tensor, name, None) or {} for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
-
-
-def _is_sparse(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided
 
 
 def has_no_data(tensor: Tensor) -> bool:

@@ -47,12 +47,6 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Colle
     A trial pass tells, with an input for the convolution or, where its code fails at that one, for others inside. Where
     none can be made, `ForwardWeight.obstacle` says so if another weight is made of this one. What is not known of a
     module after `try_unknown` is not tried again.
-
-    Args:
-        owner: Module with a forward pass around the convolution.
-        module: The convolution.
-        stored: Weight that it holds.
-        uses: How the owner uses it.
     """
     replaces = any(use.how == REPLACED for use in uses)
     changes = [use.hook for use in uses if use.how == CHANGED and use.hook != AFTER]
@@ -80,12 +74,7 @@ def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Colle
 
 
 def try_unknown(uses: Uses, modules: Mapping[str, nn.Module]) -> None:
-    """Note how modules use the convolutions in them whose forward passes could not be followed, by trial passes.
-
-    Args:
-        uses: What the passes that could be followed tell; added to.
-        modules: The modules of the model, by their names.
-    """
+    """Add to what followed passes tell how modules use convolutions in them that could not be followed, by trials."""
     held = defaultdict[str, dict[int, str]](dict)  # the layers by their weights' ids, by the modules that they are in
     for name, module in modules.items():
         if isinstance(module, _ConvNd) and name and (by := owner_of(name, modules)) in uses.failed:

@@ -35,7 +35,7 @@ COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
 def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> list[str]:
     """Remarks on a model, or a state dict, that its layers' reports do not make."""
     if not isinstance(model, nn.Module) or layers.followed is None:
-        return _arrays(model) if isinstance(model, Mapping) else []
+        return list(_arrays(model)) if isinstance(model, Mapping) else []
     inner, uses, modules = unwrap(model), layers.uses, layers.followed.modules
     return [
         *_other_kernels(inner, [layer.name for layer in layers], uses),
@@ -47,35 +47,29 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
     ]
 
 
-def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> list[str]:
+def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> Iterator[str]:
     """A remark on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
 
     Those convolve with weights that are made of parameters of no layer, or have weights of their own and a
-    ``kernel_size``, or ones of the rank of a kernel.
-
-    Args:
-        model: Model without wrappers.
-        names: Names of the layers that are in the report.
-        uses: How it uses weights.
+    ``kernel_size``, or ones of the rank of a kernel. The names are those of the layers that are in the report.
     """
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
-    weights = dict[int, int]()
+    kernels = set[int]()
     known = {id(p) for one in tree.modules(model) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
-    parameters = {id(one): one for one in tree.parameters(model) if not is_lazy(one) and one.dim() > 1}
+    parameters = {id(one): one for one in tree.parameters(model) if not is_lazy(one)}
+    others = {one for one, parameter in parameters.items() if parameter.dim() > 1} - known
     for name, module in tree.named_modules(model):
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
         own = {id(one) for key, one in module._parameters.items() if "weight" in key and _is_kernel(module, one)}
-        own = (own | uses.others[name]) & parameters.keys() - known
+        own = (own | uses.others[name]) & others
+        kernels |= own
         if own:
             found[type(module).__name__] += 1
-            weights |= {one: parameters[one].numel() for one in own}
-    if not found:
-        return []
-    share = sum(weights.values()) / sum(one.numel() for one in tree.parameters(model) if not is_lazy(one))
-    kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
-    return [f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"]
+    if found:
+        share = sum(parameters[one].numel() for one in kernels) / sum(one.numel() for one in parameters.values())
+        yield f"not looked at, though they may convolve: {_counted(found)}, with {share:.0%} of the parameters"
 
 
 def _is_kernel(module: nn.Module, weight: Tensor | None) -> bool:
@@ -86,32 +80,32 @@ def _is_kernel(module: nn.Module, weight: Tensor | None) -> bool:
     return kernels or tree.has_attribute(module, "kernel_size")
 
 
-def _arrays(state: Mapping[str, object]) -> list[str]:
+def _counted(kinds: Counter[str]) -> str:
+    return some(f"{count} {shown(kind)}" for kind, count in kinds.most_common())
+
+
+def _arrays(state: Mapping[str, object]) -> Iterator[str]:
     """A remark on entries of the rank of a weight that are no tensors."""
     shapes = {key: getattr(one, "shape", ()) for key, one in state.items() if not isinstance(one, Tensor)}
     found = [key for key, shape in shapes.items() if isinstance(shape, tuple) and len(shape) in KERNEL_RANKS]
-    if not found:
-        return []
-    return [f"not looked at, for they are no tensors of torch, as torch.from_numpy makes: {some(map(shown, found))}"]
+    if found:
+        yield f"not looked at, for they are no tensors of torch, as torch.from_numpy makes: {some(map(shown, found))}"
 
 
-def _quantized(model: nn.Module) -> list[str]:
+def _quantized(model: nn.Module) -> Iterator[str]:
     """A remark on quantized convolutions."""
     found = Counter(type(one).__name__ for one in tree.modules(model) if is_quantized(one))
-    if not found:
-        return []
-    kinds = some(f"{count} {shown(kind)}" for kind, count in found.most_common())
-    return [f"not looked at, for their weights are quantized: {kinds}"]
+    if found:
+        yield f"not looked at, for their weights are quantized: {_counted(found)}"
 
 
-def _outside(uses: Uses) -> list[str]:
+def _outside(uses: Uses) -> Iterator[str]:
     """A remark on convolutions that are called and are no parts of the model."""
-    if not uses.outside:
-        return []
-    return [f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"]
+    if uses.outside:
+        yield f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"
 
 
-def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> list[str]:
+def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Remarks on what changes or replaces weights and was not tried for it: forward passes and hooks."""
     passes, hooks = set[str](), set[str]()
     for layer, found in uses.of.items():
@@ -120,12 +114,10 @@ def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> list[str]:
                 hooks.add(by)
             elif how != CALLED and not hook and not _holds(modules[by], modules[layer]):
                 passes.add(by)
-    remarks = []
     if hooks:
-        remarks.append(f"not tried, though they may change weights of others or later: hooks of {_names(hooks)}")
+        yield f"not tried, though they may change weights of others or later: hooks of {_names(hooks)}"
     if passes:
-        remarks.append(f"not tried, though they may use other weights: the forward passes of {_names(passes)}")
-    return remarks
+        yield f"not tried, though they may use other weights: the forward passes of {_names(passes)}"
 
 
 def _names(modules: Iterable[str]) -> str:
@@ -139,7 +131,7 @@ def _holds(owner: nn.Module, part: nn.Module) -> bool:
     return owner is part or any(inside)
 
 
-def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], uses: Uses) -> list[str]:
+def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], uses: Uses) -> Iterator[str]:
     """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
@@ -152,9 +144,8 @@ def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], u
                 use = used_weight(cast(_ConvNd, module), modules[by], uses.by(by, name))
                 if _may_differ(use, weight, module):
                     found.append(f"{layer_name(bare_name(name))} (in {layer_name(bare_name(by))})")
-    if not found:
-        return []
-    return [f"held by other modules too, which may use other weights, and those do not count: {some(found)}"]
+    if found:
+        yield f"held by other modules too, which may use other weights, and those do not count: {some(found)}"
 
 
 @torch.no_grad()
@@ -168,7 +159,7 @@ def _may_differ(use: Weight, weight: Weight, module: nn.Module) -> bool:
         return True
 
 
-def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+def _ties(model: nn.Module, layers: Sequence[Layer]) -> Iterator[str]:
     """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
     own = {id(source) for layer in layers for source in layer.weight.sources}
     treated = memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources)
@@ -180,23 +171,17 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
             near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
             if any(overlap(one, other) for other in near):
                 found.append(shown(bare_name(name)))
-    return [f"in the memory of weights of layers, and change with them: {some(found)}"] if found else []
+    if found:
+        yield f"in the memory of weights of layers, and change with them: {some(found)}"
 
 
 class Twin(NamedTuple):
-    """A tensor with the values of one that is treated.
-
-    Attributes:
-        name: What it is.
-        of: Name of the treated layer.
-        copy: The tensor itself.
-        original: The layer's.
-    """
+    """A tensor with the values of one that is treated."""
 
     name: str
-    of: str
-    copy: Tensor
-    original: Tensor
+    of: str  # name of the treated layer
+    copy: Tensor  # the tensor itself
+    original: Tensor  # the layer's
 
 
 @one_at_a_time
@@ -217,12 +202,9 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
             copies.append((layer_name(layer.name), source))
     known = {id(one) for layer in layers for one in layer.weight.storage().values()}
     for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():
-        if (
-            isinstance(tensor, Tensor)
-            and id(tensor) not in known
-            and memories([tensor])
-            and tensor.dim() in KERNEL_RANKS
-        ):
+        if not isinstance(tensor, Tensor) or id(tensor) in known:
+            continue
+        if memories([tensor]) and tensor.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), tensor))
             known.add(id(tensor))
     found = []

@@ -29,18 +29,12 @@ class ParametrizedWeight(Weight):
         originals = cast(nn.ModuleDict, module.parametrizations)["weight"]
         super().__init__(*originals.parameters(recurse=False))
         self._module = module
-        self._shape: list[int] = []
-        self._error = ""
+        self.shape, self._error = [], ""
         if not any(is_lazy(source) or has_no_data(source) for source in self.sources):
             try:
-                self._shape = list(self.read().shape)
+                self.shape = list(self.read().shape)
             except Exception as error:  # whatever the parametrization's own code raises
                 self._error = error_text(error)
-
-    @property
-    def shape(self) -> list[int]:
-        """Shape of the weight; empty where it cannot be computed, as while a lazy module has none."""
-        return self._shape
 
     def can_be_assigned(self) -> bool:
         """Whether it is assigned through the parametrization: also where there is no parameter of its shape to set."""
@@ -107,13 +101,7 @@ class ParametrizedWeight(Weight):
 
 
 class HookedWeight(Weight):
-    """A weight that an old hook of `torch.nn.utils` computes and leaves on the module.
-
-    Args:
-        module: Module with the hook.
-        sources: The parameters that the hook computes it from.
-        hook: The hook.
-    """
+    """A weight that an old hook of `torch.nn.utils` computes from its sources and leaves on the module."""
 
     name = ""  # of the function that puts on the hook
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.trial import Call
-from convsim_init.layers.memory import gradient_hooks, has_no_data, is_sharded, is_wrapper, overlaps_itself
+from convsim_init.layers.memory import gradient_hooks, overlaps_itself, why_without_memory
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
@@ -28,6 +28,7 @@ class Weight:
         trained: Whether it is a model's parameter, which may be frozen, and no state dict's tensor.
 
     Attributes:
+        shape: Shape of the weight; empty where it cannot be computed, as while a lazy module has none.
         source_ids: The sources, by their ids.
         made_of: The parameters that the weight is made of which a forward pass uses, by their ids.
         note: What its layer's report should say of it, once `obstacle` has looked.
@@ -36,6 +37,7 @@ class Weight:
 
     def __init__(self, *sources: Tensor, trained: bool = True) -> None:
         self.sources = sources
+        self.shape = [] if is_lazy(sources[0]) else list(sources[0].shape)
         self.source_ids = self.made_of = frozenset(map(id, sources))
         self._trained = trained
         self.note: str | None = None
@@ -52,24 +54,11 @@ class Weight:
         mask = self.sources[0].detach() != 0
         return None if mask.all() else mask
 
-    @property
-    def shape(self) -> list[int]:
-        """Shape of the weight; empty while a lazy module has none."""
-        return [] if is_lazy(self.sources[0]) else list(self.sources[0].shape)
-
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
-        if any(is_lazy(source) for source in self.sources):
-            return "lazy, without a weight yet: run a forward pass first"
-        if any(map(has_no_data, self.sources)):
-            return "on the meta device, without data: move it with to_empty and initialize it first"
-        if any(map(is_sharded, self.sources)):
-            return "sharded over processes: initialize the model before it is sharded"
-        if any(source.layout is not torch.strided for source in self.sources):
-            return "a sparse tensor: make it dense first"
-        if any(map(is_wrapper, self.sources)):
-            kind = type(self.sources[0]).__name__
-            return f"of class {kind}, which wraps other tensors: initialize the model before its weights are wrapped"
+        for source in self.sources:
+            if (reason := why_without_memory(source)) is not None:
+                return reason
         if len(self.shape) not in KERNEL_RANKS:
             return f"its weight is of rank {len(self.shape)}, without kernels"
         if not read_only and any(map(overlaps_itself, self.sources)):

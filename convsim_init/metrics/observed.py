@@ -13,9 +13,9 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, refuse_lazy
+from convsim_init.layers.forward.calls import convolution_outputs
 from convsim_init.layers.forward.copies import is_librarys
 from convsim_init.layers.forward.isolation import undisturbed
-from convsim_init.layers.forward.outputs import convolution_outputs
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.stored import has_unknown_hook

@@ -16,8 +16,8 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy
+from convsim_init.layers.forward.calls import convolution_outputs
 from convsim_init.layers.forward.isolation import LIVE, isolated
-from convsim_init.layers.forward.outputs import convolution_outputs
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import is_wrapper, memories
 from convsim_init.layers.names import unwrap

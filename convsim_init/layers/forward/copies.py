@@ -27,13 +27,9 @@ HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied
 
 
 def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
-    """Attributes of a module that no forward pass names and a copy of which might fill the memory.
+    """Attributes of a module that no forward pass of the parts names and a copy of which might fill the memory.
 
     Such as a trainer, or a data set.
-
-    Args:
-        part: Module.
-        parts: All modules whose forward passes might use the attributes.
     """
     found = {name for name, value in vars(part).items() if is_heavy(value)}
     return found - names_of(parts) if found else found
@@ -110,7 +106,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return value.clone_state()
     new: dict[int, Any] = {}
     try:
-        with _ComputedToo():
+        with Copying(_cloned):
             twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
         return _copied_in_part(value, memo)
@@ -141,8 +137,12 @@ def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
     return value
 
 
-class _ComputedToo(TorchFunctionMode):
-    """Context in which tensors that were computed are copied too; they depend on what they did."""
+class Copying(TorchFunctionMode):
+    """Context in which tensors that are copied are what a function makes of them, or if that is None as ever."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self._make = make
 
     def __torch_function__(
         self,
@@ -151,10 +151,14 @@ class _ComputedToo(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            with torch.enable_grad():
-                return args[0].clone()
-        return func(*args, **(kwargs or {}))
+        made = self._make(args[0]) if func in (Tensor.clone, Tensor.__deepcopy__) else None
+        return func(*args, **(kwargs or {})) if made is None else made
+
+
+def _cloned(tensor: Tensor) -> Tensor | None:
+    """A copy of a tensor that was computed, which deepcopy refuses; it depends on what that does."""
+    with torch.enable_grad():
+        return None if tensor.is_leaf else tensor.clone()
 
 
 def is_plain(value: object) -> bool:

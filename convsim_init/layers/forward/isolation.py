@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -83,8 +82,29 @@ def undisturbed(
         containers: Whether what lists and dicts hold that are attributes is put back too, as that of hooks is.
     """
     parts = list(tree.modules(module))
-    with _alone(parts), _undone(module, parts, copy, containers):
-        yield
+    with _alone(parts):
+        attributes = [vars(part) for part in parts]
+        values = [value for one in attributes for value in one.values()]
+        held: list[Any] = [*attributes]
+        held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
+        held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
+        contents = [(one, list(one) if isinstance(one, list) else dict(one)) for one in held]
+        others = (one for one in values if type(one) not in (*ATOMS, *CONTAINERS))  # to ask these takes its time
+        generators = [(one, one.get_state()) for one in others if isinstance(one, torch.Generator)]
+        tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
+        undo = [noted(one, copy=copy(one)) for one in tensors]
+        with random_states(tensors), not_compiled():
+            TRIALS.append(module)
+            try:
+                yield
+            finally:
+                TRIALS.pop()  # whichever: while any runs, no pass counts
+                for live, before in contents:
+                    _put_back(live, before)
+                for generator, state in generators:
+                    generator.set_state(state)
+                for put_back in undo:
+                    put_back()
 
 
 @contextmanager
@@ -102,57 +122,20 @@ def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
             FREE.notify_all()
 
 
-@contextmanager
-def _undone(
-    module: nn.Module, parts: Sequence[nn.Module], copy: Callable[[Tensor], bool], containers: bool
-) -> Iterator[None]:
-    attributes = [vars(part) for part in parts]
-    values = [value for one in attributes for value in one.values()]
-    held: list[Any] = [*attributes]
-    held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
-    held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
-    contents = list(map(_content, held))
-    others = (one for one in values if type(one) not in (*ATOMS, *CONTAINERS))  # to ask for a generator takes its time
-    generators = [(one, one.get_state()) for one in others if isinstance(one, torch.Generator)]
-    tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
-    undo = [noted(one, copy=copy(one)) for one in tensors]
-    with random_states(tensors), not_compiled():
-        TRIALS.append(module)
-        try:
-            yield
-        finally:
-            TRIALS.pop()  # whichever: while any runs, no pass counts
-            for live, before in zip(held, contents, strict=True):
-                now = _content(live)  # what did not change others may be reading
-                if len(now) != len(before) or any(map(operator.is_not, now, before)):
-                    if (
-                        type(live) is not dict
-                        or len(now) != len(before)
-                        or any(map(operator.is_not, live, before[::2]))
-                    ):
-                        live.clear()  # else all of it is there meanwhile too
-                    if isinstance(live, list):
-                        live.extend(before)
-                    else:
-                        live.update(dict(zip(before[::2], before[1::2], strict=True)))  # a Counter would count pairs
-            for generator, state in generators:
-                generator.set_state(state)
-            for put_back in undo:
-                put_back()
-
-
-def _content(container: dict[Any, Any] | list[Any]) -> list[Any]:
-    """What a list holds; the keys and values of a dict in turn."""
-    return list(container if isinstance(container, list) else chain.from_iterable(container.items()))
+def _put_back(live: Any, before: Any) -> None:
+    """Give a list or a dict its content back; what did not change others may be reading."""
+    alike = len(live) == len(before) and all(map(operator.is_, live, before))  # but for the values of a dict
+    if isinstance(live, list):
+        if not alike:
+            live[:] = before
+    elif not (alike and all(map(operator.is_, live.values(), before.values()))):
+        if type(live) is not dict or not alike:  # else all of it is there meanwhile too; a Counter would count
+            live.clear()
+        live.update(before)
 
 
 def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
-    """What gives a tensor its memory, values, gradient and flag back; nothing is written where nothing changed.
-
-    Args:
-        tensor: The tensor.
-        copy: Whether its values are kept too, and not only where they are.
-    """
+    """What gives a tensor its memory, values (if copied), gradient and flag back; it writes what changed alone."""
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
     wrapper = is_wrapper(data)
     strided = data.layout is torch.strided and not wrapper  # others have no memory that could be compared

@@ -8,14 +8,11 @@ from torch import Tensor
 from convsim_init.layers.weights import describe_mismatch, to_float64
 
 
-def probe_like(stored: Tensor) -> Tensor:
-    """A weight without zeros."""
-    return (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
-
-
-def signs_like(weight: Tensor) -> Tensor:
-    """Ones of both signs, by turns."""
-    return (1 - 2 * (torch.arange(weight.numel(), device=weight.device) % 2)).view(weight.shape).to(weight)
+def probes_like(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Two weights without zeros: of one sign, and of both by turns."""
+    probe = (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
+    signs = 1 - 2 * (torch.arange(probe.numel(), device=probe.device) % 2)
+    return probe, probe * signs.view(probe.shape).to(probe)
 
 
 def is_multiple(used: Tensor, variable: Tensor) -> bool:

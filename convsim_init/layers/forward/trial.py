@@ -24,21 +24,13 @@ class NoConvolutionError(RuntimeError):
 
 
 class Call(NamedTuple):
-    """What a forward pass gives to a convolution.
+    """What a forward pass gives to a convolution."""
 
-    Attributes:
-        weight: The weight at that moment; it shares no memory with the module.
-        groups: Groups of the convolution.
-        transposed: Whether it is a transposed convolution.
-        strides: Product of its strides.
-        fed: Whether its input is computed from that of the pass, as far as derivatives tell.
-    """
-
-    weight: Tensor
+    weight: Tensor  # at that moment; it shares no memory with the module
     groups: int
     transposed: bool
-    strides: int
-    fed: bool
+    strides: int  # their product
+    fed: bool  # whether its input is computed from that of the pass, as far as derivatives tell
 
 
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:

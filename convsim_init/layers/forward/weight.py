@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers
-from convsim_init.layers.forward.multiples import is_multiple, norms_of, probe_like, ratios, signs_like, slopes_of
+from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
 from convsim_init.layers.forward.trial import (
     NO_CALL,
     Call,
@@ -54,13 +54,8 @@ class ForwardWeight(Weight):
         self._centred, self._known = False, True
         self._index: int | None = None
         self._fed, self._axes = False, 0
-        self.made_of = frozenset[int]()  # before `choose_call`
+        self.shape, self.made_of = stored.shape, frozenset[int]()  # before `choose_call`
         self.entry = self._inner
-
-    @property
-    def shape(self) -> list[int]:
-        """Shape of the stored weight."""
-        return self._stored.shape
 
     @property
     def mask(self) -> Tensor | None:
@@ -88,10 +83,8 @@ class ForwardWeight(Weight):
         if other.groups != self.call.groups:
             return f"the groups that {kind} convolves with depend on its input"
         if not used.isfinite().all() and stored.isfinite().all():
-            made = (
-                f"the weight that {kind} makes of its finite parameter, at an input of zeros, holds infinities or NaN"
-            )
-            return f"{made}: look for a division by zero in its code"
+            what = f"the weight that {kind} makes of its finite parameter, at an input of zeros,"
+            return f"{what} holds infinities or NaN: look for a division by zero in its code"
         if describe_mismatch("class", used, other.weight) and not used.isnan().any():  # it may be rounded anew
             return f"the weight that {kind} uses depends on its input"
         if random:
@@ -129,7 +122,8 @@ class ForwardWeight(Weight):
         several = any(
             (used := leaves(call.weight)) & own
             and (call.fed or not self._fed or used - self.made_of)
-            and not _same_filters(call, chosen)
+            and call is not chosen
+            and not (call[1:3] == chosen[1:3] and torch.equal(call.weight, chosen.weight))
             for call in calls
         )
         if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
@@ -147,8 +141,7 @@ class ForwardWeight(Weight):
         """
         self.choose_call()
         stored = self._stored.read()
-        probe = probe_like(stored)
-        probes = (probe, probe * signs_like(probe), stored)  # of one sign, of both, and what is there now
+        probes = (*probes_like(stored), stored)
         return type(self._stored) is Weight and all(torch.equal(self._given_of(one), one) for one in probes)
 
     def compute(self) -> Tensor:
@@ -186,14 +179,7 @@ class ForwardWeight(Weight):
         return self._stored.storage()
 
     def calls(self, others: Collection[int]) -> tuple[list[Call], bool]:
-        """All calls of a pass, at an input of more or fewer axes where its code rejects the usual ones.
-
-        Args:
-            others: Addresses of weights that do not count.
-
-        Returns:
-            As of `convolution_calls`.
-        """
+        """As of `convolution_calls`, at an input of more or fewer axes where its code rejects the usual ones."""
         errors = []
         for self._axes in (0, 1, -1):  # one more such as that of time, before that of samples; or none of samples
             try:
@@ -251,8 +237,7 @@ class ForwardWeight(Weight):
         """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""
         if self._stored.mask is not None or type(self._stored) is not Weight:
             return self._stored.mask
-        probe = probe_like(stored)
-        probe *= signs_like(probe)
+        _, probe = probes_like(stored)
         used, opposite = self._given_of(probe), self._given_of(-probe)
         mask = used != 0
         if mask.all() or not torch.equal(opposite != 0, mask):  # it depends on the weight, as a ReLU of it does
@@ -268,7 +253,3 @@ class ForwardWeight(Weight):
 def parts_of(module: nn.Module) -> list[nn.Module]:
     """The modules that one holds, but for its parametrizations."""
     return [child for name, child in tree.named_children(module) if name != "parametrizations"]
-
-
-def _same_filters(one: Call, other: Call) -> bool:
-    return one is other or (one[1:3] == other[1:3] and torch.equal(one.weight, other.weight))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import codes_in, copied, heavy_attributes, is_heavy, is_librarys, names_in
+from convsim_init.layers.forward import copies
+from convsim_init.layers.forward.isolation import tensors_of
 
 DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # what a deep copy of the model copies by itself
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -27,45 +26,35 @@ HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", 
 def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy whose tensors have no data, with hooks before and after forward passes.
 
-    Attributes that cannot be copied, or are too heavy, it shares with the model.
-
-    Args:
-        model: The model.
-        memo: What has been copied already, by the ids of the originals; added to.
+    Attributes that cannot be copied, or are too heavy, it shares with the model. What has been copied already is in the
+    memo, by the ids of the originals, and what is copied here is added.
     """
     memo = {} if memo is None else memo
-    with _WithoutData():
-        return _copied_model(model, memo)
-
-
-def _copied_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     parts = [part for part in tree.modules(model) if id(part) not in memo]
-    for part in parts:
-        for name, value in vars(part).items():
-            if "hooks" in name and isinstance(value, dict):
-                memo[id(value)] = copy.copy(value) if name in HOOK_OPTIONS else type(value)()
-        for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-            if is_lazy(tensor):
-                memo[id(tensor)] = tensor
-            elif isinstance(tensor, Tensor):
-                empty = torch.empty_like(tensor, device="meta")
-                memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    for part in parts:
-        heavy = heavy_attributes(part, parts)
-        for name, value in vars(part).items():
-            if name in heavy:
-                memo[id(value)] = value
-            elif not isinstance(value, DEEP) and id(value) not in memo:
-                memo[id(value)] = copied(value, memo)
-    clone = copy.deepcopy(model, memo)
-    own = set(map(id, parts))
-    for part in tree.modules(clone):
-        if id(part) in own:  # which the pass would change
-            raise TypeError(f"{type(part).__name__} does not let itself be copied")
-        vars(part)["training"] = False
-    for part, name in product(parts, HOOKS):
-        if id(part) in memo:
-            for key, hook in vars(part).get(name, {}).items():
+    with copies.Copying(partial(torch.empty_like, device="meta")):
+        for part in parts:
+            for name, value in vars(part).items():
+                if "hooks" in name and isinstance(value, dict):
+                    memo[id(value)] = copy.copy(value) if name in HOOK_OPTIONS else type(value)()
+            for tensor in tensors_of(part):
+                empty = tensor if is_lazy(tensor) else torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter) and empty is not tensor
+                memo[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
+        for part in parts:
+            heavy = copies.heavy_attributes(part, parts)
+            for name, value in vars(part).items():
+                if name in heavy:
+                    memo[id(value)] = value
+                elif not isinstance(value, DEEP) and id(value) not in memo:
+                    memo[id(value)] = copies.copied(value, memo)
+        clone = copy.deepcopy(model, memo)
+        own = set(map(id, parts))
+        for part in tree.modules(clone):
+            if id(part) in own:  # which the pass would change
+                raise TypeError(f"{type(part).__name__} does not let itself be copied")
+            vars(part)["training"] = False
+        for part, name in product(parts, HOOKS):
+            for key, hook in vars(part).get(name, {}).items() if id(part) in memo else ():
                 if not _is_librarys(hook) and (name == HOOKS[0] or _may_change(hook)):
                     vars(memo[id(part)])[name][key] = _hook(hook, memo)
     return clone
@@ -75,14 +64,14 @@ def _is_librarys(hook: Any) -> bool:
     """Whether it is PyTorch's, which computes a weight or makes a parameter that is lazy."""
     bare = hook.func if isinstance(hook, partial) else hook
     bare = bare.__func__ if isinstance(bare, MethodType) else bare
-    return is_librarys(bare if isinstance(bare, FunctionType) else type(bare))
+    return copies.is_librarys(bare if isinstance(bare, FunctionType) else type(bare))
 
 
 def _may_change(hook: Any) -> bool:
     """Whether a hook names what changes weights: others after a forward pass, which log or keep what is there, rest."""
     bare = hook.func if isinstance(hook, partial) else hook
     kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
-    names = names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
+    names = copies.names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
     return not names.isdisjoint(TAKING) or any(name.endswith("_") and not name.startswith("_") for name in names)
 
 
@@ -105,7 +94,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, (type, ModuleType)):
         return value
     if isinstance(value, FunctionType):
-        return value if is_librarys(value) else _rebound(value, memo)
+        return value if copies.is_librarys(value) else _rebound(value, memo)
     if isinstance(value, MethodType):
         return MethodType(_twin(value.__func__, memo), _twin(value.__self__, memo))
     if isinstance(value, partial):
@@ -113,9 +102,9 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
         return partial(_twin(value.func, memo), *(_twin(one, memo) for one in value.args), **keywords)
     if isinstance(value, nn.Module):
         return on_meta(value, memo)
-    if is_heavy(SimpleNamespace(value=value), tensors=False):
+    if copies.is_heavy(SimpleNamespace(value=value), tensors=False):
         raise TypeError(f"{type(value).__name__} is too heavy to be copied")
-    memo[id(value)] = twin = copied(value, memo)
+    memo[id(value)] = twin = copies.copied(value, memo)
     return twin
 
 
@@ -129,22 +118,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # empty yet
             cell.cell_contents = _twin(original.cell_contents, memo)
-    for name in {name for code in codes_in(function.__code__) for name in code.co_names} & known.keys():
+    for name in {name for code in copies.codes_in(function.__code__) for name in code.co_names} & known.keys():
         if getattr(known[name], "__globals__", function.__globals__) is function.__globals__:
             known[name] = _twin(known[name], memo)
     return twin
-
-
-class _WithoutData(TorchFunctionMode):
-    """Context in which copies of tensors are on the meta device."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in (Tensor.clone, Tensor.__deepcopy__):
-            return torch.empty_like(args[0], device="meta")
-        return func(*args, **(kwargs or {}))

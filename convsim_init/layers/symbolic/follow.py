@@ -27,7 +27,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import is_librarys
 from convsim_init.layers.forward.isolation import LIVE, random_states
 from convsim_init.layers.symbolic.clone import on_meta
-from convsim_init.layers.symbolic.kinds import SHAPES, USING, call_name
+from convsim_init.layers.symbolic.kinds import SHAPES, USING
 from convsim_init.layers.symbolic.passes import SymbolicPass
 from convsim_init.layers.symbolic.symbols import Node
 
@@ -36,21 +36,13 @@ FOLLOWING: list[nn.Module] = []  # the model whose forward passes run, in the th
 
 @dataclass
 class Followed:
-    """What was called in the forward passes of a model.
+    """What was called in the forward passes of a model."""
 
-    Attributes:
-        modules: The modules of the model, by their names.
-        names: The names of the modules by the ids of these and of their own parameters, in the model and in the copy.
-        originals: The ids of the model's parameters by those of the copy's.
-        failed: Names of the modules whose code raised errors, so that how they use others is not known.
-        runs: The calls of each pass, the last of them its output; and whether it is one of the whole model.
-    """
-
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
-    originals: dict[int, int] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-    runs: list[tuple[list[Node], bool]] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # of the model, by their names
+    names: dict[int, str] = field(default_factory=dict)  # by the ids of modules and parameters, of the copy too
+    originals: dict[int, int] = field(default_factory=dict)  # ids of the model's parameters, by those of the copy's
+    failed: set[str] = field(default_factory=set)  # modules whose code raised errors: how they use others is unknown
+    runs: list[tuple[list[Node], bool]] = field(default_factory=list)  # calls, the last the output; if of the whole
 
     def layers(self, node: Node) -> set[str]:
         """The layers that a call is one of, by their names."""
@@ -122,7 +114,7 @@ def _follow(model: nn.Module, followed: Followed) -> None:
         followed.names |= _names(one)
     both = zip(tree.parameters(clone), tree.parameters(model), strict=True)
     followed.originals = {id(twin): id(one) for twin, one in both}
-    passes = SymbolicPass(clone, call_name)
+    passes = SymbolicPass(clone)
     _run(passes, clone, followed, set())
     failed = {followed.names[id(one)] for one in passes.failed}
     followed.failed = {name for name in failed if _has_forward(followed.modules[name])}

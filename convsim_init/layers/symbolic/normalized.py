@@ -12,40 +12,20 @@ from itertools import permutations
 
 from convsim_init.layers.layer import Layers
 from convsim_init.layers.names import bare_name
+from convsim_init.layers.symbolic import kinds
 from convsim_init.layers.symbolic.follow import Followed, origins
-from convsim_init.layers.symbolic.kinds import (
-    FUSED,
-    MULTIPLYING,
-    NORMALIZED,
-    PASSED,
-    PRODUCTS,
-    SHAPES,
-    UNKNOWN,
-    USED,
-    USING,
-)
 from convsim_init.layers.symbolic.passes import OUTPUT
 from convsim_init.layers.symbolic.symbols import Node
 from convsim_init.settings import Settings
 
 NORMALIZING = {f"{kind}_norm" for kind in ("batch", "layer", "group", "instance", "rms")}  # names of functions
 NORMALIZING |= {"native_batch_norm", "native_layer_norm", "native_group_norm", "normalize"}
-STATISTICS = {
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "sqrt",
-    "rsqrt",
-    "norm",
-    "vector_norm",
-    "linalg_norm",
-    "linalg_vector_norm",
-}
+STATISTICS = {"var", "std", "var_mean", "std_mean", "sqrt", "rsqrt", "norm", "vector_norm"}
+STATISTICS |= {"linalg_norm", "linalg_vector_norm"}
 DIVIDING = {"div", "divide", "truediv", "true_divide"}
 NEAR = 300  # calls in which a value is computed from a statistic and from what that is of
 ENDS: dict[str, set[bool | None]]  # of ways into the calls of modules, by what they count as
-ENDS = {NORMALIZED: {True}, USED: {False}, FUSED: {False}, PASSED: set(), UNKNOWN: {None}}
+ENDS = {kinds.NORMALIZED: {True}, kinds.USED: {False}, kinds.FUSED: {False}, kinds.PASSED: set(), kinds.UNKNOWN: {None}}
 NOT_NORMALIZED = "channels all: no normalization follows"
 NOT_TOLD = "channels matched: whether a normalization follows could not be told"
 
@@ -64,29 +44,22 @@ def decide_channels(layers: Layers, settings: Settings) -> tuple[dict[str, tuple
         return {layer.name: (settings, None) for layer in layers}, []
     told = None if layers.followed is None else normalization_follows(layers.followed)
     decided: dict[str, tuple[Settings, str | None]] = {}
-    for layer in layers:
-        if layer.obstacle is None:
-            by_itself = not layer.name  # what it is used in is not there to be asked
-            normalized = True if told is None or by_itself else told.get(layer.name)
-            if normalized is False and layer.filters > 1:
-                decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED
-            else:
-                decided[layer.name] = replace(settings, channels="matched"), NOT_TOLD if normalized is None else None
+    for layer in (one for one in layers if one.obstacle is None):
+        by_itself = not layer.name  # what it is used in is not there to be asked
+        normalized = True if told is None or by_itself else told.get(layer.name)
+        if normalized is False and layer.filters > 1:
+            decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED
+        else:
+            decided[layer.name] = replace(settings, channels="matched"), NOT_TOLD if normalized is None else None
     return decided, [] if told is not None else [f"{NOT_TOLD} from a state dict: the model itself tells it"]
 
 
 def normalization_follows(followed: Followed) -> dict[str, bool]:
     """Of each convolution whether a normalization follows on every way to another layer or to the output.
 
-    Activations, pooling, sums and concatenations on the way do not count. Of a layer whose output leaves a part of the
-    model, where the whole cannot be run, nothing is known.
-
-    Args:
-        followed: Forward passes of a model without wrappers.
-
-    Returns:
-        By the layer's name; layers of which it cannot be told are left out, as is a model that is a
-        convolution itself, since what it is used in is not known.
+    Activations, pooling, sums and concatenations on the way do not count. Left out are layers of which it cannot be
+    told: those whose output leaves a part of the model, where the whole cannot be run, and a model that is a
+    convolution itself, since what it is used in is not known.
     """
     told = dict[str, set[bool | None]]()
     for nodes, whole in followed.runs:
@@ -101,8 +74,8 @@ def ends_of_layers(nodes: Sequence[Node], followed: Followed, *, whole: bool) ->
     layers: defaultdict[str, set[bool | None]] = defaultdict(set)
     for node in reversed(nodes):  # after all that use it
         for name in followed.layers(node):
-            layers[name] |= {True} if node.name == FUSED else ends[node]
-        for before in () if node.name in SHAPES else node.inputs:
+            layers[name] |= {True} if node.name == kinds.FUSED else ends[node]
+        for before in () if node.name in kinds.SHAPES else node.inputs:
             ends[before] |= _end(node, whole=whole) or ends[node]
     return layers
 
@@ -115,16 +88,16 @@ def _end(node: Node, *, whole: bool) -> set[bool | None]:
         return ENDS[node.name]
     if node.name in NORMALIZING or _divides_by_a_statistic(node):
         return {True}
-    learned = node.name in PRODUCTS and (node.learned or any(map(_is_learned, node.inputs)))
-    return {False} if learned or node.name in USING else set()
+    learned = node.name in kinds.PRODUCTS and (node.learned or any(map(_is_learned, node.inputs)))
+    return {False} if learned or node.name in kinds.USING else set()
 
 
 def _divides_by_a_statistic(node: Node) -> bool:
     """Whether it divides by a statistic of what the other factor is computed from, as in ``x / x.std()``."""
-    if node.name not in MULTIPLYING | DIVIDING or len(node.inputs) < 2:
+    if node.name not in kinds.MULTIPLYING | DIVIDING or len(node.inputs) < 2:
         return False
     factors = [origins(one, NEAR) for one in node.inputs]
-    if node.name in MULTIPLYING:
+    if node.name in kinds.MULTIPLYING:
         pairs = [(one, other) for one, other in permutations(factors, 2) if any(map(_is_inverse, other))]
     else:
         pairs = [(factors[0], factors[1])]

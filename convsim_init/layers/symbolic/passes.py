@@ -22,16 +22,8 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
 from convsim_init.layers.forward.isolation import not_compiled
 from convsim_init.layers.symbolic.answers import Answers
-from convsim_init.layers.symbolic.symbols import (
-    Node,
-    Shape,
-    Symbol,
-    are_sizes,
-    is_in_place,
-    memory,
-    name_of,
-    tensors_in,
-)
+from convsim_init.layers.symbolic.kinds import call_name
+from convsim_init.layers.symbolic.symbols import Node, Shape, Symbol, are_sizes, bases, is_in_place, name_of, tensors_in
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
@@ -70,22 +62,21 @@ class SymbolicPass(TorchFunctionMode):
 
     Args:
         model: Copy of a model, with its hooks, on the meta device. It is changed and can be used for this alone.
-        naming: What the call of a module is to be called, and whether it counts as a single one in any case.
 
     Attributes:
         failed: The modules whose forward passes raised errors, each time that they were called.
         failed_hooks: The modules whose hooks did once.
     """
 
-    def __init__(self, model: nn.Module, naming: Callable[[nn.Module], tuple[str, bool]]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._named: dict[nn.Module, tuple[str, bool]] = {}
         for module in list(tree.modules(model)):
-            self._named[module] = naming(module)
+            self._named[module] = call_name(module)
             for name, part in module._modules.items() if not isinstance(module, torch.jit.ScriptModule) else ():
                 if isinstance(part, torch.jit.ScriptModule):  # has no forward pass that could be replaced
                     module._modules[name] = stand_in = nn.Module()
-                    self._named[stand_in] = naming(part)
+                    self._named[stand_in] = call_name(part)
         self._nodes: list[Node] = []
         self._written: list[tuple[Symbol, Node]] = []  # in place, and what it was
         self.failed, self.failed_hooks = set[nn.Module](), set[nn.Module]()
@@ -94,11 +85,10 @@ class SymbolicPass(TorchFunctionMode):
         self._usual = True
         self._answers = Answers({})
         self._running: list[tuple[nn.Module, str]] = [(model, "")]
-        ranks = [len(one.kernel_size) + 2 for one in tree.modules(model) if isinstance(one, _ConvNd)]
+        convolutions = [one for one in tree.modules(model) if isinstance(one, _ConvNd)]
+        ranks = [len(one.kernel_size) + 2 for one in convolutions]
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
-        self._weights: dict[nn.Module, Tensor | None] = {
-            one: one._parameters.get("weight") for one in tree.modules(model) if isinstance(one, _ConvNd)
-        }
+        self._weights: dict[nn.Module, object] = {one: one._parameters.get("weight") for one in convolutions}
         self._forward = {one: one.forward for one in tree.modules(model) if not isinstance(one, torch.jit.ScriptModule)}
         for module, forward in self._forward.items():
             kind = type(module)
@@ -125,6 +115,7 @@ class SymbolicPass(TorchFunctionMode):
             return []
         self._usual = usual
         self._nodes, self._written, self._made, self._answers = [], [], 0, Answers({})
+        self._running = [(part, "")]
         unknown = {name: self.symbol() for name in given}
         kinds = {name: one.kind for name, one in inspect.signature(part.forward).parameters.items()}
         first = list(takewhile(unknown.__contains__, (name for name, kind in kinds.items() if kind in ORDERED)))
@@ -132,7 +123,6 @@ class SymbolicPass(TorchFunctionMode):
         kwargs = {name: one for name, one in unknown.items() if name not in first and kinds[name] not in UNNAMED}
         with self, not_compiled():
             try:
-                self._running = [(part, "")]
                 output = self._attempt(part, args, kwargs)
             except (FailedError, EndlessError):
                 self.failed.add(part)
@@ -157,7 +147,7 @@ class SymbolicPass(TorchFunctionMode):
             caller, hook = self._running[-1]
             symbol.node = Node(name, tuple(inputs), frozenset(learned), caller=caller, hook=hook, **more)
             viewed = tensors[0] if tensors and name in VIEWS else None
-            symbol.base, symbol.parameters = viewed if isinstance(viewed, Symbol) else None, memory(viewed)
+            symbol.base, symbol.parameters = viewed if isinstance(viewed, Symbol) else None, bases(viewed)
             symbol.make = self.symbol
         self._nodes.append(symbol.node)
         return symbol
@@ -178,9 +168,10 @@ class SymbolicPass(TorchFunctionMode):
                 self._failed[module, self._usual] += 1
                 self.failed.add(module)
         symbol = self.symbol(name, args, kwargs, module=module)
-        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
-        if weight is not self._weights.get(module) or isinstance(weight, Symbol):  # as after torch.utils.swap_tensors
-            symbol.node.weight = self.symbol("weight", weight).node
+        if module in self._weights:
+            weight = module._parameters.get("weight")
+            if weight is not self._weights[module] or isinstance(weight, Symbol):  # as after torch.utils.swap_tensors
+                symbol.node.weight = self.symbol("weight", weight).node
         return symbol
 
     def _own_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,18 +198,7 @@ class SymbolicPass(TorchFunctionMode):
         caller: nn.Module | None = None,
         hook: str = "",
     ) -> Any:
-        """Run code, with other answers to its questions where it fails.
-
-        Args:
-            forward: The code.
-            args: What it is given.
-            kwargs: The same, by names.
-            caller: The module whose forward pass or hook it is; None for what comes before these.
-            hook: Whether it is a hook, and which.
-
-        Raises:
-            FailedError: If it fails with all of them.
-        """
+        """Run code of a module, with other answers to its questions where it fails; a `FailedError` if with all."""
         outer, before, unwritten = self._answers, len(self._nodes), len(self._written)
         self._answers = answers = Answers(outer.proven)  # those of this call are changed alone
         entered = len(self._running)
@@ -279,7 +259,7 @@ class SymbolicPass(TorchFunctionMode):
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
         written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
         if written is not None and name not in UNWRITTEN:
-            symbol.node.changed = frozenset().union(*map(memory, tensors_in(written)))
+            symbol.node.changed = frozenset().union(*map(bases, tensors_in(written)))
         return self._write(written, symbol) if isinstance(written, Symbol) else symbol
 
     def _write(self, written: Symbol, by: Symbol) -> Symbol:

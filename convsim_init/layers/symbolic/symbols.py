@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,32 +22,20 @@ LEFT = (nn.Module, type, FunctionType, MethodType, ModuleType)  # are not looked
 
 @dataclass(eq=False)
 class Node:
-    """A call in a forward pass, or an argument of it.
+    """A call in a forward pass, or an argument of it; parameters by their ids."""
 
-    Attributes:
-        name: Of the function, method or operator; what `naming` says for a module; empty for an argument.
-        inputs: The calls whose values it was given.
-        learned: The parameters that it was given, by their ids.
-        module: The module that was called, if it is one.
-        weight: What a function that convolves was given as its weight, as a call that was given nothing else; of a
-            module that convolves, if that is not its own any more.
-        convolution: Of such a function what else it was given.
-        changed: The parameters that it changed in place, by their ids.
-        caller: The module in whose forward pass it was called.
-        hook: Whether it was called in a hook of that module, and in which.
-        is_size: Whether it is a number that is computed from shapes alone.
-    """
-
-    name: str
-    inputs: tuple[Node, ...] = ()
-    learned: frozenset[int] = frozenset()
-    module: nn.Module | None = None
+    name: str  # of the function, method or operator; what `call_name` says of a module; empty for an argument
+    inputs: tuple[Node, ...] = ()  # the calls whose values it was given
+    learned: frozenset[int] = frozenset()  # the parameters that it was given
+    module: nn.Module | None = None  # that was called
+    # What a function that convolves was given as its weight, as a call that was given nothing else; of a module that
+    # convolves, if that is not its own any more:
     weight: Node | None = None
-    convolution: Convolution | None = None
-    changed: frozenset[int] = frozenset()
-    caller: nn.Module | None = None
-    hook: str = ""
-    is_size: bool = field(init=False)
+    convolution: Convolution | None = None  # what such a function was given
+    changed: frozenset[int] = frozenset()  # the parameters that it changed in place
+    caller: nn.Module | None = None  # in whose forward pass it was called
+    hook: str = ""  # if in a hook of that module, in which
+    is_size: bool = field(init=False)  # whether it is a number that is computed from shapes alone
 
     def __post_init__(self) -> None:
         operator = self.name in OPERATORS and bool(self.inputs)
@@ -82,15 +70,9 @@ class Symbol(Tensor):
         """Refuse what compiled code computes, of which nothing would be known."""
         raise TypeError(f"{func} of an unknown value")
 
-    @property
-    def values(self) -> Symbol:
-        """The values of what `torch.max` and others return, or of a dictionary."""
-        return self.make("values", self)
-
-    @property
-    def indices(self) -> Symbol:
-        """The indices of what `torch.max` and others return."""
-        return self.make("indices", self)
+    # Of what `torch.max` and others return, or of a dictionary:
+    values = property(lambda self: self.make("values", self))
+    indices = property(lambda self: self.make("indices", self))
 
 
 class Shape(tuple[Any, ...]):
@@ -100,7 +82,7 @@ class Shape(tuple[Any, ...]):
 
     def numel(self) -> Any:
         """Their product."""
-        return functools.reduce(lambda one, other: one * other, self, 1)
+        return math.prod(self)
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -114,7 +96,7 @@ def name_of(func: Callable[..., Any]) -> str:
     return bare[1:] if name.startswith("__") and bare[1:] in OPERATORS else bare
 
 
-def memory(tensor: object) -> frozenset[int]:
+def bases(tensor: object) -> frozenset[int]:
     """The parameters in whose memory a tensor lies, by their ids."""
     if isinstance(tensor, Symbol):
         return tensor.parameters

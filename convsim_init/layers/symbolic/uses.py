@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -20,59 +20,30 @@ from convsim_init.layers.symbolic.kinds import MULTIPLYING, PRODUCTS, USING
 from convsim_init.layers.symbolic.symbols import Node
 
 CALLED, REPLACED, CHANGED, UNKNOWN = "called", "replaced", "changed", "unknown"
-SAME = {
-    "weight",
-    "data",
-    "detach",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "contiguous",
-    "clone",
-    "requires_grad",
-}
+SAME = {"weight", "data", "detach", "to", "type", "type_as", "float", "half", "bfloat16", "double"}
+SAME |= {"contiguous", "clone", "requires_grad"}
 
 
 class Use(NamedTuple):
-    """A use of a convolution.
+    """A use of a convolution: as it stands, replaced by a weight that is made of its own, changed, or unknown."""
 
-    Attributes:
-        by: Name of the module in whose forward pass it is called, or its weight used or changed.
-        how: Whether it is called as it stands, convolves with a weight that is made of its own, or that is changed; or
-            that it is not known.
-        hook: Whether it is in a hook ``"before"`` or ``"after"`` that forward pass; empty if it is in itself.
-    """
-
-    by: str
+    by: str  # name of the module in whose forward pass it is called, or its weight used or changed
     how: str
-    hook: str = ""
+    hook: str = ""  # whether it is in a hook "before" or "after" that forward pass; empty if it is in itself
 
 
 @dataclass
 class Uses:
-    """The uses of the convolutions of a model.
+    """The uses of the convolutions of a model; layers and modules by their names, parameters by their ids."""
 
-    Attributes:
-        of: The uses of each, by its name.
-        changed: The parameters that are changed in place, of whatever module, by their ids.
-        ran: Names of the modules whose forward passes could be followed.
-        failed: Names of those whose forward passes could not.
-        tried: Names of such with those of convolutions of which a trial pass has told how they use them.
-        others: The parameters that other weights are made of, by the names of the modules that convolve with them.
-        outside: Names of modules that call convolutions which are no parts of the model.
-    """
-
-    of: defaultdict[str, set[Use]] = field(default_factory=lambda: defaultdict(set))
-    changed: set[int] = field(default_factory=set)
-    ran: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    tried: set[tuple[str, str]] = field(default_factory=set)
+    failed: set[str]  # modules whose forward passes could not be followed
+    of: defaultdict[str, set[Use]] = field(default_factory=lambda: defaultdict(set))  # each layer
+    changed: set[int] = field(default_factory=set)  # parameters that are changed in place, of whatever module
+    ran: set[str] = field(default_factory=set)  # modules whose forward passes could be followed
+    tried: set[tuple[str, str]] = field(default_factory=set)  # failed ones with layers whose use a trial pass has told
+    # Parameters that other weights are made of, by the modules that convolve with them:
     others: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    outside: set[str] = field(default_factory=set)
+    outside: set[str] = field(default_factory=set)  # modules that call convolutions which are no parts of the model
 
     def by(self, module: str, layer: str) -> set[Use]:
         """The uses of a convolution by a module."""
@@ -82,7 +53,7 @@ class Uses:
 
 def find_uses(followed: Followed) -> Uses:
     """The uses of the convolutions of a model."""
-    uses, modules = Uses(failed=followed.failed), followed.modules
+    uses, modules = Uses(followed.failed), followed.modules
     layers = {name for name, module in modules.items() if isinstance(module, _ConvNd)}
     for node in (node for nodes, _ in followed.runs for node in nodes if node.caller is not None):
         by = followed.names[id(node.caller)]
@@ -92,7 +63,9 @@ def find_uses(followed: Followed) -> Uses:
             uses.of[name].add(Use(by, CHANGED, node.hook))
         used = followed.layers(node)
         for name in layers & used:
-            uses.of[name].add(Use(by, _how(node, modules[name]), node.hook))
+            otherwise = REPLACED if node.module is None else CHANGED
+            how = CALLED if _is_plain(node, cast(_ConvNd, modules[name])) else otherwise
+            uses.of[name].add(Use(by, how, node.hook))
         if node.convolution is not None and not layers & used:
             uses.others[by] |= {followed.originals.get(one, one) for one in _made_of(node)}
             if not kernels(node) <= followed.names.keys():
@@ -125,11 +98,6 @@ def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     return above
 
 
-def _how(node: Node, module: nn.Module) -> str:
-    assert isinstance(module, _ConvNd)
-    return CALLED if _is_plain(node, module) else REPLACED if node.module is None else CHANGED
-
-
 def _is_plain(node: Node, module: _ConvNd) -> bool:
     """Whether a call is that of a convolution as it stands."""
     weight = node.weight
@@ -141,11 +109,8 @@ def _is_plain(node: Node, module: _ConvNd) -> bool:
     _, _, _, strides, transposed, groups = node.convolution
     asked = (transposed, groups, *(strides if len(strides) > 1 else [*strides] * len(module.stride)))
     own = (module.transposed, module.groups, *module.stride)
-    return (
-        stands
-        and len(asked) == len(own)
-        and all(type(a) in (bool, int) and a == b for a, b in zip(asked, own, strict=True))
-    )
+    known = all(type(one) in (bool, int) for one in asked)  # and no unknown value
+    return stands and known and asked == own
 
 
 def _made_of(node: Node) -> set[int]:

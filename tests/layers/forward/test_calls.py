@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convsim_init as ci
-from convsim_init.layers.forward.outputs import convolution_outputs
+from convsim_init.layers.forward.calls import convolution_outputs
 
 
 class Activated(nn.Conv2d):
