@@ -27,7 +27,7 @@ from convsim_init.layers.forward.isolation import LIVE
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
-from convsim_init.layers.remarks import divergence_remarks, find_twins, model_remarks
+from convsim_init.layers.remarks import model_remarks, watch_copies
 from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
@@ -181,7 +181,7 @@ def initialize_layers(
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
     # Copies are found while they are equal; that they have parted is told when they have.
-    twins, remarks = find_twins(model, layers), model_remarks(model, layers)
+    parted, remarks = watch_copies(model, layers), model_remarks(model, layers)
     decided, unknown = decide_channels(layers, settings)
     costs = {layer.name: cost(layer) for layer in own}
     places = [computing_device(torch.device(device or layer.device)) for layer in layers]
@@ -196,7 +196,7 @@ def initialize_layers(
             bar.update(costs[report.name])
     shared = share(layers, reports, ranks, device=device)
     seconds = time.perf_counter() - started
-    remarks += [*unknown, *divergence_remarks(twins)]
+    remarks += [*unknown, *parted()]
     where = ", ".join(dict.fromkeys(map(str, places)))
     result = Report(settings, shared, seconds, processes=ranks.size, device=where, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
-from convsim_init.layers.forward.calls import has_forward_of_its_own
 from convsim_init.layers.forward.isolation import one_at_a_time
-from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
-from convsim_init.layers.memory import is_sharded, memories, overlap, refuse_fake_mode
+from convsim_init.layers.memory import memories, overlap, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
-from convsim_init.layers.owners import find_call, try_unknown, weight_within
-from convsim_init.layers.stored import has_unknown_hook, stored_weight
+from convsim_init.layers.owners import find_call, try_unknown, used_weight
 from convsim_init.layers.symbolic.follow import follow
-from convsim_init.layers.symbolic.uses import Use, owner_of
-from convsim_init.layers.weights import Weight
+from convsim_init.layers.symbolic.uses import owner_of
 from convsim_init.report.report import check_patterns
 from convsim_init.report.text import shown
 
@@ -62,7 +57,7 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-@one_at_a_time
+@one_at_a_time()
 def find_layers(
     source: nn.Module | Mapping[str, object],
     include: Sequence[str] = (),
@@ -145,19 +140,6 @@ def _leave_shared(layers: Layers, *, read_only: bool) -> None:
             within.setdefault(part, layer)
 
 
-def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
-    """The weight that a convolution's forward pass uses, or that of the module around it, by how that uses it."""
-    weight = stored_weight(module)
-    if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
-        return weight
-    if owner is not None and (within := weight_within(owner, module, weight, uses)) is not None:
-        return within
-    hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
-    one_way = type(weight) is Weight and is_parametrized(module, "weight")
-    needs_trial = has_forward_of_its_own(module) or hooked or one_way
-    return ForwardWeight(module, weight) if needs_trial else weight
-
-
 def is_quantized(module: nn.Module) -> bool:
     """Whether it is a convolution of torch.ao whose weight is packed: of integers, and no parameter."""
     return tree.has_attribute(module, "kernel_size") and tree.has_attribute(module, "_packed_params")
@@ -172,8 +154,11 @@ def count_obstacle(filters: int, groups: int) -> str | None:
 
 def pair_obstacle(bank: Tensor) -> str | None:
     """Why the filters of a bank ``[G, M, C, *kernel_size]`` form no pair whose similarity could be lowered."""
-    obstacle = shape_obstacle(bank.shape)
-    if obstacle:
+    groups, filters, _, *kernel_size = bank.shape
+    taps = math.prod(kernel_size)
+    if taps * math.prod(2 * size - 1 for size in kernel_size) > LARGEST_BASIS:
+        return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
+    if (obstacle := count_obstacle(filters, groups)) is not None:
         return obstacle
     alive = bank.flatten(2).ne(0).any(-1).sum(-1)  # [G]
     if not alive.any():
@@ -181,15 +166,6 @@ def pair_obstacle(bank: Tensor) -> str | None:
     if alive.max() < 2:
         return "fewer than two filters of a group are not zero"
     return None
-
-
-def shape_obstacle(shape: Sequence[int]) -> str | None:
-    """Why filters of a bank of that shape ``[G, M, C, *kernel_size]`` cannot be treated, whatever their values are."""
-    groups, filters, _, *kernel_size = shape
-    taps = math.prod(kernel_size)
-    if taps * math.prod(2 * size - 1 for size in kernel_size) > LARGEST_BASIS:
-        return f"its kernels of {taps} taps are too large: their Fourier basis would not fit in memory"
-    return count_obstacle(filters, groups)
 
 
 def _module_layers(model: nn.Module) -> Layers:

@@ -57,9 +57,8 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     for key, value in weights.items():
         name, ending = _owner(key)
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
-        if key in masks.values() or any(
-            f"{prefix}{other[1:]}" in weights for other in ENDINGS[: ENDINGS.index(ending)]
-        ):
+        used = [f"{prefix}{other[1:]}" for other in ENDINGS[: ENDINGS.index(ending)]]
+        if key in masks.values() or not weights.keys().isdisjoint(used):
             continue
         factor = state.get(f"{prefix}{COMPUTED.get(ending, '')}")
         near = [*beside[name], *filter(None, [masks.get(key)])]

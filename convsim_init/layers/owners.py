@@ -1,4 +1,4 @@
-"""The weights that modules give to convolutions that they call themselves, or that they hold."""
+"""The weight that is used: by a convolution, by the module around it, or by one that is none and calls one itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from contextlib import suppress
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.layers import tree
+from convsim_init.layers.forward.calls import has_forward_of_its_own
 from convsim_init.layers.forward.trial import Call, is_parameter, leaves
 from convsim_init.layers.forward.weight import ForwardWeight, parts_of
-from convsim_init.layers.stored import stored_weight
+from convsim_init.layers.memory import is_sharded
+from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.uses import CALLED, CHANGED, REPLACED, UNKNOWN, Use, Uses, owner_of
 from convsim_init.layers.weights import KERNEL_RANKS, Weight
@@ -30,9 +33,9 @@ def find_call(module: nn.Module) -> ForwardWeight | None:
         return None
     try:
         stored = stored_weight(module)
-        if len(stored.shape) not in KERNEL_RANKS or not isinstance(stored.sources[0], nn.Parameter):
-            return None
-        if any(len(one.shape) in KERNEL_RANKS for child in parts_of(module) for one in tree.parameters(child)):
+        own = len(stored.shape) in KERNEL_RANKS and isinstance(stored.sources[0], nn.Parameter)
+        inside = (one for child in parts_of(module) for one in tree.parameters(child))
+        if not own or any(len(one.shape) in KERNEL_RANKS for one in inside):
             return None
         weight = ForwardWeight(module, stored)
         weight.choose_call()
@@ -41,7 +44,20 @@ def find_call(module: nn.Module) -> ForwardWeight | None:
         return None
 
 
-def weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Collection[Use]) -> ForwardWeight | None:
+def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
+    """The weight that a convolution's forward pass uses, or that of the module around it, by how that uses it."""
+    weight = stored_weight(module)
+    if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
+        return weight
+    if owner is not None and (within := _weight_within(owner, module, weight, uses)) is not None:
+        return within
+    hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
+    one_way = type(weight) is Weight and is_parametrized(module, "weight")
+    needs_trial = has_forward_of_its_own(module) or hooked or one_way
+    return ForwardWeight(module, weight) if needs_trial else weight
+
+
+def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Collection[Use]) -> ForwardWeight | None:
     """The weight of a convolution as the module around it uses it, where that does more than to call it.
 
     A trial pass tells, with an input for the convolution or, where its code fails at that one, for others inside. Where

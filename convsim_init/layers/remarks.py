@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.find import is_quantized, used_weight
+from convsim_init.layers.find import is_quantized
 from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
+from convsim_init.layers.owners import used_weight
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.symbols import tensors_in
 from convsim_init.layers.symbolic.uses import CALLED, Uses, owner_of
@@ -31,7 +32,7 @@ NEAR = 2  # containers and objects within each other that copies are looked for 
 COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
 
 
-@one_at_a_time
+@one_at_a_time()
 def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> list[str]:
     """Remarks on a model, or a state dict, that its layers' reports do not make."""
     if not isinstance(model, nn.Module) or layers.followed is None:
@@ -40,7 +41,6 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
     return [
         *_other_kernels(inner, [layer.name for layer in layers], uses),
         *_quantized(inner),
-        *_outside(uses),
         *_from_elsewhere(uses, modules),
         *_used_elsewhere(modules, layers, uses),
         *_ties(inner, layers),
@@ -99,14 +99,10 @@ def _quantized(model: nn.Module) -> Iterator[str]:
         yield f"not looked at, for their weights are quantized: {_counted(found)}"
 
 
-def _outside(uses: Uses) -> Iterator[str]:
-    """A remark on convolutions that are called and are no parts of the model."""
+def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Remarks on convolutions outside of the model, and on what changes or replaces weights and was not tried for it."""
     if uses.outside:
         yield f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"
-
-
-def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Remarks on what changes or replaces weights and was not tried for it: forward passes and hooks."""
     passes, hooks = set[str](), set[str]()
     for layer, found in uses.of.items():
         for by, how, hook in found:
@@ -175,19 +171,10 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> Iterator[str]:
         yield f"in the memory of weights of layers, and change with them: {some(found)}"
 
 
-class Twin(NamedTuple):
-    """A tensor with the values of one that is treated."""
-
-    name: str
-    of: str  # name of the treated layer
-    copy: Tensor  # the tensor itself
-    original: Tensor  # the layer's
-
-
-@one_at_a_time
+@one_at_a_time()
 @torch.no_grad()
-def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> list[Twin]:
-    """Copies of treated weights, in whatever dtype, that are not treated.
+def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> Callable[[], list[str]]:
+    """What remarks, once layers are treated, on copies of their weights that are no longer equal, in whatever dtype.
 
     These are frozen or loaded layers, as momentum encoders, other parameters, buffers, and what attributes hold, as
     averages of weights; in a state dict entries that are no layer's.
@@ -207,11 +194,11 @@ def find_twins(model: nn.Module | Mapping[str, object], layers: Sequence[Layer])
         if memories([tensor]) and tensor.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), tensor))
             known.add(id(tensor))
-    found = []
+    twins = []
     for name, copy in copies:
         of = next((one for one in treated.get(tuple(copy.shape), ()) if _same(copy, one[1])), None)
-        found += [Twin(name, of[0], copy, of[1])] if of else []
-    return found
+        twins += [(name, copy, *of)] if of else []
+    return lambda: copies_remark([(name, of) for name, copy, of, source in twins if not _same(copy, source)])
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -221,11 +208,6 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, value in vars(part).items():
             if key not in USUAL:
                 yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in tensors_in(value, NEAR))
-
-
-def divergence_remarks(twins: Sequence[Twin]) -> list[str]:
-    """A remark on those twins that are no longer equal."""
-    return copies_remark([(twin.name, twin.of) for twin in twins if not _same(twin.copy, twin.original)])
 
 
 def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:

@@ -120,8 +120,9 @@ class HookedWeight(Weight):
         raise NotImplementedError
 
     def storage(self) -> dict[str, Tensor]:
-        """The parameters and what the hook left on the module."""
-        return super().storage() | {"weight": self._module.weight}
+        """The parameters, the buffers of the hook and what it left on the module."""
+        buffers = {name: one for name, one in self._module._buffers.items() if name.startswith("weight_")}
+        return super().storage() | buffers | {"weight": self._module.weight}
 
 
 class NormedWeight(HookedWeight):
@@ -162,10 +163,6 @@ class SpectralNormedWeight(HookedWeight):
         for _ in range(ITERATIONS):
             self._hook.compute_weight(self._module, do_power_iteration=True)
 
-    def storage(self) -> dict[str, Tensor]:
-        """The vectors of the hook too."""
-        return super().storage() | {"u": self._module.weight_u, "v": self._module.weight_v}
-
 
 class PrunedWeight(HookedWeight):
     """A parameter times a mask of zeros and ones."""
@@ -175,8 +172,7 @@ class PrunedWeight(HookedWeight):
     @property
     def mask(self) -> Tensor:
         """Where the parameter is not pruned."""
-        mask: Tensor = self._module.weight_mask != 0
-        return mask
+        return torch.ne(self._module.weight_mask, 0)
 
     def compute(self) -> Tensor:
         """What the hook computes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.isolation import TRIALS, compiled_parts
+from convsim_init.layers.forward.isolation import TRIALS
 from convsim_init.models.patching import replaced
 
 
@@ -45,7 +45,7 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
         return after_telling
 
     with ExitStack() as stack:
-        compiled = {id(one) for part in compiled_parts(part for _, part in named) for one in tree.modules(part)}
+        compiled = {id(one) for part in _compiled(part for _, part in named) for one in tree.modules(part)}
         if parts and not compiled:
             stack.callback(register_module_forward_pre_hook(before_call).remove)
         elif parts:  # a compiled one would warn of a hook of all modules, and be compiled anew once that is gone
@@ -89,3 +89,12 @@ class _Hook:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _Hook, (_nothing,)
+
+
+def _compiled(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules among some that torch.compile has compiled, in place or within a wrapper."""
+    for part in parts:
+        if part._compiled_call_impl is not None:
+            yield part
+        elif "_orig_mod" in part._modules:
+            yield part.get_submodule("_orig_mod")

@@ -86,7 +86,7 @@ def draw_base_(
     ]
 
 
-@one_at_a_time
+@one_at_a_time()
 def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, generator: torch.Generator) -> bool:
     if layer.obstacle is not None:
         return False

@@ -100,7 +100,8 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in _inside(value)):
+    inside = chain(value, value.values()) if isinstance(value, dict) else value
+    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in inside):
         return value if isinstance(value, tuple) else type(value)(value)  # as most are; deepcopy takes its time
     if isinstance(value, torch.Generator):
         return value.clone_state()
@@ -114,10 +115,6 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         if isinstance(one, nn.Parameter) and original != id(one):
             vars(one)[ORIGINAL] = original
     return twin
-
-
-def _inside(container: Iterable[Any]) -> Iterable[Any]:
-    return chain(container, container.values()) if isinstance(container, dict) else container
 
 
 def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:

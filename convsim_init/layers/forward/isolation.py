@@ -14,8 +14,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +32,13 @@ EAGER: list[int] = []  # the threads in which nothing is compiled
 RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which modules run, and these, by their ids
 FREE = threading.Condition()  # for those that wait until theirs run in no other thread
 COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
-LATER_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # called after all convolutions
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that waits for other threads that read, try or write the weights of live modules."""
-
-    @wraps(function)
-    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with LIVE:
-            return function(*args, **kwargs)
-
-    return waiting
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Context, also for a function, that waits for other threads that read, try or write weights of live modules."""
+    with LIVE:
+        yield
 
 
 @contextmanager
@@ -62,7 +55,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
             heavy = heavy_attributes(part, parts)
             used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
             vars(part).update(used | {"training": False})
-        vars(module).update({name: type(vars(module)[name])() for name in LATER_HOOKS if name in vars(module)})
+        later = {"_forward_hooks", "_backward_hooks", "_backward_pre_hooks"}  # called after all convolutions
+        for name in vars(module).keys() & later:
+            vars(module)[name] = type(vars(module)[name])()
         yield
 
 
@@ -88,21 +83,18 @@ def undisturbed(
         held: list[Any] = [*attributes]
         held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
         held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
-        contents = [(one, list(one) if isinstance(one, list) else dict(one)) for one in held]
+        undo: list[Callable[[], object]]
+        undo = [partial(_put_back, one, list(one) if isinstance(one, list) else dict(one)) for one in held]
         others = (one for one in values if type(one) not in (*ATOMS, *CONTAINERS))  # to ask these takes its time
-        generators = [(one, one.get_state()) for one in others if isinstance(one, torch.Generator)]
+        undo += [partial(one.set_state, one.get_state()) for one in others if isinstance(one, torch.Generator)]
         tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
-        undo = [noted(one, copy=copy(one)) for one in tensors]
+        undo += [noted(one, copy=copy(one)) for one in tensors]
         with random_states(tensors), not_compiled():
             TRIALS.append(module)
             try:
                 yield
             finally:
                 TRIALS.pop()  # whichever: while any runs, no pass counts
-                for live, before in contents:
-                    _put_back(live, before)
-                for generator, state in generators:
-                    generator.set_state(state)
                 for put_back in undo:
                     put_back()
 
@@ -156,8 +148,7 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
             if tensor.grad is not grad:
                 tensor.grad = grad
             for live, before in zip(gradient_hooks(tensor), hooks, strict=True):
-                for hook in live.keys() - before.keys():
-                    del live[hook]
+                _put_back(live, before)
 
     return put_back
 
@@ -189,15 +180,6 @@ def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
 def draw_numbers(device: torch.device) -> None:
     """Move the random states on."""
     random.random(), np.random.random(), torch.rand(1, device=device)
-
-
-def compiled_parts(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The modules among some that torch.compile has compiled, in place or within a wrapper."""
-    for part in parts:
-        if part._compiled_call_impl is not None:
-            yield part
-        elif "_orig_mod" in part._modules:
-            yield part.get_submodule("_orig_mod")
 
 
 @contextmanager

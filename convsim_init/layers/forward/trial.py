@@ -16,11 +16,12 @@ from convsim_init.layers.forward.calls import CONVOLUTIONS, Convolution, convolu
 from convsim_init.layers.forward.copies import ORIGINAL
 from convsim_init.layers.forward.isolation import isolated
 
-NO_CALL = "its forward pass, in evaluation mode, called no convolution with a weight of that shape"
-
 
 class NoConvolutionError(RuntimeError):
     """The forward pass called no convolution with a weight of the module's shape."""
+
+    def __init__(self) -> None:
+        super().__init__("its forward pass, in evaluation mode, called no convolution with a weight of that shape")
 
 
 class Call(NamedTuple):
@@ -34,14 +35,9 @@ class Call(NamedTuple):
 
 
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
-    """All that a module's forward pass gives to convolutions, from an input.
+    """All that a module's forward pass gives to convolutions, from an input, but for weights at other addresses.
 
     The weights are differentiable by the parameters that they are made of, frozen ones too.
-
-    Args:
-        module: Module that calls convolutions.
-        x: Input of the pass.
-        others: Addresses of weights that do not count.
 
     Returns:
         The calls, and whether the pass came to its end: an error after a call is none here.
@@ -105,7 +101,7 @@ def convolution_call(
     capture = _Capture(others, shape=torch.Size(shape), fed=fed, last=index)
     _run(module, x, capture, prepare, with_gradient=fed)  # which code might refuse
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
-        raise NoConvolutionError(NO_CALL)
+        raise NoConvolutionError
     return capture.calls[index]
 
 
@@ -116,7 +112,7 @@ def _run(
     differentiable = not any(one.is_inference() for one in (*tree.parameters(module), *tree.buffers(module)))
     with torch.inference_mode(False) if differentiable else nullcontext():
         leaf = x.detach().clone().requires_grad_(with_gradient and differentiable and x.is_floating_point())
-        capture.leaf = id(leaf)
+        capture.leaf = leaf
         with isolated(module), capture, torch.enable_grad(), suppress(_CapturedError):
             prepare()
             try:
@@ -149,27 +145,21 @@ class _CapturedError(BaseException):
 
 
 class _Capture(TorchFunctionMode):
-    """Context that keeps what is given to convolutions.
-
-    Args:
-        others: Addresses of weights that do not count.
-        shape: Shape of the weights that count. Default: any.
-        fed: Whether only calls count whose input is computed from that of the pass.
-        last: Position of the call that ends the forward pass. Default: None; it goes on.
-    """
+    """Context that keeps what is given to convolutions."""
 
     def __init__(
         self,
-        others: Collection[int],
+        others: Collection[int],  # addresses of weights that do not count
         *,
-        shape: torch.Size | None = None,
-        fed: bool = False,
-        last: int | None = None,
+        shape: torch.Size | None = None,  # of the weights that count, if not any
+        fed: bool = False,  # whether only calls count whose input is computed from that of the pass
+        last: int | None = None,  # position of the call that ends the pass, if one does
     ) -> None:
         super().__init__()
         self._others, self._shape, self._fed, self._last = others, shape, fed, last
-        self.leaf = 0  # the id of what the input of the pass is a copy of
+        self.leaf: object = None  # what the input of the pass is a copy of
         self.calls: list[Call] = []
+        self._known: dict[Any, bool] = {None: False}  # whether a node of derivatives leads to the leaf
 
     def __torch_function__(
         self,
@@ -185,12 +175,25 @@ class _Capture(TorchFunctionMode):
                 raise _CapturedError
         return func(*args, **kwargs)
 
+    def _is_fed(self, start: Any) -> bool:
+        """Whether a node of derivatives leads to the leaf; what is known of others is not looked at again."""
+        pending, seen = [start], set[Any]()
+        for node in pending:
+            if self._known.get(node) or getattr(node, "variable", None) is self.leaf:
+                self._known[start] = True
+                return True
+            if node not in self._known and node not in seen:
+                seen.add(node)
+                pending += [following for following, _ in node.next_functions]
+        self._known |= dict.fromkeys(seen, False)
+        return False
+
     def _note(self, given: Convolution) -> None:
         weight, strides = given.weight, given.strides
         if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
             weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
         if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
-            fed = isinstance(given.x, Tensor) and self.leaf in leaves(given.x)
+            fed = isinstance(given.x, Tensor) and self._is_fed(given.x.grad_fn)
             if fed or not self._fed:
                 steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
                 copy = weight.clone()  # before its memory is put back

@@ -18,14 +18,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
-from convsim_init.layers.forward.trial import (
-    NO_CALL,
-    Call,
-    NoConvolutionError,
-    convolution_call,
-    convolution_calls,
-    leaves,
-)
+from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_call, convolution_calls, leaves
 from convsim_init.layers.weights import Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
 
@@ -66,8 +59,7 @@ class ForwardWeight(Weight):
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why the stored weight cannot be had, or the one that is used cannot be seen."""
         obstacle = self._stored.obstacle(read_only=read_only) or self._hidden()
-        if obstacle is not None:
-            self.note = None
+        self.note = None if obstacle else self.note
         return obstacle
 
     def _hidden(self) -> str | None:
@@ -114,7 +106,7 @@ class ForwardWeight(Weight):
         same = [call for call in same if call.fed or not self._fed]
         made = [call for call in same if self.source_ids & leaves(call.weight)]
         if not same or not (made or self._inner is self.module):
-            raise NoConvolutionError(NO_CALL)
+            raise NoConvolutionError
         self.call = chosen = (made or same)[0]
         self._index, self.made_of = [call is chosen for call in same].index(True), frozenset(leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
@@ -134,11 +126,7 @@ class ForwardWeight(Weight):
         return chosen
 
     def is_stored(self) -> bool:
-        """Whether the weight that is used is the stored one, whatever its values are.
-
-        Raises:
-            Exception: Whatever the module's own code raises.
-        """
+        """Whether the weight that is used is the stored one, whatever its values are; it raises as `choose_call`."""
         self.choose_call()
         stored = self._stored.read()
         probes = (*probes_like(stored), stored)

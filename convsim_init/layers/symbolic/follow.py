@@ -165,7 +165,6 @@ def _arguments(part: nn.Module) -> Iterator[list[str]]:
     named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
     needed = [one.name for one in named if one.default is inspect.Parameter.empty]
     others = [one.name for one in named if one.default is None]
-    yield from ([needed] if needed else [])
-    yield from ([*needed, one] for one in others)
-    yield from ([*needed, *others[:1], one] for one in others[1:])
-    yield from ([[*needed, *others]] if len(others) > 1 else [])
+    extras = [[], *([one] for one in others), *([others[0], one] for one in others[1:])]
+    extras += [others] if len(others) > 1 else []
+    yield from ([*needed, *extra] for extra in extras if needed or extra)

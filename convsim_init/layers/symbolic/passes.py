@@ -6,10 +6,10 @@ module whose code that is runs again with another answer, and where none is left
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
 from itertools import takewhile
 from typing import Any
 
@@ -94,10 +94,10 @@ class SymbolicPass(TorchFunctionMode):
             kind = type(module)
             if kind.__call__ is not nn.Module.__call__:
                 module.__class__ = type(kind.__name__, (kind,), {"__call__": self._own_call(kind.__call__)})
-            vars(module)["forward"] = functools.wraps(forward)(functools.partial(self._call, module))
+            vars(module)["forward"] = wraps(forward)(partial(self._call, module))
             for when, hooks in ((BEFORE, module._forward_pre_hooks), (AFTER, module._forward_hooks)):
                 for key, hook in hooks.items():
-                    hooks[key] = functools.partial(self._run_hook, hook, module, when)
+                    hooks[key] = partial(self._run_hook, hook, module, when)
 
     def __deepcopy__(self, memo: object) -> SymbolicPass:
         """Itself, which the modules know that code may copy."""
@@ -178,7 +178,7 @@ class SymbolicPass(TorchFunctionMode):
         """What a class does around its forward pass, as a method."""
 
         def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._attempt(functools.partial(call, module), args, kwargs, module)
+            return self._attempt(partial(call, module), args, kwargs, module)
 
         return own_call
 

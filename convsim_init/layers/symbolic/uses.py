@@ -66,9 +66,12 @@ def find_uses(followed: Followed) -> Uses:
             otherwise = REPLACED if node.module is None else CHANGED
             how = CALLED if _is_plain(node, cast(_ConvNd, modules[name])) else otherwise
             uses.of[name].add(Use(by, how, node.hook))
-        if node.convolution is not None and not layers & used:
-            uses.others[by] |= {followed.originals.get(one, one) for one in _made_of(node)}
-            if not kernels(node) <= followed.names.keys():
+        if node.convolution is not None and node.weight is not None and not layers & used:
+            made_of = kernels(node)
+            makers = [one.module for one in origins(node.weight) if one.module is not None]
+            learned = made_of | {id(one) for maker in makers for one in tree.parameters(maker)}
+            uses.others[by] |= {followed.originals.get(one, one) for one in learned}
+            if not made_of <= followed.names.keys():
                 uses.outside.add(by)
     for name, by in _products(followed, {name for name in layers if all(use.by == name for use in uses.of[name])}):
         uses.of[name].add(Use(by, REPLACED))
@@ -78,16 +81,13 @@ def find_uses(followed: Followed) -> Uses:
 def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]:
     """Layers that no module calls, with those that multiply by their weights or write them into others."""
     for node in (node for nodes, _ in followed.runs if unused for node in nodes if node.caller is not None):
-        if node.changed or _multiplies(node):
+        # What multiplies is a convolution by whatever function, or a part of one, as after a Fourier transform.
+        name = node.name if node.module is None else ""
+        multiplies = name in PRODUCTS | USING or "conv" in name or (name in MULTIPLYING and len(node.inputs) > 1)
+        if node.changed or multiplies:
             of = {one for before in node.inputs for origin in origins(before) for one in origin.learned} | node.learned
-            for name in unused & {followed.names.get(one) for one in of - node.changed}:
-                yield name, followed.names[id(node.caller)]
-
-
-def _multiplies(node: Node) -> bool:
-    """Whether it is a convolution by whatever function, or a part of one, as after unfolding or a Fourier transform."""
-    name = node.name if node.module is None else ""
-    return name in PRODUCTS | USING or "conv" in name or (name in MULTIPLYING and len(node.inputs) > 1)
+            for layer in unused & {followed.names.get(one) for one in of - node.changed}:
+                yield layer, followed.names[id(node.caller)]
 
 
 def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -111,10 +111,3 @@ def _is_plain(node: Node, module: _ConvNd) -> bool:
     own = (module.transposed, module.groups, *module.stride)
     known = all(type(one) in (bool, int) for one in asked)  # and no unknown value
     return stands and known and asked == own
-
-
-def _made_of(node: Node) -> set[int]:
-    """The parameters that a weight is made of, by functions or by modules, by their ids."""
-    assert node.weight is not None
-    makers = [one.module for one in origins(node.weight) if one.module is not None]
-    return kernels(node) | {id(one) for maker in makers for one in tree.parameters(maker)}

@@ -19,7 +19,7 @@ from convsim_init.layers.forward import copies, isolation
 from convsim_init.layers.forward.isolation import isolated, not_compiled
 from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call, convolution_calls
 from convsim_init.layers.layer import Layers
-from convsim_init.layers.remarks import find_twins, model_remarks
+from convsim_init.layers.remarks import model_remarks, watch_copies
 
 
 class Everything(nn.Conv2d):
@@ -445,7 +445,7 @@ def test_a_convolution_is_fed_by_whatever_way_from_the_input():
 LOOKS = {
     "find": lambda model: find_layers(model),
     "remark": lambda model: model_remarks(model, Layers()),
-    "copies": lambda model: find_twins(model, []),
+    "copies": lambda model: watch_copies(model, []),
     "term": ci.ConvolutionalSimilarity,
 }
 
