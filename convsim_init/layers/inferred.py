@@ -192,24 +192,21 @@ def _masks(value: object, weight: Tensor) -> bool:
 def _computation(source: Tensor, ending: str, factor: object, masks: list[Any]) -> Callable[[], Tensor] | None:
     """What computes a weight from entries of a state dict; None if it is not known here."""
     if ending == ".weight":
-        return partial(_product, source, *masks)
+        return partial(reduce, torch.mul, [source, *masks])
     if not isinstance(factor, Tensor):
         return None
     if ending == ".weight_orig":
-        return partial(_product, source, factor, *masks) if factor.shape == source.shape else None
+        return partial(reduce, torch.mul, [source, factor, *masks]) if factor.shape == source.shape else None
     along = [own in (1, size) for own, size in zip(factor.shape, source.shape, strict=False)]
     fits = factor.dim() == 0 or (factor.dim() == source.dim() and all(along) and factor.shape != source.shape)
     return partial(_normed, source, factor, *masks) if fits else None
 
 
-def _product(*factors: Tensor) -> Tensor:
-    return reduce(torch.mul, factors)
-
-
 def _normed(direction: Tensor, length: Tensor, *masks: Tensor) -> Tensor:
     """What weight_norm computes: a direction whose slices, along the dimensions of the length, have that norm."""
     axes = [axis for axis in range(direction.dim()) if length.dim() == 0 or length.shape[axis] == 1]
-    return _product(direction, length / torch.linalg.vector_norm(direction, dim=axes, keepdim=True), *masks)
+    factors: list[Tensor] = [direction, length / torch.linalg.vector_norm(direction, dim=axes, keepdim=True), *masks]
+    return reduce(torch.mul, factors)
 
 
 def _transposed_groups(weight: Tensor, bias: object) -> int:

@@ -100,7 +100,7 @@ def _quantized(model: nn.Module) -> Iterator[str]:
 
 
 def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Remarks on convolutions outside of the model, and on what changes or replaces weights and was not tried for it."""
+    """Remarks on convolutions outside the model, and on what changes or replaces weights and was not tried for it."""
     if uses.outside:
         yield f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"
     passes, hooks = set[str](), set[str]()

@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers, isolated, not_cached, random_states
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.weights import ComputedWeight, RefusedError, Weight, describe_mismatch, is_random
@@ -121,7 +122,7 @@ class HookedWeight(Weight):
 
     def storage(self) -> dict[str, Tensor]:
         """The parameters, the buffers of the hook and what it left on the module."""
-        buffers = {name: one for name, one in self._module._buffers.items() if name.startswith("weight_")}
+        buffers = {name: one for name, one in tree.named_buffers(self._module) if name.startswith("weight_")}
         return super().storage() | buffers | {"weight": self._module.weight}
 
 

@@ -47,14 +47,14 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     """
     calls, to_the_end = list[Call](), False
     with suppress(Exception):  # also that of code which refuses an input with a gradient
-        calls, to_the_end = _calls(module, x, others, with_gradient=True)
+        calls, to_the_end = _calls(module, x, others, gradient=True)
     if to_the_end:
         return calls, to_the_end
-    without = _calls(module, x, others, with_gradient=False)
+    without = _calls(module, x, others, gradient=False)
     return without if len(without[0]) > len(calls) else (calls, to_the_end)
 
 
-def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, with_gradient: bool) -> tuple[list[Call], bool]:
+def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, gradient: bool) -> tuple[list[Call], bool]:
     def train_all() -> None:
         for parameter in tree.parameters(module):
             if parameter.is_floating_point() and not parameter.is_inference():
@@ -62,7 +62,7 @@ def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, with_gradie
 
     capture = _Capture(others)
     try:
-        _run(module, x, capture, train_all, with_gradient=with_gradient)
+        _run(module, x, capture, train_all, gradient=gradient)
     except Exception:
         if not capture.calls:
             raise
@@ -99,19 +99,17 @@ def convolution_call(
         Exception: Whatever the module's own code raises.
     """
     capture = _Capture(others, shape=torch.Size(shape), fed=fed, last=index)
-    _run(module, x, capture, prepare, with_gradient=fed)  # which code might refuse
+    _run(module, x, capture, prepare, gradient=fed)  # which code might refuse
     if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
         raise NoConvolutionError
     return capture.calls[index]
 
 
-def _run(
-    module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], object], *, with_gradient: bool
-) -> None:
+def _run(module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], object], *, gradient: bool) -> None:
     """Run a forward pass; derivatives can be had also in inference mode, unless the module was made there."""
     differentiable = not any(one.is_inference() for one in (*tree.parameters(module), *tree.buffers(module)))
     with torch.inference_mode(False) if differentiable else nullcontext():
-        leaf = x.detach().clone().requires_grad_(with_gradient and differentiable and x.is_floating_point())
+        leaf = x.detach().clone().requires_grad_(gradient and differentiable and x.is_floating_point())
         capture.leaf = leaf
         with isolated(module), capture, torch.enable_grad(), suppress(_CapturedError):
             prepare()

@@ -43,12 +43,14 @@ class ForwardWeight(Weight):
     def __init__(self, module: nn.Module, stored: Weight, inner: nn.Module | None = None) -> None:
         super().__init__(*stored.sources)
         self.module, self._stored, self._inner = module, stored, inner or module
-        self._mask: Tensor | None = None
-        self._centred, self._known = False, True
-        self._index: int | None = None
-        self._fed, self._axes = False, 0
         self.shape, self.made_of = stored.shape, frozenset[int]()  # before `choose_call`
         self.entry = self._inner
+        self._index: int | None = None  # of the call that counts, among those with a weight of its shape
+        self._fed = False  # whether only those are counted whose input is computed from that of the pass
+        self._axes = 0  # how many more the input has than usual
+        self._known = True  # whether the weight that is used is the masked, centred or scaled one
+        self._mask: Tensor | None = None
+        self._centred = False
 
     @property
     def mask(self) -> Tensor | None:

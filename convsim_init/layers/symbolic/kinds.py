@@ -15,12 +15,8 @@ from convsim_init.layers.forward.copies import names_of
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 NAMED = re.compile(r"(?<!No)(?<!FrozenBatch)Norm(alization)?(?![a-z]|Free)")  # such as LayerNorm2d, no NormalNoise
 USERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-USING = {  # names of functions
-    "linear",
-    "bilinear",
-    "convolution",
-    *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)),
-}
+USING = {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}  # names of functions
+USING |= {"linear", "bilinear", "convolution"}
 MULTIPLYING = {"mul", "multiply"}
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 SHAPES = {"size", "stride", "numel", *(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))}
