@@ -174,7 +174,7 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> Iterator[str]:
 @one_at_a_time()
 @torch.no_grad()
 def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> Callable[[], list[str]]:
-    """What remarks, once layers are treated, on copies of their weights that are no longer equal, in whatever dtype.
+    """A function that remarks, once layers are treated, on copies of their weights that are no longer equal to them.
 
     These are frozen or loaded layers, as momentum encoders, other parameters, buffers, and what attributes hold, as
     averages of weights; in a state dict entries that are no layer's.

@@ -246,9 +246,8 @@ class SymbolicPass(TorchFunctionMode):
             known = self._answer(kind, name, first, *args[1:], *kwargs)
             if known is not None:
                 return known
-        exponent = args[1] if name == "pow" and len(args) > 1 else None
-        if isinstance(exponent, float):
-            name = ROOTS.get(exponent, name)
+        if name == "pow" and len(args) > 1 and isinstance(args[1], float):
+            name = ROOTS.get(args[1], name)
         args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
         symbol = self.symbol(name, args, kwargs)
         if func in CONVOLUTIONS:
