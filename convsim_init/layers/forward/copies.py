@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 ATOMS = (bool, int, float, str, type(None))
+CODE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # is not looked through
 CONTAINERS = (tuple, list, set, dict, OrderedDict)
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
@@ -75,7 +76,7 @@ def is_heavy(value: object, *, tensors: bool = True) -> bool:
         return False
     size, known, pending = 0, set[int](), list[object]([value])
     for one in pending:
-        if id(one) in known or isinstance(one, (nn.Module, type, FunctionType, MethodType, ModuleType)):
+        if id(one) in known:
             continue
         known.add(id(one))
         with suppress(Exception):  # its own code may say what it holds
@@ -83,15 +84,24 @@ def is_heavy(value: object, *, tensors: bool = True) -> bool:
                 size += one.nbytes if tensors and one.layout is torch.strided else 0
             elif isinstance(one, np.ndarray):
                 size += one.nbytes
-            elif isinstance(one, Mapping):
-                pending += one.values() if isinstance(one, dict) else ()
-            elif isinstance(one, (list, tuple, set, deque)):
-                pending += one
-            else:
-                pending += vars(one).values()
+            elif isinstance(one, dict) or not isinstance(one, Mapping):  # others may load what they hold
+                pending += one if isinstance(one, deque) else inside(one)
         if size > HEAVY or len(pending) > MANY:
             return True
     return False
+
+
+def inside(value: object) -> Iterable[object]:
+    """What an object holds that is a container or of somebody's own class."""
+    with suppress(Exception):  # its own code may say what it holds
+        if isinstance(value, slice):
+            return value.start, value.stop, value.step
+        if isinstance(value, Mapping):
+            return list(value.values())
+        if isinstance(value, (list, tuple, set)):
+            return list(value)
+        return () if isinstance(value, CODE) else list(vars(value).values())
+    return ()
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -100,8 +110,8 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    inside = chain(value, value.values()) if isinstance(value, dict) else value
-    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in inside):
+    held = chain(value, value.values()) if isinstance(value, dict) else value
+    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in held):
         return value if isinstance(value, tuple) else type(value)(value)  # as most are; deepcopy takes its time
     if isinstance(value, torch.Generator):
         return value.clone_state()
@@ -161,8 +171,7 @@ def _cloned(tensor: Tensor) -> Tensor | None:
 def is_plain(value: object) -> bool:
     """Whether it is an object of somebody's own class that is no module, such as one that changes modules."""
     kind = type(value)
-    known = (nn.Module, type, FunctionType, MethodType, ModuleType, partial, Tensor)
-    return not isinstance(value, known) and kind.__dictoffset__ != 0 and not is_librarys(kind)
+    return not isinstance(value, (*CODE, partial, Tensor)) and kind.__dictoffset__ != 0 and not is_librarys(kind)
 
 
 def is_librarys(what: FunctionType | type) -> bool:

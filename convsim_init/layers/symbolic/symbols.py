@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from convsim_init.layers.forward.calls import Convolution
+from convsim_init.layers.forward.copies import inside
 from convsim_init.layers.symbolic.answers import unpacked
 
 DEPTH = 8  # of containers and objects within each other that are looked through for values
 OPERATORS = {"add", "sub", "mul", "truediv", "div", "floordiv", "mod", "matmul", "pow"}  # also with an i or r before
-LEFT = (nn.Module, type, FunctionType, MethodType, ModuleType)  # are not looked through
 
 
 @dataclass(eq=False)
@@ -119,17 +117,5 @@ def tensors_in(value: object, depth: int = DEPTH) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif depth:
-        for one in _inside(value):
+        for one in inside(value):
             yield from tensors_in(one, depth - 1)
-
-
-def _inside(value: object) -> Iterable[object]:
-    with suppress(Exception):  # its own code may say what it holds
-        if isinstance(value, slice):
-            return value.start, value.stop, value.step
-        if isinstance(value, Mapping):
-            return list(value.values())
-        if isinstance(value, (list, tuple, set)):
-            return list(value)
-        return () if isinstance(value, LEFT) else list(vars(value).values())
-    return ()
