@@ -6,7 +6,7 @@ import copy
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -91,8 +91,6 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a hook, or of what one knows, but for the code and the objects of libraries."""
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, (type, ModuleType)):
-        return value
     if isinstance(value, FunctionType):
         return value if copies.is_librarys(value) else _rebound(value, memo)
     if isinstance(value, MethodType):

@@ -187,6 +187,12 @@ def windowed(m, x):
     return F.layer_norm(x + torch.zeros(4, channels), (channels,))
 
 
+def placed(m, x):
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[-2:])
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1])  # which takes nothing but tensors in a tuple
+    return F.normalize(x + torch.stack(torch.broadcast_tensors(grid[0], grid[1])).sum(0))
+
+
 def attended(m, x):
     q, k, v = F.layer_norm(x.flatten(2), (1,)).chunk(3, dim=1)
     first, *rest = v.split([1, 1, 2], dim=1)
@@ -308,6 +314,7 @@ MODELS = {
         {"0": True},
     ),
     "through checks and shapes": (conv(Function(windowed)), {"0": True}),
+    "through grids": (conv(Function(placed)), {"0": True}),
     "through attention": (conv(Function(attended)), {"0": True}),
     "scaled by the root of a size": (conv(Function(attended_scaled)), {"0": False}),
     "in place, in a part of what is returned": (conv(Function(written_into_a_part)), {"0": False}),
