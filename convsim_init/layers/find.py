@@ -91,12 +91,15 @@ def find_layers(
     else:
         raise InputError(f"expected a module or its state dict, got {type(source).__name__}: build or load it first")
     names = [layer.name for layer in layers]
+    # Before obstacles are looked at: those run trial passes, which a misspelt pattern is not worth.
     check_patterns("include", include, names)
     check_patterns("exclude", exclude, names)
     for layer in layers:
+        # A weight is asked last, as it may run its module: what is not selected is never run.
         layer.obstacle = (
             unselected(layer.name, include, exclude) or obstacle(layer) or layer.weight.obstacle(read_only=read_only)
         )
+        # Only now, as `obstacle` makes the trial passes that see the call.
         if layer.weight.call is not None:  # which counts, whatever the attributes of the module are
             _, layer.groups, layer.transposed, layer.strides, _ = layer.weight.call
         if layer.obstacle is None and layer.shape[0] % layer.groups:
@@ -131,6 +134,7 @@ def _leave_shared(layers: Layers, *, read_only: bool) -> None:
             continue
         own = memories(layer.weight.sources)
         owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
+        # Also of a layer that is left alone for it: a third one may overlap with this one only.
         taken += [(one, shown(layer.name)) for one in own]
         if owner is not None:
             layer.obstacle = f"shares its weight with {owner}"
@@ -172,8 +176,10 @@ def _module_layers(model: nn.Module) -> Layers:
     layers = Layers(followed=follow(model))
     within: tuple[str, ...] = ()  # the modules inside one whose graph calls all of their convolutions
     owners, uses = dict(tree.named_modules(model)), layers.uses
+    # Before the layers are looked at, each of which reads from `uses` what trials added.
     try_unknown(uses, owners)
     for name, module in owners.items():
+        # An empty tuple is the start of no name, and the empty name of a graph's root that of all.
         if name.startswith(within):
             continue
         if isinstance(module, _ConvNd):

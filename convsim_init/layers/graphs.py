@@ -41,9 +41,11 @@ def graph_layers(name: str, module: nn.Module) -> list[Layer]:
 def _layer(name: str, operator: str, weight: Weight, arguments: Sequence[Any]) -> Layer:
     either = operator in ("aten::convolution", "aten::_convolution")  # transposed or not, as an argument says
     transposed = bool(arguments[6]) if either else "transpose" in operator
+    # An exported program leaves out trailing arguments that have their defaults.
     groups = arguments[8 if either else 6] if len(arguments) > 6 else 1
     if not isinstance(groups, int):
         groups, weight = 1, ComputedWeight(weight.sources[0], None, "its graph computes the number of groups")
+    # A computed weight has the shape of its source here, which may be a matrix.
     kind = f"Conv{'Transpose' if transposed else ''}{max(len(weight.shape) - 2, 1)}d"
     return Layer(name, kind, weight, groups=groups, transposed=transposed)
 
@@ -98,6 +100,7 @@ def _script_nodes(block: Any) -> Iterator[Any]:
 def _script_node(node: Any) -> tuple[str, list[Any]]:
     """The path of the attribute that a node is, if it is one, and the nodes that it is given."""
     names, inputs = list[str](), [value.node() for value in node.inputs()]
+    # Behind another convolution lie weights of others, such as of a norm layer before it.
     if CALLS.fullmatch(node.kind()):
         return "", []
     while node.kind() == "prim::GetAttr":

@@ -50,6 +50,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     for key, value in state.items():
         if not _owner(key)[1]:
             beside[key.rpartition(".")[0]].append(key)
+        # A lazy tensor has to be ruled out first: it raises an error when it is asked for its rank.
         elif isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS:
             weights[key] = value
     foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
@@ -62,6 +63,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             continue
         factor = state.get(f"{prefix}{COMPUTED.get(ending, '')}")
         near = [*beside[name], *filter(None, [masks.get(key)])]
+        # Pruning's own mask is the factor already, and would be multiplied by twice.
         mask = next((one for one in near if state[one] is not factor and _masks(state[one], value)), "")
         weight = Weight(value, trained=False)
         if mask or ending in COMPUTED:
@@ -136,6 +138,7 @@ def _is_channels_last(shapes: Sequence[torch.Size]) -> bool:
     if _is_chain([shape for shape in shapes if len(shape) == 3]):
         return True
     foreign = [_looks_channels_last(shape) for shape in shapes]
+    # In channels-last layout dimension 1 is an extent: long or unlike all others it is channels.
     own = (len(shape) > 3 and (shape[1] > USUAL_EXTENT or shape[1] not in (1, *shape[2:])) for shape in shapes)
     return any(foreign) and not any(mine and not other for mine, other in zip(own, foreign, strict=True))
 
@@ -185,6 +188,7 @@ def _masks(value: object, weight: Tensor) -> bool:
         return False
     if not all(own in (1, size) for own, size in zip(reversed(value.shape), reversed(weight.shape), strict=False)):
         return False
+    # All ones hide nothing, and are as likely a factor that is still at its start.
     ones = value == 1
     return bool(ones.any() and not ones.all() and (ones | (value == 0)).all())
 
@@ -193,6 +197,7 @@ def _computation(source: Tensor, ending: str, factor: object, masks: list[Any]) 
     """What computes a weight from entries of a state dict; None if it is not known here."""
     if ending == ".weight":
         return partial(reduce, torch.mul, [source, *masks])
+    # What is computed by spectral_norm, or by a parametrization of somebody's own, has no factor.
     if not isinstance(factor, Tensor):
         return None
     if ending == ".weight_orig":
@@ -219,6 +224,7 @@ def _transposed_groups(weight: Tensor, bias: object) -> int:
 
 def _owner(key: str) -> tuple[str, str]:
     """The layer whose weight, or what its weight is computed from, stands under that key; and the key's ending."""
+    # With a dot before it a key at the root ends as others do, and `my_weight` does not.
     dotted = f".{key}"
     ending = next((one for one in ENDINGS if dotted.endswith(one)), "")
     return dotted.removesuffix(ending)[1:], ending

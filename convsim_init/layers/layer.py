@@ -48,6 +48,7 @@ class Layer:
     @property
     def filters(self) -> int:
         """Number of filters of a group."""
+        # PyTorch stores a transposed weight as [C, M, ...], with the M of one group alone.
         return self.shape[1] if self.transposed else self.shape[0] // self.groups
 
     @property
@@ -66,6 +67,7 @@ class Layer:
         mask = self.weight.mask
         if mask is None:
             return None
+        # A bank is made of floating numbers alone: of a mask of truths it is refused.
         ones = mask.to(device, torch.float32)
         return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
 

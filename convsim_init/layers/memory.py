@@ -37,6 +37,7 @@ def memory(tensor: Tensor) -> Memory:
     storage, start = 0, tensor.data_ptr()
     if tensor.device.type not in ("cpu", "cuda"):  # where a pointer may be no address but a handle
         storage, start = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()) * size
+    # Of a tensor without entries the sum may be more than 0, as where its shape is [3, 0].
     extent = sum(stride * (count - 1) for stride, count in zip(strides, shape, strict=True)) + size
     return Memory(tensor.device, storage, start, start + extent if tensor.numel() else start, size, shape, strides)
 
@@ -48,6 +49,7 @@ def memories(tensors: Iterable[Tensor]) -> list[Memory]:
 
 def why_without_memory(tensor: Tensor) -> str | None:
     """Why the entries of a tensor lie in no memory of its own; None if they do."""
+    # The order matters: lazy and sparse tensors have no storage, and would be taken for wrappers.
     if is_lazy(tensor):
         return "lazy, without a weight yet: run a forward pass first"
     if has_no_data(tensor):
@@ -91,6 +93,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     """Whether entries of a tensor may be one in memory, as after ``expand`` or ``as_strided``."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        # No step is made along a dimension of one entry, where views leave any stride.
         if size > 1 and stride <= reach:
             return True
         reach += stride * (size - 1)
@@ -109,6 +112,7 @@ def has_no_data(tensor: Tensor) -> bool:
 
 def refuse_fake_mode() -> None:
     """Raise an `InputError` where a mode is on in which no tensor that is made has data."""
+    # The device is named, as `torch.device("meta")` changes the default one and is no such mode.
     if has_no_data(torch.empty(0, device="cpu")):
         raise InputError("expected numbers to work on, got a call within FakeTensorMode: leave it first")
 
@@ -119,6 +123,7 @@ def is_wrapper(tensor: Tensor) -> bool:
         tensor.untyped_storage().data_ptr()
     except Exception:  # of several kinds, by what its class does with the question
         return True
+    # A nested tensor has a storage, but raises errors when it is asked for its shape or strides.
     return tensor.is_nested
 
 

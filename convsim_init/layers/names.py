@@ -47,6 +47,7 @@ def bare_entries(state: Mapping[str, object], *, parallel: bool = True) -> dict[
     if strange:
         raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
     entries = {bare_name(key): value for key, value in state.items()}
+    # Of no entries all would start so, and this would never end. Wrappers may hold wrappers.
     while parallel and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
     if len(entries) < len(state):

@@ -29,6 +29,7 @@ def find_call(module: nn.Module) -> ForwardWeight | None:
 
     Modules with kernels inside them are left out: those are found by themselves.
     """
+    # A trial pass sees nothing of what TorchScript calls: `graph_layers` reads the graphs of both.
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         return None
     try:
@@ -51,7 +52,9 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collectio
         return weight
     if owner is not None and (within := _weight_within(owner, module, weight, uses)) is not None:
         return within
+    # Hooks on all modules run before this one's, and may change its weight as its own may.
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
+    # Without an inverse the stored weight is the original: a pass tells what is made of it.
     one_way = type(weight) is Weight and is_parametrized(module, "weight")
     needs_trial = has_forward_of_its_own(module) or hooked or one_way
     return ForwardWeight(module, weight) if needs_trial else weight
@@ -65,6 +68,7 @@ def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Coll
     module after `try_unknown` is not tried again.
     """
     replaces = any(use.how == REPLACED for use in uses)
+    # Trial passes run without the hooks after a forward pass; of these `remarks` tells.
     changes = [use.hook for use in uses if use.how == CHANGED and use.hook != AFTER]
     if not (replaces or changes):
         if any(use.how == UNKNOWN for use in uses):
@@ -82,6 +86,7 @@ def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Coll
             break
         except Exception:  # whatever its own code raises at an input that is not what it is made for
             continue
+    # The loop left another one there, and the obstacle is to tell of the convolution's own input.
     weight.entry = module
     if changes and not replaces:
         what = f"a hook of {type(owner).__name__}" if all(changes) else type(owner).__name__

@@ -63,6 +63,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> Iterat
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
         own = {id(one) for key, one in module._parameters.items() if "weight" in key and _is_kernel(module, one)}
+        # Biases of what makes a weight are no kernels, and convolutions are in the report themselves.
         own = (own | uses.others[name]) & others
         kernels |= own
         if own:
@@ -159,6 +160,7 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> Iterator[str]:
     """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
     own = {id(source) for layer in layers for source in layer.weight.sources}
     treated = memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources)
+    # What overlaps with a tensor starts before its end, and at most the longest before its start.
     treated.sort(key=attrgetter("start"))
     starts, longest = [one.start for one in treated], max((one.end - one.start for one in treated), default=0)
     found = []
@@ -191,6 +193,7 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
     for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():
         if not isinstance(tensor, Tensor) or id(tensor) in known:
             continue
+        # In this order, as a lazy tensor raises an error when it is asked for its rank.
         if memories([tensor]) and tensor.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), tensor))
             known.add(id(tensor))

@@ -66,6 +66,7 @@ class ParametrizedWeight(Weight):
         """Assign the weight and look at what is computed then."""
         before, memories = self.read(), [source.data for source in self.sources]
         try:
+            # The inverse of `orthogonal` draws numbers where the weight is not square.
             with random_states(self.sources):
                 self._module.weight = weight.to(before.device, before.dtype)
         except Exception as error:  # whatever the parametrization's own code raises
@@ -88,6 +89,7 @@ class ParametrizedWeight(Weight):
             modes = [(part, part.training) for part in parts]
             try:
                 for part in parts:
+                    # Only these: others, such as a dropout of weights, draw numbers in training.
                     part.training = part in norms
                 for _ in range(ITERATIONS):
                     self._module.weight  # noqa: B018
@@ -152,6 +154,7 @@ class SpectralNormedWeight(HookedWeight):
         weight = self.sources[0]
         matrix = self._hook.reshape_weight_to_matrix(weight)
         with torch.no_grad():
+            # Not the hook's own iteration: that moves its vectors, and reading is to leave them.
             u = self._module.weight_u.clone()
             for _ in range(ITERATIONS):
                 v = nn.functional.normalize(matrix.T @ u, dim=0, eps=self._hook.eps)
@@ -187,6 +190,7 @@ class PrunedWeight(HookedWeight):
 
 def stored_weight(module: Any) -> Weight:
     """What a module's attribute ``weight`` stands for, or is made of where a parametrization has no inverse."""
+    # Before the attribute is asked for, as that would compute the weight, and might draw numbers.
     if parametrize.is_parametrized(module, "weight"):
         if not list(module.parametrizations["weight"].parameters(recurse=False)):
             return ComputedWeight(torch.empty(()), None, "parametrized without a parameter of its own")
@@ -195,10 +199,12 @@ def stored_weight(module: Any) -> Weight:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
+    # A class may compute the attribute of a parameter of that name: then it is not the same object.
     if module._parameters.get("weight") is weight:
         return Weight(weight)
     compute = partial(getattr, module, "weight")
     for hook in module._forward_pre_hooks.values():
+        # A hook may be there for another parameter of the module, such as its bias.
         if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
             return NormedWeight(module, module.weight_v, module.weight_g, hook=hook)
         if isinstance(hook, SpectralNorm) and hook.name == "weight":

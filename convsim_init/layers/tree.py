@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 def named_modules(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """A module and all inside it, each before its children, with dotted names; once each, unless told otherwise."""
+    # By ids, as modules of a class with an `__eq__` of its own have no hash, or equal each other.
     seen, pending = set[int](), [("", module)]
     while pending:
         name, one = pending.pop()
@@ -22,6 +23,7 @@ def named_modules(module: nn.Module, *, remove_duplicate: bool = True) -> Iterat
             continue
         seen.add(id(one))
         yield name, one
+        # Children go on the stack from the last, as what is put on it last comes off first.
         pending += [(f"{name}.{key}".lstrip("."), child) for key, child in reversed([*named_children(one)])]
 
 
@@ -58,6 +60,7 @@ def buffers(module: nn.Module) -> Iterator[Tensor]:
 def has_attribute(module: nn.Module, name: str) -> bool:
     """Whether a module has it, whatever its own ``__getattr__`` raises where it has not."""
     with suppress(Exception):
+        # The default is not None, as an attribute that is None is there.
         return getattr(module, name, module) is not module
     return False
 

@@ -56,6 +56,7 @@ class Weight:
 
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
+        # First, as other reasons would be wrong of it: a lazy weight, for one, has no rank yet.
         for source in self.sources:
             if (reason := why_without_memory(source)) is not None:
                 return reason
@@ -142,7 +143,9 @@ class ComputedWeight(Weight):
 def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None:
     """How far a computed weight is from the one that was to be set; None if they agree in its dtype."""
     distance = torch.linalg.vector_norm(to_float64(computed - weight.to(computed)))
+    # A weight of zeros that is met would divide 0 by 0.
     relative = 0.0 if distance == 0 else float(distance / torch.linalg.vector_norm(to_float64(weight)))
+    # Not `>` the other way round, which is false of NaN: that is a mismatch.
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
     return f"its {what} keeps a weight that differs by {relative:.1%} from the one it was given"

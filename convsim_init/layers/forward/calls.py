@@ -24,6 +24,7 @@ Change = Callable[[str, Tensor, Tensor | None], Tensor | None]
 def has_forward_of_its_own(module: _ConvNd) -> bool:
     """Whether its class, or the module itself, may use another weight than PyTorch's convolutions do."""
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
+    # Methods that are set on the module itself, as patches are, go before those of its class.
     return base is None or any(
         name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None) for name in METHODS
     )
@@ -69,6 +70,7 @@ def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) 
         for name, module in modules:
             if module in own:
                 stack.callback(module.register_forward_pre_hook(partial(calls.enter, name)).remove)
+            # Also after an error that others handle: else later calls would count as its own.
             hook = partial(calls.leave if module in own else calls.change_output, name)
             stack.callback(module.register_forward_hook(hook, always_call=module in own).remove)
         if own:
@@ -110,6 +112,7 @@ class _Calls(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func not in CONVOLUTIONS or not self._running:
             return output
+        # A module within another is the one that calls, however many run around it.
         name, module = self._running[-1]
         _, weight, bias, *_ = convolution_arguments(func, args, kwargs)
         stored = module._parameters.get("weight")  # what is computed is not computed for this

@@ -50,12 +50,14 @@ def names_in(kind: Any, code: Any = None) -> set[str]:
         function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
         own = getattr(function, "__code__", None)
         codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_librarys(function) else []
+        # Functions call themselves and each other: the same ones would come back for ever.
         codes = codes if known.isdisjoint(codes[:1]) else []
         known.update(codes)
         for cell in function.__closure__ or () if codes else ():
             with suppress(ValueError):  # empty yet
                 pending.append(cell.cell_contents)
         for inner in codes:
+            # The strings too, as an attribute may be named by one: `getattr(self, "scale")`.
             found |= {*inner.co_names, *(name for name in inner.co_consts if isinstance(name, str))}
             pending += [getattr_static(kind, name, None) for name in inner.co_names]
             pending += [function.__globals__.get(name) for name in inner.co_names]
@@ -118,6 +120,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     new: dict[int, Any] = {}
     try:
         with Copying(_cloned):
+            # The memo is only read: half a copy leaves nothing in it, and `new` has the copies alone.
             twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
         return _copied_in_part(value, memo)
@@ -134,10 +137,12 @@ def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
     """
     if type(value) in (list, tuple):
         return type(value)(copied(one, memo) for one in value)
+    # A copy's finalizer would run after the trial, and may close what the original still uses.
     if isinstance(value, dict) or (is_plain(value) and not hasattr(type(value), "__del__")):
         with suppress(Exception):  # of any kind
             twin = copy.copy(value)
             parts = twin if isinstance(value, dict) else vars(twin)
+            # Before its parts are copied, as one of them may lead back to it.
             memo[id(value)] = twin
             parts.update({name: copied(one, memo) for name, one in parts.items()})
             return twin

@@ -48,12 +48,15 @@ def isolated(module: nn.Module) -> Iterator[None]:
     What attributes hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
     """
     parts = list(tree.modules(module))
+    # Lists and dicts need not be put back: what attributes hold in here are copies of them.
     with LIVE, not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
+        # Modules and tensors stay themselves: hooks know them, and trials write to them.
         memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
         for part in parts:
             heavy = heavy_attributes(part, parts)
             used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
+            # Not by `eval`, which a class may have overridden.
             vars(part).update(used | {"training": False})
         later = {"_forward_hooks", "_backward_hooks", "_backward_pre_hooks"}  # called after all convolutions
         for name in vars(module).keys() & later:
@@ -104,6 +107,7 @@ def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Context in which modules run in no other thread that is in such a context."""
     own = threading.get_ident(), frozenset(map(id, parts))
     with FREE:
+        # A thread that is in such a context already would wait for itself, for ever.
         FREE.wait_for(lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in RUNNING))
         RUNNING.append(own)
     try:
@@ -116,6 +120,7 @@ def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 def _put_back(live: Any, before: Any) -> None:
     """Give a list or a dict its content back; what did not change others may be reading."""
+    # By identity, as `==` of tensors is a tensor, which has no truth unless it is of one entry.
     alike = len(live) == len(before) and all(map(operator.is_, live, before))  # but for the values of a dict
     if isinstance(live, list):
         if not alike:
@@ -128,6 +133,7 @@ def _put_back(live: Any, before: Any) -> None:
 
 def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
     """What gives a tensor its memory, values (if copied), gradient and flag back; it writes what changed alone."""
+    # PyTorch warns where a tensor that is no leaf is asked for its gradient.
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
     wrapper = is_wrapper(data)
     strided = data.layout is torch.strided and not wrapper  # others have no memory that could be compared
@@ -168,6 +174,7 @@ def tensors_of(part: nn.Module) -> Iterator[Tensor]:
 def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Context that leaves the random states of torch, Python and NumPy as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # By default fork_rng takes the states of all cards, and warns where there are several.
     cards = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng(cards):
         try:
@@ -198,6 +205,7 @@ def not_compiled() -> Iterator[None]:
 
     PyTorch has one such setting for all threads, and each would put back what it found: the last one out does.
     """
+    # Setting it imports that, which takes seconds; before it is imported nothing is compiled.
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
         yield
         return

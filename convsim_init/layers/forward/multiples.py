@@ -10,6 +10,7 @@ from convsim_init.layers.weights import describe_mismatch, to_float64
 
 def probes_like(stored: Tensor) -> tuple[Tensor, Tensor]:
     """Two weights without zeros: of one sign, and of both by turns."""
+    # The device is named, as under `torch.device("meta")` the numbers would have no data.
     probe = (1 + torch.rand(stored.shape, generator=torch.Generator().manual_seed(0), device="cpu")).to(stored)
     signs = 1 - 2 * (torch.arange(probe.numel(), device=probe.device) % 2)
     return probe, probe * signs.view(probe.shape).to(probe)
@@ -22,6 +23,7 @@ def is_multiple(used: Tensor, variable: Tensor) -> bool:
 
 def slopes_of(used: Tensor, variable: Tensor) -> Tensor:
     """For each filter the factor by which one is used, ``[M, 1, ...]``."""
+    # The s with the least |used - s v|^2 is <used, v> / <v, v>.
     axes = tuple(range(1, used.dim()))
     return ratios((to_float64(used) * variable).sum(axes, keepdim=True), variable.square().sum(axes, keepdim=True))
 

@@ -57,6 +57,7 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
 def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, gradient: bool) -> tuple[list[Call], bool]:
     def train_all() -> None:
         for parameter in tree.parameters(module):
+            # PyTorch raises an error where either of the others is to have a gradient.
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
 
@@ -114,6 +115,7 @@ def _run(module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], 
         with isolated(module), capture, torch.enable_grad(), suppress(_CapturedError):
             prepare()
             try:
+                # A clone, as PyTorch lets nothing in place happen to a leaf with a gradient.
                 module(leaf.clone())
             except SystemExit as error:  # of code that wants another input
                 raise RuntimeError("its own code ended the program") from error
@@ -133,6 +135,7 @@ def leaves(tensor: Tensor) -> set[int]:
 
 def is_parameter(weight: Tensor) -> bool:
     """Whether the weight of a call is a parameter as it stands."""
+    # The weight of a call is a clone, and what a clone is of is one step back.
     ((before, _),) = weight.grad_fn.next_functions if weight.grad_fn else ((None, 0),)
     parameter = getattr(before, "variable", None)
     return parameter is not None and torch.equal(parameter, weight)
@@ -183,6 +186,7 @@ class _Capture(TorchFunctionMode):
             if node not in self._known and node not in seen:
                 seen.add(node)
                 pending += [following for following, _ in node.next_functions]
+        # None of these leads there, or the loop would have come to it.
         self._known |= dict.fromkeys(seen, False)
         return False
 
@@ -193,6 +197,7 @@ class _Capture(TorchFunctionMode):
         if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
             fed = isinstance(given.x, Tensor) and self._is_fed(given.x.grad_fn)
             if fed or not self._fed:
+                # A single stride counts along each axis of the kernel.
                 steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
                 copy = weight.clone()  # before its memory is put back
                 self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))

@@ -86,6 +86,7 @@ class ForwardWeight(Weight):
         if not used.any() and stored.any():
             return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
         self._mask = mask
+        # Uncentred first: stored filters of zero mean fit both, and are taken for such.
         for self._centred in (False, True):
             if is_multiple(used, self._variable(stored)):
                 return None
@@ -110,6 +111,7 @@ class ForwardWeight(Weight):
         if not same or not (made or self._inner is self.module):
             raise NoConvolutionError
         self.call = chosen = (made or same)[0]
+        # Not `same.index(chosen)`, which compares tuples of tensors: these have no single truth.
         self._index, self.made_of = [call is chosen for call in same].index(True), frozenset(leaves(chosen.weight))
         parameters = [one for one in self.module._parameters.values() if one is not None and not is_lazy(one)]
         own = self.source_ids | {id(one) for one in parameters}
@@ -146,6 +148,7 @@ class ForwardWeight(Weight):
             return self._write_nearest(weight, used, stored)
         variable, target = self._variable(stored), self._variable(weight)
         slopes = slopes_of(used, variable)  # [M, 1, ...]
+        # Masks and centring take from a filter's norm, which is to be that of the one wanted.
         target *= ratios(norms_of(weight), norms_of(target))
         # What a mask hides is no part of the variable and stays, to the bit.
         changed = to_float64(stored) - variable + target / torch.where(slopes == 0, 1, slopes)
@@ -160,6 +163,7 @@ class ForwardWeight(Weight):
             self._stored.write(candidate)
             return float(torch.linalg.vector_norm(to_float64(self.read()) - to_float64(weight)))
 
+        # Not `<=`, which is false of NaN: then it is the weight itself that is stored.
         if torch.equal(used, stored) or not distance(weight) > distance(summand):  # that which is last stays
             self._stored.write(weight)
         return describe_mismatch("class", weight, self.read())
@@ -176,6 +180,7 @@ class ForwardWeight(Weight):
                 return convolution_calls(self.module, self._input(), others)
             except Exception as error:  # whatever the module's own code raises
                 errors.append(error)
+        # The first is that at the usual input; the others may only be of the wrong number of axes.
         raise errors[0]
 
     def _given(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
@@ -221,6 +226,7 @@ class ForwardWeight(Weight):
     def _others(self) -> set[int]:
         """Addresses of the parameters of other modules inside it."""
         inner = [one for part in parts_of(self.module) for one in tree.parameters(part) if not is_lazy(one)]
+        # A module inside may hold the weight itself, which counts all the same.
         return {one.data_ptr() for one in inner} - {source.data_ptr() for source in self.sources}
 
     def _find_mask(self, stored: Tensor) -> Tensor | None:

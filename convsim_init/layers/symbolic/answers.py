@@ -40,9 +40,11 @@ class Answers:
     def give(self, *choices: int) -> int:
         """The answer to the next question."""
         place = _place(sys._getframe(1))
+        # After another answer code may go another way: then what it was asked there is out of date.
         if [place] != [one for one, _ in self._given[self._asked : self._asked + 1]]:
             del self._given[self._asked :]
             proven = self.proven.get(place)
+            # False sorts before True: what was proven comes first, the rest in its order.
             self._given.append((place, sorted(choices, key=lambda one: one != proven)))
         self._asked += 1
         return self._given[self._asked - 1][1][0]
@@ -81,7 +83,7 @@ def unpacked(code: CodeType, position: int) -> tuple[int, bool]:
     They are 2 of ``height, width = x.shape``; 1 where nothing is unpacked.
     """
     for step in dis.get_instructions(code):
-        if step.offset >= position and step.opname != "CACHE":
+        if step.offset >= position:
             if step.opname == "UNPACK_SEQUENCE":
                 return int(step.argval), False
             if step.opname == "UNPACK_EX":

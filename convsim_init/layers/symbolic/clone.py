@@ -34,6 +34,7 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     with copies.Copying(partial(torch.empty_like, device="meta")):
         for part in parts:
             for name, value in vars(part).items():
+                # Empty until the model is copied: copies of hooks know those of modules.
                 if "hooks" in name and isinstance(value, dict):
                     memo[id(value)] = copy.copy(value) if name in HOOK_OPTIONS else type(value)()
             for tensor in tensors_of(part):
@@ -100,6 +101,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
         return partial(_twin(value.func, memo), *(_twin(one, memo) for one in value.args), **keywords)
     if isinstance(value, nn.Module):
         return on_meta(value, memo)
+    # Held by an object, as a list or a dict itself never counts as heavy, whatever is in it.
     if copies.is_heavy(SimpleNamespace(value=value), tensors=False):
         raise TypeError(f"{type(value).__name__} is too heavy to be copied")
     memo[id(value)] = twin = copies.copied(value, memo)

@@ -112,6 +112,7 @@ def _follow(model: nn.Module, followed: Followed) -> None:
     clone = on_meta(model)
     for one in (model, clone):
         followed.names |= _names(one)
+    # A deep copy keeps the order of parameters, and shared ones stay shared: so they pair up.
     both = zip(tree.parameters(clone), tree.parameters(model), strict=True)
     followed.originals = {id(twin): id(one) for twin, one in both}
     passes = SymbolicPass(clone)
@@ -122,6 +123,7 @@ def _follow(model: nn.Module, followed: Followed) -> None:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
+    # From the last, so that of several modules that hold a parameter the first names it.
     modules = list(tree.named_modules(model))[::-1]
     convolutions = [(name, one) for name, one in modules if isinstance(one, _ConvNd)]
     return {

@@ -93,6 +93,7 @@ class SymbolicPass(TorchFunctionMode):
         for module, forward in self._forward.items():
             kind = type(module)
             if kind.__call__ is not nn.Module.__call__:
+                # Python looks `__call__` up on the class, and would not see one of the module.
                 module.__class__ = type(kind.__name__, (kind,), {"__call__": self._own_call(kind.__call__)})
             vars(module)["forward"] = wraps(forward)(partial(self._call, module))
             for when, hooks in ((BEFORE, module._forward_pre_hooks), (AFTER, module._forward_hooks)):
@@ -211,6 +212,7 @@ class SymbolicPass(TorchFunctionMode):
                     answers.prove()
                     return output
                 except (Exception, SystemExit) as error:  # of any kind: what code does with values that are not there
+                    # The next attempt begins where this one did: what it noted was in vain.
                     del self._nodes[before:]
                     for symbol, node in reversed(self._written[unwritten:]):
                         symbol.node = node
@@ -265,6 +267,7 @@ class SymbolicPass(TorchFunctionMode):
         """Let a value be what a call makes of it in place, and with it those that it is a view of."""
         self._written.append((written, written.node))
         written.node = by.node
+        # What is written into a view is in what it views, and in what that views, in turn.
         if written.base is not None:
             self._write(written.base, self.symbol("setitem", written.base, by))
         return written

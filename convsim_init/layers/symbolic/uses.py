@@ -58,6 +58,7 @@ def find_uses(followed: Followed) -> Uses:
     for node in (node for nodes, _ in followed.runs for node in nodes if node.caller is not None):
         by = followed.names[id(node.caller)]
         uses.ran.add(by)
+        # The pass knows the copy's parameters; who reads this asks for those of the model.
         uses.changed |= {followed.originals.get(one, one) for one in node.changed}
         for name in layers & {followed.names.get(one) for one in node.changed}:
             uses.of[name].add(Use(by, CHANGED, node.hook))
@@ -93,6 +94,7 @@ def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]
 def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     """Name of the module with a forward pass that a convolution of that name is in: none of a list has one."""
     above = name.rpartition(".")[0]
+    # The root may be such a list too, and above it is nothing: without `and above` this never ends.
     while isinstance(modules.get(above), (nn.ModuleList, nn.ModuleDict)) and above:
         above = above.rpartition(".")[0]
     return above
