@@ -204,7 +204,6 @@ class SymbolicPass(TorchFunctionMode):
         self._answers = answers = Answers(outer.proven)  # those of this call are changed alone
         entered = len(self._running)
         self._running += [(caller, hook)] if caller in self._forward else []
-        running = len(self._running)
         try:
             for _ in range(ATTEMPTS):
                 try:
@@ -217,7 +216,6 @@ class SymbolicPass(TorchFunctionMode):
                     for symbol, node in reversed(self._written[unwritten:]):
                         symbol.node = node
                     del self._written[unwritten:]
-                    del self._running[running:]
                     if not answers.change(error):
                         break
             raise FailedError
