@@ -73,6 +73,7 @@ class Layer:
 
     def explained(self, reason: str | None) -> str | None:
         """The reason of an outcome, with what its weight is and what it was taken for, inferred from little."""
+        # Where it is left alone, that it was taken for the usual kind explains nothing.
         note = None if reason and (self.groups, self.transposed) == (1, False) else self.note
         return ": ".join(filter(None, [self.weight.note, note, reason])) or None
 

@@ -63,7 +63,7 @@ def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> Iterat
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
         own = {id(one) for key, one in module._parameters.items() if "weight" in key and _is_kernel(module, one)}
-        # Biases of what makes a weight are no kernels, and convolutions are in the report themselves.
+        # Biases of what makes a weight are no kernels, and convolutions are in the report already.
         own = (own | uses.others[name]) & others
         kernels |= own
         if own:

@@ -24,7 +24,7 @@ Change = Callable[[str, Tensor, Tensor | None], Tensor | None]
 def has_forward_of_its_own(module: _ConvNd) -> bool:
     """Whether its class, or the module itself, may use another weight than PyTorch's convolutions do."""
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
-    # Methods that are set on the module itself, as patches are, go before those of its class.
+    # A `forward` that is set on the module itself, as by a patch, goes before its class's.
     return base is None or any(
         name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None) for name in METHODS
     )

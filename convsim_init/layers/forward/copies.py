@@ -120,7 +120,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     new: dict[int, Any] = {}
     try:
         with Copying(_cloned):
-            # The memo is only read: half a copy leaves nothing in it, and `new` has the copies alone.
+            # The memo is only read: half a copy leaves nothing in it, and `new` has copies alone.
             twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
         return _copied_in_part(value, memo)

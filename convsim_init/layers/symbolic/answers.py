@@ -34,6 +34,7 @@ class Answers:
     def rank(self, value: Hashable, choices: Iterable[int]) -> int:
         """The number of dimensions of a value, always the same unless the code unpacks another number of sizes."""
         count, more = unpacked(*_place(sys._getframe(1)))
+        # One value is what is told where nothing is unpacked, and a starred name takes any number.
         self._ranks[value] = count if count > 1 and not more else self._ranks.get(value) or self.give(*choices)
         return self._ranks[value]
 

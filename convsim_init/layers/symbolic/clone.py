@@ -38,6 +38,7 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 if "hooks" in name and isinstance(value, dict):
                     memo[id(value)] = copy.copy(value) if name in HOOK_OPTIONS else type(value)()
             for tensor in tensors_of(part):
+                # A lazy tensor has no shape yet; and tensors of integers cannot have a gradient.
                 empty = tensor if is_lazy(tensor) else torch.empty_like(tensor, device="meta")
                 is_parameter = isinstance(tensor, nn.Parameter) and empty is not tensor
                 memo[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty

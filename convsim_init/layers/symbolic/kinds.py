@@ -42,6 +42,7 @@ def call_name(module: nn.Module) -> tuple[str, bool]:
 
 def _is_normalization(module: nn.Module) -> bool:
     """Whether it is a normalization of PyTorch or, by its name, of somebody else."""
+    # By their names these may count: one divides by neighbours alone, the other does nothing.
     if isinstance(module, (nn.LocalResponseNorm, nn.Identity)):
         return False
     if isinstance(module, NORMALIZATIONS):

@@ -64,6 +64,7 @@ def normalization_follows(followed: Followed) -> dict[str, bool]:
     told = dict[str, set[bool | None]]()
     for nodes, whole in followed.runs:
         told = ends_of_layers(nodes, followed, whole=whole) | told  # the first run that called a layer counts
+    # One way without a normalization settles it, whatever is not known of the others.
     known = {name: False not in ends for name, ends in told.items() if False in ends or ends == {True}}
     return {bare_name(name): follows for name, follows in known.items() if name}
 
@@ -97,6 +98,7 @@ def _divides_by_a_statistic(node: Node) -> bool:
     if node.name not in kinds.MULTIPLYING | DIVIDING or len(node.inputs) < 2:
         return False
     factors = [origins(one, NEAR) for one in node.inputs]
+    # In a product either factor may be the inverse, in a quotient only what is below.
     if node.name in kinds.MULTIPLYING:
         pairs = [(one, other) for one, other in permutations(factors, 2) if any(map(_is_inverse, other))]
     else:

@@ -87,6 +87,7 @@ class SymbolicPass(TorchFunctionMode):
         self._running: list[tuple[nn.Module, str]] = [(model, "")]
         convolutions = [one for one in tree.modules(model) if isinstance(one, _ConvNd)]
         ranks = [len(one.kernel_size) + 2 for one in convolutions]
+        # Of what rank a value is, is guessed from what most convolutions of the model take.
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
         self._weights: dict[nn.Module, object] = {one: one._parameters.get("weight") for one in convolutions}
         self._forward = {one: one.forward for one in tree.modules(model) if not isinstance(one, torch.jit.ScriptModule)}

@@ -36,6 +36,7 @@ class Node:
     is_size: bool = field(init=False)  # whether it is a number that is computed from shapes alone
 
     def __post_init__(self) -> None:
+        # Of an operator on parameters there are no inputs, all of which would be sizes.
         operator = self.name in OPERATORS and bool(self.inputs)
         self.is_size = self.name == "size" or (operator and all(one.is_size for one in self.inputs))
 
