@@ -61,8 +61,7 @@ def _calls(module: nn.Module) -> Iterator[tuple[str, str, Weight, Sequence[Any]]
                 yield node.kind(), *found, [value.toIValue() for value in node.inputs()]
     elif isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:
-            operator = getattr(getattr(node.target, "_schema", None), "name", "")
-            if CALLS.fullmatch(operator):
+            if CALLS.fullmatch(operator := _operator(node)):
                 found = _parameter(module, node.args[WEIGHT], _exported_node)
                 yield operator, *found, node.args
 
@@ -110,4 +109,11 @@ def _script_node(node: Any) -> tuple[str, list[Any]]:
 
 
 def _exported_node(node: Any) -> tuple[str, list[Any]]:
+    """As `_script_node`."""
+    if CALLS.fullmatch(_operator(node)):
+        return "", []
     return str(node.target) if node.op == "get_attr" else "", node.all_input_nodes
+
+
+def _operator(node: Any) -> str:
+    return getattr(getattr(node.target, "_schema", None), "name", "")

@@ -136,3 +136,19 @@ def test_what_needs_modules_says_so(call):
 def test_a_graph_without_convolutions_has_none():
     with pytest.raises(ci.InputError, match="has none"):
         ci.measure(torch.jit.script(nn.Sequential(Blur(), nn.Linear(2, 2))))
+
+
+def test_a_weight_that_another_convolution_computes_is_of_no_layer():
+    class Dynamic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.kernel = nn.BatchNorm2d(3), nn.Parameter(torch.randn(12, 3, 3, 3))
+            self.last = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            weight = F.conv2d(self.norm(x[..., :3, :3]), self.kernel).view(4, 3, 1, 1)
+            return self.last(F.conv2d(x, weight))
+
+    model, x = Dynamic().eval(), torch.randn(1, 3, 8, 8)
+    for graph in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
+        assert [layer.name for layer in ci.measure(graph).layers] == ["last"]

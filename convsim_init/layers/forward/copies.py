@@ -114,19 +114,24 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     held = chain(value, value.values()) if isinstance(value, dict) else value
     if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in held):
-        return value if isinstance(value, tuple) else type(value)(value)  # as most are; deepcopy takes its time
+        # As most are; deepcopy takes its time.
+        return memo.setdefault(id(value), value if isinstance(value, tuple) else type(value)(value))
     if isinstance(value, torch.Generator):
         return value.clone_state()
     new: dict[int, Any] = {}
+    known = ChainMap(new, memo)
     try:
         with Copying(_cloned):
             # The memo is only read: half a copy leaves nothing in it, and `new` has copies alone.
-            twin = copy.deepcopy(value, ChainMap(new, memo))  # type: ignore[arg-type]
+            twin = copy.deepcopy(value, known)  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
         return _copied_in_part(value, memo)
+    # What deepcopy keeps alive, under the id of its memo, lest an id be that of another object soon.
+    memo.setdefault(id(memo), []).extend(new.pop(id(known), ()))
     for original, one in new.items():
         if isinstance(one, nn.Parameter) and original != id(one):
             vars(one)[ORIGINAL] = original
+    memo |= new  # another attribute may hold the same object
     return twin
 
 

@@ -489,3 +489,20 @@ def test_a_model_runs_in_one_thread_at_a_time():
     for thread in threads:
         thread.join()
     assert tried.is_set()
+
+
+@pytest.mark.parametrize("state", [types.SimpleNamespace(scale=1.0), {"scale": 1.0}], ids=["object", "dict"])
+def test_what_two_attributes_hold_is_one_object_in_a_trial_too(state):
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            kept = self.state if isinstance(self.state, dict) else vars(self.state)
+            kept["scale"] = 2.0
+            read = self.config if isinstance(self.config, dict) else vars(self.config)
+            return F.conv2d(x, self.weight * read["scale"])
+
+    model = Scaled(3, 4, 3, bias=False)
+    model.state = model.config = state
+    (layer,) = find_layers(model)
+    torch.testing.assert_close(layer.weight.read(), 2 * model.weight.detach())
+    assert model.state is model.config is state
+    assert (state if isinstance(state, dict) else vars(state)) == {"scale": 1.0}
