@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce, wraps
+from threading import RLock
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ class _Replacement:
 
 
 _REPLACED: dict[int, _Replacement] = {}  # by the ids of their functions
+_LOCK = RLock()  # a generator that holds a context may be collected, and end it, while another one begins
 
 
 @contextmanager
@@ -32,23 +34,25 @@ def replaced(owner: object, name: str, change: Callable[..., Callable[..., None]
 
     What somebody else puts in its place meanwhile stays there.
     """
-    there = getattr(owner, name)
-    entry = _REPLACED.get(id(there))
-    if entry is None:
-        entry = _Replacement(there)
-        _REPLACED[id(entry.call)] = entry
-        setattr(owner, name, entry.call)
-    entry.changes.append(change)
-    entry.update()
+    with _LOCK:
+        there = getattr(owner, name)
+        entry = _REPLACED.get(id(there))
+        if entry is None:
+            entry = _Replacement(there)
+            _REPLACED[id(entry.call)] = entry
+            setattr(owner, name, entry.call)
+        entry.changes.append(change)
+        entry.update()
     try:
         yield
     finally:
-        entry.changes.remove(change)
-        entry.update()
-        # Where somebody else's wraps it, it goes on calling what was there before.
-        if not entry.changes and getattr(owner, name) is entry.call:
-            setattr(owner, name, entry.before)
-            del _REPLACED[id(entry.call)]
+        with _LOCK:
+            entry.changes.remove(change)
+            entry.update()
+            # Where somebody else's wraps it, it goes on calling what was there before.
+            if not entry.changes and getattr(owner, name) is entry.call:
+                setattr(owner, name, entry.before)
+                del _REPLACED[id(entry.call)]
 
 
 @contextmanager
