@@ -97,7 +97,7 @@ class Construction:
 
     def _recording(self, make: Callable[..., None], *, drawn: bool = False) -> Callable[..., None]:
         @wraps(make)
-        def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def recorded(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
             make(module, *args, **kwargs)
             if drawn and not (self._telling or _on_meta()):
                 self._mark(module)

@@ -573,6 +573,18 @@ def test_what_is_no_list_of_patterns_is_refused_before_anything_is_built(pattern
         pytest.fail("the context was entered")
 
 
+def test_arguments_of_a_constructor_may_have_any_names():
+    class Named:
+        def __init__(self, module):
+            self.named = module
+
+    class Net(nn.Module, Named):
+        call_super_init = True
+
+    with ci.initializing():
+        assert Net(module="stem").named == "stem"
+
+
 def test_patterns_and_several_models():
     torch.manual_seed(0)
     seen = []
