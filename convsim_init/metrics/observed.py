@@ -50,7 +50,8 @@ def measure_feature_correlation(
 
     Raises:
         InputError: If the model has no convolution, none ran, one does not take what the batch gives it, a parameter
-            has no data, or there is a lazy module, which running would change. What other modules raise is raised.
+            has no data and no hook that may fetch it, or there is a lazy module, which running would change. What hooks
+            and other modules raise is raised.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -64,18 +65,21 @@ def measure_feature_correlation(
     maps = {name: FeatureMaps(rank=len(module.kernel_size)) for name, module in modules}
 
     def look(name: str, output: Tensor, bias: Tensor | None) -> None:
+        if has_no_data(output):
+            raise InputError("expected a batch with data, got one on the meta device: make it anew")
         if not output.is_complex():
             maps[name].add(output)
 
-    if any(map(has_no_data, tree.parameters(model))):
+    if any(map(_lacks_data, tree.modules(model))):
         raise InputError("expected a model with data, got one with parameters that have none: initialize it first")
     with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
         try:
             _run(model, batch)
         except Exception as error:
-            running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-            failed = [(name, one) for name, one in modules if any(one is other for other in running)]
-            if not failed:
+            frames = [(frame.f_locals.get("self"), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
+            running, function = next((one for one in frames[::-1] if isinstance(one[0], nn.Module)), (None, ""))
+            failed = [(name, one) for name, one in modules if one is running and function.endswith("forward")]
+            if not failed or isinstance(error, InputError):
                 raise
             name, module = failed[0]
             kind = f"a {type(module).__name__} of {module.in_channels} channels"
@@ -146,6 +150,12 @@ class FeatureMaps:
         deviations = scatter.diagonal().sqrt()
         correlations = scatter.div_(deviations).div_(deviations[:, None]).abs_()
         return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
+
+
+def _lacks_data(part: nn.Module) -> bool:
+    """Whether parameters of its own have no data, and neither a hook nor what wraps its forward pass may fetch it."""
+    own = (one for one in part._parameters.values() if one is not None)
+    return any(map(has_no_data, own)) and not (part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _copied(model: nn.Module) -> Callable[[Tensor], bool]:

@@ -464,13 +464,38 @@ def test_a_trial_of_another_thread_that_ends_meanwhile_changes_nothing():
         (Net(), torch.randn(2, 3), r"takes, got \[2, 3\]: stem, a Conv2d of 3 channels, raised RuntimeError"),
         (nn.Conv2d(3, 4, 3), "x", r"got str: \(the model itself\), a Conv2d of 3 channels, raised TypeError"),
         (Net().to("meta"), torch.randn(2, 3, 9, 9), "expected a model with data"),
+        (nn.Conv2d(3, 4, 3, device="meta"), torch.randn(2, 3, 9, 9), "expected a model with data"),
+        (nn.Conv2d(3, 4, 3), torch.empty(2, 3, 9, 9, device="meta"), "expected a batch with data"),
     ],
-    ids=["no convolution", "none ran", "lazy", "channels", "rank", "no tensor", "no data"],
+    ids=["no convolution", "none ran", "lazy", "channels", "rank", "no tensor", "no data", "plain", "meta batch"],
 )
 def test_what_cannot_be_measured(model, batch, message):
     with pytest.raises(ci.InputError, match=message):
         ci.measure_feature_correlation(model, batch)
     assert hooks(model) == [len(m._forward_hooks) for m in copy.deepcopy(model).modules()]
+
+
+@pytest.mark.parametrize("place", ["register_forward_pre_hook", "register_forward_hook"])
+def test_what_a_hook_raises_is_raised(place):
+    def stop(*_):
+        raise KeyError("stopped")
+
+    model = Net()
+    getattr(model.stem, place)(stop)
+    with pytest.raises(KeyError, match="stopped"):
+        ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))
+
+
+def test_parameters_may_have_no_data_until_they_are_used():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 9, 9)
+    expected, weight = ci.measure_feature_correlation(model, x), model[0].weight
+    model[0].weight = nn.Parameter(weight.to("meta"))
+
+    def fetch(part, _):
+        part._parameters["weight"] = weight
+
+    model[0].register_forward_pre_hook(fetch)
+    assert ci.measure_feature_correlation(model, x) == expected
 
 
 def test_a_state_dict_is_refused():
