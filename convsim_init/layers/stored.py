@@ -210,9 +210,9 @@ def stored_weight(module: Any) -> Weight:
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
             return SpectralNormedWeight(module, module.weight_orig, hook=hook)
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
-            mask = getattr(module, "weight_mask", None)
-            if isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
-                return PrunedWeight(module, module.weight_orig, hook=hook)
+            parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
+            if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
+                return PrunedWeight(module, parameter, hook=hook)
             compute = partial(hook.apply_mask, module)  # as torch would before a forward pass
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
     if "weight" in module._parameters:

@@ -367,6 +367,14 @@ def test_a_weight_that_is_not_there_is_skipped(how):
         assert report.layers[1].outcome is not ci.Outcome.SKIPPED
 
 
+def test_a_pruned_weight_without_its_parameter_is_skipped():
+    module = prune.l1_unstructured(nn.Conv2d(4, 8, 3), "weight", 0.5)
+    del module.weight_orig
+    layer, other = ci.initialize_(nn.Sequential(module, nn.Conv2d(8, 8, 3)), settings=QUICK).layers
+    assert (layer.outcome, other.outcome) == (ci.Outcome.SKIPPED, ci.Outcome.INITIALIZED)
+    assert "its weight is no parameter" in layer.reason
+
+
 # A whole network of them
 
 
