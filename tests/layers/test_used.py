@@ -936,6 +936,28 @@ class Blur(nn.Module):
         return F.conv2d(x, self.weight, groups=4)
 
 
+class Configured(nn.Module):
+    """With a dictionary whose keys are its attributes, in place of its methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.config = nn.Conv2d(4, 8, 3), AttributeDict(scale=2, values=[1])
+
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight * self.config.scale)
+
+
+class AttributeDict(dict):
+    def __init__(self, **entries):
+        super().__init__(entries)
+        vars(self).update(entries)
+
+
+def test_the_keys_of_a_dictionary_may_hide_its_methods():
+    (layer,) = ci.measure(Configured()).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.MEASURED, None)
+
+
 @pytest.mark.parametrize(("groups", "transposed"), [(1, False), (2, False), (1, True), (2, True)])
 def test_a_module_that_convolves_with_its_own_weight_is_a_layer(groups, transposed):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Scaled(4, 8, 3, groups, transposed), Blur())

@@ -112,7 +112,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    held = chain(value, value.values()) if isinstance(value, dict) else value
+    held = chain(value, dict.values(value)) if isinstance(value, dict) else value
     if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in held):
         # As most are; deepcopy takes its time.
         return memo.setdefault(id(value), value if isinstance(value, tuple) else type(value)(value))
