@@ -102,7 +102,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def gradient_hooks(tensor: Tensor) -> list[dict[int, Any]]:
     """The hooks on a tensor's gradient, before and after it is added up, which are kept beside its memory."""
-    return [getattr(tensor, name, None) or {} for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    kinds = (getattr(tensor, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    return [{} if hooks is None else hooks for hooks in kinds]
 
 
 def has_no_data(tensor: Tensor) -> bool:

@@ -264,6 +264,18 @@ class Centred(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+def test_hooks_on_gradients_that_a_pass_takes_off_are_put_back():
+    class Bare(nn.Conv2d):
+        def forward(self, x):
+            self.weight._backward_hooks.clear()
+            return super().forward(x)
+
+    module = Bare(3, 4, 3)
+    handle = module.weight.register_hook(lambda gradient: gradient)
+    ci.measure(module)
+    assert list(module.weight._backward_hooks) == [handle.id]
+
+
 def test_what_a_pass_does_not_change_may_be_read_and_added_to_meanwhile():
     model = nn.Sequential(Centred(3, 4, 3), nn.BatchNorm2d(4))
     seen = model[0].seen = []
