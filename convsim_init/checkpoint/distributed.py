@@ -67,8 +67,10 @@ def _whole(
     whole, filled = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (first.dtype, torch.bool))
     for offset, place in parts:
         part, view, view_filled = _part(folder, files, place), whole, filled
-        for dimension, (start, length) in enumerate(zip(offset, part.shape, strict=True)):
+        for dimension, (start, length, _) in enumerate(zip(offset, part.shape, shape, strict=True)):
             view, view_filled = view.narrow(dimension, start, length), view_filled.narrow(dimension, start, length)
+        if view_filled.any():
+            raise ValueError("parts that overlap")
         view.copy_(part)
         view_filled.fill_(True)
     if not filled.all():

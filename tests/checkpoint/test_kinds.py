@@ -252,12 +252,22 @@ def test_distributed_checkpoints_that_lack_or_hide_something_are_refused(tmp_pat
             read_checkpoint(folder)
 
 
-def test_parts_that_overlap_are_not_the_whole(tmp_path):
-    write_distributed(tmp_path, weight=torch.ones(2, 3))
+@pytest.mark.parametrize(
+    ("part", "whole", "offsets"),
+    [
+        ((2, 3), (4, 3), [(0, 0), (1, 0)]),
+        ((2, 3), (3, 3), [(0, 0), (1, 0)]),
+        ((2,), (2, 2), [(0,)]),
+    ],
+    ids=["overlap with a hole", "overlap without", "of another rank"],
+)
+def test_parts_that_do_not_make_up_the_whole_are_refused(part, whole, offsets, tmp_path):
+    write_distributed(tmp_path, weight=torch.ones(part), other=torch.ones(9, 9))
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
-    metadata.state_dict_metadata["weight"].size = torch.Size([4, 3])
-    ((index, place),) = metadata.storage_data.items()
-    metadata.storage_data = {dataclasses.replace(index, offset=torch.Size([row, 0])): place for row in (0, 1)}
+    metadata.state_dict_metadata["weight"].size = torch.Size(whole)
+    index, place = next(one for one in metadata.storage_data.items() if one[0].fqn == "weight")
+    metadata.storage_data = {dataclasses.replace(index, offset=torch.Size(offset)): place for offset in offsets}
+    del metadata.state_dict_metadata["other"]
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(InputError):
         read_checkpoint(tmp_path)
