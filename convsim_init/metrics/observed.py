@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from convsim_init.layers.names import unwrap
 from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import find_uses
-from convsim_init.report.text import error_text, layer_name
 
 VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
 COPIED = 2**30  # bytes of parameters that are copied whatever a forward pass seems to do
@@ -49,9 +47,9 @@ def measure_feature_correlation(
         with fewer than two that vary are not in it. NaN where feature maps hold infinities or NaN.
 
     Raises:
-        InputError: If the model has no convolution, none ran, one does not take what the batch gives it, a parameter
-            has no data and no hook that may fetch it, or there is a lazy module, which running would change. What hooks
-            and other modules raise is raised.
+        InputError: If the model has no convolution, none ran or they give no data, or there is a lazy module, which
+            running would change.
+        Exception: What the model itself raises when it is given the batch.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -66,28 +64,12 @@ def measure_feature_correlation(
 
     def look(name: str, output: Tensor, bias: Tensor | None) -> None:
         if has_no_data(output):
-            raise InputError("expected a batch with data, got one on the meta device: make it anew")
+            raise InputError("expected a model and a batch with data, got feature maps without: initialize it first")
         if not output.is_complex():
             maps[name].add(output)
 
-    if any(map(_lacks_data, tree.modules(model))):
-        raise InputError("expected a model with data, got one with parameters that have none: initialize it first")
     with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
-        try:
-            _run(model, batch)
-        except Exception as error:
-            frames = [(frame.f_locals.get("self"), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
-            running, function = next((one for one in frames[::-1] if isinstance(one[0], nn.Module)), (None, ""))
-            failed = [(name, one) for name, one in modules if one is running and function.endswith("forward")]
-            if not failed or isinstance(error, InputError):
-                raise
-            name, module = failed[0]
-            kind = f"a {type(module).__name__} of {module.in_channels} channels"
-            got = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise InputError(
-                f"expected a batch that the model takes, got {got}: {layer_name(name)}, {kind}, raised "
-                f"{error_text(error)}"
-            ) from error
+        _run(model, batch)
     if not any(one.count for one in maps.values()):
         raise InputError(
             "expected a model that calls its convolutions, got one whose forward pass called none of real numbers"
@@ -150,12 +132,6 @@ class FeatureMaps:
         deviations = scatter.diagonal().sqrt()
         correlations = scatter.div_(deviations).div_(deviations[:, None]).abs_()
         return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
-
-
-def _lacks_data(part: nn.Module) -> bool:
-    """Whether parameters of its own have no data, and neither a hook nor what wraps its forward pass may fetch it."""
-    own = (one for one in part._parameters.values() if one is not None)
-    return any(map(has_no_data, own)) and not (part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _copied(model: nn.Module) -> Callable[[Tensor], bool]:

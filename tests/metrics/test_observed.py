@@ -460,14 +460,10 @@ def test_a_trial_of_another_thread_that_ends_meanwhile_changes_nothing():
         (nn.Linear(3, 3), torch.randn(2, 3), "got Linear, which has none"),
         (Idle(), (torch.randn(2, 3, 9, 9), False), "called none"),
         (nn.Sequential(nn.LazyConv2d(4, 3)), torch.randn(2, 3, 9, 9), "0.weight is lazy"),
-        (Net(), torch.randn(2, 1, 9, 9), r"got \[2, 1, 9, 9\]: stem, a Conv2d of 3 channels, raised RuntimeError"),
-        (Net(), torch.randn(2, 3), r"takes, got \[2, 3\]: stem, a Conv2d of 3 channels, raised RuntimeError"),
-        (nn.Conv2d(3, 4, 3), "x", r"got str: \(the model itself\), a Conv2d of 3 channels, raised TypeError"),
-        (Net().to("meta"), torch.randn(2, 3, 9, 9), "expected a model with data"),
-        (nn.Conv2d(3, 4, 3, device="meta"), torch.randn(2, 3, 9, 9), "expected a model with data"),
-        (nn.Conv2d(3, 4, 3), torch.empty(2, 3, 9, 9, device="meta"), "expected a batch with data"),
+        (nn.Conv2d(3, 4, 3, device="meta"), torch.randn(2, 3, 9, 9), "expected a model and a batch with data"),
+        (nn.Conv2d(3, 4, 3), torch.empty(2, 3, 9, 9, device="meta"), "expected a model and a batch with data"),
     ],
-    ids=["no convolution", "none ran", "lazy", "channels", "rank", "no tensor", "no data", "plain", "meta batch"],
+    ids=["no convolution", "none ran", "lazy", "no data", "meta batch"],
 )
 def test_what_cannot_be_measured(model, batch, message):
     with pytest.raises(ci.InputError, match=message):
