@@ -68,6 +68,9 @@ def measure_feature_correlation(
         if not output.is_complex():
             maps[name].add(output)
 
+    # Of a weight without data PyTorch makes feature maps of whatever the memory holds.
+    if any(_lacks_data(module) for _, module in modules):
+        raise InputError("expected a model and a batch with data, got parameters without: initialize it first")
     with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
         _run(model, batch)
     if not any(one.count for one in maps.values()):
@@ -132,6 +135,12 @@ class FeatureMaps:
         deviations = scatter.diagonal().sqrt()
         correlations = scatter.div_(deviations).div_(deviations[:, None]).abs_()
         return (float(correlations.sum()) - float(correlations.diagonal().sum())) / (alive * (alive - 1))
+
+
+def _lacks_data(part: nn.Module) -> bool:
+    """Whether its parameters have no data, and neither a hook nor what wraps its forward pass may fetch it."""
+    lacking = any(map(has_no_data, tree.parameters(part)))
+    return lacking and not (part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
