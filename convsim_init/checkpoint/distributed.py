@@ -66,9 +66,8 @@ def _whole(
         raise ValueError("a tensor that is larger than its parts")
     whole, filled = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (first.dtype, torch.bool))
     for offset, place in parts:
-        part, view, view_filled = _part(folder, files, place), whole, filled
-        for dimension, (start, length, _) in enumerate(zip(offset, part.shape, shape, strict=True)):
-            view, view_filled = view.narrow(dimension, start, length), view_filled.narrow(dimension, start, length)
+        part = _part(folder, files, place)
+        view, view_filled = (_within(one, offset, part.shape) for one in (whole, filled))
         if view_filled.any():
             raise ValueError("parts that overlap")
         view.copy_(part)
@@ -76,6 +75,14 @@ def _whole(
     if not filled.all():
         raise ValueError("parts that are not the whole")
     return whole
+
+
+def _within(whole: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The part of a tensor that begins there; an error of any kind if it is not within it, or of another rank."""
+    part = whole
+    for dimension, (start, length, _) in enumerate(zip(offset, shape, whole.shape, strict=True)):
+        part = part.narrow(dimension, start, length)
+    return part
 
 
 def _part(folder: Path, files: dict[str, TorchFile], place: Mapping[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -85,3 +86,8 @@ class Layers(list[Layer]):
         super().__init__(layers)
         self.followed = followed
         self.uses = find_uses(followed or Followed())  # of the convolutions by the forward passes
+
+
+def largest_first(layers: Iterable[Layer]) -> list[Layer]:
+    """The order to begin layers in: begun last, the largest would keep one thread at work after all others are done."""
+    return sorted(layers, key=lambda layer: -math.prod(layer.shape))

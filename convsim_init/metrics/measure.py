@@ -20,7 +20,7 @@ from convsim_init.functional.bank import (
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum
 from convsim_init.layers.find import find_layers, pair_obstacle
-from convsim_init.layers.layer import Layer, Layers
+from convsim_init.layers.layer import Layer, Layers, largest_first
 from convsim_init.layers.remarks import model_remarks
 from convsim_init.metrics.expected import (
     SPECTRA,
@@ -72,10 +72,8 @@ def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, 
     """What `measure` returns, and the layers that it found."""
     started = time.perf_counter()
     layers = find_layers(source, read_only=True)
-    # Begun last, the largest would keep one thread at work after all others are done.
-    largest_first = sorted(layers, key=lambda layer: -math.prod(layer.shape))
     with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
-        reports = {report.name: report for report in team.as_completed(_measure, largest_first)}
+        reports = {report.name: report for report in team.as_completed(_measure, largest_first(layers))}
     measured, remarks = [reports[layer.name] for layer in layers], model_remarks(source, layers)
     return Report(Settings(), measured, time.perf_counter() - started, remarks=remarks), layers
 

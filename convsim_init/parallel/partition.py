@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.errors import InputError
-from convsim_init.layers.layer import Layer
+from convsim_init.layers.layer import Layer, largest_first
 from convsim_init.parallel.processes import Ranks
 from convsim_init.report.report import LayerReport
 from convsim_init.settings import Settings
@@ -23,9 +23,7 @@ def own_layers(layers: Sequence[Layer], settings: Settings, ranks: Ranks) -> lis
     if ranks.size > 1:
         _check_alike(layers, settings, ranks)
     owners = deal([cost(layer) for layer in layers], ranks.size)
-    own = [layer for layer, owner in zip(layers, owners, strict=True) if owner == ranks.rank]
-    # Begun last, the largest would keep one thread at work after all others are done.
-    return sorted(own, key=lambda layer: -math.prod(layer.shape))
+    return largest_first(layer for layer, owner in zip(layers, owners, strict=True) if owner == ranks.rank)
 
 
 def cost(layer: Layer) -> int:

@@ -61,7 +61,8 @@ class ForwardWeight(Weight):
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why the stored weight cannot be had, or the one that is used cannot be seen."""
         obstacle = self._stored.obstacle(read_only=read_only) or self._hidden()
-        self.note = None if obstacle else self.note
+        if obstacle is not None:
+            self.note = None
         return obstacle
 
     def _hidden(self) -> str | None:
