@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
 
-from convsim_init.files import METADATA_KEY, safetensors_header
+from convsim_init.files.sources import METADATA_KEY, safetensors_header
 from convsim_init.models.libraries import installed, names_in_sources
 from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo.catalog import MODELS

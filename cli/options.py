@@ -13,7 +13,7 @@ import click
 
 from convsim_init.cli.arguments import OWN, parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.files import CHECKPOINT, FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
+from convsim_init.files.sources import CHECKPOINT, FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG

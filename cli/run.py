@@ -13,7 +13,7 @@ from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failure
 from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
-from convsim_init.files import STDOUT
+from convsim_init.files.writing import STDOUT
 from convsim_init.models.classifier import classifier_keys, pointwise_convolutions
 from convsim_init.models.spec import Source, parse
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure

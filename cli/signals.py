@@ -79,7 +79,7 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
     def watch() -> None:
         while numbers := os.read(reader, 1):
             if numbers[0] in HANDLED and not ended.wait(GRACE):
-                from convsim_init.files import remove_scratch_folders
+                from convsim_init.files.writing import remove_scratch_folders
 
                 with suppress(Exception):
                     remove_scratch_folders()

@@ -15,7 +15,8 @@ import click
 from convsim_init.cli.plan import Run
 from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
-from convsim_init.files import ExistsError, folder_file
+from convsim_init.files.sources import folder_file
+from convsim_init.files.writing import ExistsError
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.record import json_text, read_record

@@ -17,7 +17,7 @@ from convsim_init.cli.plan import Run, parse_seeds, plan_runs
 from convsim_init.cli.results import notes
 from convsim_init.devices import check_device_name, describe_environment, find_device
 from convsim_init.errors import RunError
-from convsim_init.files import STDOUT, check_new_folder, check_target
+from convsim_init.files.writing import STDOUT, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 from convsim_init.parallel.launch import Launch, launched

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from convsim_init.errors import InputError
-from convsim_init.files import SUFFIXES
+from convsim_init.files.sources import SUFFIXES
 from convsim_init.settings import (
     ACTIVATIONS,
     CHANNELS_CHOICES,

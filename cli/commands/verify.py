@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from convsim_init.files import check_source
+from convsim_init.files.sources import check_source
 from convsim_init.models.libraries import resolve
 
 from ..completion import complete_models

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from convsim_init.checkpoint.save import Contents, write_checkpoint
-from convsim_init.files import check_new_folder, new_folder
+from convsim_init.files.writing import check_new_folder, new_folder
 from convsim_init.report.report import Report
 from convsim_init.report.text import printable
 from convsim_init.version import __version__

@@ -21,7 +21,7 @@ from convsim_init.checkpoint.pickles import check_room, is_plain, type_name
 from convsim_init.checkpoint.state_dict import is_extra_state, module_versions
 from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
-from convsim_init.files import check_source
+from convsim_init.files.sources import check_source
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some

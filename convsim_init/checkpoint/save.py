@@ -30,7 +30,8 @@ from convsim_init.checkpoint.state_dict import (
     without_keys,
 )
 from convsim_init.errors import InputError, RunError
-from convsim_init.files import METADATA_KEY, TORCH_SUFFIXES, check_target, replacing
+from convsim_init.files.sources import METADATA_KEY, TORCH_SUFFIXES
+from convsim_init.files.writing import check_target, replacing
 from convsim_init.report.record import TORCH_RECORD, json_text
 from convsim_init.report.report import Report
 from convsim_init.settings import check_prefix

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.files import without_weights
+from convsim_init.files.sources import without_weights
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
 from convsim_init.models.user_code import user_errors
 from convsim_init.models.zoo.catalog import MODELS, UnknownModelError, closest

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from convsim_init.errors import InputError
-from convsim_init.files import SUFFIXES
+from convsim_init.files.sources import SUFFIXES
 from convsim_init.models.zoo import catalog
 
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"

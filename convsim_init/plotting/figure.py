@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.files import check_target, replacing
+from convsim_init.files.writing import check_target, replacing
 from convsim_init.report.text import alternatives, quoted
 
 if TYPE_CHECKING:

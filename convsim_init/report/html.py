@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from convsim_init.files import write_text
+from convsim_init.files.writing import write_text
 from convsim_init.report.record import run_record
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, printable

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from convsim_init.files import MAX_HEADER, METADATA_KEY, TORCH_SUFFIXES, folder_file, safetensors_header, write_text
+from convsim_init.files.sources import MAX_HEADER, METADATA_KEY, TORCH_SUFFIXES, folder_file, safetensors_header
+from convsim_init.files.writing import write_text
 from convsim_init.report.report import Report
 from convsim_init.version import __version__, installed_version
 

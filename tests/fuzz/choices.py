@@ -19,7 +19,8 @@ with atheris.instrument_imports(include=["convsim_init", "fnmatch"]):
     from convsim_init.cli.arguments import parse_arguments
     from convsim_init.cli.plan import fill, parse_seeds
     from convsim_init.errors import InputError
-    from convsim_init.files import check_source, check_target
+    from convsim_init.files.sources import check_source
+    from convsim_init.files.writing import check_target
     from convsim_init.initialize import plan
     from convsim_init.models.spec import parse
     from convsim_init.report.table import as_csv

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_init import files, save_checkpoint
+from convsim_init import save_checkpoint
 from convsim_init.errors import InputError, RunError
-from convsim_init.files import check_source, check_target, replacing
+from convsim_init.files import writing
+from convsim_init.files.sources import check_source
+from convsim_init.files.writing import check_target, replacing
 
 ROOT = Path(__file__).parents[2]
 OLD = b"the file that was there"
@@ -64,7 +66,7 @@ def test_signals_at_random_moments_end_the_command_at_once_without_a_traceback()
     assert json.loads(done.stdout)["commands"] == 4
 
 
-def scratch_of(folder: Path, host: str = files.HOST, age: float = 0) -> Path:
+def scratch_of(folder: Path, host: str = writing.HOST, age: float = 0) -> Path:
     left = folder / f".{host}-{'0' * 16}.convsim-init.tmp"
     left.mkdir()
     (left / "new").write_bytes(b"half of")
@@ -77,9 +79,9 @@ def scratch_of(folder: Path, host: str = files.HOST, age: float = 0) -> Path:
 @pytest.mark.parametrize(
     ("host", "age", "goes"),
     [
-        pytest.param(files.HOST, 0, True, id="ours"),
+        pytest.param(writing.HOST, 0, True, id="ours"),
         pytest.param("0" * 8, 3600, False, id="another-machine"),
-        pytest.param("0" * 8, 2 * files.ABANDONED, True, id="another-machine-long-ago"),
+        pytest.param("0" * 8, 2 * writing.ABANDONED, True, id="another-machine-long-ago"),
     ],
 )
 def test_the_next_run_removes_what_the_dead_left(host, age, goes, tmp_path):
@@ -88,9 +90,9 @@ def test_the_next_run_removes_what_the_dead_left(host, age, goes, tmp_path):
     assert left.exists() is not goes
 
 
-@pytest.mark.parametrize(("age", "goes"), [(3600, False), (2 * files.ABANDONED, True)], ids=["young", "old"])
+@pytest.mark.parametrize(("age", "goes"), [(3600, False), (2 * writing.ABANDONED, True)], ids=["young", "old"])
 def test_without_locks_age_decides(age, goes, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(writing, "fcntl", None)
     left = scratch_of(tmp_path, age=age)
     save_checkpoint(WEIGHTS, tmp_path / "init.pt")
     assert left.exists() is not goes
@@ -111,7 +113,7 @@ def test_names_that_only_resemble_ours_and_links_stay(tmp_path):
     precious.mkdir()
     (precious / "file").write_bytes(OLD)
     (tmp_path / ".mine.convsim-init.tmp").mkdir()
-    (tmp_path / f".{files.HOST}-{'1' * 16}.convsim-init.tmp").symlink_to(precious)
+    (tmp_path / f".{writing.HOST}-{'1' * 16}.convsim-init.tmp").symlink_to(precious)
     save_checkpoint(WEIGHTS, tmp_path / "init.pt")
     assert (precious / "file").read_bytes() == OLD
     assert (tmp_path / ".mine.convsim-init.tmp").exists()
@@ -152,7 +154,7 @@ def test_two_runs_may_write_the_same_files(tmp_path):
 BUSY = """
 import hashlib, sys
 from convsim_init import initialize
-from convsim_init.files import replacing
+from convsim_init.files.writing import replacing
 from pathlib import Path
 
 def busy(*_, **__):
@@ -269,7 +271,7 @@ def test_a_full_disk_keeps_the_old_file_and_no_litter(tmp_path):
 
 READ_ONLY = """
 import sys
-from convsim_init.files import check_target
+from convsim_init.files.writing import check_target
 try:
     check_target(sys.argv[1] + "/init.pt")
 except ValueError as error:
@@ -357,7 +359,7 @@ def test_without_hard_links_a_new_file_is_written_all_the_same(tmp_path, monkeyp
 FIRST = """
 import os, sys
 from pathlib import Path
-from convsim_init.files import ExistsError, replacing
+from convsim_init.files.writing import ExistsError, replacing
 children = []
 for number in range(8):
     child = os.fork()
@@ -431,7 +433,7 @@ def test_after_the_rename_nobody_says_that_nothing_changed(tmp_path, monkeypatch
 
 
 def test_a_lock_that_cannot_be_closed_is_no_trouble(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_lock", lambda folder, wait: 10**6)  # no descriptor
+    monkeypatch.setattr(writing, "_lock", lambda folder, wait: 10**6)  # no descriptor
     save_checkpoint(WEIGHTS, tmp_path / "init.pt")
     assert names(tmp_path) == ["init.pt"]
 

@@ -24,7 +24,7 @@ from convsim_init import Settings, load_checkpoint, measure, save_checkpoint
 from convsim_init.checkpoint.read import read_checkpoint
 from convsim_init.cli.arguments import WORDS, parse_arguments
 from convsim_init.errors import InputError
-from convsim_init.files import check_target
+from convsim_init.files.writing import check_target
 from convsim_init.initialize import plan
 from convsim_init.models.build import check_model
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import platform
 import re
@@ -23,29 +22,16 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from convsim_init.errors import InputError, RunError
+from convsim_init.files.sources import SUFFIXES, cause, with_suffix
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-TORCH_SUFFIXES = (".pt", ".pth")
-SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-READ_SUFFIXES = (*SUFFIXES, ".ckpt", ".bin", ".th", ".tar")  # others write these; .tar as in .pth.tar
-FOLDER_FILES = (  # of Hugging Face, where an index names several files
-    *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ".metadata",  # of torch.distributed.checkpoint, beside the files of each process
-)
-METADATA_KEY = "__metadata__"  # of safetensors
-MAX_HEADER = 10**7  # bytes that are read
-CHECKPOINT = "if it is a checkpoint, rename it"  # advice on a file of another suffix
 STDOUT = Path("-")  # as a name to write to, by convention
-FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
-
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 SCRATCH_NAME = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.convsim-init\.tmp")
 NEW = "new"
@@ -58,76 +44,6 @@ class ExistsError(InputError):
     """The file to write is there already and may not be replaced."""
 
 
-def is_source(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one; no path does not."""
-    source = Path(path)
-    # The path of an empty text is the working folder, which may hold weights.
-    return path != "" and (source.suffix in READ_SUFFIXES or folder_file(source) is not None)
-
-
-def folder_file(folder: Path) -> Path | None:
-    """The file of weights in a folder, or what names several; None if there is none."""
-    try:
-        return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
-    except (OSError, ValueError):
-        return None
-
-
-def without_weights(folder: str | os.PathLike[str]) -> InputError:
-    """The error that says which files a folder should hold one of."""
-    names = f"{', '.join(FOLDER_FILES[:-1])} or {FOLDER_FILES[-1]}"
-    return InputError(f"expected a folder with {names}, got {str(folder)!r}, which has none of them: name the file")
-
-
-def check_source(path: str | os.PathLike[str]) -> Path:
-    """The path of a checkpoint's file that can be read; of a folder the file in it.
-
-    Raises:
-        InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
-    """
-    if re.match(r"\w{2,}:/", str(path)):  # a path has one slash less
-        raise InputError(
-            f"expected a file, got the address {str(path)!r}: nothing is downloaded here; download it first"
-        )
-    source = folder_file(Path(path)) or Path(path)
-    folder = False
-    with contextlib.suppress(OSError, ValueError):  # of names that cannot be, which are refused below
-        folder = source.is_dir()
-    if folder:
-        raise without_weights(path)
-    if source.suffix in FOREIGN:
-        raise InputError(
-            f"expected weights of PyTorch, got {str(source)!r}, which is another program's: save the PyTorch model's "
-            f"state_dict() as .safetensors"
-        )
-    if source.suffix != ".json" and source.name != ".metadata":
-        source = _with_suffix(source, READ_SUFFIXES, CHECKPOINT)
-    try:
-        mode = source.stat().st_mode
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {str(source)!r}: {_cause(error)}; check the path") from error
-    if not stat.S_ISREG(mode):
-        raise InputError(f"expected an ordinary file to read, got {str(source)!r}, which is none: name a file")
-    if not os.access(source, os.R_OK):
-        raise InputError(f"expected a file that may be read, got {str(source)!r}: change its permissions")
-    return source
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, by their keys, and of itself.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is none, or its header is very long.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length)) if length <= MAX_HEADER else None
-    if not isinstance(header, dict):
-        raise ValueError("no safetensors file")
-    return header
-
-
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """The path, if a file with one of these suffixes can be written there.
 
@@ -135,7 +51,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffi
         InputError: If its suffix is unknown, its folder is missing or read-only, it is no ordinary
             file, or it exists and may not be replaced.
     """
-    target = _with_suffix(path, suffixes)
+    target = with_suffix(path, suffixes)
     mode = _mode_at(target)
     if mode is None:
         return target
@@ -240,7 +156,7 @@ def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
         # ENOTEMPTY is what renaming a folder onto another says.
         if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
             raise exists from error
-        raise RunError(f"could not write {str(target)!r}: {_cause(error)}; nothing changed there") from error
+        raise RunError(f"could not write {str(target)!r}: {cause(error)}; nothing changed there") from error
     # It is in its place: no failure from here on may say that nothing changed.
     try:
         _sync(real.parent, os.O_RDONLY)
@@ -274,7 +190,7 @@ def _mode_at(target: Path) -> int | None:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {str(target)!r}: {_cause(error)}; choose another name") from error
+        raise InputError(f"cannot write {str(target)!r}: {cause(error)}; choose another name") from error
 
 
 def _exists(target: Path) -> ExistsError:
@@ -283,20 +199,8 @@ def _exists(target: Path) -> ExistsError:
     )
 
 
-def _with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], advice: str = "choose another name") -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"expected the path of a file, got {type(path).__name__}: pass a text or a pathlib.Path")
-    if Path(path).suffix not in suffixes:  # in lower case only: loaders look for just these
-        raise InputError(f"expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}: {advice}")
-    return Path(path)
-
-
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
-
-
-def _cause(error: OSError | ValueError) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -318,7 +222,7 @@ def _optional(target: Path, problem: str) -> Iterator[None]:
 
 
 def _warn(target: Path, problem: str, error: OSError) -> None:
-    warnings.warn(f"{str(target)!r} is written, but {problem}: {_cause(error)}", RuntimeWarning, stacklevel=1)
+    warnings.warn(f"{str(target)!r} is written, but {problem}: {cause(error)}", RuntimeWarning, stacklevel=1)
 
 
 @contextlib.contextmanager

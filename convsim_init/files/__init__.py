@@ -1,0 +1,1 @@
+"""Which files are checkpoints, and writing a file whole or not at all."""
