@@ -15,7 +15,7 @@ def declare() -> None:
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
         return
-    for library in Path(found.origin).parent.glob("_C.*"):
+    for library in Path(found.origin).parent.glob("_C*.*"):  # _C_stable since torchvision 0.29
         try:
             torch.ops.load_library(library)
         except OSError:
