@@ -19,7 +19,7 @@ from convsim_init.models.construction import Construction, Moment, UnmatchedErro
 from convsim_init.models.copies import HISTORIES, History
 from convsim_init.parallel.processes import of_several_processes
 from convsim_init.report.report import Report, check_list, check_patterns
-from convsim_init.settings import Settings, check_settings
+from convsim_init.settings import Settings, check_settings, check_type
 
 RECEIVED = "changed after the optimizer was made, in this process or by another one"
 
@@ -75,6 +75,8 @@ def initializing(
     """
     check_list("include", include)
     check_list("exclude", exclude)
+    if on_report is not None:
+        check_type("on_report", on_report, Callable, "pass print or the like")  # type: ignore[arg-type]
     checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
 
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:

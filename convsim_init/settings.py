@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from convsim_init.errors import InputError
@@ -29,6 +29,7 @@ FAN_SCHEMES = SCHEMES[:2]
 FANS = ("fan_in", "fan_out")  # that these may name
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 SWITCH = "CONVSIM_INIT_COMPILED"  # variable of the environment: with "0" torch's operations do the step
+MAX_SEED = 2**63 - 1
 BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in FAN_SCHEMES for fan in FANS))
 
 
@@ -115,9 +116,8 @@ def check_settings(settings: object) -> Settings:
     """The settings, or the default ones for None; InputError if they are anything else."""
     if settings is None:
         return Settings()
-    if not isinstance(settings, Settings):
-        raise InputError(f"expected settings of type Settings, got {type(settings).__name__}: write Settings(steps=20)")
-    return settings
+    check_type("settings", settings, Settings, "write Settings(steps=20)")
+    return settings  # type: ignore[return-value]
 
 
 def parse_base(base: str) -> tuple[str, str, Activation | None]:
@@ -142,8 +142,25 @@ def parse_base(base: str) -> tuple[str, str, Activation | None]:
 
 def check_prefix(prefix: str) -> None:
     """Refuse a prefix of a state dict's keys that would run into their first part."""
+    check_type("prefix", prefix, str, "write prefix='model.'")
     if prefix and not prefix.endswith("."):
         raise InputError(f"expected a prefix of keys that ends in a dot, such as {prefix + '.'!r}, got {prefix!r}")
+
+
+def check_type(name: str, value: object, kind: type, advice: str) -> None:
+    """Refuse a value of another type."""
+    if not isinstance(value, kind):
+        raise InputError(f"expected {name} of type {kind.__name__}, got {type(value).__name__}: {advice}")
+
+
+def check_whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """The value as an int; InputError if it is no whole number, or out of the range that includes both ends."""
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if whole is not None and low <= whole and (high is None or whole <= high):
+        return whole
+    span = f"at least {low}" if high is None else f"from {low} to {high}"
+    got = f"type {type(value).__name__}" if whole is None else str(whole)  # a repr may fill many lines
+    raise InputError(f"{name}: expected a whole number {span}, got {got}; pass one in that range or leave it out")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

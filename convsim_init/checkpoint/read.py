@@ -25,6 +25,7 @@ from convsim_init.files.sources import check_source
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
+from convsim_init.settings import check_type
 
 WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffixes
 NAME_LENGTH = 255  # characters of a file's name, at most
@@ -72,6 +73,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"expected the path of a checkpoint, got {type(path).__name__}: load_state_dict takes tensors")
+    if key is not None:
+        check_type("key", key, str, "write key='state_dict'")
     refuse_fake_mode()
     source = check_source(path)
     name = repr(str(source))

@@ -34,7 +34,7 @@ from convsim_init.files.sources import METADATA_KEY, TORCH_SUFFIXES
 from convsim_init.files.writing import check_target, replacing
 from convsim_init.report.record import TORCH_RECORD, json_text
 from convsim_init.report.report import Report
-from convsim_init.settings import check_prefix
+from convsim_init.settings import check_prefix, check_type
 from convsim_init.version import __version__
 
 
@@ -109,6 +109,8 @@ def checkpoint_contents(
 ) -> Contents:
     """What `save_checkpoint` would write with the same arguments; weights and patterns are refused as there."""
     check_prefix(prefix)
+    if report is not None:
+        check_type("report", report, Report, "pass what initialize_ returned, or leave it out")
     entries = state_entries(model_or_state_dict)
     kept = without_keys(entries, exclude)
     if convs_only:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
@@ -14,11 +13,10 @@ from convsim_init.models.libraries import check_library_model, find_builder, ins
 from convsim_init.models.spec import DESCRIBED, LIBRARIES, Source, Spec, parse
 from convsim_init.models.user_code import import_context
 from convsim_init.models.zoo.catalog import MODELS
+from convsim_init.settings import MAX_SEED, check_whole
 
 if TYPE_CHECKING:
     import torch
-
-_LARGEST_SEED = 2**63 - 1
 
 
 def build_model(
@@ -63,7 +61,7 @@ def build_model(
         >>> model.fc.out_features
         10
     """
-    checked_seed = _whole("seed", seed, 0, _LARGEST_SEED)
+    checked_seed = check_whole("seed", seed, 0, MAX_SEED)
     arguments = check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
     found = resolve(spec).spec
     # Again: only now is it known which library a bare name is of, and what that does not take.
@@ -98,18 +96,9 @@ def check_model(
         )
     parsed = parse(spec)
     given = {"num_classes": num_classes, "in_chans": in_chans}
-    arguments = {name: _whole(name, value, 1) for name, value in given.items() if value is not None} | kwargs
+    arguments = {name: check_whole(name, value, 1) for name, value in given.items() if value is not None} | kwargs
     _check(parsed, arguments)
     return arguments
-
-
-def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-    if whole is not None and low <= whole and (high is None or whole <= high):
-        return whole
-    span = f"at least {low}" if high is None else f"from {low} to {high}"
-    got = f"type {type(value).__name__}" if whole is None else str(whole)  # a repr may fill many lines
-    raise InputError(f"{name}: expected a whole number {span}, got {got}; pass one in that range or leave it out")
 
 
 def _check(spec: Spec, arguments: Mapping[str, object]) -> None:

@@ -23,6 +23,7 @@ from convsim_init.layers.memory import is_wrapper, memories
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.report.text import error_text, layer_name, some
+from convsim_init.settings import MAX_SEED, check_whole
 
 IMAGES = 16  # of noise
 OWN_CLASS = "no convolution of torch.nn"
@@ -101,6 +102,7 @@ def scale_layers(
             f"expected images as one tensor, got {type(images).__name__}: of a data loader's batch pass the images "
             f"alone, and a shape as input_shape"
         )
+    seed = check_whole("seed", seed, 0, MAX_SEED)
     model, modules = unwrap(model), dict(find_convolutions(model))
     refuse_lazy(model)
     found = find_layers(model, include, exclude)

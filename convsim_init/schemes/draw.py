@@ -15,7 +15,7 @@ from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.weights import RefusedError
 from convsim_init.report.text import layer_name
-from convsim_init.settings import FAN_SCHEMES, Activation, parse_base
+from convsim_init.settings import FAN_SCHEMES, MAX_SEED, Activation, check_whole, parse_base
 
 
 def delta_orthogonal_(filters: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -80,7 +80,7 @@ def draw_base_(
     scheme, fan, activation = parse_base(base)
     if scheme == "model":
         return []
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_whole("seed", seed, 0, MAX_SEED))
     return [
         layer.name for layer in find_layers(model, include, exclude) if _draw(layer, scheme, fan, activation, generator)
     ]

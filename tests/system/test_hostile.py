@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from convsim_init import Settings, load_checkpoint, measure, save_checkpoint
+from convsim_init import Settings, calibrate_, draw_base_, initializing, load_checkpoint, measure, save_checkpoint
 from convsim_init.checkpoint.read import read_checkpoint
 from convsim_init.cli.arguments import WORDS, parse_arguments
 from convsim_init.errors import InputError
@@ -445,3 +445,39 @@ def test_a_planted_pickle_is_refused_and_not_run(tmp_path):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "posix.mkdir" in done.stderr
     assert not (tmp_path / "exploded").exists()
+
+
+# Arguments of the Python API
+
+
+def treated_by_an_optimizer(**choices: object) -> None:
+    with initializing(**choices):
+        torch.optim.SGD(small_network().parameters(), 0.1)
+
+
+def small_network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    "value", [-1.5, b"x", [3], {"a": 1}, object(), torch.zeros(2)], ids=lambda one: type(one).__name__
+)
+@pytest.mark.parametrize(
+    ("call", "argument", "expected"),
+    [
+        (lambda given: save_checkpoint(small_network(), "x.safetensors", **given), "prefix", "of type str"),
+        (lambda given: save_checkpoint(small_network(), "x.safetensors", **given), "report", "of type Report"),
+        (lambda given: load_checkpoint(small_network(), "x.safetensors", **given), "key", "of type str"),
+        (lambda given: calibrate_(small_network(), input_shape=(3, 8, 8), **given), "seed", "a whole number"),
+        (lambda given: draw_base_(small_network(), "orthogonal", **given), "seed", "a whole number"),
+        (lambda given: treated_by_an_optimizer(**given), "settings", "of type Settings"),
+        (lambda given: treated_by_an_optimizer(**given), "on_report", "of type Callable"),
+    ],
+    ids=["prefix", "report", "key", "calibrate-seed", "draw-seed", "settings", "on_report"],
+)
+def test_arguments_of_another_type_are_refused_in_one_line(call, argument, expected, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"{argument}.*{expected}.*, got .*") as caught:
+        call({argument: value})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
