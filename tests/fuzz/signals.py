@@ -29,6 +29,7 @@ SCRIPT = Path(sys.executable).with_name("convsim-init")
 ARGUMENTS = ["cifar_resnet18", "--steps", "400", "--pairs", "adjacent", "--force", "--out"]
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 FIRST_LINE = str(Path("cli", "main.py"))
+STARTING = "Fatal Python error: init_import_site"
 FAULTS = ("tracebacks", "other words", "other statuses", "over a second", "litter", "damaged")
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -54,7 +55,7 @@ def main() -> int:
             counts["commands"] += 1
             counts["with two signals"] += len(numbers) == 2
             counts[f"status {status}"] += 1
-            if "Traceback" in error and FIRST_LINE not in error:
+            if STARTING in error or ("Traceback" in error and FIRST_LINE not in error):
                 counts["Python had not started"] += 1
                 continue
             told = ("", *(f"Error: {word}; no partial file is left\n" for word in ("interrupted", "terminated")))

@@ -214,10 +214,13 @@ import os, resource, sys
 from convsim_init.checkpoint.read import read_checkpoint
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-for path in "plain.pt", "plain.safetensors":
-    read_checkpoint(path)
+def warm_up():
+    for path in "plain.pt", "plain.safetensors":
+        read_checkpoint(path)
+warm_up()
 for path in sys.argv[1:]:
     if os.fork() == 0:  # each with a peak of its own
+        warm_up()  # a new process has yet to map the pages of the libraries: tens of MiB with those of CUDA
         before, outcome = peak(), "read"
         try:
             kept = read_checkpoint(path)
