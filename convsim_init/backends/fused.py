@@ -70,7 +70,7 @@ def _evaluate(
                 w = factor * tl.load(weights + at, mask=here, other=0.0)
                 moved += (w + step * tl.load(direction + at, mask=here & moves, other=0.0),)
             for t in tl.static_range(taps):
-                tl.store(weights + t * taps_stride + row + start + lane, moved[t], mask=here)
+                tl.store(weights + (t * taps_stride + row + start + lane), moved[t], mask=here)
             cosines, sines = transform(moved, basis, taps, freqs)
             power += cosines * cosines + sines * sines
         total = tl.sum(power, 1)
@@ -80,7 +80,7 @@ def _evaluate(
             lift = tl.load(shift + own, mask=here & moves, other=0.0) / 2
             ws = ()
             for t in tl.static_range(taps):
-                ws += (tl.load(weights + t * taps_stride + row + start + lane, mask=here, other=0.0),)
+                ws += (tl.load(weights + (t * taps_stride + row + start + lane), mask=here, other=0.0),)
             cosines, sines = transform(ws, basis, taps, freqs)
             # The shift is subtracted from the partners' power, before anything cancels.
             unit = tl.load(basis + taps * freqs + frequency)
@@ -142,7 +142,7 @@ def _turn(
                 ws += (w,)
                 ds += (d + beta * tl.load(direction + at, mask=here, other=0.0),)
             for t in tl.static_range(taps):
-                tl.store(direction + t * taps_stride + row + start + lane, ds[t], mask=here)
+                tl.store(direction + (t * taps_stride + row + start + lane), ds[t], mask=here)
             w_cosines, w_sines = transform(ws, basis, taps, freqs)
             d_cosines, d_sines = transform(ds, basis, taps, freqs)
             p0 = w_cosines * w_cosines + w_sines * w_sines
