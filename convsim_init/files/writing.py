@@ -167,7 +167,7 @@ def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
 
 def _rename_to_free_name(path: Path, new: Path) -> None:
     try:
-        new.hardlink_to(path)  # unlike a rename it never replaces a file
+        os.link(path, new)  # unlike a rename it never replaces a file
     except OSError as error:
         if isinstance(error, FileExistsError) or os.path.lexists(new):
             raise FileExistsError from error

@@ -392,15 +392,17 @@ def test_of_many_that_write_a_new_file_at_once_the_first_one_keeps_it(tmp_path):
 
 @formats
 @pytest.mark.parametrize(
-    ("call", "code", "problem"),
+    ("owner", "call", "code", "problem"),
     [
-        pytest.param("chmod", errno.EPERM, "its mode could not be set: Operation not permitted", id="chmod"),
-        pytest.param("fsync", errno.EINVAL, "it could not be synced: Invalid argument", id="fsync-invalid"),
-        pytest.param("fsync", errno.ENOTSUP, "it could not be synced: Operation not supported", id="fsync-unsupported"),
+        pytest.param(Path, "chmod", errno.EPERM, "its mode could not be set: Operation not permitted", id="chmod"),
+        pytest.param(os, "fsync", errno.EINVAL, "it could not be synced: Invalid argument", id="fsync-invalid"),
+        pytest.param(
+            os, "fsync", errno.ENOTSUP, "it could not be synced: Operation not supported", id="fsync-unsupported"
+        ),
     ],
 )
-def test_what_a_file_system_cannot_do_is_a_warning(call, code, problem, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, call, fail_with(code))
+def test_what_a_file_system_cannot_do_is_a_warning(owner, call, code, problem, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, call, fail_with(code))
     with pytest.warns(RuntimeWarning, match=f"^'{tmp_path / name}' is written, but {problem}$"):
         save_checkpoint(WEIGHTS, tmp_path / name)
     assert names(tmp_path) == [name]
