@@ -55,7 +55,7 @@ def real_fourier_basis(
         root of their Parseval weight, so that the inner product of two power spectra is an energy.
     """
     # torch.compile warns of caches, and what a mode such as FakeTensorMode makes is of no use outside it.
-    make = _basis.__wrapped__ if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor else _basis
+    make = _basis if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor else _cached_basis
     return make(tuple(kernel_size), tuple(lattice or (2 * k - 1 for k in kernel_size)), dtype, device)
 
 
@@ -161,7 +161,6 @@ def _parity_rotation(taps: int) -> Tensor:
     return torch.cat([(ahead + behind) / 2**0.5, identity[half : taps - half], (ahead - behind) / 2**0.5])
 
 
-@lru_cache(maxsize=256)  # on its device: to copy it there anew would make the host wait
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training afterwards
 def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     points = math.prod(lattice)
@@ -173,6 +172,9 @@ def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.
     basis: Tensor = torch.cat([phase.cos(), phase[1:].sin()]) * (2 / points) ** 0.25
     basis[0] = (1 / points) ** 0.25
     return basis.to(device, dtype)
+
+
+_cached_basis = lru_cache(maxsize=256)(_basis)  # on its device: to copy it there anew would make the host wait
 
 
 def _grid(starts: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ def card(monkeypatch) -> Iterator[PretendedCard]:
         monkeypatch.setattr(torch.cuda, name, nullcontext)
     with PretendedCard() as pretended:
         yield pretended
-    fourier._basis.cache_clear()  # it holds tensors of the pretended GPU
+    fourier._cached_basis.cache_clear()  # it holds tensors of the pretended GPU
 
 
 @pytest.fixture
