@@ -5,7 +5,8 @@ from __future__ import annotations
 import runpy
 import sys
 import traceback
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from convsim_init.errors import InputError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.report import Report
 from convsim_init.report.table import report_cells
-from convsim_init.report.text import printable, shown
+from convsim_init.report.text import printable, shown, some
 from convsim_init.settings import PRESETS, Preset, Settings
 
 from ..options import Whole, debug_option
@@ -77,9 +78,7 @@ def run(
         if not quiet and launched().leads:
             cells = ", ".join(" ".join(cell.split()) for cell in report_cells(report.to_dict()))
             line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
-            others = Counter((one.outcome.value, one.reason) for one in report.layers if not one.after)
-            left = [f"{count} {outcome}: {reason}" for (outcome, reason), count in others.most_common()]
-            for text in (line, *left, *report.remarks):
+            for text in (line, *_left(report), *report.remarks):
                 print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
 
     before, reports = (sys.argv, sys.path[:]), list[Report]()
@@ -113,6 +112,18 @@ def run(
         sys.argv, sys.path[:] = before
         if not reports and not quiet and launched().leads:
             print(
-                "convsim-init: no network was treated: none was built and given an optimizer of torch.optim here",
+                "convsim-init: no network was treated: no convolution of PyTorch was given an optimizer of torch.optim",
                 file=sys.stderr,
             )
+
+
+def _left(report: Report) -> Iterator[str]:
+    """Why layers were left alone, with how many of them there are of each reason, the most frequent one first."""
+    others = defaultdict[tuple[str, str], list[str]](list)
+    for one in report.layers:
+        if not one.after:
+            # Of a layer that was treated before, the reason ends with its name then.
+            reason, _, name = (one.reason or "").partition(", as ")
+            others[one.outcome.value, reason].append(name)
+    for (outcome, reason), names in sorted(others.items(), key=lambda item: -len(item[1])):
+        yield f"{len(names)} {outcome}: {reason}" + (f", as {some(names)}" if names[0] else "")

@@ -96,6 +96,17 @@ def test_why_layers_are_left_alone_is_told(run, tmp_path):
     ]
 
 
+def test_layers_that_were_treated_before_are_told_in_a_line(run, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "net = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(6)))\n"
+        "part = nn.Sequential(*net)\ntorch.optim.SGD(part.parameters(), lr=0.1)\n"
+    )
+    _, _, err = run("--steps", "2", str(tmp_path / "net.py"))
+    names = ", ".join(f"{index} of Sequential" for index in range(4))
+    assert err.splitlines()[2:] == [f"convsim-init: 6 skipped: treated before, as {names} and 2 more"]
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no safe path")
 def test_a_safe_path_stays_as_it_is(tmp_path):
     library = tmp_path / "library"
@@ -118,7 +129,7 @@ def test_a_script_that_makes_no_optimizer_is_told(run):
     status, _, err = run("code/train.py", "untrained", "0")
     assert (status, err) == (
         0,
-        "convsim-init: no network was treated: none was built and given an optimizer of torch.optim here\n",
+        "convsim-init: no network was treated: no convolution of PyTorch was given an optimizer of torch.optim\n",
     )
 
 
