@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.find import is_quantized
+from convsim_init.layers.find import UNSELECTED, is_quantized
 from convsim_init.layers.forward.isolation import one_at_a_time
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer, Layers
@@ -29,7 +29,7 @@ from convsim_init.report.text import layer_name, shown, some
 
 USUAL = frozenset(vars(nn.Module()))  # attributes of every module
 NEAR = 2  # containers and objects within each other that copies are looked for in
-COPIES = ("frozen", "loaded")  # what the obstacle of a copy begins with
+COPIES = ("frozen", "loaded", *UNSELECTED)  # what the obstacle of a copy begins with
 
 
 @one_at_a_time()
@@ -62,7 +62,8 @@ def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> Iterat
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        own = {id(one) for key, one in module._parameters.items() if "weight" in key and _is_kernel(module, one)}
+        named = (one for key, one in module._parameters.items() if "weight" in key or "kernel" in key)
+        own = {id(one) for one in named if _is_kernel(module, one)}
         # Biases of what makes a weight are no kernels, and convolutions are in the report already.
         own = (own | uses.others[name]) & others
         kernels |= own

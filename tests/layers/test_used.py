@@ -517,11 +517,12 @@ def test_modules_that_may_convolve_are_told_with_their_share():
             return F.conv2d(x, self.linear(style).view(4, 3, 3, 3))
 
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "bank": Bank(), "k1": Kernel(), "k2": Kernel()})
+    model["keras"] = nn.ParameterDict({"conv2d/kernel": torch.randn(3, 3, 3, 4)})
     model["hyper"], model["scale"] = Hyper(), nn.Module()
     model["scale"].weight = nn.Parameter(torch.ones(1, 1, 1, 4))  # factors, of no kernels
     (remark,) = ci.measure(model).remarks
-    share = (4 * 108 + 3 * 108) / (108 + 4 * 108 + 3 * 108 + 4)
-    kinds = "2 Kernel, 1 Bank, 1 Hyper"
+    share = (4 * 108 + 4 * 108) / (108 + 4 * 108 + 4 * 108 + 4)
+    kinds = "2 Kernel, 1 Bank, 1 ParameterDict, 1 Hyper"
     assert remark == f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"
 
 
