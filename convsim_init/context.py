@@ -15,12 +15,13 @@ from convsim_init.layers import tree
 from convsim_init.layers.find import find_layers, pair_obstacle, unselected
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name, unwrap
-from convsim_init.models.construction import Construction, Moment, UnmatchedError, left_alone
+from convsim_init.models.construction import LOADED, Construction, Moment, UnmatchedError, left_alone
 from convsim_init.models.copies import HISTORIES, History
 from convsim_init.parallel.processes import of_several_processes
 from convsim_init.report.report import Report, check_list, check_patterns
 from convsim_init.settings import Settings, check_settings, check_type
 
+CHANGED = "changed after the optimizer was made, and treated as if it was drawn anew: exclude it if it was trained"
 RECEIVED = "changed after the optimizer was made, in this process or by another one"
 
 
@@ -39,11 +40,12 @@ def initializing(
     is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
     begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not
     where several processes of `torch.distributed` run, since it may have come from another one. What
-    ``reset_parameters`` draws anew later is treated before the next optimizer. Treated are the convolutions that were
-    drawn in the context. Left alone are those built before it, on the meta device, in a context within it, treated by
-    `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint loaded
-    at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was made,
-    as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
+    ``reset_parameters`` draws anew later, or ``load_state_dict`` puts back as it was drawn, is treated before the next
+    optimizer, and a layer that is built later before its parameters are added to one. Treated are the convolutions that
+    were drawn in the context. Left alone are those built before it, on the meta device, in a context within it, treated
+    by `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint
+    loaded at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was
+    made, as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
     ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude
     them. A copy that is left alone, such as a target network, is named in a remark where what it was copied from was
     treated. Processes that are started in the context are not part of it, and models are to be built and trained by one
@@ -78,9 +80,13 @@ def initializing(
     if on_report is not None:
         check_type("on_report", on_report, Callable, "pass print or the like")  # type: ignore[arg-type]
     checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
+    before: dict[int, set[str]] = {}  # what was treated at last, by the ids of the models
 
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
-        return left_alone(parts.get(layer.name)) or unselected(layer.name, include, exclude) or history.obstacle(layer)
+        why = left_alone(parts.get(layer.name))
+        if why == LOADED and history.began_with(layer):  # put back as it was drawn, as for another fold
+            why = None
+        return unselected(layer.name, include, exclude) or history.obstacle(layer) or why
 
     def treat(models: Sequence[nn.Module], moment: Moment) -> None:
         again = moment in (Moment.FORWARD, Moment.STEP)
@@ -96,7 +102,7 @@ def initializing(
             parts = {bare_name(name): part for name, part in tree.named_modules(unwrap(model))}
             layers = find_layers(model, obstacle=partial(obstacle, parts))
             drawn = [layer for layer in layers if layer.obstacle is None]
-            if again and not drawn:
+            if again and not drawn and all(layer.obstacle != LOADED for layer in layers):
                 continue
             if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
                 # Without a pair of filters a layer would be left anyway, and says so itself.
@@ -104,8 +110,12 @@ def initializing(
                     layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
             report = initialize_layers(model, layers, checked, device, within=history)
             # The report that was there before says it all.
-            if again and not any(layer.after or layer.reason == RECEIVED for layer in report.layers):
+            if again and not any(layer.after or layer.reason in (RECEIVED, LOADED) for layer in report.layers):
                 continue
+            treated = {layer.name for layer in report.layers if layer.after}
+            if again and treated & before.get(id(model), set()):
+                report.remarks.insert(0, CHANGED)
+            before[id(model)] = treated
             report.model = type(unwrap(model)).__name__
             reports.append(report)
             if on_report is not None:

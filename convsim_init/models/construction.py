@@ -25,6 +25,7 @@ from convsim_init.models.window import before_first_pass, drop_hooks
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
+LOADED = "loaded in place of what was drawn here"  # after the model was told
 TRAINED = "trained already: it got a gradient before an optimizer was made"
 
 
@@ -52,9 +53,10 @@ class Construction:
 
     That is when an optimizer is made, because training is about to begin, or else when the context ends. Before the
     first forward pass of one of them after that they are told again, for what was drawn anew in between. They are also
-    told again before a later optimizer if a convolution's ``reset_parameters`` drew it anew, as between the folds of a
-    cross-validation. A model is a module, built or copied in the context, that is part of no other one and has a
-    convolution that was. Those whose weights have no data do not count.
+    told again before a later optimizer if a convolution's ``reset_parameters`` drew it anew or it was loaded, as
+    between the folds of a cross-validation, and before an optimizer gets more parameters if something was built since.
+    A model is a module, built or copied in the context, that is part of no other one and has a convolution that was.
+    Those whose weights have no data do not count.
     """
 
     def __init__(self, treat: Treat) -> None:
@@ -65,6 +67,7 @@ class Construction:
         self._told = _Modules()  # and not trained yet
         self._models = _Modules()  # told at any time
         self._redrawn = _Modules()  # since an optimizer was made
+        self._loaded = _Modules()  # since models were told
         self._graded = set[int]()  # parameters, by their ids, that had a gradient then
         self._telling = False  # then copies that are made, and forward passes, are none of the context's
         self._window = ExitStack()  # from an optimizer to the first forward pass
@@ -78,6 +81,7 @@ class Construction:
         self._undo.enter_context(noting_loaded(self._leave))
         self._undo.enter_context(replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
         self._undo.enter_context(replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
+        self._undo.enter_context(replaced(torch.optim.Optimizer, "add_param_group", self._before_group))
         self._undo.enter_context(replaced(torch.autograd, "backward", self._marking_trained))
         self._undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         return self
@@ -140,20 +144,34 @@ class Construction:
     def _leave(self, module: nn.Module) -> None:
         _unmark([module])
         self._redrawn.pop(id(module), None)
+        self._loaded[id(module)] = module
 
     def _before_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
         @wraps(init)
         def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
             if not _is_own(optimizer):
-                self._window.close()
-                self._tell(Moment.OPTIMIZER)
-                models = list(self._told.values())
-                parameters = [one for model in models for one in tree.parameters(model)]
-                self._graded = {id(one) for one in parameters if _has_gradient(one)}
-                self._window.enter_context(before_first_pass(models, self._at_first_pass))
+                self._begin_training()
             init(optimizer, *args, **kwargs)
 
         return after_telling
+
+    def _before_group(self, add: Callable[..., None]) -> Callable[..., None]:
+        @wraps(add)
+        def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            # What was built since the optimizer was made, as layers in the first forward pass are.
+            if self._built and not (self._telling or _is_own(optimizer)):
+                self._begin_training()
+            add(optimizer, *args, **kwargs)
+
+        return after_telling
+
+    def _begin_training(self) -> None:
+        self._window.close()
+        self._tell(Moment.OPTIMIZER)
+        models = list(self._told.values())
+        parameters = [one for model in models for one in tree.parameters(model)]
+        self._graded = {id(one) for one in parameters if _has_gradient(one)}
+        self._window.enter_context(before_first_pass(models, self._at_first_pass))
 
     def _at_first_pass(self) -> None:
         if not self._telling:
@@ -190,18 +208,19 @@ class Construction:
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
             inner = {id(part) for model in models for part in list(tree.modules(model))[1:]}
-            # A model that was told is told again if a part was drawn anew, or a new one is in it.
+            # A model that was told is told again if a part was drawn anew or loaded, or a new one is in it.
+            changed = {id(model) for model in models if self._marks_drawn(model) | self._marks_loaded(model)}
             told = {
                 id(model): model
                 for model in models
-                if id(model) not in inner
-                and (self._marks_drawn(model) or not new.isdisjoint(map(id, tree.modules(model))))
+                if id(model) not in inner and (id(model) in changed or not new.isdisjoint(map(id, tree.modules(model))))
             }
             self._built.clear()
             self._redrawn.clear()
             self._told.update(told)
             self._models.update(told)
             self._treat(list(told.values()), moment)
+            self._forget_loaded()
 
     def _marks_drawn(self, model: nn.Module) -> bool:
         """Whether a part of a model was drawn anew since it was told; each of them is marked."""
@@ -212,12 +231,27 @@ class Construction:
                 self._marked[id(part)] = part
         return bool(drawn)
 
+    def _marks_loaded(self, model: nn.Module) -> bool:
+        """Whether a part of a model that was told before was loaded since then; each of them is marked."""
+        known = self._loaded and id(model) in self._models
+        loaded = [part for part in tree.modules(model) if id(part) in self._loaded] if known else []
+        for part in loaded:
+            self._mark(part, LOADED)
+        return bool(loaded)
+
+    def _forget_loaded(self) -> None:
+        _unmark(self._loaded.values())
+        self._loaded.clear()
+
     def _tell_again(self, moment: Moment) -> None:
         self._window.close()
         models = list(self._told.values())
         self._told.clear()
         with self._own_work():
+            for model in models:
+                self._marks_loaded(model)
             self._treat(models, moment)
+        self._forget_loaded()
         for model in models:
             self._forget_redrawn(model)
             _unmark(tree.modules(model))

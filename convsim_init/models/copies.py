@@ -74,6 +74,10 @@ class History:
         """
         return self._after.find(_direction(sample_layer(layer))) if self._after else None
 
+    def began_with(self, layer: Layer) -> bool:
+        """Whether its weight is what some layer was drawn with that was treated."""
+        return self._before.find(sample_layer(layer)) is not None
+
     def note(
         self,
         model: str,

@@ -98,7 +98,8 @@ def test_a_model_is_what_initialize_makes_of_it(build):
 
 REPLACED = [(nn.Module, "__init__"), (nn.Module, "__setstate__"), (nn.Module, "_load_from_state_dict")]
 REPLACED += [(nn.modules.conv._ConvNd, "__init__"), (nn.modules.conv._ConvNd, "reset_parameters")]
-REPLACED += [(torch.optim.Optimizer, "__init__"), (torch.autograd, "backward")]
+REPLACED += [(torch.optim.Optimizer, "__init__"), (torch.optim.Optimizer, "add_param_group")]
+REPLACED += [(torch.autograd, "backward")]
 
 
 def build_within(error=None, **options):
@@ -174,6 +175,19 @@ def test_what_is_drawn_anew_for_another_training_is_treated_again():
     assert [report.totals["initialized"] for report in reports] == [1, 1, 1]
 
 
+def test_what_is_set_after_the_optimizer_is_told_of():
+    """It may have been trained, which cannot be told from drawn weights."""
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        model[0].weight.data = network()[0].weight.data
+        model(torch.randn(1, 3, 9, 9))
+    assert [report.remarks for report in reports] == [
+        [],
+        ["changed after the optimizer was made, and treated as if it was drawn anew: exclude it if it was trained"],
+    ]
+
+
 def test_what_changes_between_several_processes_is_left_alone_and_told(monkeypatch):
     """It may have come from another process, which treated it."""
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
@@ -239,6 +253,31 @@ def test_what_was_frozen_while_the_rest_trained_stays():
         trained = copy.deepcopy(model.state_dict())
         torch.optim.SGD(model.parameters(), lr=0.1)
     assert_equal(model, trained)
+
+
+class Grows(nn.Module):
+    """A network that makes a layer in its first forward pass, and gives it to the optimizer then."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), None
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def forward(self, x):
+        if self.second is None:
+            self.second = nn.Conv2d(8, 8, 3)
+            self.drawn = self.second.weight.detach().clone()
+            self.optimizer.add_param_group({"params": self.second.parameters()})
+        return self.second(self.first(x))
+
+
+def test_a_layer_that_is_given_to_an_optimizer_later_is_treated():
+    with ci.initializing(settings=QUICK) as reports:
+        model = Grows()
+        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+        model.optimizer.step()
+    assert [report.totals["initialized"] for report in reports] == [1, 1]
+    assert not torch.allclose(model.second.weight, model.drawn)
 
 
 def test_to_draw_what_is_computed_changes_nothing():
@@ -532,14 +571,41 @@ def test_what_is_loaded_stays(assign):
     }
 
 
-def test_what_is_loaded_after_the_optimizer_stays():
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_what_is_loaded_after_the_optimizer_stays_and_is_told(passes):
+    """As by a script that resumes: what the first report says was treated is not what is trained."""
     state = network().state_dict()
-    with ci.initializing(settings=QUICK):
+    with ci.initializing(settings=QUICK) as reports:
         model = network()
         torch.optim.SGD(model.parameters(), lr=0.1)
         model.load_state_dict(state)
-        model(torch.randn(1, 3, 9, 9))
+        for _ in range(passes):
+            model(torch.randn(1, 3, 9, 9))
     assert_equal(model, state)
+    assert [report.totals.get("initialized") for report in reports] == [2, None]
+    assert {layer.reason for layer in reports[1].layers} == {"loaded in place of what was drawn here"}
+
+
+def test_what_is_put_back_as_it_was_drawn_is_treated_again():
+    """As for the folds of a cross-validation; what was trained since stays."""
+    with ci.initializing(settings=QUICK) as reports:
+        model = network(nn.BatchNorm2d(8))
+        start, starts = copy.deepcopy(model.state_dict()), []
+        for fold in range(2):
+            if fold:
+                model.load_state_dict(start)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            starts.append(copy.deepcopy(model.state_dict()))
+            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained = copy.deepcopy(model.state_dict())
+        model.load_state_dict(trained)
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert_equal(model, trained)
+    assert not torch.equal(starts[1]["0.weight"], start["0.weight"])
+    assert torch.equal(starts[1]["0.weight"], starts[0]["0.weight"])
+    assert [report.totals.get("initialized") for report in reports] == [2, 2, None]
 
 
 def test_what_was_built_elsewhere_stays():
@@ -751,6 +817,28 @@ def test_a_copy_that_is_left_alone_is_told_of(copied, whole, first):
     assert remark.startswith("copies that are no longer equal to what they were copied from: ")
     assert remark.endswith(": copy them again")
     assert models is not None
+
+
+@pytest.mark.parametrize("options", [{"exclude": ["0"]}, {"include": ["2"]}], ids=["exclude", "include"])
+def test_a_copy_that_is_selected_otherwise_is_told_of(options):
+    """An average of weights holds the layers under other names."""
+    with ci.initializing(settings=QUICK, **options) as reports:
+        models = [model := network(), torch.optim.swa_utils.AveragedModel(model)]
+    copied = "module.2 of AveragedModel (of 2 of Sequential)"
+    remark = copied if "include" in options else "0 of Sequential (of module.0 of AveragedModel)"
+    assert [remark for report in reports for remark in report.remarks] == [
+        f"copies that are no longer equal to what they were copied from: {remark}: copy them again"
+    ]
+    assert len(models) == 2
+
+
+def test_a_copy_within_a_model_that_is_excluded_is_told_of():
+    model = nn.ModuleDict({"online": network()})
+    model["target"] = copy.deepcopy(model["online"])
+    report = ci.initialize_(model, settings=QUICK, exclude=["target.2"])
+    assert report.remarks == [
+        "copies that are no longer equal to what they were copied from: target.2 (of online.2): copy them again"
+    ]
 
 
 def nothing(model):
