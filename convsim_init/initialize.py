@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -186,14 +187,17 @@ def initialize_layers(
     costs = {layer.name: cost(layer) for layer in own}
     places = [computing_device(torch.device(device or layer.device)) for layer in layers]
     reports: dict[str, LayerReport] = {}
+    # One that is not shown would leave a thread behind, too, that watches bars.
+    shown_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
     with (
-        tqdm(total=sum(costs.values()), desc="layers", bar_format=BAR, disable=not progress, leave=False) as bar,
+        shown_bar() if progress else nullcontext() as bar,
         Team.for_devices(*places) as team,
     ):
         treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report
-            bar.update(costs[report.name])
+            if bar is not None:
+                bar.update(costs[report.name])
     shared = share(layers, reports, ranks, device=device)
     seconds = time.perf_counter() - started
     remarks += [*unknown, *parted()]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
+from tqdm import tqdm
 
 import convsim_init as ci
 from convsim_init.initialize import plan
@@ -245,6 +246,12 @@ def test_the_same_weights_give_the_same_result_and_no_random_state_changes():
         assert torch.equal(second.state_dict()[key], value)
 
 
+def test_no_thread_is_left_behind_that_watches_a_bar_that_is_not_shown(monkeypatch):
+    monkeypatch.setattr("tqdm.tqdm.monitor", None)
+    ci.initialize_(nn.Sequential(nn.Conv2d(3, 8, 3)), settings=QUICK)
+    assert tqdm.monitor is None
+
+
 def test_one_thread_and_several_give_the_same_bits():
     first = zoo()
     second = copy.deepcopy(first)
@@ -460,7 +467,7 @@ def test_an_interrupt_ends_the_work_and_puts_the_threads_back(monkeypatch):
     model = nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(6)))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(KeyboardInterrupt):
-        ci.initialize_(model, settings=ci.Settings(steps=5000, tolerance=0))
+        ci.initialize_(model, settings=ci.Settings(steps=5000, tolerance=0), progress=True)
     assert torch.get_num_threads() == threads
     changed = sum(not torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert changed <= 3, "layers not yet done must not be worked on to the end"
