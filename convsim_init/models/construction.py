@@ -202,6 +202,8 @@ class Construction:
                 yield
         finally:
             self._telling = False
+            _unmark(self._loaded.values())
+            self._loaded.clear()
 
     def _tell(self, moment: Moment) -> None:
         with self._own_work():
@@ -220,7 +222,6 @@ class Construction:
             self._told.update(told)
             self._models.update(told)
             self._treat(list(told.values()), moment)
-            self._forget_loaded()
 
     def _marks_drawn(self, model: nn.Module) -> bool:
         """Whether a part of a model was drawn anew since it was told; each of them is marked."""
@@ -239,10 +240,6 @@ class Construction:
             self._mark(part, LOADED)
         return bool(loaded)
 
-    def _forget_loaded(self) -> None:
-        _unmark(self._loaded.values())
-        self._loaded.clear()
-
     def _tell_again(self, moment: Moment) -> None:
         self._window.close()
         models = list(self._told.values())
@@ -251,7 +248,6 @@ class Construction:
             for model in models:
                 self._marks_loaded(model)
             self._treat(models, moment)
-        self._forget_loaded()
         for model in models:
             self._forget_redrawn(model)
             _unmark(tree.modules(model))
