@@ -119,11 +119,13 @@ def run(
 
 def _left(report: Report) -> Iterator[str]:
     """Why layers were left alone, with how many of them there are of each reason, the most frequent one first."""
-    others = defaultdict[tuple[str, str], list[str]](list)
+    from convsim_init.models.copies import BEFORE
+
+    others = defaultdict[tuple[str, str, str], list[str]](list)
     for one in report.layers:
         if not one.after:
             # Of a layer that was treated before, the reason ends with its name then.
-            reason, _, name = (one.reason or "").partition(", as ")
-            others[one.outcome.value, reason].append(name)
-    for (outcome, reason), names in sorted(others.items(), key=lambda item: -len(item[1])):
-        yield f"{len(names)} {outcome}: {reason}" + (f", as {some(names)}" if names[0] else "")
+            reason, before, name = (one.reason or "").partition(BEFORE)
+            others[one.outcome.value, reason, before].append(name)
+    for (outcome, reason, before), names in sorted(others.items(), key=lambda item: -len(item[1])):
+        yield f"{len(names)} {outcome}: {reason}{before}{some(names) if before else ''}"

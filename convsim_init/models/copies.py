@@ -18,6 +18,7 @@ from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 
 Fact = TypeVar("Fact")
+BEFORE = " before, as "  # and then a name: of a layer whose weight was seen already
 SAMPLES = 256  # sums of a weight's values with random signs, by which it is recognized: distances are nearly kept
 FEW = 16  # values, of which several weights may have the same direction
 DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
@@ -98,12 +99,12 @@ class History:
             own = Named(f"{layer_name(layer.name)} of {shown(model)}", memory)
             if outcome.after:
                 treated.append((own, sample))
-                self._after.add(f"treated before, as {own.name}", _direction(sample_layer(layer)))
+                self._after.add(f"treated{BEFORE}{own.name}", _direction(sample_layer(layer)))
                 parted += [(twin, own)] if (twin := self._left.find(sample)) else []
             elif layer.obstacle is None:
-                self._after.add(f"left as it was before, as {own.name}", _direction(sample_layer(layer)))
+                self._after.add(f"left as it was{BEFORE}{own.name}", _direction(sample_layer(layer)))
             elif layer.obstacle in UNSELECTED and chosen:
-                self._after.add(f"{layer.obstacle} before, as {own.name}", _direction(sample))
+                self._after.add(f"{layer.obstacle}{BEFORE}{own.name}", _direction(sample))
             elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
                 left.append((own, sample))
                 parted += [(own, twin)] if (twin := self._before.find(sample)) else []
