@@ -1378,7 +1378,29 @@ class MaskedInALoop(MaskedFurtherOut):
         return self.body.conv(x)
 
 
-@pytest.mark.parametrize("build", [MaskedFurtherOut, MaskedListFurtherOut, MaskedSequence, MaskedInALoop])
+class MaskedByAFunctionalCall(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 8, 3))
+
+    def forward(self, x):
+        used = {name: one * 0.5 for name, one in self.body.named_parameters()}
+        return torch.func.functional_call(self.body, used, (x,))
+
+
+class MaskedByAFunctionalCallOfAMasked(MaskedByAFunctionalCall):
+    def __init__(self):
+        super().__init__()
+        self.body = MaskedAround()
+
+
+FURTHER_OUT = [
+    *(MaskedFurtherOut, MaskedListFurtherOut, MaskedSequence, MaskedInALoop, MaskedByAFunctionalCall),
+    MaskedByAFunctionalCallOfAMasked,
+]
+
+
+@pytest.mark.parametrize("build", FURTHER_OUT)
 def test_a_forward_pass_further_out_that_may_use_another_weight_is_told(build):
     report = ci.measure(nn.Sequential(build()))
     assert report.remarks == ["not tried, though they may use other weights: the forward passes of 0"]

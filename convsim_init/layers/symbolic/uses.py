@@ -67,6 +67,11 @@ def find_uses(followed: Followed) -> Uses:
             otherwise = REPLACED if node.module is None else CHANGED
             how = CALLED if _is_plain(node, cast(_ConvNd, modules[name])) else otherwise
             uses.of[name].add(Use(by, how, node.hook))
+            # What is computed further out is that module's doing, as by torch.func.functional_call.
+            for made in origins(node.weight) if how != CALLED and node.weight is not None else ():
+                maker = followed.names.get(id(made.caller), by)
+                if not f"{maker}.".startswith(f"{by}." if by else ""):
+                    uses.of[name].add(Use(maker, CHANGED, made.hook))
         if node.convolution is not None and node.weight is not None and not layers & used:
             made_of = kernels(node)
             makers = [one.module for one in origins(node.weight) if one.module is not None]
