@@ -27,6 +27,7 @@ PARAMETRIZED = "parametrized: its weight is computed from what the state dict ho
 MASKED = "whether its forward pass uses it like that the model itself tells (--like in the shell)"
 BY_SHAPE = "taken from its shape for a convolution without groups, not transposed"
 BY_BIAS = "taken from the length of its bias for a transposed convolution"
+BY_NORM = "taken from the length of the norm layer behind it for a transposed convolution"
 DEPTHWISE = "looks depthwise, by its shape alone"
 DOUBTFUL = (
     "doubtful whether it is a convolution's weight in PyTorch's layout, so it is left alone: the model itself (--like "
@@ -41,9 +42,10 @@ OTHER_NAMES = ("bilinear", "expert", "codebook")
 def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     """The tensors of rank 3 to 5 whose keys end in ``weight``, or in what its source is called where it is computed.
 
-    A transposed convolution gives itself away where its bias is not as long as dimension 0 of its weight; one group per
-    filter shows in a dimension 1 of length 1. Other groups cannot be seen. What pruning, masks and weight_norm compute
-    can be read from the state dict but not set there; a ``weight`` beside what it is computed from is a stale one.
+    A transposed convolution gives itself away where its bias, or without one the norm layer that is next beside it, is
+    not as long as dimension 0 of its weight; one group per filter shows in a dimension 1 of length 1. Other groups
+    cannot be seen. What pruning, masks and weight_norm compute can be read from the state dict but not set there; a
+    ``weight`` beside what it is computed from is a stale one.
     """
     weights: dict[str, Tensor] = {}
     beside = defaultdict[str, list[str]](list)  # other keys of each module
@@ -54,7 +56,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
         elif isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS:
             weights[key] = value
     foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
-    stacked = _stacked(state)
+    stacked, behind = _stacked(state), _norms_behind(state)
     for key, value in weights.items():
         name, ending = _owner(key)
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
@@ -73,10 +75,14 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
         if foreign or value.shape[0] in stacked or _is_doubtful(state, name, value):
             yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
             continue
-        groups = _transposed_groups(value, state.get(f"{prefix}bias"))
-        if groups:
+        bias = state.get(f"{prefix}bias")
+        groups, filters, inputs = _transposed_groups(value, bias), *value.shape[:2]
+        # Only as many as dimension 1: another length may be that of what is concatenated before the norm layer.
+        by_norm = bias is None and behind.get(name) == inputs != filters and value.shape[2:].numel() > 1
+        if groups or by_norm:
             kind = kind.replace("Conv", "ConvTranspose")
-            yield Layer(name, kind, weight, groups=groups, transposed=True, note=BY_BIAS)
+            note = BY_BIAS if groups else BY_NORM
+            yield Layer(name, kind, weight, groups=groups or 1, transposed=True, note=note)
         elif value.shape[0] > 1 and value.shape[1] == 1:
             yield Layer(name, kind, weight, groups=value.shape[0], note=DEPTHWISE)
         else:
@@ -130,6 +136,20 @@ def _stacked(state: Mapping[str, object]) -> set[int]:
         weight = shapes.get(f"{name}.weight".lstrip("."), ())
         if part in ("bias", "running_mean") and len(shape) == 2 and weight[:2] == shape:
             found.add(shape[0])
+    return found
+
+
+def _norms_behind(state: Mapping[str, object]) -> dict[str, int]:
+    """How long the norm layer is that comes next beside a module, by the module's name, where that is one."""
+    found, following = dict[str, int](), dict[str, str]()
+    for name in reversed(dict.fromkeys(key.rpartition(".")[0] for key in state)):
+        above = name.rpartition(".")[0]
+        after = f"{following[above]}." if above in following else "."
+        weight = state.get(f"{after}weight") if f"{after}bias" in state else None
+        length = state.get(f"{after}running_mean", weight)
+        if isinstance(length, Tensor) and not is_lazy(length) and length.dim() == 1:
+            found[name] = len(length)
+        following[above] = name
     return found
 
 

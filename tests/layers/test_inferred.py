@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
-from convsim_init.layers.inferred import BY_BIAS, BY_SHAPE, DEPTHWISE, DOUBTFUL
+from convsim_init.layers.inferred import BY_BIAS, BY_NORM, BY_SHAPE, DEPTHWISE, DOUBTFUL
 
 QUICK = ci.Settings(steps=4, channels="matched")
 
@@ -40,6 +40,22 @@ def test_a_transposed_convolution_shows_in_the_length_of_its_bias(groups):
     assert layer.after == twin.after
     assert torch.equal(state["0.weight"], module.weight)
     assert ci.measure(state).layers[0].before == ci.measure(module).layers[0].before
+
+
+def test_a_transposed_convolution_without_a_bias_shows_in_the_length_of_the_norm_layer_behind_it():
+    model = nn.Sequential(nn.ConvTranspose2d(8, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 3))
+    state = copy.deepcopy(model.state_dict())
+    first, second = ci.initialize_(state, settings=QUICK).layers
+    ci.initialize_(model, settings=QUICK)
+    assert [(first.kind, first.reason), second.reason] == [("ConvTranspose2d", BY_NORM), BY_SHAPE]
+    assert all(torch.equal(one, state[key]) for key, one in model.state_dict().items())
+
+
+def test_a_norm_layer_of_another_module_or_of_what_is_concatenated_shows_nothing():
+    state = {"a.conv.weight": torch.randn(8, 24, 3, 3), "b.norm.weight": torch.ones(24), "b.norm.bias": torch.ones(24)}
+    state |= {"c.0.weight": torch.randn(8, 12, 3, 3), "c.1.running_mean": torch.ones(24)}
+    state |= {"d.0.weight": torch.randn(8, 12, 1, 1), "d.1.running_mean": torch.ones(12)}
+    assert [layer.reason for layer in ci.initialize_(state, settings=QUICK).layers] == [BY_SHAPE] * 3
 
 
 def test_one_channel_per_filter_looks_depthwise():
