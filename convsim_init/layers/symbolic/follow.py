@@ -28,7 +28,7 @@ from convsim_init.layers.forward.copies import is_librarys
 from convsim_init.layers.forward.isolation import LIVE, random_states
 from convsim_init.layers.symbolic.clone import on_meta
 from convsim_init.layers.symbolic.kinds import SHAPES, USING
-from convsim_init.layers.symbolic.passes import SymbolicPass
+from convsim_init.layers.symbolic.passes import SAMPLE, SymbolicPass
 from convsim_init.layers.symbolic.symbols import Node
 
 FOLLOWING: list[nn.Module] = []  # the model whose forward passes run, in the thread that has `LIVE`
@@ -115,7 +115,9 @@ def _follow(model: nn.Module, followed: Followed) -> None:
     # A deep copy keeps the order of parameters, and shared ones stay shared: so they pair up.
     both = zip(tree.parameters(clone), tree.parameters(model), strict=True)
     followed.originals = {id(twin): id(one) for twin, one in both}
-    passes = SymbolicPass(clone)
+    # Numbers that code makes for its input, and may keep, are to be of the model's dtype and device.
+    like = next((one for one in tree.parameters(model) if one.is_floating_point()), SAMPLE)
+    passes = SymbolicPass(clone, torch.empty(0, 0, dtype=like.dtype, device=like.device))
     _run(passes, clone, followed, set())
     failed = {followed.names[id(one)] for one in passes.failed}
     followed.failed = {name for name in failed if _has_forward(followed.modules[name])}

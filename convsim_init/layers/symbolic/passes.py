@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial, wraps
 from itertools import takewhile
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
@@ -43,10 +45,12 @@ VIEWS = {  # of what they are given: what is written into one is in the other
 UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # kinds of arguments
 ORDERED = (*UNNAMED, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 UNWRITTEN = {"requires_grad", "retain_grad", "grad"}  # change no value
+RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"}
+RANDOM |= {"multinomial", "poisson", "uniform", "random", "exponential", "dropout"}
 BEFORE, AFTER = "before", "after"  # a forward pass
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
-SAMPLE = torch.empty(0, 0, device="cpu")  # what is asked of an unknown value, but for its shape, is asked of this one
+SAMPLE = torch.empty(0, 0, device="cpu")
 
 
 class EndlessError(BaseException):
@@ -62,14 +66,16 @@ class SymbolicPass(TorchFunctionMode):
 
     Args:
         model: Copy of a model, with its hooks, on the meta device. It is changed and can be used for this alone.
+        sample: What is asked of an unknown value, but for its shape, is asked of this tensor.
 
     Attributes:
         failed: The modules whose forward passes raised errors, each time that they were called.
         failed_hooks: The modules whose hooks did once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sample: Tensor = SAMPLE) -> None:
         super().__init__()
+        self._sample = sample
         self._named: dict[nn.Module, tuple[str, bool]] = {}
         for module in list(tree.modules(model)):
             self._named[module] = call_name(module)
@@ -83,6 +89,8 @@ class SymbolicPass(TorchFunctionMode):
         self._failed = Counter[tuple[nn.Module, bool]]()  # the calls that did, by how truths are answered
         self._made = 0
         self._usual = True
+        self._own: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()  # constants that were made here
+        self._spoilt: dict[int, tuple[Tensor, Symbol]] = {}  # what those are by now, by their ids
         self._answers = Answers({})
         self._running: list[tuple[nn.Module, str]] = [(model, "")]
         convolutions = [one for one in tree.modules(model) if isinstance(one, _ConvNd)]
@@ -236,7 +244,7 @@ class SymbolicPass(TorchFunctionMode):
         name, kind = name_of(func), getattr(func, "__name__", "")
         first = args[0] if args else None
         if name == "device":
-            return SAMPLE.device
+            return self._sample.device
         if not isinstance(first, Symbol):
             state = first is None and name.startswith(("set_", "is_", "get_"))  # such as whether gradients are kept
             if state or (isinstance(first, Tensor) and (kind == "__get__" or name in SIZES | ASKED)):
@@ -247,6 +255,10 @@ class SymbolicPass(TorchFunctionMode):
             known = self._answer(kind, name, first, *args[1:], *kwargs)
             if known is not None:
                 return known
+        args, kwargs = tree_map_only(Tensor, self._as_it_is_now, (args, kwargs)) if self._spoilt else (args, kwargs)
+        written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
+        if self._is_constant(name, written, args, kwargs):
+            return self._constant(func, args, kwargs)
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
             name = ROOTS.get(args[1], name)
         args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
@@ -257,10 +269,31 @@ class SymbolicPass(TorchFunctionMode):
         count = _count(name, args, kwargs)
         if count is not None:
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
-        written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
         if written is not None and name not in UNWRITTEN:
             symbol.node.changed = frozenset().union(*map(bases, tensors_in(written)))
+            self._spoilt |= {id(root): (root, symbol) for root in map(_root, tensors_in(written)) if root in self._own}
         return self._write(written, symbol) if isinstance(written, Symbol) else symbol
+
+    def _is_constant(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether what a function is given is known, and not changed unless it was made here."""
+        known = all(type(one) is Tensor and not one.is_meta for one in tensors_in((args, kwargs)))
+        # Random numbers would decide which way code goes.
+        return known and name not in RANDOM and all(_root(one) in self._own for one in tensors_in(written))
+
+    def _constant(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a function returns that is given nothing unknown, which code may keep where it outlives the pass."""
+
+        def owned(tensor: Tensor) -> Tensor:
+            return tensor if _root(tensor) in self._own else tensor.clone()
+
+        args, kwargs = tree_map_only(Tensor, owned, (args, kwargs))
+        output = func(*args, **kwargs)
+        self._own.update((_root(one), None) for one in tensors_in(output))
+        return output
+
+    def _as_it_is_now(self, tensor: Tensor) -> Tensor:
+        """What became of a constant, or of what it is a view of, that something unknown was written into."""
+        return self._spoilt.get(id(_root(tensor)), (None, tensor))[1]
 
     def _write(self, written: Symbol, by: Symbol) -> Symbol:
         """Let a value be what a call makes of it in place, and with it those that it is a view of."""
@@ -282,7 +315,7 @@ class SymbolicPass(TorchFunctionMode):
             rank = self._answers.rank(asked.node, self._ranks)
             return rank if "dim" in name else Shape(self.symbol("size", asked) for _ in range(rank))
         if kind == "__get__" or name in ASKED:
-            value = getattr(SAMPLE, name)
+            value = getattr(self._sample, name)
             value = value() if callable(value) else value
             return None if isinstance(value, Tensor) else value
         if kind in ("__format__", "__repr__", "__str__"):
@@ -290,6 +323,11 @@ class SymbolicPass(TorchFunctionMode):
         choices = {"__contains__": (True, False), "__len__": (1, 2, 3, 4), "__index__": (2, 1, 0), "__int__": (2, 1, 0)}
         values = {"__hash__": id(asked), "__float__": 1.0}
         return give(*choices[kind]) if kind in choices else values.get(kind)
+
+
+def _root(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

@@ -1,0 +1,125 @@
+"""Passes on unknown values: what is known is computed, so that code which keeps it beyond a pass keeps numbers."""
+
+import copy
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import convsim_init as ci
+from convsim_init.layers.symbolic.follow import follow
+from convsim_init.layers.symbolic.uses import find_uses
+
+FACTORS, COUNT = torch.tensor([1.0, 2.0, 1.0]), torch.zeros(1)
+
+
+@lru_cache
+def window(size):
+    mask = torch.zeros(size)
+    mask[1:] = torch.arange(size - 1) + 1.0
+    return mask
+
+
+@lru_cache
+def reach(sigma):
+    return int(torch.ceil(torch.tensor(3 * sigma)))
+
+
+@lru_cache
+def factors(device):
+    return FACTORS.to(device)
+
+
+KEPT: dict[str, torch.Tensor] = {}
+
+
+class Kept(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x * self.factor())
+
+
+class ByACache(Kept):
+    def factor(self):
+        return window(5)
+
+
+class AsANumber(Kept):
+    def factor(self):
+        return reach(1.4)
+
+
+class OfAConstant(Kept):
+    def factor(self):
+        return factors("cpu").repeat(2)[:5]
+
+
+class ForTheInput(Kept):
+    def factor(self, x):
+        if "factor" not in KEPT:
+            KEPT["factor"] = torch.linspace(0, 1, 5, dtype=x.dtype, device=x.device)
+        return KEPT["factor"]
+
+    def forward(self, x):
+        return self.conv(x * self.factor(x))
+
+
+class InADict(Kept):
+    def factor(self):
+        if "factor" not in KEPT:
+            KEPT["factor"] = torch.linspace(0, 1, 5).view(1, 1, 1, -1)
+        return KEPT["factor"]
+
+
+@pytest.mark.parametrize("kind", [ByACache, AsANumber, OfAConstant, ForTheInput, InADict])
+def test_what_code_keeps_outside_the_model_is_what_it_is_without_us(kind):
+    model, x = kind().double(), torch.randn(2, 3, 5, 5).double()
+
+    def forget():
+        KEPT.clear()
+        for cache in (window, reach, factors):
+            cache.cache_clear()
+
+    expected = copy.deepcopy(model)(x)
+    forget()
+    report = ci.measure(model)
+    assert (report.layers[0].reason, report.remarks) == (None, [])
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    forget()
+
+
+class Assembled(nn.Module):
+    """Its weight is written into a part of what is known until then."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        weight = torch.zeros(8, 3, 3, 3)
+        weight[:, :, 1:].flatten(0, 1)[:, 0] = self.conv.weight[:, :, 0].flatten(0, 1)
+        return F.conv2d(x, weight)
+
+
+def test_a_constant_that_something_unknown_is_written_into_is_known_no_longer():
+    uses = find_uses(follow(Assembled()))
+    assert {(use.by, use.how) for use in uses.of["conv"]} == {("", "replaced")}
+
+
+class Counting(Kept):
+    def factor(self):
+        COUNT.add_(1)
+        COUNT.view(-1)[0] += 1
+        torch.add(COUNT, 1, out=COUNT)
+        torch._foreach_add_([COUNT], 1)
+        return 1
+
+
+def test_tensors_that_were_there_before_a_pass_are_not_changed_by_it():
+    ci.measure(Counting())
+    assert COUNT == 0
