@@ -182,7 +182,8 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
     extra, unread = (extra, ()) if is_plain(extra) else ({}, tuple(extra))
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            what = f"{shown(type_name(value))} under {quoted(key)}"
+            of = quoted(key) if is_plain(key) else "a key that is no text"  # such as bytes, which are not made
+            what = f"{shown(type_name(value))} under {of}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
         if _has_surrogates(key):
             raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")

@@ -28,10 +28,11 @@ FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msg
 
 
 def is_source(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a checkpoint: a file by its suffix, or a folder that holds one; no path does not."""
+    """Whether a path names a checkpoint: a file by its name, or a folder that holds one; no path does not."""
     source = Path(path)
+    named = source.suffix in READ_SUFFIXES or source.name in FOLDER_FILES
     # The path of an empty text is the working folder, which may hold weights.
-    return path != "" and (source.suffix in READ_SUFFIXES or folder_file(source) is not None)
+    return path != "" and (named or folder_file(source) is not None)
 
 
 def folder_file(folder: Path) -> Path | None:
@@ -65,9 +66,10 @@ def check_source(path: str | os.PathLike[str]) -> Path:
     if folder:
         raise without_weights(path)
     if source.suffix in FOREIGN:
+        what = "an exported program" if source.suffix == ".pt2" else "another program's"
         raise InputError(
-            f"expected weights of PyTorch, got {str(source)!r}, which is another program's: save the PyTorch model's "
-            f"state_dict() as .safetensors"
+            f"expected weights of PyTorch, got {str(source)!r}, which is {what}: save the PyTorch model's state_dict() "
+            f"as .safetensors"
         )
     if source.suffix != ".json" and source.name != ".metadata":
         source = with_suffix(source, READ_SUFFIXES, CHECKPOINT)

@@ -281,6 +281,28 @@ def test_other_programs_files_say_what_to_do(name, tmp_path, command):
     assert f"expected weights of PyTorch, got '{name}', which is another program's" in err
 
 
+def test_an_exported_program_is_named(command):
+    status, _, err = command("inspect", "net.pt2")
+    assert (status, "got 'net.pt2', which is an exported program: save the PyTorch model's state_dict()" in err) == (
+        2,
+        True,
+    )
+
+
+def test_the_command_takes_an_index_by_its_name(tmp_path, command):
+    safetensors.torch.save_file({"conv.weight": torch.randn(8, 3, 3, 3)}, tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"conv.weight": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    status, out, err = command("inspect", "model.safetensors.index.json", "--json")
+    assert (status, err, json.loads(out)["layers"][0]["shape"]) == (0, "", [8, 3, 3, 3])
+
+
+def test_a_key_that_is_not_made_is_told_as_one(tmp_path):
+    torch.save({b"conv.weight": torch.ones(8, 3, 3, 3)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"got Tensor under a key that is no text: save"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("subcommand", [["inspect"], ["compare", "a.pth"], []], ids=["inspect", "compare", "init"])
 def test_the_command_takes_a_key(subcommand, tmp_path, command):
     state = build_model("cifar_resnet18").state_dict()
