@@ -44,8 +44,15 @@ def names_of(parts: Iterable[nn.Module]) -> set[str]:
 
 def names_in(kind: Any, code: Any = None) -> set[str]:
     """The names in the code of a function, or of the forward pass of a class, and in that of what these name."""
+    # The strings too, as an attribute may be named by one: `getattr(self, "scale")`.
+    consts = ({one for one in inner.co_consts if isinstance(one, str)} for _, inner in code_in(kind, code))
+    return set().union(*(inner.co_names for _, inner in code_in(kind, code)), *consts)
+
+
+def code_in(kind: Any, code: Any = None) -> Iterator[tuple[Any, CodeType]]:
+    """The code of a function, or of a class's forward pass, and of what these name, with the functions it is of."""
     pending: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
-    known, found = set[CodeType](), set[str]()
+    known = set[CodeType]()
     for one in pending:
         function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
         own = getattr(function, "__code__", None)
@@ -57,11 +64,9 @@ def names_in(kind: Any, code: Any = None) -> set[str]:
             with suppress(ValueError):  # empty yet
                 pending.append(cell.cell_contents)
         for inner in codes:
-            # The strings too, as an attribute may be named by one: `getattr(self, "scale")`.
-            found |= {*inner.co_names, *(name for name in inner.co_consts if isinstance(name, str))}
+            yield function, inner
             pending += [getattr_static(kind, name, None) for name in inner.co_names]
             pending += [function.__globals__.get(name) for name in inner.co_names]
-    return found
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

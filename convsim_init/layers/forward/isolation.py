@@ -87,7 +87,7 @@ def undisturbed(
         held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
         held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
         undo: list[Callable[[], object]]
-        undo = [partial(_put_back, one, list(one) if isinstance(one, list) else dict(one)) for one in held]
+        undo = [partial(put_content_back, one, list(one) if isinstance(one, list) else dict(one)) for one in held]
         others = (one for one in values if type(one) not in (*ATOMS, *CONTAINERS))  # to ask these takes its time
         undo += [partial(one.set_state, one.get_state()) for one in others if isinstance(one, torch.Generator)]
         tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
@@ -118,7 +118,7 @@ def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
             FREE.notify_all()
 
 
-def _put_back(live: Any, before: Any) -> None:
+def put_content_back(live: Any, before: Any) -> None:
     """Give a list or a dict its content back; what did not change others may be reading."""
     # By identity, as `==` of tensors is a tensor, which has no truth unless it is of one entry.
     alike = len(live) == len(before) and all(map(operator.is_, live, before))  # but for the values of a dict
@@ -154,7 +154,7 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
             if tensor.grad is not grad:
                 tensor.grad = grad
             for live, before in zip(gradient_hooks(tensor), hooks, strict=True):
-                _put_back(live, before)
+                put_content_back(live, before)
 
     return put_back
 

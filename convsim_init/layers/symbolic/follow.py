@@ -27,6 +27,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import is_librarys
 from convsim_init.layers.forward.isolation import LIVE, random_states
 from convsim_init.layers.symbolic.clone import on_meta
+from convsim_init.layers.symbolic.kept import without_unknown_values
 from convsim_init.layers.symbolic.kinds import SHAPES, USING
 from convsim_init.layers.symbolic.passes import SAMPLE, SymbolicPass
 from convsim_init.layers.symbolic.symbols import Node
@@ -86,7 +87,8 @@ def follow(model: nn.Module) -> Followed:
             return followed
         FOLLOWING.append(model)
         try:
-            _follow(model, followed)
+            with without_unknown_values(list(tree.modules(model))):
+                _follow(model, followed)
         except Exception:  # of any kind: what cannot be copied
             followed.failed = {name for name, module in followed.modules.items() if _has_forward(module)}
         finally:

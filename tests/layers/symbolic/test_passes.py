@@ -93,6 +93,79 @@ def test_what_code_keeps_outside_the_model_is_what_it_is_without_us(kind):
     forget()
 
 
+LOSSES: list[torch.Tensor] = []
+AVERAGES: dict[str, object] = {"mean": 0.0, "all": []}
+
+
+class Store:
+    def __init__(self):
+        self.total, self.maps = 0.0, []
+
+    def add(self, x):
+        self.total = self.total + x
+        self.maps.append(x)
+
+
+STORE = Store()
+
+
+class Collecting(Kept):
+    """As mixtures of experts collect losses, and those who look at networks collect maps."""
+
+    kept: dict[str, torch.Tensor] = {}  # noqa: RUF012
+
+    def factor(self):
+        return 1
+
+    def forward(self, x):
+        x = super().forward(x)
+        LOSSES.append(x.mean())
+        AVERAGES["mean"] = AVERAGES["mean"] * 0.9 + 0.1 * x.mean()
+        AVERAGES["all"].append(x)
+        STORE.add(x.mean())
+        self.kept["last"] = x
+        return x
+
+
+def test_no_unknown_value_stays_outside_the_model():
+    model = Collecting()
+    ci.measure(model)
+    assert (LOSSES, AVERAGES, vars(STORE)) == ([], {"mean": 0.0, "all": []}, {"total": 0.0, "maps": []})
+    assert Collecting.kept == {}
+    model(torch.randn(1, 3, 5, 5))
+    assert (len(LOSSES), len(AVERAGES["all"]), len(STORE.maps)) == (1, 1, 1)
+    LOSSES.clear()
+
+
+@lru_cache
+def like(scale):
+    return {"scaled": LOSSES[0] * scale}
+
+
+class OfTheInput(Kept):
+    def forward(self, x):
+        LOSSES[:] = [x]
+        return self.conv(x * like(2)["scaled"])
+
+
+class OfItsOwn(Kept):
+    def __init__(self):
+        super().__init__()
+        self.weight_of = lru_cache(lambda: self.conv.weight * 2)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight_of())
+
+
+@pytest.mark.parametrize("kind", [OfTheInput, OfItsOwn])
+def test_a_cache_holds_no_unknown_value(kind):
+    model, x = kind(), torch.randn(1, 3, 5, 5)
+    ci.measure(model)
+    assert model(x).isfinite().all()
+    like.cache_clear()
+    LOSSES.clear()
+
+
 class Assembled(nn.Module):
     """Its weight is written into a part of what is known until then."""
 
