@@ -179,8 +179,8 @@ def _ties(model: nn.Module, layers: Sequence[Layer]) -> Iterator[str]:
 def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> Callable[[], list[str]]:
     """A function that remarks, once layers are treated, on copies of their weights that are no longer equal to them.
 
-    These are frozen or loaded layers, as momentum encoders, other parameters, buffers, and what attributes hold, as
-    averages of weights; in a state dict entries that are no layer's.
+    These are frozen or loaded layers, as momentum encoders, layers that are treated in another way, other parameters,
+    buffers, and what attributes hold, as averages of weights; in a state dict entries that are no layer's.
     """
     treated: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
     copies: list[tuple[str, Tensor]] = []
@@ -188,6 +188,7 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
         source = layer.weight.sources[0]
         if layer.obstacle is None:
             treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
+            copies.append((layer_name(layer.name), source))
         elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
     known = {id(one) for layer in layers for one in layer.weight.storage().values()}
@@ -200,8 +201,10 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
             known.add(id(tensor))
     twins = []
     for name, copy in copies:
-        of = next((one for one in treated.get(tuple(copy.shape), ()) if _same(copy, one[1])), None)
-        twins += [(name, copy, *of)] if of else []
+        # A layer that is treated is a copy of the first that is equal to it, which may be itself.
+        others = treated.get(tuple(copy.shape), ())
+        of = next((one for one in others if one[1] is copy or _same(copy, one[1])), None)
+        twins += [(name, copy, *of)] if of and of[1] is not copy else []
     return lambda: copies_remark([(name, of) for name, copy, of, source in twins if not _same(copy, source)])
 
 
@@ -224,4 +227,6 @@ def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
 
 def _same(copy: Tensor, original: Tensor) -> bool:
     alike = copy.device == original.device and copy.is_floating_point()
-    return alike and torch.equal(copy, original.to(copy.dtype))
+    # What is no copy differs in its first row already, nearly always.
+    pairs = [*([(copy[:1], original[:1])] if copy.dim() else []), (copy, original)]
+    return alike and all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)

@@ -441,6 +441,17 @@ def test_frozen_copies_that_part_are_told():
     assert "k.0 (of q.0), k.1 (of q.1)" in remark
 
 
+def test_copies_that_are_treated_too_are_told_where_they_part():
+    first, second = nn.Conv2d(8, 16, 3), nn.ConvTranspose2d(16, 8, 3)
+    second.weight.data.copy_(first.weight.data)  # as in an autoencoder that starts tied
+    (remark,) = ci.initialize_(nn.ModuleDict({"first": first, "second": second}), settings=SETTINGS).remarks
+    assert remark.startswith("copies that are no longer equal to what they were copied from: second (of first):")
+    online = nn.Sequential(nn.Conv2d(3, 8, 3), parametrizations.weight_norm(nn.Conv2d(8, 8, 3), dim=None))
+    model = nn.ModuleDict({"online": online, "target": copy.deepcopy(online)})
+    assert not ci.initialize_(model, settings=SETTINGS).remarks
+    assert torch.equal(online[0].weight, model["target"][0].weight)
+
+
 class Complex(nn.Conv2d):
     """Two real weights."""
 
