@@ -148,7 +148,8 @@ def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None
     # Not `>` the other way round, which is false of NaN: that is a mismatch.
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
-    return f"its {what} keeps a weight that differs by {relative:.1%} from the one it was given"
+    amount = "less than 0.1%" if relative < 1e-3 else f"{relative:.1%}"
+    return f"its {what} keeps a weight that differs by {amount} from the one it was given"
 
 
 def is_random(weight: Tensor, again: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
+from convsim_init.layers.weights import describe_mismatch
 
 QUICK = ci.Settings(steps=4)
 
@@ -175,6 +176,13 @@ def test_what_a_class_does_otherwise_is_left_alone_with_the_reason(module, reaso
     assert layer.reason.startswith(reason) or reason in layer.reason
     for key, value in before.items():
         assert value.is_meta or torch.equal(value, module.state_dict()[key])
+
+
+@pytest.mark.parametrize(("off", "told"), [(1e-4, "less than 0.1%"), (0.04, "4.0%")])
+def test_a_small_difference_is_told_as_one(off, told):
+    weight = torch.ones(8, 3, 3, 3)
+    text = describe_mismatch("class", weight, weight * (1 + off))
+    assert text == f"its class keeps a weight that differs by {told} from the one it was given"
 
 
 def test_a_layer_that_is_not_selected_is_not_tried():
