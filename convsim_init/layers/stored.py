@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers, isolated, not_cached, random_states
+from convsim_init.layers.forward.trial import leaves
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.weights import ComputedWeight, RefusedError, Weight, describe_mismatch, is_random
 from convsim_init.report.text import error_text
@@ -33,7 +34,9 @@ class ParametrizedWeight(Weight):
         self.shape, self._error = [], ""
         if not any(is_lazy(source) or has_no_data(source) for source in self.sources):
             try:
-                self.shape = list(self.read().shape)
+                with torch.enable_grad():  # which tells of parameters of other modules that it is made of, too
+                    weight = self.compute()
+                self.shape, self.made_of = list(weight.shape), self.made_of | leaves(weight)
             except Exception as error:  # whatever the parametrization's own code raises
                 self._error = error_text(error)
 

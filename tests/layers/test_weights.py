@@ -271,6 +271,33 @@ def test_a_parametrized_buffer_is_told_of():
         assert second.outcome is not ci.Outcome.SKIPPED
 
 
+class LowRank(nn.Module):
+    """Adds the product of the weights of two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(4, 2, 3), nn.Conv2d(2, 8, 1)
+
+    def product(self):
+        return torch.einsum("mr,rckl->mckl", self.up.weight[:, :, 0, 0], self.down.weight)
+
+    def forward(self, weight):
+        return weight + self.product()
+
+    def right_inverse(self, weight):
+        return weight - self.product()
+
+
+def test_a_convolution_that_a_parametrization_is_made_of_does_not_change_with_it():
+    module = nn.Conv2d(4, 8, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", LowRank())
+    first, *others = ci.initialize_(nn.Sequential(module), settings=QUICK).layers
+    weight = module.weight.detach()
+    similarity = float(ci.convolutional_similarity(weight, channels=first.channels, normalized=True))
+    assert first.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert [layer.reason for layer in others] == ["used together with 0, as one weight"] * 2
+
+
 @pytest.mark.parametrize("parametrize", [parametrizations.spectral_norm, parametrizations.orthogonal])
 def test_parametrizations_that_keep_another_weight_say_so(parametrize, monkeypatch):
     module = parametrize(nn.Conv2d(4, 8, 3))
