@@ -231,10 +231,33 @@ class Functional(Convex):
         return self.last(x)
 
 
+class ByZip(Convex):
+    """The lengths of what it goes through beside its layers are not known without an input."""
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer, part in zip(self.hidden, x.expand(len(self.hidden), *x.shape).split(1), strict=False):
+            x = F.conv2d(x + part[0], layer.weight.abs(), layer.bias).relu()[..., :1, :1].expand_as(x)
+        return self.last(x)
+
+
+class ByZipWithAParameter(Convex):
+    def __init__(self):
+        super().__init__()
+        self.signs = nn.Parameter(torch.ones(len(self.hidden)))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer, sign in zip(self.hidden, self.signs, strict=False):
+            x = F.conv2d(x, layer.weight.abs() * sign, layer.bias).relu()
+        return self.last(x)
+
+
 KINDS = [
     *(ByLoop, ByIndex, ByParameters, ByNames, ByStateDict, ByModules, ByApplication, OnTheWay, Absolute),
     *(ByObject, ByCallable, ByGlobalCallable, ByWhatAnObjectHolds, ByBoundMethod, ByPartialInDict, ByCallableInDict),
     *(ByGathered, ByFunction, ByFunctionOfMany, ByInitialization, ByVariable, ByLoading, OwnCall, Functional),
+    *(ByZip, ByZipWithAParameter),
 ]
 
 

@@ -334,6 +334,8 @@ def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | N
     """How many tensors a function returns, where that is seen from what it is given."""
     if name in ("meshgrid", "broadcast_tensors"):
         return len(args[0] if isinstance(args[0], (list, tuple)) else args)
+    if name == "unbind" and args and not isinstance(args[0], Symbol):  # as where code goes through a parameter
+        return int(args[0].shape[next(iter([*args[1:], *kwargs.values()]), 0)])
     if name in ("chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split"):
         parts = next(iter([*args[1:2], *(value for key, value in kwargs.items() if key != "dim")]), None)
         if isinstance(parts, (list, tuple)):

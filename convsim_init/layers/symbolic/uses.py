@@ -53,7 +53,7 @@ class Uses:
 
 def find_uses(followed: Followed) -> Uses:
     """The uses of the convolutions of a model."""
-    uses, modules = Uses(followed.failed), followed.modules
+    uses, modules = Uses(set(followed.failed)), followed.modules
     layers = {name for name, module in modules.items() if isinstance(module, _ConvNd)}
     for node in (node for nodes, _ in followed.runs for node in nodes if node.caller is not None):
         by = followed.names[id(node.caller)]
@@ -79,7 +79,11 @@ def find_uses(followed: Followed) -> Uses:
             uses.others[by] |= {followed.originals.get(one, one) for one in learned}
             if not made_of <= followed.names.keys():
                 uses.outside.add(by)
-    for name, by in _products(followed, {name for name in layers if all(use.by == name for use in uses.of[name])}):
+    unused = {name for name in layers if all(use.by == name for use in uses.of[name])}
+    # A loop over unknown values is one turn long: what it does with the weight of a layer it does with those of others.
+    making = {use.by for its in uses.of.values() for use in its if use.how != CALLED}
+    uses.failed |= making & {owner_of(name, modules) for name in unused if name}
+    for name, by in _products(followed, unused):
         uses.of[name].add(Use(by, REPLACED))
     return uses
 
