@@ -77,7 +77,7 @@ def describe(model: torch.nn.Module) -> str:
             return str(config.to_json_string())
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, CONFIG)
-            import_module("timm.models._hub").save_config_for_hf(model, str(path))
+            import_module("timm.models._hub").save_config_for_hf(model, path)
             described = json.loads(path.read_text())
         described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in OF_TRAINED}
         described.get("model_args", {}).pop("num_classes", None)  # stands above; transformers would pass it twice
