@@ -141,7 +141,7 @@ def test_a_script_that_makes_no_optimizer_is_told(run):
         ([], "Missing argument 'SCRIPT'"),
         (["--stepps", "code/train.py", "--steps", "1"], "No such option '--stepps'. Did you mean "),
         (["-m", "nothere"], "expected a script or module to run, got 'nothere': No module named nothere: check"),
-        (["-m", "json"], "expected a script or module to run, got 'json': No module named json.__main__; "),
+        (["-m", "xml"], "expected a script or module to run, got 'xml': No module named xml.__main__; "),
         (["-m", "nothere.train"], "expected a script or module to run, got 'nothere.train': Error while finding"),
         (["-m", ".train"], "expected a script or module to run, got '.train': Relative module names"),
     ],
