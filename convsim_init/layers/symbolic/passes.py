@@ -7,21 +7,25 @@ module whose code that is runs again with another answer, and where none is left
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
+from convsim_init.layers.forward.copies import HEAVY
 from convsim_init.layers.forward.isolation import not_compiled
 from convsim_init.layers.symbolic.answers import Answers
 from convsim_init.layers.symbolic.kinds import call_name
@@ -89,8 +93,8 @@ class SymbolicPass(TorchFunctionMode):
         self._failed = Counter[tuple[nn.Module, bool]]()  # the calls that did, by how truths are answered
         self._made = 0
         self._usual = True
-        self._own: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()  # constants that were made here
-        self._spoilt: dict[int, tuple[Tensor, Symbol]] = {}  # what those are by now, by their ids
+        self._own = set[Hashable]()  # memory of constants that were made here
+        self._spoilt: dict[Hashable, Symbol] = {}  # what those are by now
         self._answers = Answers({})
         self._running: list[tuple[nn.Module, str]] = [(model, "")]
         convolutions = [one for one in tree.modules(model) if isinstance(one, _ConvNd)]
@@ -143,9 +147,7 @@ class SymbolicPass(TorchFunctionMode):
 
     def symbol(self, name: str = "", *given: Any, **more: Any) -> Symbol:
         """The value of a call that was given these values."""
-        self._made += 1
-        if self._made > LONGEST:
-            raise EndlessError
+        self._count()
         inputs, learned, tensors = dict[Node, None](), set[int](), list(tensors_in(given))
         for one in tensors:
             if isinstance(one, Symbol):
@@ -161,6 +163,11 @@ class SymbolicPass(TorchFunctionMode):
             symbol.make = self.symbol
         self._nodes.append(symbol.node)
         return symbol
+
+    def _count(self) -> None:
+        self._made += 1
+        if self._made > LONGEST:
+            raise EndlessError
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A module's forward pass."""
@@ -258,7 +265,8 @@ class SymbolicPass(TorchFunctionMode):
         args, kwargs = tree_map_only(Tensor, self._as_it_is_now, (args, kwargs)) if self._spoilt else (args, kwargs)
         written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
         if self._is_constant(name, written, args, kwargs):
-            return self._constant(func, args, kwargs)
+            with suppress(Exception):  # what cannot be computed here is as good as unknown
+                return self._constant(func, args, kwargs)
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
             name = ROOTS.get(args[1], name)
         args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
@@ -271,29 +279,35 @@ class SymbolicPass(TorchFunctionMode):
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
         if written is not None and name not in UNWRITTEN:
             symbol.node.changed = frozenset().union(*map(bases, tensors_in(written)))
-            self._spoilt |= {id(root): (root, symbol) for root in map(_root, tensors_in(written)) if root in self._own}
+            self._spoilt |= {one: symbol for one in map(_root, tensors_in(written)) if one in self._own}
         return self._write(written, symbol) if isinstance(written, Symbol) else symbol
 
     def _is_constant(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether what a function is given is known, and not changed unless it was made here."""
+        """Whether what a function is given is known, not changed unless it was made here, and no large size."""
         known = all(type(one) is Tensor and not one.is_meta for one in tensors_in((args, kwargs)))
         # Random numbers would decide which way code goes.
-        return known and name not in RANDOM and all(_root(one) in self._own for one in tensors_in(written))
+        if not known or name in RANDOM or any(_root(one) not in self._own for one in tensors_in(written)):
+            return False
+        # As for zeros of a million rows and columns, which are there to be on another device.
+        return math.prod(one for one in tree_leaves((args, kwargs)) if type(one) is int and one > 1) <= HEAVY
 
     def _constant(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a function returns that is given nothing unknown, which code may keep where it outlives the pass."""
 
-        def owned(tensor: Tensor) -> Tensor:
-            return tensor if _root(tensor) in self._own else tensor.clone()
+        def owned(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                return value.copy()
+            return value if _root(value) in self._own else value.clone()
 
-        args, kwargs = tree_map_only(Tensor, owned, (args, kwargs))
+        self._count()
+        args, kwargs = tree_map_only((Tensor, np.ndarray), owned, (args, kwargs))
         output = func(*args, **kwargs)
-        self._own.update((_root(one), None) for one in tensors_in(output))
+        self._own.update(map(_root, tensors_in(output)))
         return output
 
     def _as_it_is_now(self, tensor: Tensor) -> Tensor:
-        """What became of a constant, or of what it is a view of, that something unknown was written into."""
-        return self._spoilt.get(id(_root(tensor)), (None, tensor))[1]
+        """What became of a constant that something unknown was written into, perhaps by another name of its memory."""
+        return self._spoilt.get(_root(tensor), tensor)
 
     def _write(self, written: Symbol, by: Symbol) -> Symbol:
         """Let a value be what a call makes of it in place, and with it those that it is a view of."""
@@ -325,9 +339,12 @@ class SymbolicPass(TorchFunctionMode):
         return give(*choices[kind]) if kind in choices else values.get(kind)
 
 
-def _root(tensor: Tensor) -> Tensor:
-    """What a tensor is a view of, or itself."""
-    return tensor if tensor._base is None else tensor._base
+def _root(tensor: Tensor) -> Hashable:
+    """The memory of a tensor, which its views, `detach` and ``.data`` share; one without any is alone."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # as that of a sparse one
+        return id(tensor)
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

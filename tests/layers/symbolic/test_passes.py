@@ -3,6 +3,7 @@
 import copy
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import convsim_init as ci
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import find_uses
 
-FACTORS, COUNT = torch.tensor([1.0, 2.0, 1.0]), torch.zeros(1)
+FACTORS, COUNT, COUNTS = torch.tensor([1.0, 2.0, 1.0]), torch.zeros(1), np.zeros(1)
 
 
 @lru_cache
@@ -173,14 +174,28 @@ class Assembled(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
 
+    def part(self, weight):
+        return weight
+
     def forward(self, x):
         weight = torch.zeros(8, 3, 3, 3)
-        weight[:, :, 1:].flatten(0, 1)[:, 0] = self.conv.weight[:, :, 0].flatten(0, 1)
+        self.part(weight)[:, :, 1:].flatten(0, 1)[:, 0] = self.conv.weight[:, :, 0].flatten(0, 1)
         return F.conv2d(x, weight)
 
 
-def test_a_constant_that_something_unknown_is_written_into_is_known_no_longer():
-    uses = find_uses(follow(Assembled()))
+class ByItsData(Assembled):
+    def part(self, weight):
+        return weight.data
+
+
+class Detached(Assembled):
+    def part(self, weight):
+        return weight.detach()
+
+
+@pytest.mark.parametrize("kind", [Assembled, ByItsData, Detached])
+def test_a_constant_that_something_unknown_is_written_into_is_known_no_longer(kind):
+    uses = find_uses(follow(kind()))
     assert {(use.by, use.how) for use in uses.of["conv"]} == {("", "replaced")}
 
 
@@ -190,9 +205,25 @@ class Counting(Kept):
         COUNT.view(-1)[0] += 1
         torch.add(COUNT, 1, out=COUNT)
         torch._foreach_add_([COUNT], 1)
+        torch.as_tensor(COUNTS).add_(1)
         return 1
 
 
-def test_tensors_that_were_there_before_a_pass_are_not_changed_by_it():
+def test_tensors_and_arrays_that_were_there_before_a_pass_are_not_changed_by_it():
     ci.measure(Counting())
-    assert COUNT == 0
+    assert (COUNT, COUNTS) == (0, 0)
+
+
+class Large(Kept):
+    def factor(self):
+        return torch.ones(2**24, 2**24)[:1, :1]
+
+
+class Elsewhere(Kept):
+    def factor(self):
+        return torch.ones(1, device="xpu")
+
+
+@pytest.mark.parametrize("kind", [Large, Elsewhere])
+def test_constants_that_cannot_be_computed_here_are_unknown(kind):
+    assert not follow(kind()).failed
