@@ -135,6 +135,7 @@ class Construction:
             draw(module)
             if not self._telling and "weight" in module._parameters:  # what is computed stays
                 self._redrawn[id(module)] = module
+                self._loaded.pop(id(module), None)
 
         return noted
 

@@ -608,6 +608,16 @@ def test_what_is_put_back_as_it_was_drawn_is_treated_again():
     assert [report.totals.get("initialized") for report in reports] == [2, 2, None]
 
 
+def test_what_is_drawn_anew_after_it_was_loaded_is_treated():
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        model.load_state_dict(network().state_dict())
+        model[0].reset_parameters()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert [layer.reason for layer in reports[1].layers] == [None, "loaded in place of what was drawn here"]
+
+
 def test_what_was_built_elsewhere_stays():
     outside, file = network(), io.BytesIO()
     torch.save(network(), file)

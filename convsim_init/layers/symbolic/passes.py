@@ -147,7 +147,7 @@ class SymbolicPass(TorchFunctionMode):
 
     def symbol(self, name: str = "", *given: Any, **more: Any) -> Symbol:
         """The value of a call that was given these values."""
-        self._count()
+        self._limit()
         inputs, learned, tensors = dict[Node, None](), set[int](), list(tensors_in(given))
         for one in tensors:
             if isinstance(one, Symbol):
@@ -164,7 +164,7 @@ class SymbolicPass(TorchFunctionMode):
         self._nodes.append(symbol.node)
         return symbol
 
-    def _count(self) -> None:
+    def _limit(self) -> None:
         self._made += 1
         if self._made > LONGEST:
             raise EndlessError
@@ -299,7 +299,7 @@ class SymbolicPass(TorchFunctionMode):
                 return value.copy()
             return value if _root(value) in self._own else value.clone()
 
-        self._count()
+        self._limit()
         args, kwargs = tree_map_only((Tensor, np.ndarray), owned, (args, kwargs))
         output = func(*args, **kwargs)
         self._own.update(map(_root, tensors_in(output)))
