@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import _lru_cache_wrapper
+from inspect import getattr_static
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,40 +24,49 @@ def without_unknown_values(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Context after which no list, dict or cache that the code of modules names holds unknown values of it."""
     known = list({id(one): one for one in _named(parts)}.values())
     held = {id(one): one for value in known for one in _containers(value, NEAR)}.values()
-    before = [(one, list(one) if isinstance(one, list) else dict(one)) for one in held]
+    before = [(one, _content(one)) for one in held]
     try:
         yield
     finally:
         for live, content in before:
-            if _holds_unknown(list(live.values()) if isinstance(live, dict) else live):
+            if _holds_unknown(list(now.values()) if isinstance(now := _content(live), dict) else now):
                 put_content_back(live, content)
         for cache in (one for one in known if isinstance(one, _lru_cache_wrapper)):
-            if _holds_unknown(gc.get_referents(cache)):  # what was returned is among them
+            if _holds_unknown(gc.get_referents(cache), NEAR + 2):  # what was returned, or a dict of it
                 cache.cache_clear()
 
 
 def _named(parts: Sequence[nn.Module]) -> Iterator[Any]:
-    """What the code of forward passes, and that of what it names, knows by global names or as attributes of classes."""
+    """What the code of forward passes, and that of what it names, knows by its names, or as attributes of classes."""
     for kind, forward in {(type(part), vars(part).get("forward")) for part in parts}:
         for function, code in code_in(kind, forward):
             for name in code.co_names:
-                yield from (function.__globals__.get(name), vars(kind).get(name))
+                yield from (function.__globals__.get(name), getattr_static(kind, name, None))
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # empty yet
+                    yield cell.cell_contents
     for part in parts:
         yield from (one for one in vars(part).values() if isinstance(one, _lru_cache_wrapper))
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:
     """The lists and dicts that a value is or holds, also in attributes."""
-    content: Any = ()
-    with suppress(Exception):  # of objects without attributes, or whose own code says what they have
-        content = (
-            value if isinstance(value, (dict, list)) else () if isinstance(value, (*CODE, Tensor)) else vars(value)
-        )
-    if isinstance(content, (dict, list)) and len(content) < MANY:
-        yield content
-        for one in list(content.values()) if isinstance(content, dict) and depth else ():
+    kind, live = type(value), value
+    if not issubclass(kind, (list, dict, *CODE, Tensor)):
+        with suppress(Exception):  # of objects without attributes; code of theirs that tells of others is not run
+            live = object.__getattribute__(value, "__dict__")
+    if issubclass(type(live), (list, dict)) and len(content := _content(live)) < MANY:
+        yield live
+        for one in content.values() if isinstance(content, dict) and depth else ():
             yield from _containers(one, depth - 1)
 
 
-def _holds_unknown(values: Sequence[object]) -> bool:
-    return any(isinstance(one, Symbol) for one in tensors_in(values, NEAR))
+def _content(live: Any) -> Any:
+    """What a list or dict holds, by no code of its own."""
+    if isinstance(live, list):
+        return list.copy(live)
+    return dict(live) if type(live) is OrderedDict else dict.copy(live)  # which knows no other order
+
+
+def _holds_unknown(values: Sequence[object], depth: int = NEAR) -> bool:
+    return any(isinstance(one, Symbol) for one in tensors_in(values, depth))

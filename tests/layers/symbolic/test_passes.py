@@ -1,7 +1,7 @@
 """Passes on unknown values: what is known is computed, so that code which keeps it beyond a pass keeps numbers."""
 
 import copy
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pytest
@@ -83,8 +83,8 @@ def test_what_code_keeps_outside_the_model_is_what_it_is_without_us(kind):
 
     def forget():
         KEPT.clear()
-        for cache in (window, reach, factors):
-            cache.cache_clear()
+        for one in (window, reach, factors):
+            one.cache_clear()
 
     expected = copy.deepcopy(model)(x)
     forget()
@@ -110,13 +110,39 @@ class Store:
 STORE = Store()
 
 
-class Collecting(Kept):
-    """As mixtures of experts collect losses, and those who look at networks collect maps."""
-
+class Shared(Kept):
     kept: dict[str, torch.Tensor] = {}  # noqa: RUF012
 
+
+class Lazy(dict[str, object]):
+    """As those of Transformers, which import what they are asked for."""
+
+    def keys(self):
+        raise AssertionError("read")
+
+    values = items = __iter__ = keys
+
+
+LAZY = Lazy(size=1)
+
+
+def collector():
+    found = []
+
+    def collect(x):
+        found.append(x)
+
+    return collect, found
+
+
+collect, FOUND = collector()
+
+
+class Collecting(Shared):
+    """As mixtures of experts collect losses, and those who look at networks collect maps."""
+
     def factor(self):
-        return 1
+        return LAZY["size"]
 
     def forward(self, x):
         x = super().forward(x)
@@ -125,6 +151,7 @@ class Collecting(Kept):
         AVERAGES["all"].append(x)
         STORE.add(x.mean())
         self.kept["last"] = x
+        collect(x)
         return x
 
 
@@ -132,7 +159,7 @@ def test_no_unknown_value_stays_outside_the_model():
     model = Collecting()
     ci.measure(model)
     assert (LOSSES, AVERAGES, vars(STORE)) == ([], {"mean": 0.0, "all": []}, {"total": 0.0, "maps": []})
-    assert Collecting.kept == {}
+    assert (Shared.kept, FOUND) == ({}, [])
     model(torch.randn(1, 3, 5, 5))
     assert (len(LOSSES), len(AVERAGES["all"]), len(STORE.maps)) == (1, 1, 1)
     LOSSES.clear()
@@ -143,10 +170,15 @@ def like(scale):
     return {"scaled": LOSSES[0] * scale}
 
 
+@cache
+def pair(scale):
+    return LOSSES[0] * scale, LOSSES[0] / scale
+
+
 class OfTheInput(Kept):
     def forward(self, x):
         LOSSES[:] = [x]
-        return self.conv(x * like(2)["scaled"])
+        return self.conv(x * like(2)["scaled"] + pair(2)[0])
 
 
 class OfItsOwn(Kept):
@@ -164,6 +196,7 @@ def test_a_cache_holds_no_unknown_value(kind):
     ci.measure(model)
     assert model(x).isfinite().all()
     like.cache_clear()
+    pair.cache_clear()
     LOSSES.clear()
 
 
