@@ -33,6 +33,7 @@ from convsim_init.layers.symbolic.symbols import Node, Shape, Symbol, are_sizes,
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
+TURNS = 100  # of a loop over what is known
 VAIN = 3  # calls of a module that fail, before it is no longer tried
 OUTPUT = "output"
 RANKS = (4, 3, 5, 2)
@@ -288,6 +289,8 @@ class SymbolicPass(TorchFunctionMode):
         # Random numbers would decide which way code goes.
         if not known or name in RANDOM or any(_root(one) not in self._own for one in tensors_in(written)):
             return False
+        if name in ("unbind", "tolist") and _is_long(args[0]):
+            return False
         # As for zeros of a million rows and columns, which are there to be on another device.
         return math.prod(one for one in tree_leaves((args, kwargs)) if type(one) is int and one > 1) <= HEAVY
 
@@ -347,11 +350,17 @@ def _root(tensor: Tensor) -> Hashable:
         return id(tensor)
 
 
+def _is_long(tensor: Tensor) -> bool:
+    """Whether a loop over it is taken for one over unknown values, which is one turn long, as one over time steps."""
+    return tensor.shape[:1].numel() > TURNS
+
+
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """How many tensors a function returns, where that is seen from what it is given."""
     if name in ("meshgrid", "broadcast_tensors"):
         return len(args[0] if isinstance(args[0], (list, tuple)) else args)
-    if name == "unbind" and args and not isinstance(args[0], Symbol):  # as where code goes through a parameter
+    # As where code goes through a parameter:
+    if name == "unbind" and args and not isinstance(args[0], Symbol) and not _is_long(args[0]):
         return int(args[0].shape[next(iter([*args[1:], *kwargs.values()]), 0)])
     if name in ("chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split"):
         parts = next(iter([*args[1:2], *(value for key, value in kwargs.items() if key != "dim")]), None)

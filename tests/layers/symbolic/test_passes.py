@@ -260,3 +260,23 @@ class Elsewhere(Kept):
 @pytest.mark.parametrize("kind", [Large, Elsewhere])
 def test_constants_that_cannot_be_computed_here_are_unknown(kind):
     assert not follow(kind()).failed
+
+
+class Steps(nn.Module):
+    """Goes through time steps, as diffusion models do that are sampled from in their forward pass."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.convs = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(9)))
+        self.steps = kind(torch.linspace(0, 1, 10**4))
+
+    def forward(self, x):
+        for step in self.steps:
+            x = self.convs(x) * step
+        return x
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.clone])
+def test_loops_over_many_numbers_are_followed_for_one_turn(kind):
+    ((nodes, whole),) = follow(Steps(kind)).runs
+    assert (len([node for node in nodes if node.module is not None]), whole) == (9, True)
