@@ -265,7 +265,7 @@ class SymbolicPass(TorchFunctionMode):
                 return known
         args, kwargs = tree_map_only(Tensor, self._as_it_is_now, (args, kwargs)) if self._spoilt else (args, kwargs)
         written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
-        if self._is_constant(name, written, args, kwargs):
+        if not isinstance(first, Symbol) and self._is_constant(name, written, args, kwargs):
             with suppress(Exception):  # what cannot be computed here is as good as unknown
                 return self._constant(func, args, kwargs)
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
