@@ -7,33 +7,28 @@ module whose code that is runs again with another answer, and where none is left
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
-from convsim_init.layers.forward.copies import HEAVY
 from convsim_init.layers.forward.isolation import not_compiled
 from convsim_init.layers.symbolic.answers import Answers
+from convsim_init.layers.symbolic.constants import Constants, is_long
 from convsim_init.layers.symbolic.kinds import call_name
 from convsim_init.layers.symbolic.symbols import Node, Shape, Symbol, are_sizes, bases, is_in_place, name_of, tensors_in
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
-TURNS = 100  # of a loop over what is known
 VAIN = 3  # calls of a module that fail, before it is no longer tried
 OUTPUT = "output"
 RANKS = (4, 3, 5, 2)
@@ -50,8 +45,6 @@ VIEWS = {  # of what they are given: what is written into one is in the other
 UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # kinds of arguments
 ORDERED = (*UNNAMED, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 UNWRITTEN = {"requires_grad", "retain_grad", "grad"}  # change no value
-RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"}
-RANDOM |= {"multinomial", "poisson", "uniform", "random", "exponential", "dropout"}
 BEFORE, AFTER = "before", "after"  # a forward pass
 RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
 NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
@@ -94,8 +87,7 @@ class SymbolicPass(TorchFunctionMode):
         self._failed = Counter[tuple[nn.Module, bool]]()  # the calls that did, by how truths are answered
         self._made = 0
         self._usual = True
-        self._own = set[Hashable]()  # memory of constants that were made here
-        self._spoilt: dict[Hashable, Symbol] = {}  # what those are by now
+        self._constants = Constants()
         self._answers = Answers({})
         self._running: list[tuple[nn.Module, str]] = [(model, "")]
         convolutions = [one for one in tree.modules(model) if isinstance(one, _ConvNd)]
@@ -263,11 +255,12 @@ class SymbolicPass(TorchFunctionMode):
             known = self._answer(kind, name, first, *args[1:], *kwargs)
             if known is not None:
                 return known
-        args, kwargs = tree_map_only(Tensor, self._as_it_is_now, (args, kwargs)) if self._spoilt else (args, kwargs)
+        args, kwargs = self._constants.as_they_are_now(args, kwargs)
         written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
-        if not isinstance(first, Symbol) and self._is_constant(name, written, args, kwargs):
+        if not isinstance(first, Symbol) and self._constants.are_made_by(name, written, args, kwargs):
+            self._limit()
             with suppress(Exception):  # what cannot be computed here is as good as unknown
-                return self._constant(func, args, kwargs)
+                return self._constants.compute(func, args, kwargs)
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
             name = ROOTS.get(args[1], name)
         args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
@@ -280,37 +273,8 @@ class SymbolicPass(TorchFunctionMode):
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
         if written is not None and name not in UNWRITTEN:
             symbol.node.changed = frozenset().union(*map(bases, tensors_in(written)))
-            self._spoilt |= {one: symbol for one in map(_root, tensors_in(written)) if one in self._own}
+            self._constants.note_written(written, symbol)
         return self._write(written, symbol) if isinstance(written, Symbol) else symbol
-
-    def _is_constant(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether what a function is given is known, not changed unless it was made here, and no large size."""
-        known = all(type(one) is Tensor and not one.is_meta for one in tensors_in((args, kwargs)))
-        # Random numbers would decide which way code goes.
-        if not known or name in RANDOM or any(_root(one) not in self._own for one in tensors_in(written)):
-            return False
-        if name in ("unbind", "tolist") and _is_long(args[0]):
-            return False
-        # As for zeros of a million rows and columns, which are there to be on another device.
-        return math.prod(one for one in tree_leaves((args, kwargs)) if type(one) is int and one > 1) <= HEAVY
-
-    def _constant(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a function returns that is given nothing unknown, which code may keep where it outlives the pass."""
-
-        def owned(value: Any) -> Any:
-            if isinstance(value, np.ndarray):
-                return value.copy()
-            return value if _root(value) in self._own else value.clone()
-
-        self._limit()
-        args, kwargs = tree_map_only((Tensor, np.ndarray), owned, (args, kwargs))
-        output = func(*args, **kwargs)
-        self._own.update(map(_root, tensors_in(output)))
-        return output
-
-    def _as_it_is_now(self, tensor: Tensor) -> Tensor:
-        """What became of a constant that something unknown was written into, perhaps by another name of its memory."""
-        return self._spoilt.get(_root(tensor), tensor)
 
     def _write(self, written: Symbol, by: Symbol) -> Symbol:
         """Let a value be what a call makes of it in place, and with it those that it is a view of."""
@@ -342,25 +306,12 @@ class SymbolicPass(TorchFunctionMode):
         return give(*choices[kind]) if kind in choices else values.get(kind)
 
 
-def _root(tensor: Tensor) -> Hashable:
-    """The memory of a tensor, which its views, `detach` and ``.data`` share; one without any is alone."""
-    try:
-        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    except NotImplementedError:  # as that of a sparse one
-        return id(tensor)
-
-
-def _is_long(tensor: Tensor) -> bool:
-    """Whether a loop over it is taken for one over unknown values, which is one turn long, as one over time steps."""
-    return tensor.shape[:1].numel() > TURNS
-
-
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """How many tensors a function returns, where that is seen from what it is given."""
     if name in ("meshgrid", "broadcast_tensors"):
         return len(args[0] if isinstance(args[0], (list, tuple)) else args)
     # As where code goes through a parameter:
-    if name == "unbind" and args and not isinstance(args[0], Symbol) and not _is_long(args[0]):
+    if name == "unbind" and args and not isinstance(args[0], Symbol) and not is_long(args[0]):
         return int(args[0].shape[next(iter([*args[1:], *kwargs.values()]), 0)])
     if name in ("chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split"):
         parts = next(iter([*args[1:2], *(value for key, value in kwargs.items() if key != "dim")]), None)
