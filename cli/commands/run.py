@@ -23,6 +23,7 @@ from convsim_init.settings import PRESETS, Preset, Settings
 from ..options import Whole, debug_option
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 
+KEPT: list[dict[str, object]] = []  # the names of the script that was run
 HELP = """
 Run a training script, and initialize the networks that it builds before it trains them.
 
@@ -91,10 +92,12 @@ def run(
             redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
             initializing(settings=settings, include=include, exclude=exclude, on_report=tell) as reports,
         ):
+            # Its names live until Python ends, as without `run`: PyTorch may abort where a model in
+            # DistributedDataParallel goes right after its group of processes.
             if is_module:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
+                KEPT.append(runpy.run_module(script, run_name="__main__", alter_sys=True))
             else:
-                runpy.run_path(script, run_name="__main__")
+                KEPT.append(runpy.run_path(script, run_name="__main__"))
             sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
     except UnmatchedError:
         raise
