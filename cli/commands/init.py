@@ -154,11 +154,10 @@ def init(
     if not alone and launch.on_first_machine:
         check_kept(runs, choices)
     progress = launch.leads and not choices.quiet and sys.stderr is not None and sys.stderr.isatty()
-    if progress:
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        # Of threads alone: of one for processes, which tqdm would make, Python 3.14 tells after an interrupt.
-        tqdm.set_lock(RLock())
+    # Of threads alone: of one for processes, made for hidden bars too, Python 3.14 tells after an interrupt.
+    tqdm.set_lock(RLock())
     if choices.verbose:
         with exit_on_signal():
             environment = describe_environment()
