@@ -133,9 +133,14 @@ class Construction:
         @wraps(draw)
         def noted(module: _ConvNd) -> None:
             draw(module)
-            if not self._telling and "weight" in module._parameters:  # what is computed stays
-                self._redrawn[id(module)] = module
-                self._loaded.pop(id(module), None)
+            weight = module._parameters.get("weight")  # what is computed stays
+            if weight is None or has_no_data(weight) or self._telling:
+                return
+            self._redrawn[id(module)] = module
+            self._loaded.pop(id(module), None)
+            if vars(module).get(MARK) in (None, (self._token, TRAINED)):  # now, for copies that are made of it
+                self._mark(module)
+                self._marked[id(module)] = module
 
         return noted
 
@@ -212,7 +217,7 @@ class Construction:
             models, new = [*roots, *self._models.values()], set(map(id, roots))
             inner = {id(part) for model in models for part in list(tree.modules(model))[1:]}
             # A model that was told is told again if a part was drawn anew or loaded, or a new one is in it.
-            changed = {id(model) for model in models if self._marks_drawn(model) | self._marks_loaded(model)}
+            changed = {id(model) for model in models if self._is_redrawn(model) | self._marks_loaded(model)}
             told = {
                 id(model): model
                 for model in models
@@ -224,14 +229,9 @@ class Construction:
             self._models.update(told)
             self._treat(list(told.values()), moment)
 
-    def _marks_drawn(self, model: nn.Module) -> bool:
-        """Whether a part of a model was drawn anew since it was told; each of them is marked."""
-        drawn = [part for part in tree.modules(model) if id(part) in self._redrawn] if self._redrawn else []
-        for part in drawn:
-            if MARK not in vars(part) and _convolves(part):
-                self._mark(part)
-                self._marked[id(part)] = part
-        return bool(drawn)
+    def _is_redrawn(self, model: nn.Module) -> bool:
+        """Whether a part of a model was drawn anew since it was told."""
+        return bool(self._redrawn) and any(id(part) in self._redrawn for part in tree.modules(model))
 
     def _marks_loaded(self, model: nn.Module) -> bool:
         """Whether a part of a model that was told before was loaded since then; each of them is marked."""

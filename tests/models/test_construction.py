@@ -618,6 +618,26 @@ def test_what_is_drawn_anew_after_it_was_loaded_is_treated():
     assert [layer.reason for layer in reports[1].layers] == [None, "loaded in place of what was drawn here"]
 
 
+def test_copies_of_what_is_drawn_anew_after_it_was_loaded_are_treated_alike():
+    with ci.initializing(settings=QUICK):
+        model = network()
+        model.load_state_dict(network().state_dict())
+        reset_(model)
+        drawn = copy.deepcopy(model)
+    for part, twin in zip((model[0], model[2]), (drawn[0], drawn[2]), strict=True):
+        assert torch.equal(part.weight, twin.weight)
+
+
+def test_what_is_drawn_anew_after_a_gradient_without_an_optimizer_is_treated():
+    """As after a trial step that shows whether the memory will do."""
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        model(torch.randn(1, 3, 9, 9)).sum().backward()
+        reset_(model)
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    assert reports[0].totals["initialized"] == 2
+
+
 def test_what_was_built_elsewhere_stays():
     outside, file = network(), io.BytesIO()
     torch.save(network(), file)
