@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
+from convsim_init.layers.forward.isolation import is_running
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.owners import find_call
 from convsim_init.models.patching import noting_loaded, replaced
@@ -103,10 +104,11 @@ class Construction:
         @wraps(make)
         def recorded(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
             make(module, *args, **kwargs)
-            if drawn and not (self._telling or _on_meta()):
+            own_work = self._telling or is_running()
+            if drawn and not (own_work or _on_meta()):
                 self._mark(module)
             drop_hooks(module)  # of a copy
-            if not self._telling:
+            if not own_work:
                 self._built[id(module)] = self._marked[id(module)] = module
 
         return recorded
@@ -134,7 +136,7 @@ class Construction:
         def noted(module: _ConvNd) -> None:
             draw(module)
             weight = module._parameters.get("weight")  # what is computed stays
-            if weight is None or has_no_data(weight) or self._telling:
+            if weight is None or has_no_data(weight) or self._telling or is_running():
                 return
             self._redrawn[id(module)] = module
             self._loaded.pop(id(module), None)

@@ -913,6 +913,26 @@ def test_a_look_at_a_model_is_not_its_first_forward_pass(look):
     assert not torch.equal(model.state_dict()["2.weight"], drawn["2.weight"])
 
 
+def test_what_a_look_at_a_model_builds_or_copies_is_none_of_the_models():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.grown = network(), None
+
+        def forward(self, x):
+            if self.grown is None:
+                self.grown = nn.Conv2d(8, 8, 3)
+            return self.grown(self.body(x))
+
+    held = []  # as what refers to itself is kept until it is collected
+    with ci.initializing(settings=QUICK) as reports:
+        model = Growing()
+        model.body.register_forward_pre_hook(lambda module, _: held.append(module))
+        ci.initialize_(model, settings=QUICK)
+        ci.measure(model)
+    assert [[layer.name for layer in report.layers] for report in reports] == [["body.0", "body.2"]]
+
+
 def test_a_trial_pass_in_other_threads_is_none_either():
     pool = concurrent.futures.ThreadPoolExecutor(2)
 

@@ -27,9 +27,8 @@ from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_
 from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
-TRIALS: list[nn.Module] = []  # whose trial passes run, in whatever threads
 EAGER: list[int] = []  # the threads in which nothing is compiled
-RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which modules run, and these, by their ids
+RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which passes of our own run, and of what, by ids
 FREE = threading.Condition()  # for those that wait until theirs run in no other thread
 COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
 
@@ -80,7 +79,7 @@ def undisturbed(
         containers: Whether what lists and dicts hold that are attributes is put back too, as that of hooks is.
     """
     parts = list(tree.modules(module))
-    with _alone(parts):
+    with running(parts):
         attributes = [vars(part) for part in parts]
         values = [value for one in attributes for value in one.values()]
         held: list[Any] = [*attributes]
@@ -93,18 +92,16 @@ def undisturbed(
         tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
         undo += [noted(one, copy=copy(one)) for one in tensors]
         with random_states(tensors), not_compiled():
-            TRIALS.append(module)
             try:
                 yield
             finally:
-                TRIALS.pop()  # whichever: while any runs, no pass counts
                 for put_back in undo:
                     put_back()
 
 
 @contextmanager
-def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Context in which modules run in no other thread that is in such a context."""
+def running(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Context for passes of our own, in which these modules run in no other thread that is in such a context."""
     own = threading.get_ident(), frozenset(map(id, parts))
     with FREE:
         # A thread that is in such a context already would wait for itself, for ever.
@@ -116,6 +113,11 @@ def _alone(parts: Sequence[nn.Module]) -> Iterator[None]:
         with FREE:
             RUNNING.remove(own)
             FREE.notify_all()
+
+
+def is_running() -> bool:
+    """Whether this thread runs passes of our own, in which nothing that code builds or copies is the user's."""
+    return any(thread == threading.get_ident() for thread, _ in RUNNING)
 
 
 def put_content_back(live: Any, before: Any) -> None:
