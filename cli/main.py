@@ -25,7 +25,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     import errno
     import os
     from collections.abc import Iterator, Sequence
-    from contextlib import contextmanager, redirect_stdout
+    from contextlib import contextmanager, nullcontext, redirect_stdout
     from functools import wraps
     from pathlib import Path
 
@@ -121,13 +121,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
     try:
-        # With arguments it was called by other code, which goes on and wants its signals back.
-        with grace_period(last=arguments is None), showing_once():
+        # With arguments it was called by other code, which goes on and wants its signals back, and what `run` changes.
+        with grace_period(last=arguments is None), nullcontext() if arguments is None else restored(), showing_once():
             status = _run(sys.argv[1:] if arguments is None else list(arguments))
     except (KeyboardInterrupt, click.Abort) as error:
         # MainGroup turns an interrupt into Abort, whose cause says which signal it was.
         status = interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
     sys.exit(status)
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Put back what a script that `run` runs finds changed."""
+    before = sys.argv, sys.path[:], sys.modules["__main__"]
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:], sys.modules["__main__"] = before
 
 
 @contextmanager

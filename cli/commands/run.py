@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import runpy
 import sys
 import traceback
@@ -9,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import click
 
@@ -23,7 +26,6 @@ from convsim_init.settings import PRESETS, Preset, Settings
 from ..options import Whole, debug_option
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 
-KEPT: list[dict[str, object]] = []  # the names of the script that was run
 HELP = """
 Run a training script, and initialize the networks that it builds before it trains them.
 
@@ -82,7 +84,7 @@ def run(
             for text in (line, *_left(report), *report.remarks):
                 print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
 
-    before, reports = (sys.argv, sys.path[:]), list[Report]()
+    reports = list[Report]()
     sys.argv = [script, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # else the first one is somebody's own, and no folder is added
         sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
@@ -92,12 +94,11 @@ def run(
             redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
             initializing(settings=settings, include=include, exclude=exclude, on_report=tell) as reports,
         ):
-            # Its names live until Python ends, as without `run`: PyTorch may abort where a model in
-            # DistributedDataParallel goes right after its group of processes.
-            if is_module:
-                KEPT.append(runpy.run_module(script, run_name="__main__", alter_sys=True))
-            else:
-                KEPT.append(runpy.run_path(script, run_name="__main__"))
+            code, names = _load(script, is_module)
+            # It stays `__main__` until Python ends, as without `run`: threads and exit handlers may pickle its classes.
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            vars(main).update(names, __builtins__=builtins)
+            exec(code, vars(main))
             sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
     except UnmatchedError:
         raise
@@ -109,15 +110,27 @@ def run(
             # Then it is not worth telling that no network was treated.
             quiet = True
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
-        traceback.print_exception(error.with_traceback(own or error.__traceback__))  # of the script's own code
+        if own is None and is_module:  # in what is imported before it
+            own = error.__traceback__
+        traceback.print_exception(error.with_traceback(own))  # of the script's own code
         return FAILED if isinstance(error, Exception) else INTERRUPTED
     finally:
-        sys.argv, sys.path[:] = before
         if not reports and not quiet and launched().leads:
             print(
                 "convsim-init: no network was treated: no convolution of PyTorch was given an optimizer of torch.optim",
                 file=sys.stderr,
             )
+
+
+def _load(script: str, is_module: bool) -> tuple[CodeType, dict[str, object]]:
+    """The code of the script, and the names that Python gives it."""
+    if is_module:
+        _, spec, code = runpy._get_module_details(script)  # type: ignore[attr-defined]  # as the debugger of Python does
+        sys.argv[0] = spec.origin
+        return code, {"__file__": spec.origin, "__loader__": spec.loader, "__package__": spec.parent, "__spec__": spec}
+    path = str(Path(script).absolute())
+    loader = SourceFileLoader("__main__", path)
+    return loader.source_to_code(loader.get_data(path), path), {"__file__": path, "__loader__": loader}
 
 
 def _left(report: Report) -> Iterator[str]:

@@ -44,23 +44,24 @@ def run(command, tmp_path, monkeypatch):
     (folder / "beside.py").write_text("NAME = 'beside'")
     for name in ("train", "beside"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    before = sys.argv, sys.path[:], signal.getsignal(signal.SIGINT)
+    before = sys.argv, sys.path[:], sys.modules["__main__"], signal.getsignal(signal.SIGINT)
     yield lambda *arguments: command("run", *arguments)
-    assert (sys.argv, sys.path, signal.getsignal(signal.SIGINT)) == before
+    assert (sys.argv, sys.path, sys.modules["__main__"], signal.getsignal(signal.SIGINT)) == before
 
 
 @pytest.mark.parametrize(
     ("what", "status", "code"),
     [("exit", "0", 0), ("exit", "7", 7), ("end", "0", 0), ("raise", "0", 1), ("refuse", "0", 1), ("signal", "0", 9)],
 )
-def test_a_script_runs_as_it_would_alone(what, status, code, run):
+def test_a_script_runs_as_it_would_alone(what, status, code, run, tmp_path):
     got, out, err = run("--steps", "2", "code/train.py", what, status)
     assert got == code
     assert out == f"['{what}', '{status}'] beside True __main__\n"
     line, *rest = err.splitlines()
     assert line.startswith("convsim-init: Network, 2 convolutions: 2 initialized, ")
     assert ("RuntimeError: not today" in rest) == (what == "raise")
-    assert [one.split('"')[1] for one in rest if "File" in one] == ["code/train.py"] * (what in ("raise", "refuse"))
+    script = str(tmp_path / "code" / "train.py")
+    assert [one.split('"')[1] for one in rest if "File" in one] == [script] * (what in ("raise", "refuse"))
     assert ("convsim_init.errors.InputError: not this" in rest) == (what == "refuse")
 
 
@@ -171,6 +172,52 @@ def test_an_import_that_fails_in_a_module_shows_where(run, tmp_path):
     assert err.endswith("ModuleNotFoundError: No module named 'nothere'\n")
 
 
+ENDING = """
+import atexit, os, pickle, sys, threading
+
+class Config:
+    pass
+
+def save(where):
+    import beside
+    print(where, len(pickle.dumps(Config())) > 0, os.path.basename(sys.argv[0]), sys.argv[1:], beside.NAME)
+
+def save_late():
+    threading.main_thread().join()
+    save("thread")
+
+if __name__ == "__main__":
+    os.chdir(os.sep)
+    print(open(os.path.join(os.path.dirname(__file__), "beside.py")).read(), hasattr(__builtins__, "print"))
+    atexit.register(save, "exit")
+    threading.Thread(target=save_late).start()
+    sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("script", [["package/ending.py"], ["-m", "package.ending"]])
+def test_what_ends_after_the_script_finds_what_it_would_alone(script, tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "ending.py").write_text(ENDING)
+    for folder in (tmp_path / "package", tmp_path):
+        (folder / "beside.py").write_text("NAME = 'beside'")
+    command = [sys.executable, "-m", "convsim_init", "run", "-q", *script, "last"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (
+        5,
+        ["NAME = 'beside' True", *(f"{where} True ending.py ['last'] beside" for where in ("thread", "exit"))],
+        "",
+    )
+
+
+def test_a_script_that_is_no_python_shows_its_line_alone(run, tmp_path):
+    (tmp_path / "code" / "train.py").write_text("x = = 3\n")
+    status, _, err = run("-q", "code/train.py")
+    assert status == 1
+    assert err.splitlines()[0] == f'  File "{tmp_path / "code" / "train.py"}", line 1'
+
+
 def test_a_signal_ends_the_script_as_it_would_alone(tmp_path):
     (tmp_path / "sleeping.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "convsim_init", "run", "sleeping.py"]
@@ -199,7 +246,8 @@ dist.all_gather(weights, model[2].weight.detach())
 if dist.get_rank() == 0:
     print("distance", float((weights[0] - weights[1]).abs().max()), flush=True)
 dist.destroy_process_group()
-os._exit(0)  # what PyTorch takes apart at the end it takes apart in threads, and now and then aborts
+# While Python ends, a thread of gloo may still let go of the last backward pass, and PyTorch then aborts.
+os._exit(0)
 """
 
 
