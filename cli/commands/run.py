@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import runpy
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -112,7 +111,7 @@ def run(
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
         if own is None and is_module:  # in what is imported before it
             own = error.__traceback__
-        traceback.print_exception(error.with_traceback(own))  # of the script's own code
+        sys.excepthook(type(error), error.with_traceback(own), own)  # which the script may have set
         return FAILED if isinstance(error, Exception) else INTERRUPTED
     finally:
         if not reports and not quiet and launched().leads:

@@ -65,6 +65,14 @@ def test_a_script_runs_as_it_would_alone(what, status, code, run, tmp_path):
     assert ("convsim_init.errors.InputError: not this" in rest) == (what == "refuse")
 
 
+def test_a_script_that_raises_has_its_own_hook_called(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    (tmp_path / "code" / "hooked.py").write_text(
+        "import sys\nsys.excepthook = lambda kind, error, where: print(kind.__name__, error, where.tb_lineno)\n1 / 0\n"
+    )
+    assert run("-q", "code/hooked.py") == (1, "ZeroDivisionError division by zero 3\n", "")
+
+
 def test_a_module_runs_too(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "code")
     status, out, err = run("--exclude", "2", "-m", "train", "exit", "3")
