@@ -163,14 +163,19 @@ def _convolutions(part: nn.Module, followed: Followed) -> set[str]:
 
 
 def _arguments(part: nn.Module) -> Iterator[list[str]]:
-    """Which arguments a forward pass may be given: those without a default; with them others, one, two or all."""
+    """Which arguments a forward pass may be given: those without a default; with them others, one, two or all.
+
+    Those that it takes besides, as by ``*args``, are given at first only where it has no others without a default.
+    """
     try:
         parameters = inspect.signature(part.forward).parameters.values()
     except (TypeError, ValueError):  # a function without one
         return
     named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    needed = [one.name for one in named if one.default is inspect.Parameter.empty]
-    others = [one.name for one in named if one.default is None]
+    without = [one for one in named if one.default is inspect.Parameter.empty]
+    needed = [one.name for one in without if one.kind is not inspect.Parameter.VAR_POSITIONAL]
+    needed = needed or [one.name for one in without]
+    others = [one.name for one in named if one.name not in needed and (one.default is None or one in without)]
     extras = [[], *([one] for one in others), *([others[0], one] for one in others[1:])]
     extras += [others] if len(others) > 1 else []
     yield from ([*needed, *extra] for extra in extras if needed or extra)

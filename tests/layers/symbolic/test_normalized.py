@@ -389,6 +389,36 @@ def test_nothing_of_the_model_is_touched(capsys):
     assert capsys.readouterr().out == ""
 
 
+class Passing(nn.Module):
+    """As networks of ultralytics: what else it is given are options of another method."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(nn.BatchNorm2d(4))
+
+    def forward(self, x, *args):
+        return self.predict(x, *args)
+
+    def predict(self, x, profile=False):
+        x = self.conv(x)
+        return x if profile else self.norm(x)
+
+
+class Joining(Passing):
+    def forward(self, x, *skips):
+        return self.predict(x + skips[0])
+
+
+class Handing(Passing):
+    def forward(self, *args):
+        return self.predict(*args)
+
+
+@pytest.mark.parametrize("kind", [Passing, Joining, Handing])
+def test_arguments_that_a_module_takes_besides_are_given_where_there_is_no_other_way(kind):
+    assert normalization_follows(follow(kind())) == {"conv": True}
+
+
 def test_a_module_that_is_its_own_copy_stays_as_it_is():
     class Single(nn.Sequential):
         def __deepcopy__(self, memo):
