@@ -31,12 +31,16 @@ class Answers:
         self._asked = 0
         self._ranks: dict[Hashable, int] = {}
 
-    def rank(self, value: Hashable, choices: Iterable[int]) -> int:
-        """The number of dimensions of a value, always the same unless the code unpacks another number of sizes."""
+    def rank(self, value: Hashable, choices: Iterable[int], added: int = 0) -> int:
+        """The number of dimensions of a value, always the same unless the code unpacks another number of sizes.
+
+        Where some were added to those of another value, that one's number is what is known or answered.
+        """
         count, more = unpacked(*_place(sys._getframe(1)))
         # One value is what is told where nothing is unpacked, and a starred name takes any number.
-        self._ranks[value] = count if count > 1 and not more else self._ranks.get(value) or self.give(*choices)
-        return self._ranks[value]
+        unpacks = count > 1 and not more
+        self._ranks[value] = count - added if unpacks else self._ranks.get(value) or self.give(*choices)
+        return max(self._ranks[value] + added, 0)
 
     def give(self, *choices: int) -> int:
         """The answer to the next question."""

@@ -35,6 +35,7 @@ RANKS = (4, 3, 5, 2)
 ASKED = {"is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device", "is_inference"}
 SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "len"}
 ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
+REDUCING = {"mean", "sum", "amax", "amin", "squeeze", "select"}  # the dimensions by one, where one is named
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge"}
 VIEWS = {  # of what they are given: what is written into one is in the other
     *("getitem", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
@@ -264,7 +265,7 @@ class SymbolicPass(TorchFunctionMode):
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
             name = ROOTS.get(args[1], name)
         args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
-        symbol = self.symbol(name, args, kwargs)
+        symbol = self.symbol(name, args, kwargs, added=_added(name, args, kwargs))
         if func in CONVOLUTIONS:
             symbol.node.convolution = convolution_arguments(func, args, kwargs)
             symbol.node.weight = self.symbol("weight", symbol.node.convolution.weight).node
@@ -293,7 +294,10 @@ class SymbolicPass(TorchFunctionMode):
             likely = (not single and (asked.node.name if kind == "__bool__" else name) not in RARE) == self._usual
             return give(likely, not likely)
         if name in ("dim", "ndim", "ndimension") or (name in ("shape", "size") and not more):
-            rank = self._answers.rank(asked.node, self._ranks)
+            node, added = asked.node, 0
+            while node.added and node.inputs:
+                node, added = node.inputs[0], added + node.added
+            rank = self._answers.rank(node, self._ranks, added)
             return rank if "dim" in name else Shape(self.symbol("size", asked) for _ in range(rank))
         if kind == "__get__" or name in ASKED:
             value = getattr(self._sample, name)
@@ -304,6 +308,19 @@ class SymbolicPass(TorchFunctionMode):
         choices = {"__contains__": (True, False), "__len__": (1, 2, 3, 4), "__index__": (2, 1, 0), "__int__": (2, 1, 0)}
         values = {"__hash__": id(asked), "__float__": 1.0}
         return give(*choices[kind]) if kind in choices else values.get(kind)
+
+
+def _added(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many dimensions a function adds to its first argument, in loops until there are so many; else 0."""
+    if name == "unsqueeze":
+        return 1
+    if name == "getitem":
+        return sum(one is None for one in (args[1] if isinstance(args[1], tuple) else args[1:]))
+    if name in REDUCING:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        keepdim = kwargs.get("keepdim", name != "select" and len(args) > 2)
+        return -1 if type(dim) is int and keepdim is False else 0
+    return 0
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

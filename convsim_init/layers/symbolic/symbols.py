@@ -33,6 +33,7 @@ class Node:
     changed: frozenset[int] = frozenset()  # the parameters that it changed in place
     caller: nn.Module | None = None  # in whose forward pass it was called
     hook: str = ""  # if in a hook of that module, in which
+    added: int = 0  # how many dimensions its value has more than the first one that it was given, where that is known
     is_size: bool = field(init=False)  # whether it is a number that is computed from shapes alone
 
     def __post_init__(self) -> None:

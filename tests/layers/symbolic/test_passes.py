@@ -280,3 +280,52 @@ class Steps(nn.Module):
 def test_loops_over_many_numbers_are_followed_for_one_turn(kind):
     ((nodes, whole),) = follow(Steps(kind)).runs
     assert (len([node for node in nodes if node.module is not None]), whole) == (9, True)
+
+
+def widened(x):
+    while len(x.shape) < 4:
+        x = x.unsqueeze(-1)
+    return x
+
+
+def widened_by_an_index(x):
+    while x.dim() < 4:
+        x = x[..., None]
+    return x
+
+
+def pooled(x):
+    while x.ndim > 2:
+        x = x.mean(-1)
+    return x
+
+
+def pooled_by_name(x):
+    while x.dim() > 2:
+        x = torch.amax(x, dim=2)
+    return x
+
+
+def squeezed(x):
+    x = x[:, :, :1]
+    while x.dim() > 2:
+        x = x.squeeze(-1)
+    return x
+
+
+@pytest.mark.parametrize("loop", [widened, widened_by_an_index, pooled, pooled_by_name, squeezed])
+def test_loops_until_there_are_so_many_dimensions_end(loop):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(3, 8, 3), nn.LazyBatchNorm2d() if "widened" in loop.__name__ else None
+
+        def forward(self, x):
+            x = loop(self.conv(x))
+            return x if self.norm is None else self.norm(x)
+
+    followed = follow(Net())
+    assert followed.failed == set()
+    ((nodes, whole),) = followed.runs
+    assert whole
+    assert len(nodes) < 100
