@@ -23,8 +23,9 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
 from convsim_init.layers.forward.isolation import not_compiled
 from convsim_init.layers.symbolic.answers import Answers
-from convsim_init.layers.symbolic.constants import Constants, is_long
+from convsim_init.layers.symbolic.constants import Constants
 from convsim_init.layers.symbolic.kinds import call_name
+from convsim_init.layers.symbolic.results import added_dimensions, tensor_count
 from convsim_init.layers.symbolic.symbols import Node, Shape, Symbol, are_sizes, bases, is_in_place, name_of, tensors_in
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
@@ -35,7 +36,6 @@ RANKS = (4, 3, 5, 2)
 ASKED = {"is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device", "is_inference"}
 SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "len"}
 ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
-REDUCING = {"mean", "sum", "amax", "amin", "squeeze", "select"}  # the dimensions by one, where one is named
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge"}
 VIEWS = {  # of what they are given: what is written into one is in the other
     *("getitem", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
@@ -265,11 +265,11 @@ class SymbolicPass(TorchFunctionMode):
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
             name = ROOTS.get(args[1], name)
         args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
-        symbol = self.symbol(name, args, kwargs, added=_added(name, args, kwargs))
+        symbol = self.symbol(name, args, kwargs, added=added_dimensions(name, args, kwargs))
         if func in CONVOLUTIONS:
             symbol.node.convolution = convolution_arguments(func, args, kwargs)
             symbol.node.weight = self.symbol("weight", symbol.node.convolution.weight).node
-        count = _count(name, args, kwargs)
+        count = tensor_count(name, args, kwargs)
         if count is not None:
             return tuple(self.symbol("getitem", symbol) for _ in range(count))
         if written is not None and name not in UNWRITTEN:
@@ -308,31 +308,3 @@ class SymbolicPass(TorchFunctionMode):
         choices = {"__contains__": (True, False), "__len__": (1, 2, 3, 4), "__index__": (2, 1, 0), "__int__": (2, 1, 0)}
         values = {"__hash__": id(asked), "__float__": 1.0}
         return give(*choices[kind]) if kind in choices else values.get(kind)
-
-
-def _added(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many dimensions a function adds to its first argument, in loops until there are so many; else 0."""
-    if name == "unsqueeze":
-        return 1
-    if name == "getitem":
-        return sum(one is None for one in (args[1] if isinstance(args[1], tuple) else args[1:]))
-    if name in REDUCING:
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        keepdim = kwargs.get("keepdim", name != "select" and len(args) > 2)
-        return -1 if type(dim) is int and keepdim is False else 0
-    return 0
-
-
-def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many tensors a function returns, where that is seen from what it is given."""
-    if name in ("meshgrid", "broadcast_tensors"):
-        return len(args[0] if isinstance(args[0], (list, tuple)) else args)
-    # As where code goes through a parameter:
-    if name == "unbind" and args and not isinstance(args[0], Symbol) and not is_long(args[0]):
-        return int(args[0].shape[next(iter([*args[1:], *kwargs.values()]), 0)])
-    if name in ("chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split"):
-        parts = next(iter([*args[1:2], *(value for key, value in kwargs.items() if key != "dim")]), None)
-        if isinstance(parts, (list, tuple)):
-            return len(parts) + (name == "tensor_split")
-        return parts if isinstance(parts, int) and name != "split" else None
-    return None

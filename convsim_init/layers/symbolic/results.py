@@ -1,0 +1,39 @@
+"""What is known of the result of a function from its arguments, though its values are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from convsim_init.layers.symbolic.constants import is_long
+from convsim_init.layers.symbolic.symbols import Symbol
+
+REDUCING = {"mean", "sum", "amax", "amin", "squeeze", "select"}  # the dimensions by one, where one is named
+
+
+def added_dimensions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many dimensions a function adds to its first argument, in loops until there are so many; else 0."""
+    if name == "unsqueeze":
+        return 1
+    if name == "getitem":
+        return sum(one is None for one in (args[1] if isinstance(args[1], tuple) else args[1:]))
+    if name in REDUCING:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        keepdim = kwargs.get("keepdim", name != "select" and len(args) > 2)
+        return -1 if type(dim) is int and keepdim is False else 0
+    return 0
+
+
+def tensor_count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many tensors a function returns, where that is seen from what it is given."""
+    if name in ("meshgrid", "broadcast_tensors"):
+        return len(args[0] if isinstance(args[0], (list, tuple)) else args)
+    # As where code goes through a parameter:
+    if name == "unbind" and args and not isinstance(args[0], Symbol) and not is_long(args[0]):
+        return int(args[0].shape[next(iter([*args[1:], *kwargs.values()]), 0)])
+    if name in ("chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split"):
+        parts = next(iter([*args[1:2], *(value for key, value in kwargs.items() if key != "dim")]), None)
+        if isinstance(parts, (list, tuple)):
+            return len(parts) + (name == "tensor_split")
+        return parts if isinstance(parts, int) and name != "split" else None
+    return None
