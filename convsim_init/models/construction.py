@@ -7,8 +7,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from functools import partial, wraps
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +19,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import is_running
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.owners import find_call
-from convsim_init.models.patching import noting_loaded, replaced
+from convsim_init.models.patching import noting_loaded, observed
 from convsim_init.models.window import before_first_pass, drop_hooks
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
@@ -76,14 +74,17 @@ class Construction:
 
     def __enter__(self) -> Construction:
         _OPEN.add(self._token)
-        self._undo.enter_context(replaced(nn.Module, "__init__", partial(self._recording, drawn=True)))
-        # deepcopy and pickle make a module without its constructor.
-        self._undo.enter_context(replaced(nn.Module, "__setstate__", self._recording))  # of a copy
-        self._undo.enter_context(noting_loaded(self._leave))
-        self._undo.enter_context(replaced(_ConvNd, "reset_parameters", self._noting_redrawn))
-        self._undo.enter_context(replaced(torch.optim.Optimizer, "__init__", self._before_optimizer))
-        self._undo.enter_context(replaced(torch.optim.Optimizer, "add_param_group", self._before_group))
-        self._undo.enter_context(replaced(torch.autograd, "backward", self._marking_trained))
+        for observing in (
+            observed(nn.Module, "__init__", after=self._note_drawn),
+            # deepcopy and pickle make a module without its constructor.
+            observed(nn.Module, "__setstate__", after=self._note_built),  # of a copy
+            noting_loaded(self._leave),
+            observed(_ConvNd, "reset_parameters", after=self._note_redrawn),
+            observed(torch.optim.Optimizer, "__init__", before=self._before_optimizer),
+            observed(torch.optim.Optimizer, "add_param_group", before=self._before_group),
+            observed(torch.autograd, "backward", after=self._after_backward),
+        ):
+            self._undo.enter_context(observing)
         self._undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         return self
 
@@ -100,51 +101,38 @@ class Construction:
             _OPEN.remove(self._token)
             _unmark(self._marked.values())
 
-    def _recording(self, make: Callable[..., None], *, drawn: bool = False) -> Callable[..., None]:
-        @wraps(make)
-        def recorded(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
-            make(module, *args, **kwargs)
-            own_work = self._telling or is_running()
-            if drawn and not (own_work or _on_meta()):
-                self._mark(module)
-            drop_hooks(module)  # of a copy
-            if not own_work:
-                self._built[id(module)] = self._marked[id(module)] = module
+    def _note_drawn(self, module: nn.Module, /, *_: object, **__: object) -> None:
+        if not (self._telling or is_running() or _on_meta()):
+            self._mark(module)
+        self._note_built(module)
 
-        return recorded
+    def _note_built(self, module: nn.Module, /, *_: object, **__: object) -> None:
+        drop_hooks(module)  # of a copy
+        if not (self._telling or is_running()):
+            self._built[id(module)] = self._marked[id(module)] = module
 
-    def _marking_trained(self, backward: Callable[..., None]) -> Callable[..., None]:
-        @wraps(backward)
-        def marking(*args: Any, **kwargs: Any) -> None:
-            backward(*args, **kwargs)
-            told = () if self._telling else self._told.values()
-            # A gradient that was not there when the optimizer was made: of a pass that no hook saw.
-            parameters = (one for model in told for one in tree.parameters(model))
-            if any(_has_gradient(one) and id(one) not in self._graded for one in parameters):
-                self._tell_again(Moment.STEP)  # the forward pass was not seen
-            # A gradient may train it without an optimizer, by code that steps by hand.
-            for module in (*self._marked.values(), *self._redrawn.values()):
-                if any(map(_has_gradient, module._parameters.values())):
-                    self._redrawn.pop(id(module), None)
-                    if MARK in vars(module):
-                        self._mark(module, TRAINED)
+    def _note_redrawn(self, module: _ConvNd, /) -> None:
+        weight = module._parameters.get("weight")  # what is computed stays
+        if weight is None or has_no_data(weight) or self._telling or is_running():
+            return
+        self._redrawn[id(module)] = module
+        self._loaded.pop(id(module), None)
+        if vars(module).get(MARK) in (None, (self._token, TRAINED)):  # now, for copies that are made of it
+            self._mark(module)
+            self._marked[id(module)] = module
 
-        return marking
-
-    def _noting_redrawn(self, draw: Callable[..., None]) -> Callable[..., None]:
-        @wraps(draw)
-        def noted(module: _ConvNd) -> None:
-            draw(module)
-            weight = module._parameters.get("weight")  # what is computed stays
-            if weight is None or has_no_data(weight) or self._telling or is_running():
-                return
-            self._redrawn[id(module)] = module
-            self._loaded.pop(id(module), None)
-            if vars(module).get(MARK) in (None, (self._token, TRAINED)):  # now, for copies that are made of it
-                self._mark(module)
-                self._marked[id(module)] = module
-
-        return noted
+    def _after_backward(self, *_: object, **__: object) -> None:
+        told = () if self._telling else self._told.values()
+        # A gradient that was not there when the optimizer was made: of a pass that no hook saw.
+        parameters = (one for model in told for one in tree.parameters(model))
+        if any(_has_gradient(one) and id(one) not in self._graded for one in parameters):
+            self._tell_again(Moment.STEP)  # the forward pass was not seen
+        # A gradient may train it without an optimizer, by code that steps by hand.
+        for module in (*self._marked.values(), *self._redrawn.values()):
+            if any(map(_has_gradient, module._parameters.values())):
+                self._redrawn.pop(id(module), None)
+                if MARK in vars(module):
+                    self._mark(module, TRAINED)
 
     def _mark(self, module: nn.Module, why: str | None = None) -> None:
         vars(module)[MARK] = (self._token, why)
@@ -154,24 +142,14 @@ class Construction:
         self._redrawn.pop(id(module), None)
         self._loaded[id(module)] = module
 
-    def _before_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
-        @wraps(init)
-        def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-            if not _is_own(optimizer):
-                self._begin_training()
-            init(optimizer, *args, **kwargs)
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, /, *_: object, **__: object) -> None:
+        if not _is_own(optimizer):
+            self._begin_training()
 
-        return after_telling
-
-    def _before_group(self, add: Callable[..., None]) -> Callable[..., None]:
-        @wraps(add)
-        def after_telling(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-            # What was built since the optimizer was made, as layers in the first forward pass are.
-            if self._built and not (self._telling or _is_own(optimizer)):
-                self._begin_training()
-            add(optimizer, *args, **kwargs)
-
-        return after_telling
+    def _before_group(self, optimizer: torch.optim.Optimizer, /, *_: object, **__: object) -> None:
+        # What was built since the optimizer was made, as layers in the first forward pass are.
+        if self._built and not (self._telling or _is_own(optimizer)):
+            self._begin_training()
 
     def _begin_training(self) -> None:
         self._window.close()

@@ -1,27 +1,41 @@
-"""Replacing an attribute of somebody else's class for a time, and what that tells of models that are loaded."""
+"""Observing calls of somebody else's functions for a time, and what that tells of models that are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce, wraps
+from functools import wraps
 from threading import RLock
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+Act = Callable[..., object]  # called with the arguments of the function that is observed
+
+
+def nothing(*_: object, **__: object) -> None:
+    """Do nothing."""
+
 
 class _Replacement:
-    """What stands in the place of a function, and calls what the contexts that are open make of that."""
+    """What stands in the place of a function, and tells the contexts that are open of its calls."""
 
-    def __init__(self, before: Callable[..., Any]) -> None:
-        self.before = self.now = before
-        self.changes: list[Callable[..., Callable[..., None]]] = []
-        self.call = wraps(before)(lambda *args, **kwargs: self.now(*args, **kwargs))
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.observers: list[tuple[Act, Act]] = []
 
-    def update(self) -> None:
-        self.now = reduce(lambda value, change: change(value), self.changes, self.before)
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            observers = self.observers.copy()  # a context may begin or end within the call
+            for before, _ in reversed(observers):
+                before(*args, **kwargs)
+            result = function(*args, **kwargs)
+            for _, after in observers:
+                after(*args, **kwargs)
+            return result
+
+        self.call = call
 
 
 _REPLACED: dict[int, _Replacement] = {}  # by the ids of their functions
@@ -29,11 +43,12 @@ _LOCK = RLock()  # a generator that holds a context may be collected, and end it
 
 
 @contextmanager
-def replaced(owner: object, name: str, change: Callable[..., Callable[..., None]]) -> Iterator[None]:
-    """Context in which an attribute is changed; contexts may overlap, as those of several threads do.
+def observed(owner: object, name: str, *, before: Act = nothing, after: Act = nothing) -> Iterator[None]:
+    """Context in which others are called before and after a function; contexts may overlap, as of several threads.
 
     What somebody else puts in its place meanwhile stays there.
     """
+    observer = (before, after)
     with _LOCK:
         there = getattr(owner, name)
         entry = _REPLACED.get(id(there))
@@ -41,17 +56,15 @@ def replaced(owner: object, name: str, change: Callable[..., Callable[..., None]
             entry = _Replacement(there)
             _REPLACED[id(entry.call)] = entry
             setattr(owner, name, entry.call)
-        entry.changes.append(change)
-        entry.update()
+        entry.observers.append(observer)
     try:
         yield
     finally:
         with _LOCK:
-            entry.changes.remove(change)
-            entry.update()
+            entry.observers.remove(observer)
             # Where somebody else's wraps it, it goes on calling what was there before.
-            if not entry.changes and getattr(owner, name) is entry.call:
-                setattr(owner, name, entry.before)
+            if not entry.observers and getattr(owner, name) is entry.call:
+                setattr(owner, name, entry.function)
                 del _REPLACED[id(entry.call)]
 
 
@@ -63,24 +76,17 @@ def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
     that it loads.
     """
 
-    def noting(load: Callable[..., None]) -> Callable[..., None]:
-        @wraps(load)
-        def noted(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-            load(module, state_dict, prefix, *args, **kwargs)
-            # Called for each module by load_state_dict, also where the file has nothing of it.
-            if any(key.startswith(prefix) for key in state_dict):
-                note(module)
+    def note_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object, **__: object) -> None:
+        # Called for each module by load_state_dict, also where the file has nothing of it.
+        if any(key.startswith(prefix) for key in state_dict):
+            note(module)
 
-        return noted
+    def note_meta(module: _ConvNd, /, *_: object, **__: object) -> None:
+        if module.weight.is_meta:
+            note(module)
 
-    def noting_meta(init: Callable[..., None]) -> Callable[..., None]:
-        @wraps(init)
-        def noted(module: _ConvNd, *args: Any, **kwargs: Any) -> None:
-            init(module, *args, **kwargs)
-            if module.weight.is_meta:
-                note(module)
-
-        return noted
-
-    with replaced(nn.Module, "_load_from_state_dict", noting), replaced(_ConvNd, "__init__", noting_meta):
+    with (
+        observed(nn.Module, "_load_from_state_dict", after=note_loaded),
+        observed(_ConvNd, "__init__", after=note_meta),
+    ):
         yield

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import wraps
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import RUNNING
-from convsim_init.models.patching import replaced
+from convsim_init.models.patching import nothing, observed
 
 
 @contextmanager
@@ -35,14 +33,9 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
         if not RUNNING and any(id(part) in parts for part in tree.modules(module)):
             act()
 
-    def before_compiling(make: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(make)
-        def after_telling(*args: Any, **kwargs: Any) -> Any:
-            for module in _modules_of(args[0] if args else kwargs.get("model")):
-                before_call(module, None)
-            return make(*args, **kwargs)
-
-        return after_telling
+    def before_compiling(model: object = None, **_: object) -> None:
+        for module in _modules_of(model):
+            before_call(module, None)
 
     with ExitStack() as stack:
         compiled = {id(one) for part in _compiled(part for _, part in named) for one in tree.modules(part)}
@@ -52,7 +45,7 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
             for key in parts.keys() - compiled:
                 stack.callback(parts[key].register_forward_pre_hook(_Hook(before_call)).remove)
         if parts:
-            stack.enter_context(replaced(torch, "compile", before_compiling))
+            stack.enter_context(observed(torch, "compile", before=before_compiling))
         yield
 
 
@@ -74,10 +67,6 @@ def _modules_of(what: object) -> list[nn.Module]:
     return [one for one in found if isinstance(one, nn.Module)]
 
 
-def _nothing(*_: object) -> None:
-    """Hook that does nothing."""
-
-
 class _Hook:
     """Hook of a single module, of which a copy does nothing."""
 
@@ -88,7 +77,7 @@ class _Hook:
         self._act(module, inputs)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _Hook, (_nothing,)
+        return _Hook, (nothing,)
 
 
 def _compiled(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
