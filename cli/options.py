@@ -136,8 +136,7 @@ def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = Fals
         how.check(how.like)
     given = [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
     # A file uses the seed where it is drawn anew, and the others for the model that it is like.
-    used = [*(["--seed"] if drawn else []), *(option for option in given if how.like and option != "--seed")]
-    unused = [option for option in given if option not in used]
+    unused = [option for option in given if not (drawn if option == "--seed" else how.like)]
     if unused and len(files) == len(specs):
         hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
         raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
@@ -171,7 +170,7 @@ def load(spec: str, how: ModelOptions) -> Loaded:
     from convsim_init.models.patching import noting_loaded
 
     found = resolve(how.like if how.like is not None and is_file(spec) else spec)
-    name, remarks = found.spec.text, [found.remark] if found.remark else []
+    name, remarks = found.text, [found.remark] if found.remark else []
     loaded: list[torch.nn.Module] = []
     with noting_loaded(loaded.append):
         model = how.build(name)

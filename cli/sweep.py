@@ -138,7 +138,7 @@ def _is_model(found: str, wanted: str) -> bool:
     """Whether both name one model or file, a path in whatever way; a bare name is of the library that has it."""
     if found.endswith(f":{wanted}") and not is_file(wanted) and parse(wanted).source is Source.ANY:
         with exit_on_signal():
-            wanted = resolve(wanted).spec.text
+            wanted = resolve(wanted).text
     return Path(found).absolute() == Path(wanted).absolute()
 
 

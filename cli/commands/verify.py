@@ -46,7 +46,7 @@ def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool
     with exit_on_signal():
         from convsim_init.checkpoint.load import verify_checkpoint
 
-    name = resolve(model).spec.text
+    name = resolve(model).text
     with stdout_for_results():
         report = verify_checkpoint(how.build(name), file, name=name, key=how.key)
     if as_json:

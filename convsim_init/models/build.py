@@ -63,7 +63,7 @@ def build_model(
     """
     checked_seed = check_whole("seed", seed, 0, MAX_SEED)
     arguments = check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
-    found = resolve(spec).spec
+    found = resolve(spec)
     # Again: only now is it known which library a bare name is of, and what that does not take.
     _check(found, arguments)
     with _imports(found):
@@ -80,7 +80,7 @@ def build_model(
 
 def find_model(spec: str, /) -> None:
     """Import what builds a model, and build nothing; fails as `build_model` does."""
-    found = resolve(spec).spec
+    found = resolve(spec)
     # An import may draw, too, and leaves the caller's random state as it was.
     with _imports(found), _reproducible(0):
         _builder(found)

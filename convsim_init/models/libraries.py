@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,14 +35,6 @@ TRAINED = {
 }
 # Between the decorator and the function there may be other decorators, on several lines.
 REGISTERED = re.compile(r"^@register_model\b.*\n(?:[@ )].*\n)*def (\w+)", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A spec that names its source, and what its user should know of how it was found."""
-
-    spec: Spec
-    remark: str | None = None
 
 
 def installed() -> list[Source]:
@@ -94,8 +86,8 @@ def has(library: Source, name: str) -> bool:
     return bool(registry.is_model(name)) if library is Source.TIMM else name in registry.list_models()
 
 
-def resolve(text: str) -> Resolved:
-    """What a spec means: a bare name that is not built in is torchvision's if it has that model, else timm's.
+def resolve(text: str) -> Spec:
+    """The spec with its source: a bare name that is not built in is torchvision's if it has that model, else timm's.
 
     Raises:
         UnknownModelError: If none that is installed has it, or one cannot be imported.
@@ -103,7 +95,7 @@ def resolve(text: str) -> Resolved:
     """
     spec = parse(text)
     if spec.source is not Source.ANY:
-        return Resolved(spec)
+        return spec
     try:
         owners = [library for library in installed() if has(library, text)]
     except InputError as error:
@@ -120,7 +112,7 @@ def resolve(text: str) -> Resolved:
     remark = f"{text} was taken from {first.value}"
     for other in others:
         remark += f"; {other.value} has one of that name too, whose keys may differ: {other.value}:{text}"
-    return Resolved(parse(f"{first.value}:{text}"), remark)
+    return replace(parse(f"{first.value}:{text}"), remark=remark)
 
 
 def unknown_model(name: str) -> InputError:

@@ -41,6 +41,7 @@ class Spec:
     source: Source
     place: str  # the module or the path; empty for other sources
     name: str  # the model's, or the factory's, which may have dots
+    remark: str | None = None  # what its user should know of how it was found
 
 
 def parse(text: str) -> Spec:

@@ -213,7 +213,7 @@ def test_arguments_reach_the_library():
 def test_a_bare_name_is_looked_up_and_it_is_told_where_it_was_found(name, found, remark):
     pytest.importorskip("timm")
     resolved = resolve(name)
-    assert (resolved.spec.text, resolved.remark) == (found, remark)
+    assert (resolved.text, resolved.remark) == (found, remark)
 
 
 def test_a_bare_name_builds_what_it_was_resolved_to():
