@@ -172,7 +172,7 @@ def _changed_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
     reason = _remark(layer, note)
     if not layer["after"]:
         return [*_title(layer), layer["outcome"], "", "", reason]
-    return [*_title(layer), *_change(layer["before"], layer["after"]), f"{layer['after']['norm_ratio']:.6f}", reason]
+    return [*_title(layer), *_change([layer]), f"{layer['after']['norm_ratio']:.6f}", reason]
 
 
 def _measured_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
@@ -201,15 +201,15 @@ def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Change of the mean normalized similarity: of layers with each kind of channels by itself, if there are both."""
     treated = [layer for layer in data["layers"] if layer["after"]]
     kinds = sorted({layer["channels"] or "" for layer in treated}, reverse=True)
-    found, measure = [], "normalized_similarity"
+    found = []
     for kind in kinds:
         layers = [layer for layer in treated if (layer["channels"] or "") == kind]
-        before, after = ({measure: fmean(one[when][measure] for one in layers)} for when in ("before", "after"))
         name = f"{len(layers)} with channels {kind}" if len(kinds) > 1 else ""
-        found.append((name, *_change(before, after)))
+        found.append((name, *_change(layers)))
     return found
 
 
-def _change(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, str]:
-    old, new = before["normalized_similarity"], after["normalized_similarity"]
+def _change(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Mean normalized similarity of treated layers before and after, and what is left of it."""
+    old, new = (fmean(layer[when]["normalized_similarity"] for layer in layers) for when in ("before", "after"))
     return f"{old:.3e} -> {new:.3e}", f"{new / old:6.1%}" if old else ""
