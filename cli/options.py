@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,12 +186,12 @@ def load(spec: str, how: ModelOptions) -> Loaded:
 def _check_source(spec: str, how: ModelOptions) -> None:
     if is_file(spec) or Path(spec).suffix in FOREIGN:
         check_source(spec)
-    elif ":" not in spec and Path(spec).suffix != ".py" and Path(spec).is_file():
+    elif ":" not in spec and Path(spec).suffix != ".py" and isfile(spec):
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: {CHECKPOINT}"
         )
     # A name without a separator may be a model's, whatever folder is called like it.
-    elif ":" not in spec and Path(spec).is_dir() and os.sep in spec and not Path(spec, CONFIG).is_file():
+    elif ":" not in spec and os.sep in spec and isdir(spec) and not isfile(Path(spec, CONFIG)):
         raise without_weights(spec)
     else:
         how.check(spec)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
+from os.path import isfile
 from pathlib import Path
 from types import CodeType, ModuleType
 
@@ -70,7 +71,7 @@ def run(
     settings = Settings.preset(preset)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    if not is_module and not Path(script).is_file():
+    if not is_module and not isfile(script):
         raise InputError(f"expected a Python file to run, got {script!r}, which is none: check the path")
     with exit_on_signal():
         from convsim_init.context import initializing

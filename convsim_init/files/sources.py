@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import stat
 from collections.abc import Sequence
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,8 @@ def is_source(path: str | os.PathLike[str]) -> bool:
 
 def folder_file(folder: Path) -> Path | None:
     """The file of weights in a folder, or what names several; None if there is none."""
-    try:
-        return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
-    except (OSError, ValueError):
-        return None
+    # Not by pathlib, here and wherever a path is a user's: it raises at a name that cannot be one.
+    return next((folder / name for name in FOLDER_FILES if isfile(folder / name)), None)
 
 
 def without_weights(folder: str | os.PathLike[str]) -> InputError:
@@ -60,10 +58,7 @@ def check_source(path: str | os.PathLike[str]) -> Path:
             f"expected a file, got the address {str(path)!r}: nothing is downloaded here; download it first"
         )
     source = folder_file(Path(path)) or Path(path)
-    folder = False
-    with contextlib.suppress(OSError, ValueError):  # of names that cannot be, which are refused below
-        folder = source.is_dir()
-    if folder:
+    if isdir(source):
         raise without_weights(path)
     if source.suffix in FOREIGN:
         what = "an exported program" if source.suffix == ".pt2" else "another program's"

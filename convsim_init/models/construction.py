@@ -157,7 +157,8 @@ class Construction:
         models = list(self._told.values())
         parameters = [one for model in models for one in tree.parameters(model)]
         self._graded = {id(one) for one in parameters if _has_gradient(one)}
-        self._window.enter_context(before_first_pass(models, self._at_first_pass))
+        if models:
+            self._window.enter_context(before_first_pass(models, self._at_first_pass))
 
     def _at_first_pass(self) -> None:
         if not self._telling:

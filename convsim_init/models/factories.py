@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,8 @@ def check_place(spec: Spec) -> None:
                 f"installed"
             )
         return
-    path = Path(spec.place)
-    if not path.is_file():
+    if not isfile(spec.place):
+        path = Path(spec.place)
         alike = did_you_mean(path.name, (file.name for file in path.parent.glob("*.py")))
         raise InputError(f"expected a Python file to read, got {spec.place!r}, which is none{alike}")
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from os.path import isdir
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def resolve(text: str) -> Spec:
     try:
         owners = [library for library in installed() if has(library, text)]
     except InputError as error:
-        if Path(text).is_dir():
+        if isdir(text):
             raise without_weights(text) from error
         alike = " or ".join(closest(text))
         hint = f" (did you mean {alike}?)" if alike else ""
@@ -117,7 +118,7 @@ def resolve(text: str) -> Spec:
 
 def unknown_model(name: str) -> InputError:
     """The error of a bare name that neither is built in nor a library's, with the closest names that are."""
-    if Path(name).is_dir():
+    if isdir(name):
         return without_weights(name)
     known = {one: one for one in MODELS}
     for library in installed():

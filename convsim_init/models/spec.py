@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from os.path import isfile
 from pathlib import Path
 
 from convsim_init.errors import InputError
@@ -61,7 +62,7 @@ def parse(text: str) -> Spec:
     # Before folders: one that is called like a built-in model does not stand in for it.
     if text in catalog.MODELS:
         return Spec(text, Source.BUILT_IN, "", text)
-    if _has_config(text):
+    if isfile(Path(text, CONFIG)):
         return Spec(text, Source.FOLDER, text, "")
     if not colon:
         owner, slash, name = text.partition("/")
@@ -77,13 +78,6 @@ def parse(text: str) -> Spec:
     if _is_dotted_name(place):
         return Spec(text, Source.MODULE, place, name)
     raise _refused(text, "before the colon stands a module's name or a path that ends in .py")
-
-
-def _has_config(text: str) -> bool:
-    try:
-        return bool(text) and Path(text, CONFIG).is_file()
-    except (OSError, ValueError):  # no name that a file could have
-        return False
 
 
 def _is_dotted_name(text: str) -> bool:

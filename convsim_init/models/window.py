@@ -39,13 +39,12 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
 
     with ExitStack() as stack:
         compiled = {id(one) for part in _compiled(part for _, part in named) for one in tree.modules(part)}
-        if parts and not compiled:
+        if not compiled:
             stack.callback(register_module_forward_pre_hook(before_call).remove)
-        elif parts:  # a compiled one would warn of a hook of all modules, and be compiled anew once that is gone
+        else:  # a compiled one would warn of a hook of all modules, and be compiled anew once that is gone
             for key in parts.keys() - compiled:
                 stack.callback(parts[key].register_forward_pre_hook(_Hook(before_call)).remove)
-        if parts:
-            stack.enter_context(observed(torch, "compile", before=before_compiling))
+        stack.enter_context(observed(torch, "compile", before=before_compiling))
         yield
 
 

@@ -1019,6 +1019,17 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     assert printed[0] == printed[1]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["{}"], ["{}.py:make"], ["inspect", "{}"], ["verify", "{}", "resnet18"], ["run", "{}.py"]],
+    ids=["model", "factory", "inspect", "verify", "run"],
+)
+def test_a_name_too_long_for_a_file_is_refused_as_any_other(arguments, command):
+    status, out, err = command(*(one.format("a" * 300) for one in arguments))
+    assert (status, out) == (2, "")
+    assert err.startswith("Error: expected ")
+
+
 @pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "convsim_init"]], ids=["script", "module"])
 def test_it_is_called_by_its_name_and_by_that_of_the_package(command, tmp_path):
     done = subprocess.run([*command, "list", "--nope"], capture_output=True, text=True, cwd=tmp_path)
