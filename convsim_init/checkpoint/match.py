@@ -142,8 +142,8 @@ def _conflicting(twins: Mapping[str, Sequence[str]], tensors: Mapping[str, Tenso
     found: dict[str, str] = {}
     seen: set[str] = set()
     for key, tensor in tensors.items():
-        for twin in seen.intersection(twins.get(key, ())):
-            if not torch.equal(tensor, tensors[twin]):
+        for twin in twins.get(key, ()):
+            if twin in seen and not torch.equal(tensor, tensors[twin]):
                 found[key] = twin
         seen.add(key)
     return found

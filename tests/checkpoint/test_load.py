@@ -503,6 +503,15 @@ def test_tied_weights_that_differ_in_the_file_are_told():
     assert "tied in the model, different in the file, 1: second.weight and first.weight" in str(report)
 
 
+def test_of_several_tied_weights_that_differ_each_is_told_of_with_the_one_before():
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(8)))
+    for layer in model:
+        layer.weight = model[0].weight
+    state = {f"{place}.weight": torch.full((3, 3), float(place)) for place in range(8)}
+    report = ci.load_checkpoint(model, saved(state))
+    assert report.conflicting == {f"{place}.weight": f"{place - 1}.weight" for place in range(1, 8)}
+
+
 def test_a_model_on_the_meta_device_is_refused_but_can_be_verified():
     with torch.device("meta"):
         model = small()
