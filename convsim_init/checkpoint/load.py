@@ -98,22 +98,16 @@ def _rehearse(
         except Exception:  # whatever the model holds that cannot be copied, such as a lock
             trial = inner
             stack.callback(_backup(inner))
-        return _try_out(report, checkpoint, inner, trial)
-
-
-def _try_out(
-    report: LoadReport, checkpoint: Checkpoint, inner: nn.Module, trial: nn.Module
-) -> tuple[LoadReport, Mapping[str, Tensor]]:
-    state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
-    outcome = _try_loading(trial, state, strict=True)
-    # A model whose loading takes nothing for everything says nothing by taking the file.
-    is_strict = isinstance(outcome, Exception) or isinstance(_try_loading(trial, {}, strict=True), Exception)
-    if isinstance(outcome, Exception):
-        report = replace(report, refused=error_text(outcome)) if report.exact else report
-    elif is_strict:
-        report = replace(_settled(report, set(), set()), removed=[], added="")
-        return _less_ignored(report, checkpoint.tensors, inner, _changes(inner, trial), is_strict=True), state
-    return _try_moved(report, checkpoint, inner, trial, is_strict=is_strict)
+        state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
+        outcome = _try_loading(trial, state, strict=True)
+        # A model whose loading takes nothing for everything says nothing by taking the file.
+        is_strict = isinstance(outcome, Exception) or isinstance(_try_loading(trial, {}, strict=True), Exception)
+        if isinstance(outcome, Exception):
+            report = replace(report, refused=error_text(outcome)) if report.exact else report
+        elif is_strict:
+            report = replace(_settled(report, set(), set()), removed=[], added="")
+            return _less_ignored(report, checkpoint.tensors, inner, _changes(inner, trial), is_strict=True), state
+        return _try_moved(report, checkpoint, inner, trial, is_strict=is_strict)
 
 
 def _try_moved(
