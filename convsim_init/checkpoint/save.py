@@ -131,7 +131,10 @@ def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwr
         if target.suffix in TORCH_SUFFIXES:
             _write_torch(with_versions(contents.tensors, contents.versions), temporary, contents.metadata)
         else:
-            _write_safetensors(contents.tensors, temporary, contents.metadata)
+            with _fitting(contents.tensors):
+                safetensors.torch.save_file(contents.tensors, temporary, metadata=contents.metadata)
+            with temporary.open("r+b") as file:
+                _sort_metadata(file)
     return target
 
 
@@ -172,7 +175,7 @@ def _write_torch(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
 @contextmanager
 def _fitting(tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Context that refuses to write what safetensors cannot hold."""
+    """Context that refuses to write what safetensors cannot hold, and tells of a full disk as the system does."""
     if METADATA_KEY in tensors:
         raise InputError(
             f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
@@ -181,16 +184,8 @@ def _fitting(tensors: dict[str, Tensor]) -> Iterator[None]:
         yield
     except KeyError as error:
         raise InputError(f"expected dtypes that safetensors can hold, got {error}: write a .pt file") from error
-
-
-def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        with _fitting(tensors):
-            safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
-    with path.open("r+b") as file:
-        _sort_metadata(file)
 
 
 def _sort_metadata(file: BinaryIO) -> None:
