@@ -10,12 +10,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsim_init.errors import InputError
-from convsim_init.models.libraries import import_errors
+from convsim_init.models.libraries import import_errors, require
 from convsim_init.models.spec import CONFIG, Source, Spec
 from convsim_init.models.user_code import user_errors
 from convsim_init.report.text import did_you_mean, error_text, quoted, shown
@@ -32,7 +31,7 @@ def check_described(spec: Spec) -> None:
     package = "huggingface_hub" if spec.source is Source.HUB else "transformers"
     if spec.source is Source.FOLDER and "model_type" not in _read(Path(spec.place)):
         package = "timm"
-    _require(package, spec.text)
+    require(package, spec.text, package)
 
 
 def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
@@ -144,13 +143,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _require(package: str, text: str) -> None:
-    if find_spec(package) is None:
-        raise InputError(f"{text} needs the package {package}, which is not installed: pip install {package}")
-
-
 def _load(package: str, text: str) -> Any:
-    _require(package, text)
+    require(package, text, package)
     with import_errors(package):
         return import_module(package)
 

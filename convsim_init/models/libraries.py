@@ -43,13 +43,15 @@ def installed() -> list[Source]:
     return [library for library in LIBRARIES if find_spec(library.value) is not None]
 
 
+def require(package: str, needed_by: str, to_install: str) -> None:
+    """Refuse a package that is not installed."""
+    if find_spec(package) is None:
+        raise InputError(f"{needed_by} needs the package {package}, which is not installed: pip install {to_install}")
+
+
 def check_library_model(library: Source, name: str, arguments: Mapping[str, object]) -> None:
     """Refuse, without torch, a library that is not installed and arguments that none of its models takes."""
-    if library not in installed():
-        raise InputError(
-            f"{library.value}:{name} needs the package {library.value}, which is not installed: "
-            f"pip install 'convsim-init[{library.value}]'"
-        )
+    require(library.value, f"{library.value}:{name}", f"'convsim-init[{library.value}]'")
     # With None or False they decline weights, which is so anyway.
     trained = [argument for argument, value in arguments.items() if value and argument in TRAINED[library]]
     if trained:
