@@ -33,9 +33,8 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from click.shell_completion import CompletionItem
     from click_default_group import DefaultGroup
 
-    from convsim_init.errors import InputError, RunError
+    from convsim_init.errors import InputError
     from convsim_init.parallel.launch import launched
-    from convsim_init.report.text import error_text
     from convsim_init.version import __version__
 
     from .commands.compare import compare
@@ -46,7 +45,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .commands.run import run
     from .commands.verify import verify
     from .completion import completion
-    from .terminal import Context, colour, write_options
+    from .terminal import Context, colour, error_line, write_options
 
 PROGRAM = "convsim-init"
 COMPLETE = "_CONVSIM_INIT_COMPLETE"  # a shell's completion sets it
@@ -173,10 +172,6 @@ def _run(arguments: Sequence[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        if isinstance(error, InputError):
-            return fail(str(error), WRONG_USAGE)
-        if isinstance(error, RunError):
-            return fail(str(error), FAILED)
         if isinstance(error, OSError) and error.errno in FULL:  # what is written to files is told by RunError
             return fail(f"could not write to stdout: {error.strerror}; send it elsewhere", FAILED)
-        return fail(f"{error_text(error)} (--debug shows where)", FAILED)
+        return fail(error_line(error), WRONG_USAGE if isinstance(error, InputError) else FAILED)

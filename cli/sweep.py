@@ -20,12 +20,12 @@ from convsim_init.files.writing import ExistsError
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.record import json_text, read_record
-from convsim_init.report.text import PATH, error_text, quoted, shown, some
+from convsim_init.report.text import PATH, quoted, shown, some
 
 from .options import check_found, is_file
 from .run import Choices, make, write
 from .signals import FAILED, exit_on_signal, fail
-from .terminal import tell
+from .terminal import error_line, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -172,6 +172,4 @@ def _attempt(run: Run, work: Callable[[], Result], choices: Choices) -> Result:
     except Exception as error:
         if choices.debug:
             traceback.print_exception(error)
-        foreseen = isinstance(error, (InputError, RunError))
-        why = str(error) if foreseen else f"{error_text(error)} (--debug shows where)"
-        return Result(run, Status.FAILED, error=" ".join(why.split()))
+        return Result(run, Status.FAILED, error=" ".join(error_line(error).split()))

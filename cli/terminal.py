@@ -10,10 +10,11 @@ from contextlib import contextmanager, redirect_stdout
 
 import click
 
-from convsim_init.errors import RunError
+from convsim_init.errors import InputError, RunError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.record import json_text
 from convsim_init.report.table import Table
+from convsim_init.report.text import error_text
 
 SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
     "Source": ("num_classes", "in_chans", "model_args", "seed", "seeds", "like", "key", "config"),
@@ -38,6 +39,13 @@ def tell(*lines: str) -> None:
     """Print lines on stderr, in the first process alone of those that torchrun started."""
     if launched().leads:
         click.echo("\n".join(lines), err=True)
+
+
+def error_line(error: Exception) -> str:
+    """An error as the user reads it: of one that was not foreseen the kind, and how to see more."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    return f"{error_text(error)} (--debug shows where)"
 
 
 def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
