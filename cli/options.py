@@ -111,9 +111,7 @@ key_option = click.option(
 
 names_option = partial(click.option, multiple=True, metavar="GLOB", shell_complete=complete_layers)  # of layers
 plot_layer_option = partial(click.option, "--plot-layer", metavar="NAME", shell_complete=complete_layers)
-plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark."
-)
+plot_option = partial(click.option, "--plot", type=click.Path(path_type=Path))
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 json_option = partial(click.option, "--json", "as_json", is_flag=True, callback=needs_stdout)
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")

@@ -31,7 +31,7 @@ Examples:
 @options.like_option
 @options.key_option
 @options.json_option(help="Print the comparison as JSON.")
-@options.plot_option
+@options.plot_option(help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark.")
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most different.")
 @options.force_option
 @options.debug_option

@@ -22,8 +22,8 @@ from convsim_init.settings import (
     parse_base,
 )
 
+from .. import options
 from ..completion import complete_bases
-from ..options import Whole, json_option, key_option, like_option, model_options, names_option, plot_layer_option
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
@@ -62,10 +62,10 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         help=f"""File to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder that
         transformers or timm loads, with a config and a card.""",
     ),
-    model_options,
+    options.model_options,
     click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99."),
-    like_option,
-    key_option,
+    options.like_option,
+    options.key_option,
     click.option(
         "--base",
         type=Checked("scheme", parse_base),
@@ -99,9 +99,11 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         no normalization follows a layer. Default: {DEFAULTS.channels}.""",
     ),
     click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}."),
-    click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}."),
-    names_option("--include", help="Treat only layers whose name matches. Repeatable."),
-    names_option("--exclude", help="Leave layers alone whose name matches. Repeatable."),
+    click.option(
+        "--steps", type=options.Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}."
+    ),
+    options.names_option("--include", help="Treat only layers whose name matches. Repeatable."),
+    options.names_option("--exclude", help="Leave layers alone whose name matches. Repeatable."),
     click.option(
         "--device",
         default="auto",
@@ -137,15 +139,11 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         type=click.Path(path_type=Path),
         help="Write the run's full record, .json, or a page of it, .html.",
     ),
-    click.option(
-        "--plot",
-        type=click.Path(path_type=Path),
-        help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark.",
-    ),
-    plot_layer_option(help="Layer whose feature maps are drawn. Default: the most changed."),
+    options.plot_option(help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark."),
+    options.plot_layer_option(help="Layer whose feature maps are drawn. Default: the most changed."),
     click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them."),
     click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing."),
-    json_option(help="Print the result as JSON; of several, a line each."),
+    options.json_option(help="Print the result as JSON; of several, a line each."),
     click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar."),
     click.option(
         "-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr."

@@ -48,7 +48,7 @@ Examples:
 @options.names_option("--include", help="Show only layers whose name matches. Repeatable.")
 @options.json_option(help="Print all measures as JSON.")
 @click.option("--csv", is_flag=True, callback=needs_stdout, help="Print all measures as comma-separated values.")
-@options.plot_option
+@options.plot_option(help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark.")
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most redundant.")
 @options.force_option
 @options.debug_option
