@@ -174,11 +174,8 @@ class Construction:
             trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
             for model in list(self._models.values()):
                 if any(id(one) in trained for one in tree.parameters(model)):
-                    self._forget_redrawn(model)
-
-    def _forget_redrawn(self, model: nn.Module) -> None:
-        for part in tree.modules(model) if self._redrawn else ():
-            self._redrawn.pop(id(part), None)
+                    for part in tree.modules(model):
+                        self._redrawn.pop(id(part), None)
 
     @contextmanager
     def _own_work(self) -> Iterator[None]:
@@ -196,13 +193,12 @@ class Construction:
         with self._own_work():
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
-            inner = {id(part) for model in models for part in list(tree.modules(model))[1:]}
             # A model that was told is told again if a part was drawn anew or loaded, or a new one is in it.
             changed = {id(model) for model in models if self._is_redrawn(model) | self._marks_loaded(model)}
             told = {
                 id(model): model
-                for model in models
-                if id(model) not in inner and (id(model) in changed or not new.isdisjoint(map(id, tree.modules(model))))
+                for model in _outermost(models)
+                if id(model) in changed or not new.isdisjoint(map(id, tree.modules(model)))
             }
             self._built.clear()
             self._redrawn.clear()
@@ -230,11 +226,11 @@ class Construction:
             for model in models:
                 self._marks_loaded(model)
             self._treat(models, moment)
-        for model in models:
-            self._forget_redrawn(model)
-            _unmark(tree.modules(model))
-            for part in tree.modules(model):
-                self._marked.pop(id(part), None)
+        parts = [part for model in models for part in tree.modules(model)]
+        _unmark(parts)
+        for part in parts:
+            self._redrawn.pop(id(part), None)
+            self._marked.pop(id(part), None)
 
 
 def left_alone(module: nn.Module | None) -> str | None:
@@ -267,14 +263,17 @@ def _unmark(modules: Iterable[nn.Module]) -> None:
 
 def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Those that are part of no other of these modules and have one of them that is a convolution."""
-    built = {id(module) for module in modules}
-    parts = {id(module): list(tree.modules(module)) for module in modules}
-    inner = {id(part) for module in modules for part in parts[id(module)][1:]}
+    built = set(map(id, modules))
     return [
         module
-        for module in modules
-        if id(module) not in inner and any(id(part) in built and _convolves(part) for part in parts[id(module)])
+        for module in _outermost(modules)
+        if any(id(part) in built and _convolves(part) for part in tree.modules(module))
     ]
+
+
+def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    inner = {id(part) for module in modules for part in list(tree.modules(module))[1:]}
+    return [module for module in modules if id(module) not in inner]
 
 
 def _convolves(module: nn.Module) -> bool:
