@@ -26,7 +26,6 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     import os
     from collections.abc import Iterator, Sequence
     from contextlib import contextmanager, nullcontext, redirect_stdout
-    from functools import wraps
     from pathlib import Path
 
     import click
@@ -89,29 +88,17 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
     epilog=init.epilog,
 )
 @click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, help="Show the version and exit.")
-def cli() -> None:
-    """Hold the subcommands."""
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Leave what is not for all of the processes that torchrun started to the first of them."""
+    if ctx.invoked_subcommand not in (init.name, run.name) and not launched().leads:
+        ctx.exit(DONE)
 
 
-def by_one_rank(command: click.Command) -> click.Command:
-    """The command, done by the first of the processes that torchrun started and by no other."""
+cli.context_class = Context
+for command in (init, run, inspect, compare, verify, list_models, env, completion):
     command.context_class = Context
-    callback = command.callback
-    assert callback is not None
-
-    @wraps(callback)
-    def done_once(*args: Any, **kwargs: Any) -> Any:
-        return callback(*args, **kwargs) if launched().leads else DONE
-
-    command.callback = done_once
-    return command
-
-
-cli.context_class = init.context_class = Context
-cli.add_command(init)
-cli.add_command(run)
-for other in (inspect, compare, verify, list_models, env, completion):
-    cli.add_command(by_one_rank(other))
+    cli.add_command(command)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
