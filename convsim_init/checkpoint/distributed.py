@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import mmap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
     parts: dict[str, list[tuple[tuple[int, ...], Any]]] = defaultdict(list)
     for index, place in described.state["storage_data"].items():
         parts[index.state["fqn"]].append((index.state.get("offset"), place.state))
-    files: dict[str, TorchFile] = {}
+    read = partial(_part, metadata.parent, {})
     tree: dict[object, object] = {}
     # Several entries may name one part: together, too, they take no more memory than the files.
     left = size
     for key, entry in described.state["state_dict_metadata"].items():
         value = entry
         if entry.maker.name == "TensorStorageMetadata":
-            value = _whole(metadata.parent, files, entry.state["size"], parts[key], left)
+            value = _whole(read, entry.state["size"], parts[key], left)
             left -= value.nbytes
         # The path of a key that was flattened; one that is not listed there is a path of one part.
         _put(tree, (described.state.get("planner_data") or {}).get(key, (key,)), value)
@@ -51,14 +52,10 @@ def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
 
 
 def _whole(
-    folder: Path,
-    files: dict[str, TorchFile],
-    shape: tuple[int, ...],
-    parts: list[tuple[tuple[int, ...], Any]],
-    left: int,
+    read: Callable[[Any], Tensor], shape: tuple[int, ...], parts: list[tuple[tuple[int, ...], Any]], left: int
 ) -> Tensor:
     """The tensor of several parts, each with where it begins in the whole; no larger than the bytes that are left."""
-    first = _part(folder, files, parts[0][1])
+    first = read(parts[0][1])
     # Nothing is to be assembled: the tensor stays on the disk.
     if len(parts) == 1 and first.shape == shape:
         return first
@@ -66,7 +63,7 @@ def _whole(
         raise ValueError("a tensor that is larger than its parts")
     whole, filled = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (first.dtype, torch.bool))
     for offset, place in parts:
-        part = _part(folder, files, place)
+        part = read(place)
         view, view_filled = (_within(one, offset, part.shape) for one in (whole, filled))
         if view_filled.any():
             raise ValueError("parts that overlap")
