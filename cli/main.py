@@ -99,6 +99,8 @@ cli.context_class = Context
 for command in (init, run, inspect, compare, verify, list_models, env, completion):
     command.context_class = Context
     cli.add_command(command)
+    if command not in (init, completion):  # the one has it for its runs, and the other nothing to trace
+        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(command)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

@@ -114,7 +114,6 @@ plot_layer_option = partial(click.option, "--plot-layer", metavar="NAME", shell_
 plot_option = partial(click.option, "--plot", type=click.Path(path_type=Path))
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 json_option = partial(click.option, "--json", "as_json", is_flag=True, callback=needs_stdout)
-debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 
 def is_file(spec: str) -> bool:

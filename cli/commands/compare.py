@@ -34,7 +34,6 @@ Examples:
 @options.plot_option(help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark.")
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most different.")
 @options.force_option
-@options.debug_option
 def compare(
     specs: tuple[str, ...],
     how: options.ModelOptions,

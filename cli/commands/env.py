@@ -6,14 +6,13 @@ import click
 
 from convsim_init.devices import describe_environment
 
-from ..options import debug_option, json_option
+from ..options import json_option
 from ..signals import exit_on_signal
 from ..terminal import show_json
 
 
 @click.command()
 @json_option(help="Print it as JSON.")
-@debug_option
 def env(as_json: bool) -> None:
     """Show versions and devices: what a bug report needs."""
     with exit_on_signal():

@@ -11,7 +11,7 @@ from convsim_init.models import libraries
 from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo import catalog
 
-from ..options import debug_option, json_option
+from ..options import json_option
 from ..signals import exit_on_signal
 from ..terminal import show_json
 
@@ -21,7 +21,6 @@ OTHERS = "; ".join(f"convsim-init list '{library.value}:*'" for library in LIBRA
 @click.command("list", short_help="List the models that can be built here.")
 @click.argument("pattern", required=False)
 @json_option(help="Print the list as JSON.")
-@debug_option
 def list_models(pattern: str | None, as_json: bool) -> None:
     """List the models that can be built here: the built-in ones, or those that match PATTERN.
 

@@ -23,7 +23,7 @@ from convsim_init.report.table import report_cells
 from convsim_init.report.text import printable, shown, some
 from convsim_init.settings import PRESETS, Preset, Settings
 
-from ..options import Whole, debug_option
+from ..options import Whole
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 
 HELP = """
@@ -54,7 +54,6 @@ Examples:
 @click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell nothing of the networks.")
-@debug_option
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(

@@ -10,7 +10,7 @@ from convsim_init.files.sources import check_source
 from convsim_init.models.libraries import resolve
 
 from ..completion import complete_models
-from ..options import ModelOptions, debug_option, is_file, json_option, key_option, model_options
+from ..options import ModelOptions, is_file, json_option, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
 from ..terminal import show_json, stdout_for_results
 
@@ -35,7 +35,6 @@ Examples:
 @key_option
 @json_option(help="Print every key's match as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
-@debug_option
 def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if is_file(model) and not is_file(str(file)):
