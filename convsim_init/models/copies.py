@@ -105,7 +105,7 @@ class History:
                 self._after.add(f"left as it was{BEFORE}{own.name}", _direction(sample_layer(layer)))
             elif layer.obstacle in UNSELECTED and chosen:
                 self._after.add(f"{layer.obstacle}{BEFORE}{own.name}", _direction(sample))
-            elif layer.obstacle is not None and layer.obstacle.startswith(COPIES):
+            elif layer.obstacle.startswith(COPIES):
                 left.append((own, sample))
                 parted += [(own, twin)] if (twin := self._before.find(sample)) else []
         for known, new in ((self._before, treated), (self._left, left)):  # copies within the model are not parted
