@@ -141,6 +141,11 @@ def _settle(figure: Figure) -> None:
     """Lay out the figure once and round the places: the last bits of what the solver finds change from run to run."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    parts = list(figure.subfigs)
+    for part in parts:  # which grows
+        place = part.bbox_relative
+        place.set_points(place.get_points().round(5))
+        parts += part.subfigs
     for axes in figure.axes:
         # The original place: the active one of an image is what its aspect ratio has left of it.
         x, y, width, height = (round(share, 5) for share in axes.get_position(original=True).bounds)

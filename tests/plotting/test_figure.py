@@ -384,9 +384,12 @@ def test_the_same_data_give_the_same_bytes(suffix, run, tmp_path, monkeypatch):
 
 
 def test_places_are_rounded_since_the_layouts_last_bits_change_from_run_to_run(run):
-    for axes in figure_of_run(*run).axes:
-        bounds = axes.get_position(original=True).bounds
-        assert bounds == pytest.approx([round(share, 5) for share in bounds], abs=1e-12)
+    figure = figure_of_run(*run)
+    parts = [*figure.subfigs, *(inner for part in figure.subfigs for inner in part.subfigs)]
+    places = [axes.get_position(original=True) for axes in figure.axes] + [part.bbox_relative for part in parts]
+    assert len(places) == 13
+    for place in places:
+        assert place.bounds == pytest.approx([round(share, 5) for share in place.bounds], abs=1e-12)
 
 
 def test_a_png_is_whole_and_of_the_size_of_the_figure(run, tmp_path):
