@@ -171,7 +171,7 @@ class Construction:
             self._tell_again(Moment.STEP)
         # What was drawn anew and is trained now is not to be treated before a later optimizer.
         if self._redrawn:
-            trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
+            trained = {id(one) for group in optimizer.param_groups for one in group["params"] if _has_gradient(one)}
             for model in list(self._models.values()):
                 if any(id(one) in trained for one in tree.parameters(model)):
                     for part in tree.modules(model):

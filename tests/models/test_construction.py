@@ -638,6 +638,18 @@ def test_what_is_drawn_anew_after_a_gradient_without_an_optimizer_is_treated():
     assert reports[0].totals["initialized"] == 2
 
 
+def test_what_is_drawn_anew_while_the_optimizer_trains_another_model_is_treated():
+    with ci.initializing(settings=QUICK) as reports:
+        generator, other = network(), network()
+        optimizer = torch.optim.SGD([*generator.parameters(), *other.parameters()], lr=0.1)
+        other(torch.randn(1, 3, 9, 9)).sum().backward()
+        optimizer.step()
+        reset_(generator)
+        other(torch.randn(1, 3, 9, 9)).sum().backward()
+        optimizer.step()
+    assert [report.totals.get("initialized") for report in reports] == [2, 2, 2]
+
+
 def test_what_was_built_elsewhere_stays():
     outside, file = network(), io.BytesIO()
     torch.save(network(), file)
