@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from os.path import isfile
 from pathlib import Path
+from pkgutil import get_importer
 from types import CodeType, ModuleType
 
 import click
@@ -70,7 +71,9 @@ def run(
     settings = Settings.preset(preset)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    if not is_module and not isfile(script):
+    path = Path(script).absolute()
+    is_archive = not is_module and get_importer(str(path)) is not None  # or a folder, with a `__main__.py`
+    if not (is_module or is_archive or isfile(path)):
         raise InputError(f"expected a Python file to run, got {script!r}, which is none: check the path")
     with exit_on_signal():
         from convsim_init.context import initializing
@@ -85,23 +88,24 @@ def run(
 
     reports = list[Report]()
     sys.argv = [script, *arguments]
-    if not getattr(sys.flags, "safe_path", False):  # else the first one is somebody's own, and no folder is added
-        sys.path[0] = str(Path.cwd() if is_module else Path(script).resolve().parent)
+    is_ours = not getattr(sys.flags, "safe_path", False)  # the first one; else no folder of a script is added
+    if is_archive or is_ours:
+        sys.path[:is_ours] = [str(path if is_archive else Path.cwd() if is_module else path.resolve().parent)]
     try:
         with (
             signals_of_python(),
             redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
             initializing(settings=settings, include=include, exclude=exclude, on_report=tell) as reports,
         ):
-            code, names = _load(script, is_module)
+            code, names = _load(script, is_module, is_archive)
             # It stays `__main__` until Python ends, as without `run`: threads and exit handlers may pickle its classes.
             main = sys.modules["__main__"] = ModuleType("__main__")
             vars(main).update(names, __builtins__=builtins)
             exec(code, vars(main))
             sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
-    except UnmatchedError:
+    except (UnmatchedError, SystemExit):
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         own = error.__traceback__
         while own is not None and own.tb_frame.f_globals.get("__name__") != "__main__":
             last, own = own.tb_frame.f_globals.get("__name__"), own.tb_next
@@ -111,8 +115,11 @@ def run(
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
         if own is None and is_module:  # in what is imported before it
             own = error.__traceback__
-        sys.excepthook(type(error), error.with_traceback(own), own)  # which the script may have set
-        return FAILED if isinstance(error, Exception) else INTERRUPTED
+        try:
+            sys.excepthook(type(error), error.with_traceback(own), own)  # which the script may have set
+        except Exception as wrong:  # in the hook: shown after the error that it was called for
+            sys.__excepthook__(type(wrong), wrong, wrong.__traceback__)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     finally:
         if not reports and not quiet and launched().leads:
             print(
@@ -121,11 +128,14 @@ def run(
             )
 
 
-def _load(script: str, is_module: bool) -> tuple[CodeType, dict[str, object]]:
+def _load(script: str, is_module: bool, is_archive: bool) -> tuple[CodeType, dict[str, object]]:
     """The code of the script, and the names that Python gives it."""
-    if is_module:
-        _, spec, code = runpy._get_module_details(script)  # type: ignore[attr-defined]  # as the debugger of Python does
-        sys.argv[0] = spec.origin
+    if is_module or is_archive:  # as the debugger of Python does
+        if is_archive:
+            _, spec, code = runpy._get_main_module_details()  # type: ignore[attr-defined]
+        else:
+            _, spec, code = runpy._get_module_details(script)  # type: ignore[attr-defined]
+            sys.argv[0] = spec.origin
         return code, {"__file__": spec.origin, "__loader__": spec.loader, "__package__": spec.parent, "__spec__": spec}
     path = str(Path(script).absolute())
     loader = SourceFileLoader("__main__", path)

@@ -1,6 +1,7 @@
 """The subcommand ``run``: a script as Python runs it, whose networks are treated before it trains them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,32 @@ def test_a_script_that_raises_has_its_own_hook_called(run, tmp_path, monkeypatch
         "import sys\nsys.excepthook = lambda kind, error, where: print(kind.__name__, error, where.tb_lineno)\n1 / 0\n"
     )
     assert run("-q", "code/hooked.py") == (1, "ZeroDivisionError division by zero 3\n", "")
+
+
+@pytest.mark.parametrize("hook", ["lambda *_: nothing", "None"])
+def test_an_error_is_shown_where_the_hook_for_errors_fails_too(hook, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    (tmp_path / "code" / "hooked.py").write_text(f"import sys\nsys.excepthook = {hook}\n1 / 0\n")
+    status, _, err = run("-q", "code/hooked.py")
+    assert status == 1
+    assert "ZeroDivisionError: division by zero\n" in err
+    assert ("NameError: name 'nothing'" if "nothing" in hook else "TypeError: 'NoneType'") in err.splitlines()[-1]
+
+
+def test_an_error_that_is_no_exception_shows_the_code_of_the_script_alone(run, tmp_path):
+    (tmp_path / "code" / "ended.py").write_text("raise GeneratorExit\n")
+    status, _, err = run("-q", "code/ended.py")
+    assert (status, err.count("File")) == (1, 1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_archive_or_a_folder_runs_as_it_would_alone(packed, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code" / "__main__.py").write_text(
+        "import os, sys\nos.chdir(os.sep)\nimport beside\nprint(sys.argv, beside.NAME, __name__)\n"
+    )
+    script = shutil.make_archive("app", "zip", tmp_path / "code") if packed else "code"
+    assert run("-q", script, "1")[:2] == (0, f"['{script}', '1'] beside __main__\n")
 
 
 def test_a_module_runs_too(run, tmp_path, monkeypatch):
