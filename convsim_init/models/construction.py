@@ -62,6 +62,7 @@ class Construction:
         self._treat = treat
         self._token = uuid.uuid4().hex
         self._marked = _Modules()
+        self._made = _Modules()  # built or copied at any time
         self._built = _Modules()  # and not told yet
         self._told = _Modules()  # and not trained yet
         self._models = _Modules()  # told at any time
@@ -109,7 +110,7 @@ class Construction:
     def _note_built(self, module: nn.Module, /, *_: object, **__: object) -> None:
         drop_hooks(module)  # of a copy
         if not (self._telling or is_running()):
-            self._built[id(module)] = self._marked[id(module)] = module
+            self._made[id(module)] = self._built[id(module)] = self._marked[id(module)] = module
 
     def _note_redrawn(self, module: _ConvNd, /) -> None:
         weight = module._parameters.get("weight")  # what is computed stays
@@ -117,9 +118,8 @@ class Construction:
             return
         self._redrawn[id(module)] = module
         self._loaded.pop(id(module), None)
-        if vars(module).get(MARK) in (None, (self._token, TRAINED)):  # now, for copies that are made of it
-            self._mark(module)
-            self._marked[id(module)] = module
+        if id(module) in self._made:  # now, for copies that are made of it
+            self._mark_redrawn(module)
 
     def _after_backward(self, *_: object, **__: object) -> None:
         told = () if self._telling else self._told.values()
@@ -133,6 +133,11 @@ class Construction:
                 self._redrawn.pop(id(module), None)
                 if MARK in vars(module):
                     self._mark(module, TRAINED)
+
+    def _mark_redrawn(self, module: nn.Module) -> None:
+        if vars(module).get(MARK) in (None, (self._token, TRAINED)):
+            self._mark(module)
+            self._marked[id(module)] = module
 
     def _mark(self, module: nn.Module, why: str | None = None) -> None:
         vars(module)[MARK] = (self._token, why)
@@ -194,7 +199,7 @@ class Construction:
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._models.values()], set(map(id, roots))
             # A model that was told is told again if a part was drawn anew or loaded, or a new one is in it.
-            changed = {id(model) for model in models if self._is_redrawn(model) | self._marks_loaded(model)}
+            changed = {id(model) for model in models if self._marks_redrawn(model) | self._marks_loaded(model)}
             told = {
                 id(model): model
                 for model in _outermost(models)
@@ -206,9 +211,12 @@ class Construction:
             self._models.update(told)
             self._treat(list(told.values()), moment)
 
-    def _is_redrawn(self, model: nn.Module) -> bool:
-        """Whether a part of a model was drawn anew since it was told."""
-        return bool(self._redrawn) and any(id(part) in self._redrawn for part in tree.modules(model))
+    def _marks_redrawn(self, model: nn.Module) -> bool:
+        """Whether a part of a model was drawn anew since it was told; each is marked, if built elsewhere too."""
+        redrawn = [part for part in tree.modules(model) if id(part) in self._redrawn] if self._redrawn else []
+        for part in redrawn:
+            self._mark_redrawn(part)
+        return bool(redrawn)
 
     def _marks_loaded(self, model: nn.Module) -> bool:
         """Whether a part of a model that was told before was loaded since then; each of them is marked."""

@@ -628,6 +628,23 @@ def test_copies_of_what_is_drawn_anew_after_it_was_loaded_are_treated_alike():
         assert torch.equal(part.weight, twin.weight)
 
 
+def test_a_copy_of_what_was_built_elsewhere_and_drawn_anew_is_left_as_that_is():
+    outside = network()
+    with ci.initializing(settings=QUICK):
+        reset_(outside)
+        averaged = torch.optim.swa_utils.AveragedModel(outside)
+        torch.optim.SGD(outside.parameters(), lr=0.1)
+    assert torch.equal(outside[0].weight, averaged.module[0].weight)
+
+
+def test_what_was_built_elsewhere_and_drawn_anew_is_treated_in_a_model_that_is_built():
+    outside = network()
+    with ci.initializing(settings=QUICK) as reports:
+        reset_(outside)
+        _model = nn.Sequential(outside, nn.Conv2d(8, 4, 3))
+    assert reports[0].totals["initialized"] == 3
+
+
 def test_what_is_drawn_anew_after_a_gradient_without_an_optimizer_is_treated():
     """As after a trial step that shows whether the memory will do."""
     with ci.initializing(settings=QUICK) as reports:
