@@ -14,6 +14,7 @@ from types import CodeType, FrameType
 import torch
 
 ELSEWHERE = tuple(str(path) + os.sep for path in (Path(__file__).parent, Path(torch.__file__).parent))
+MOST = 64  # dimensions of a tensor of PyTorch
 
 Place = tuple[CodeType, int]  # code, and the position in it
 
@@ -34,13 +35,17 @@ class Answers:
     def rank(self, value: Hashable, choices: Iterable[int], added: int = 0) -> int:
         """The number of dimensions of a value, always the same unless the code unpacks another number of sizes.
 
-        Where some were added to those of another value, that one's number is what is known or answered.
+        Where some were added to those of another value, that one's number is what is known or answered. As in PyTorch it
+        is an error if there are none left to take away, or too many: loops end, by another answer.
         """
         count, more = unpacked(*_place(sys._getframe(1)))
         # One value is what is told where nothing is unpacked, and a starred name takes any number.
         unpacks = count > 1 and not more
         self._ranks[value] = count - added if unpacks else self._ranks.get(value) or self.give(*choices)
-        return max(self._ranks[value] + added, 0)
+        rank = self._ranks[value] + added
+        if not 0 <= rank <= MOST:
+            raise IndexError(f"{rank} dimensions")
+        return rank
 
     def give(self, *choices: int) -> int:
         """The answer to the next question."""

@@ -313,7 +313,22 @@ def squeezed(x):
     return x
 
 
-@pytest.mark.parametrize("loop", [widened, widened_by_an_index, pooled, pooled_by_name, squeezed])
+def widened_to_fewer_than_guessed(x):
+    while x.dim() != 2:
+        x = x.unsqueeze(-1)
+    return x
+
+
+def pooled_to_more_than_guessed(x):
+    while x.dim() != 4:
+        x = x.sum(0)
+    return x
+
+
+UNLIKE = [widened_to_fewer_than_guessed, pooled_to_more_than_guessed]
+
+
+@pytest.mark.parametrize("loop", [widened, widened_by_an_index, pooled, pooled_by_name, squeezed, *UNLIKE])
 def test_loops_until_there_are_so_many_dimensions_end(loop):
     class Net(nn.Module):
         def __init__(self):
