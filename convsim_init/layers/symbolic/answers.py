@@ -35,8 +35,8 @@ class Answers:
     def rank(self, value: Hashable, choices: Iterable[int], added: int = 0) -> int:
         """The number of dimensions of a value, always the same unless the code unpacks another number of sizes.
 
-        Where some were added to those of another value, that one's number is what is known or answered. As in PyTorch it
-        is an error if there are none left to take away, or too many: loops end, by another answer.
+        Where some were added to those of another value, that one's number is what is known or answered. As in PyTorch
+        it is an error if there are none left to take away, or too many: loops end, by another answer.
         """
         count, more = unpacked(*_place(sys._getframe(1)))
         # One value is what is told where nothing is unpacked, and a starred name takes any number.

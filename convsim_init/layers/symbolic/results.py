@@ -8,7 +8,8 @@ from typing import Any
 from convsim_init.layers.symbolic.constants import is_long
 from convsim_init.layers.symbolic.symbols import Symbol
 
-REDUCING = {"mean", "sum", "amax", "amin", "squeeze", "select"}  # the dimensions by one, where one is named
+# The dimensions by those that are named:
+REDUCING = {"mean", "sum", "prod", "all", "any", "amax", "amin", "argmax", "argmin", "squeeze", "select"}
 
 
 def added_dimensions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -16,11 +17,14 @@ def added_dimensions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if name == "unsqueeze":
         return 1
     if name == "getitem":
-        return sum(one is None for one in (args[1] if isinstance(args[1], tuple) else args[1:]))
+        if not isinstance(args[1], tuple):  # where a number may be one of a list of values
+            return int(args[1] is None)
+        return sum((one is None) - (type(one) is int) for one in args[1])
     if name in REDUCING:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         keepdim = kwargs.get("keepdim", name != "select" and len(args) > 2)
-        return -1 if type(dim) is int and keepdim is False else 0
+        count = len(dim) if isinstance(dim, (tuple, list)) else type(dim) is int
+        return -count if keepdim is False else 0
     return 0
 
 

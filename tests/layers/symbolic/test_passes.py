@@ -306,6 +306,18 @@ def pooled_by_name(x):
     return x
 
 
+def pooled_by_several(x):
+    while x.dim() > 2:
+        x = x.mean((-2, -1)) if x.dim() > 3 else x.argmax(-1)
+    return x
+
+
+def pooled_by_an_index(x):
+    while x.dim() > 2:
+        x = x[..., 0]
+    return x
+
+
 def squeezed(x):
     x = x[:, :, :1]
     while x.dim() > 2:
@@ -325,10 +337,10 @@ def pooled_to_more_than_guessed(x):
     return x
 
 
-UNLIKE = [widened_to_fewer_than_guessed, pooled_to_more_than_guessed]
+OTHERS = [pooled_by_several, pooled_by_an_index, widened_to_fewer_than_guessed, pooled_to_more_than_guessed]
 
 
-@pytest.mark.parametrize("loop", [widened, widened_by_an_index, pooled, pooled_by_name, squeezed, *UNLIKE])
+@pytest.mark.parametrize("loop", [widened, widened_by_an_index, pooled, pooled_by_name, squeezed, *OTHERS])
 def test_loops_until_there_are_so_many_dimensions_end(loop):
     class Net(nn.Module):
         def __init__(self):
