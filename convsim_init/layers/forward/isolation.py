@@ -117,7 +117,8 @@ def running(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 def is_running() -> bool:
     """Whether this thread runs passes of our own, in which nothing that code builds or copies is the user's."""
-    return any(thread == threading.get_ident() for thread, _ in RUNNING)
+    with FREE:  # else a pass that ends in another thread meanwhile would have one be passed over
+        return any(thread == threading.get_ident() for thread, _ in RUNNING)
 
 
 def put_content_back(live: Any, before: Any) -> None:
