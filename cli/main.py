@@ -121,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def restored() -> Iterator[None]:
     """Put back what a script that `run` runs finds changed."""
-    before = sys.argv, sys.path[:], sys.modules["__main__"]
+    before = sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook
     try:
         yield
     finally:
-        sys.argv, sys.path[:], sys.modules["__main__"] = before
+        sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook = before
 
 
 @contextmanager

@@ -45,9 +45,12 @@ def run(command, tmp_path, monkeypatch):
     (folder / "beside.py").write_text("NAME = 'beside'")
     for name in ("train", "beside"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    before = sys.argv, sys.path[:], sys.modules["__main__"], signal.getsignal(signal.SIGINT)
+    # torch.distributed leaves one of its own, which other tests of this process may have used.
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    before = sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook, signal.getsignal(signal.SIGINT)
     yield lambda *arguments: command("run", *arguments)
-    assert (sys.argv, sys.path, sys.modules["__main__"], signal.getsignal(signal.SIGINT)) == before
+    now = sys.argv, sys.path, sys.modules["__main__"], sys.excepthook, signal.getsignal(signal.SIGINT)
+    assert now == before
 
 
 @pytest.mark.parametrize(
@@ -66,8 +69,7 @@ def test_a_script_runs_as_it_would_alone(what, status, code, run, tmp_path):
     assert ("convsim_init.errors.InputError: not this" in rest) == (what == "refuse")
 
 
-def test_a_script_that_raises_has_its_own_hook_called(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+def test_a_script_that_raises_has_its_own_hook_called(run, tmp_path):
     (tmp_path / "code" / "hooked.py").write_text(
         "import sys\nsys.excepthook = lambda kind, error, where: print(kind.__name__, error, where.tb_lineno)\n1 / 0\n"
     )
@@ -75,8 +77,7 @@ def test_a_script_that_raises_has_its_own_hook_called(run, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("hook", ["lambda *_: nothing", "None"])
-def test_an_error_is_shown_where_the_hook_for_errors_fails_too(hook, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+def test_an_error_is_shown_where_the_hook_for_errors_fails_too(hook, run, tmp_path):
     (tmp_path / "code" / "hooked.py").write_text(f"import sys\nsys.excepthook = {hook}\n1 / 0\n")
     status, _, err = run("-q", "code/hooked.py")
     assert status == 1
