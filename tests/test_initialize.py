@@ -1,7 +1,9 @@
 """Models and single weights: what is treated, what is left alone and why, and what stays as it was."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -546,3 +548,29 @@ def test_a_model_of_fake_tensors_is_left_alone(tmp_path):
     path = ci.save_checkpoint(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), tmp_path / "a.pt")
     with pytest.raises(ci.InputError, match="expected a tensor with data"):
         ci.load_checkpoint(model, path)
+
+
+class OfClips(nn.Conv2d):
+    """Takes an axis more than its class does, as that of time."""
+
+    def forward(self, x):
+        samples, times, _, _, _ = x.shape
+        return super().forward(x.flatten(0, 1)).unflatten(0, (samples, times))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, OfClips])
+@pytest.mark.parametrize("use", [ci.initialize_, ci.measure, ci.ConvolutionalSimilarity])
+def test_nothing_holds_a_model_that_its_user_lets_go(use, kind):
+    """The memory of a GPU is free at once, and not when Python next looks for cycles."""
+    model = nn.Sequential(kind(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))
+    alive = [weakref.ref(one) for one in (*model.modules(), *model.parameters())]
+    gc.disable()
+    try:
+        found = use(model)
+        del model
+        if use is ci.ConvolutionalSimilarity:
+            assert found().requires_grad
+            del found
+        assert not any(one() is not None for one in alive)
+    finally:
+        gc.enable()

@@ -158,7 +158,9 @@ def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool)
         try:
             return _load(model, state, strict=strict)
         except Exception as error:  # whatever a module's own loading raises
-            return error
+            # The traceback's frames hold the copy and the file, and the caller's the error: a cycle that would keep
+            # both until the garbage is collected.
+            return error.with_traceback(None)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:

@@ -1,7 +1,9 @@
 """Loading checkpoints: what matches under which prefixes, what is told of the rest, and what stays as it was."""
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
+from convsim_init.checkpoint import load
 from convsim_init.checkpoint.load import verify_checkpoint
 from convsim_init.checkpoint.match import find_prefixes
 
@@ -145,6 +148,27 @@ def test_a_backbone_is_found_in_a_larger_model_and_in_a_larger_file():
     assert_equal(other.backbone, values(small(1)))
     assert (report.added, report.missing) == ("backbone.", ["neck.weight", "neck.bias", "head.weight", "head.bias"])
     assert "--prefix backbone." in str(report)
+
+
+def test_nothing_holds_the_file_once_it_is_loaded(monkeypatch):
+    """On Windows a file that is mapped can be neither replaced nor removed."""
+    held = []
+    read = load.read_checkpoint
+
+    def watched(*arguments):
+        found = read(*arguments)
+        held.extend(map(weakref.ref, found.tensors.values()))
+        return found
+
+    monkeypatch.setattr(load, "read_checkpoint", watched)
+    path = saved(Wrapper("backbone", small(1), head=nn.Linear(2, 2)))
+    gc.disable()
+    try:
+        ci.load_checkpoint(small(2), path)
+        assert held
+        assert not any(one() is not None for one in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("classes", [5, 7])

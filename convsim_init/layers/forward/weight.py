@@ -176,13 +176,16 @@ class ForwardWeight(Weight):
     def calls(self, others: Collection[int]) -> tuple[list[Call], bool]:
         """As of `convolution_calls`, at an input of more or fewer axes where its code rejects the usual ones."""
         errors = []
-        for self._axes in (0, 1, -1):  # one more such as that of time, before that of samples; or none of samples
-            try:
-                return convolution_calls(self.module, self._input(), others)
-            except Exception as error:  # whatever the module's own code raises
-                errors.append(error)
-        # The first is that at the usual input; the others may only be of the wrong number of axes.
-        raise errors[0]
+        try:
+            for self._axes in (0, 1, -1):  # one more such as that of time, before that of samples; or none of samples
+                try:
+                    return convolution_calls(self.module, self._input(), others)
+                except Exception as error:  # whatever the module's own code raises
+                    errors.append(error)
+            # The first is that at the usual input; the others may only be of the wrong number of axes.
+            raise errors[0]
+        finally:
+            errors.clear()  # whose tracebacks hold this frame, and so the module
 
     def _given(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
         return self._call(prepare=prepare).weight
