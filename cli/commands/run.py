@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
-import runpy
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
-from importlib.machinery import SourceFileLoader
-from os.path import isfile
-from pathlib import Path
-from pkgutil import get_importer
-from types import CodeType, ModuleType
 
 import click
 
@@ -25,6 +18,7 @@ from convsim_init.report.text import printable, shown, some
 from convsim_init.settings import PRESETS, Preset, Settings
 
 from ..options import Whole
+from ..script import Script
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 
 HELP = """
@@ -71,10 +65,7 @@ def run(
     settings = Settings.preset(preset)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    path = Path(script).absolute()
-    is_archive = not is_module and get_importer(str(path)) is not None  # or a folder, with a `__main__.py`
-    if not (is_module or is_archive or isfile(path)):
-        raise InputError(f"expected a Python file to run, got {script!r}, which is none: check the path")
+    program = Script(script, arguments, is_module=is_module)
     with exit_on_signal():
         from convsim_init.context import initializing
         from convsim_init.models.construction import UnmatchedError
@@ -87,38 +78,21 @@ def run(
                 print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
 
     reports = list[Report]()
-    sys.argv = [script, *arguments]
-    is_ours = not getattr(sys.flags, "safe_path", False)  # the first one; else no folder of a script is added
-    if is_archive or is_ours:
-        sys.path[:is_ours] = [str(path if is_archive else Path.cwd() if is_module else path.resolve().parent)]
     try:
         with (
             signals_of_python(),
             redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
             initializing(settings=settings, include=include, exclude=exclude, on_report=tell) as reports,
         ):
-            code, names = _load(script, is_module, is_archive)
-            # It stays `__main__` until Python ends, as without `run`: threads and exit handlers may pickle its classes.
-            main = sys.modules["__main__"] = ModuleType("__main__")
-            vars(main).update(names, __builtins__=builtins)
-            exec(code, vars(main))
+            program.execute()
             sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
     except (UnmatchedError, SystemExit):
         raise
     except BaseException as error:
-        own = error.__traceback__
-        while own is not None and own.tb_frame.f_globals.get("__name__") != "__main__":
-            last, own = own.tb_frame.f_globals.get("__name__"), own.tb_next
-        if isinstance(error, ImportError) and own is None and last == "runpy":  # there is no script
-            # Then it is not worth telling that no network was treated.
-            quiet = True
+        if program.is_missing(error):
+            quiet = True  # it is not worth telling then that no network was treated
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
-        if own is None and is_module:  # in what is imported before it
-            own = error.__traceback__
-        try:
-            sys.excepthook(type(error), error.with_traceback(own), own)  # which the script may have set
-        except Exception as wrong:  # in the hook: shown after the error that it was called for
-            sys.__excepthook__(type(wrong), wrong, wrong.__traceback__)
+        program.show(error)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     finally:
         if not reports and not quiet and launched().leads:
@@ -126,20 +100,6 @@ def run(
                 "convsim-init: no network was treated: no convolution of PyTorch was given an optimizer of torch.optim",
                 file=sys.stderr,
             )
-
-
-def _load(script: str, is_module: bool, is_archive: bool) -> tuple[CodeType, dict[str, object]]:
-    """The code of the script, and the names that Python gives it."""
-    if is_module or is_archive:  # as the debugger of Python does
-        if is_archive:
-            _, spec, code = runpy._get_main_module_details()  # type: ignore[attr-defined]
-        else:
-            _, spec, code = runpy._get_module_details(script)  # type: ignore[attr-defined]
-            sys.argv[0] = spec.origin
-        return code, {"__file__": spec.origin, "__loader__": spec.loader, "__package__": spec.parent, "__spec__": spec}
-    path = str(Path(script).absolute())
-    loader = SourceFileLoader("__main__", path)
-    return loader.source_to_code(loader.get_data(path), path), {"__file__": path, "__loader__": loader}
 
 
 def _left(report: Report) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The subcommand ``run``: a script as Python runs it, whose networks are treated before it trains them."""
 
 import os
+import py_compile
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,13 @@ def test_an_error_that_is_no_exception_shows_the_code_of_the_script_alone(run, t
     (tmp_path / "code" / "ended.py").write_text("raise GeneratorExit\n")
     status, _, err = run("-q", "code/ended.py")
     assert (status, err.count("File")) == (1, 1)
+
+
+def test_a_compiled_script_runs_too(run, tmp_path):
+    compiled = py_compile.compile("code/train.py", "code/train.pyc", doraise=True)
+    (tmp_path / "code" / "train.py").unlink()
+    status, out, _ = run(compiled, "exit", "3")
+    assert (status, out) == (3, "['exit', '3'] beside True __main__\n")
 
 
 @pytest.mark.parametrize("packed", [True, False])

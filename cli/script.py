@@ -1,0 +1,87 @@
+"""A Python script of the user's, run in this process as Python alone would run it."""
+
+from __future__ import annotations
+
+import builtins
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader, SourcelessFileLoader
+from os.path import isfile
+from pathlib import Path
+from pkgutil import get_importer
+from types import CodeType, ModuleType, TracebackType
+from typing import cast
+
+from convsim_init.errors import InputError
+
+
+class Script:
+    """What `python NAME ARGUMENTS` runs, or `python -m NAME ARGUMENTS`.
+
+    Raises:
+        InputError: If there is no such file; whether there is such a module is known when it is executed.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], *, is_module: bool) -> None:
+        self._name, self._arguments, self._is_module = name, arguments, is_module
+        self._path = Path(name).absolute()
+        self._is_archive = not is_module and get_importer(str(self._path)) is not None  # or a folder with `__main__.py`
+        if not (is_module or self._is_archive or isfile(self._path)):
+            raise InputError(f"expected a Python file to run, got {name!r}, which is none: check the path")
+
+    def execute(self) -> None:
+        """Run it as the module ``__main__``, which it stays until Python ends; whatever it raises is passed on."""
+        sys.argv = [self._name, *self._arguments]
+        is_ours = not getattr(sys.flags, "safe_path", False)  # the first one; else no folder of a script is added
+        if self._is_archive or is_ours:
+            folder = self._path if self._is_archive else Path.cwd() if self._is_module else self._path.resolve().parent
+            sys.path[:is_ours] = [str(folder)]
+        code, names = self._load()
+        # Not for its own time alone: threads and exit handlers may pickle its classes.
+        main = sys.modules["__main__"] = ModuleType("__main__")
+        vars(main).update(names, __builtins__=builtins)
+        exec(code, vars(main))
+
+    def _load(self) -> tuple[CodeType, dict[str, object]]:
+        """Its code, and the names that Python gives it."""
+        if self._is_module or self._is_archive:  # as the debugger of Python does
+            if self._is_archive:
+                _, spec, code = runpy._get_main_module_details()  # type: ignore[attr-defined]
+            else:
+                _, spec, code = runpy._get_module_details(self._name)  # type: ignore[attr-defined]
+                sys.argv[0] = spec.origin
+            names = {"__file__": spec.origin, "__loader__": spec.loader, "__package__": spec.parent, "__spec__": spec}
+            return code, names
+        path = str(self._path)
+        loader: SourceFileLoader | SourcelessFileLoader
+        if self._path.suffix == ".pyc":
+            loader = SourcelessFileLoader("__main__", path)
+            code = cast(CodeType, loader.get_code("__main__"))
+        else:
+            loader = SourceFileLoader("__main__", path)
+            code = loader.source_to_code(loader.get_data(path), path)  # get_code would leave a file in __pycache__
+        return code, {"__file__": path, "__loader__": loader}
+
+    def is_missing(self, error: BaseException) -> bool:
+        """Whether the error of `execute` says that there is no such module, or nothing to run in an archive."""
+        own, finder = _in_script(error)
+        return isinstance(error, ImportError) and own is None and finder == "runpy"
+
+    def show(self, error: BaseException) -> None:
+        """Tell of an error of `execute` as Python does, by the hook that the script may have set."""
+        own, _ = _in_script(error)
+        if own is None and self._is_module:  # in what is imported before it
+            own = error.__traceback__
+        try:
+            sys.excepthook(type(error), error.with_traceback(own), own)
+        except Exception as wrong:  # in the hook: shown after the error that it was called for
+            sys.__excepthook__(type(wrong), wrong, wrong.__traceback__)
+
+
+def _in_script(error: BaseException) -> tuple[TracebackType | None, str]:
+    """The traceback from the script's own code on, None if it was not reached; and the module before that."""
+    own, last = error.__traceback__, ""
+    while own is not None and own.tb_frame.f_globals.get("__name__") != "__main__":
+        last, own = own.tb_frame.f_globals.get("__name__", ""), own.tb_next
+    return own, last
