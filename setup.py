@@ -13,6 +13,8 @@ class _SharedLibrary(build_ext):
         super().finalize_options()
         if os.name == "nt" and self.compiler is None and shutil.which("gcc"):
             self.compiler = "mingw32"  # that is gcc: Microsoft's compiler has no vectors as in step.c
+            for extension in self.extensions:
+                extension.extra_compile_args += ["-DUNALIGNED", "-Wa,-muse-unaligned-vector-move"]  # see step.c
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
