@@ -18,8 +18,8 @@ from convsim_init.report.text import printable, shown, some
 from convsim_init.settings import PRESETS, Preset, Settings
 
 from ..options import Whole
-from ..script import Script
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
+from .script import Script
 
 HELP = """
 Run a training script, and initialize the networks that it builds before it trains them.
