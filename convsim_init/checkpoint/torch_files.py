@@ -21,6 +21,7 @@ from torch import Tensor, UntypedStorage
 
 from convsim_init.checkpoint.pickles import Name, PickleReader, check_room
 from convsim_init.errors import InputError
+from convsim_init.files.sources import MAPPED
 from convsim_init.report.text import quoted
 
 ZIP_SIGNATURE = b"PK\3\4"
@@ -127,12 +128,13 @@ class TensorReader(PickleReader):
 
 
 class TorchFile:
-    """A file that `torch.save` wrote once or more; its tensors stay on the disk until they are used."""
+    """A file that `torch.save` wrote once or more; its tensors stay on the disk where they are `MAPPED`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.size = path, str(path), path.stat().st_size
         # Not shared: what is written to a tensor stays in memory, and does not reach the file.
-        self.data = cast("UntypedStorage", UntypedStorage.from_file(self.name, False, self.size))
+        data = cast("UntypedStorage", UntypedStorage.from_file(self.name, False, self.size))
+        self.data = data if MAPPED else data.clone()  # type: ignore[no-untyped-call]
         with path.open("rb") as file:
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
