@@ -216,6 +216,6 @@ def test_chosen_parts_are_shown_and_written(monkeypatch, capsys, tmp_path):
     speed.main()
     assert taken == [3, (3, 7)]
     (written,) = tmp_path.glob("speed-*-step-target.md")  # the table of all parts is not replaced
-    table = written.read_text()
+    table = written.read_text(encoding="utf-8")
     assert "| step | 1 ms | 2 ms | 2 times as fast | ≥ 20 |\n| target |" in table
     assert table in capsys.readouterr().out

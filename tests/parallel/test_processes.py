@@ -246,6 +246,7 @@ def test_a_file_that_cannot_be_written_ends_all(tmp_path):
         ),
     ],
 )
+@pytest.mark.posix
 def test_a_rank_that_dies_ends_all_and_leaves_whole_files(arguments, left, tmp_path):
     first, dead, third = ranks(3, *arguments) if not left else (*ranks(2, *arguments), None)
     assert dead[0] == -signal.SIGKILL
@@ -256,6 +257,7 @@ def test_a_rank_that_dies_ends_all_and_leaves_whole_files(arguments, left, tmp_p
     assert written(tmp_path) == left
 
 
+@pytest.mark.posix
 def test_torchrun_ends_when_a_rank_dies(tmp_path):
     done = torchrun(2, "nets.py:killed_in_rank_1", *OUT)
     assert done.returncode == 1
