@@ -177,8 +177,9 @@ def test_the_layout_in_memory_leaves_no_trace_in_the_file(name, make, tmp_path):
 
 
 @pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def process_group(tmp_path_factory):
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
