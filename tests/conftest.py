@@ -11,17 +11,15 @@ from shim import torchvision_operators
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if os.name == "nt":  # for torchrun, also of processes that tests start: PyTorch is built without libuv there
-    os.environ.setdefault("USE_LIBUV", "0")
-
 # At import, not in a fixture: test modules and timm import torchvision while they are collected.
 torchvision_operators.declare()
 
 
-LACKING = {  # what tests with these markers need, where it is not here
-    **({} if torch.cuda.is_available() else {"cuda": "needs a CUDA device"}),
-    **({} if os.name == "posix" else {"posix": "needs signals, forks, links, pipes or a shell of POSIX"}),
-}
+LACKING = {}  # what tests with these markers need and is not here
+if not torch.cuda.is_available():
+    LACKING["cuda"] = "needs a CUDA device"
+if os.name != "posix":
+    LACKING["posix"] = "needs what Windows lacks, such as signals, forks, a shell or torchrun"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -212,6 +212,7 @@ def test_a_folder_of_torch_distributed_checkpoint(tmp_path, command):
     assert "the weights are those under 'app.model'" in command("inspect", "nested")[1]
 
 
+@pytest.mark.posix
 def test_parts_of_tensors_that_several_processes_wrote(tmp_path):
     (tmp_path / "save.py").write_text(SHARDED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "save.py"]

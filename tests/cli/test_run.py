@@ -296,6 +296,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.posix
 def test_processes_that_draw_differently_stay_equal(tmp_path):
     (tmp_path / "parallel.py").write_text(DATA_PARALLEL)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

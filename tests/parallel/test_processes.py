@@ -131,6 +131,7 @@ def ranks(processes: int, *arguments: str, program=("-m", "convsim_init"), machi
 # The same files, under torchrun itself
 
 
+@pytest.mark.posix
 def test_one_run_is_divided_by_layers_and_written_as_by_one_process(command, tmp_path):
     files = ["--out", "{}.safetensors", "--report", "{}.json"]
     one, two = ([text.format(name) for text in files] for name in ("one", "two"))
@@ -150,6 +151,7 @@ def test_one_run_is_divided_by_layers_and_written_as_by_one_process(command, tmp
     assert together == alone
 
 
+@pytest.mark.posix
 def test_a_sweep_is_divided_by_runs_and_written_as_by_one_process(command, tmp_path):
     runs = ["nets.py:small", "nets.py:raising", "nets.py:wide", "--seeds", "0:2"]
     for folder in ("one", "three"):
