@@ -102,8 +102,8 @@ def _read(path: Path) -> object:
         check_room(str(path), size, JSON * min(length, size))
         file.seek(8)
         header = file.read(length)
-    tensors = safetensors.torch.load_file(path)
     json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
+    tensors = safetensors.torch.load_file(path)
     return tensors if MAPPED else {key: tensor.clone() for key, tensor in tensors.items()}
 
 

@@ -273,6 +273,7 @@ def test_damage_anywhere_gives_tensors_or_one_line(name, tmp_path):
     assert not [message for message in refusals if "\n" in message]
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("name", [b"\xff.pt", b"\xff.safetensors", b"\xff/a.pt"])
 def test_a_path_that_is_no_text_is_not_called_damage(name, tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
