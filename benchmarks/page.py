@@ -36,4 +36,4 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Write all that was added."""
-        path.write_text("\n".join(self._lines) + "\n")
+        path.write_text("\n".join(self._lines) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ if _interrupt is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupt)
 with exit_on_signal():  # from here on a signal shows no traceback, so nothing that takes long comes before
     import errno
+    import io
     import os
     from collections.abc import Iterator, Sequence
     from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -44,7 +45,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .commands.run import run
     from .commands.verify import verify
     from .completion import completion
-    from .terminal import Context, colour, error_line, write_options
+    from .terminal import Context, colour, error_line, reader_has_left, write_options
 
 PROGRAM = "convsim-init"
 COMPLETE = "_CONVSIM_INIT_COMPLETE"  # a shell's completion sets it
@@ -91,6 +92,9 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Leave what is not for all of the processes that torchrun started to the first of them."""
+    stdout = sys.stdout
+    if ctx.invoked_subcommand != run.name and isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
+        stdout.reconfigure(errors="backslashreplace")  # of names with letters that its encoding lacks
     if ctx.invoked_subcommand not in (init.name, run.name) and not launched().leads:
         ctx.exit(DONE)
 
@@ -156,6 +160,9 @@ def _run(arguments: Sequence[str]) -> int:
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
+        if isinstance(error, OSError) and reader_has_left(error):  # of Windows; click knows that of other systems
+            sys.stdout = None  # Python would tell that it cannot be flushed
+            return FAILED
         # Among the words: the error may have come before click had parsed them.
         if "--debug" in arguments and launched().reports_errors:
             import traceback

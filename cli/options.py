@@ -181,14 +181,15 @@ def load(spec: str, how: ModelOptions) -> Loaded:
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:
+    rest = os.path.splitdrive(spec)[1]  # without the colon of a drive of Windows
     if is_file(spec) or Path(spec).suffix in FOREIGN:
         check_source(spec)
-    elif ":" not in spec and Path(spec).suffix != ".py" and isfile(spec):
+    elif ":" not in rest and Path(spec).suffix != ".py" and isfile(spec):
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: {CHECKPOINT}"
         )
     # A name without a separator may be a model's, whatever folder is called like it.
-    elif ":" not in spec and os.sep in spec and isdir(spec) and not isfile(Path(spec, CONFIG)):
+    elif ":" not in rest and {"/", os.sep} & set(spec) and isdir(spec) and not isfile(Path(spec, CONFIG)):
         raise without_weights(spec)
     else:
         how.check(spec)

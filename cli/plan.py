@@ -120,15 +120,19 @@ def file_safe(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "model"
 
 
+def _place(path: str | Path) -> str:
+    return os.path.normcase(os.path.realpath(path))  # Windows takes A.pt for a.pt
+
+
 def _check_apart(runs: Sequence[Run]) -> None:
     (model, _), times = Counter((run.model, run.seed) for run in runs).most_common(1)[0]
     if times > 1:
         raise InputError(f"expected each MODEL once, got {model!r} {times} times: name it once")
-    sources = {os.path.realpath(run.model) for run in runs if len(runs) > 1 and is_file(run.model)}
+    sources = {_place(run.model) for run in runs if len(runs) > 1 and is_file(run.model)}
     writers: dict[str, tuple[Run, str]] = {}
     for run in runs:
         for kind, path in run.files.items():
-            real = os.path.realpath(path)
+            real = _place(path)
             if real in sources:
                 raise InputError(f"expected new files to write, got {str(path)!r}, which a run starts from: rename it")
             other, first = writers.setdefault(real, (run, kind))

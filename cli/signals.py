@@ -92,8 +92,8 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
     with _handled_by(_raise_once, last=last):
         ended = threading.Event()
         reader, writer = os.pipe()
-        # Python takes no other descriptor for its signals.
-        os.set_blocking(writer, False)
+        with suppress(AttributeError):  # of Windows before Python 3.12
+            os.set_blocking(writer, False)  # elsewhere Python takes no other descriptor for its signals
         former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         watcher = threading.Thread(target=watch, name="convsim-init-signals", daemon=True)
         watcher.start()

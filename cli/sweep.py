@@ -25,7 +25,7 @@ from convsim_init.report.text import PATH, quoted, shown, some
 from .options import check_found, is_file
 from .run import Choices, make, write
 from .signals import FAILED, exit_on_signal, fail
-from .terminal import error_line, tell
+from .terminal import error_line, reader_has_left, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
@@ -62,8 +62,9 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
             if show_table:
                 show(summary(results, len(runs), folders=choices.folder))
             raise
-        except BrokenPipeError:  # of which click makes the exit status 1, without a word
-            fail(f"stdout was closed after {len(results)} of {len(runs)} runs: send it to a file", FAILED)
+        except OSError as error:
+            if reader_has_left(error):  # of which comes the exit status 1, without a word
+                fail(f"stdout was closed after {len(results)} of {len(runs)} runs: send it to a file", FAILED)
             raise
     if show_table:
         click.echo(summary(results, len(runs), folders=choices.folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -46,6 +47,12 @@ def error_line(error: Exception) -> str:
     if isinstance(error, (InputError, RunError)):
         return str(error)
     return f"{error_text(error)} (--debug shows where)"
+
+
+def reader_has_left(error: OSError) -> bool:
+    """Whether stdout could not be written to because what read it, such as ``head``, has ended."""
+    # Windows calls that an invalid argument, as it does a name that cannot be one.
+    return error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL and error.filename is None)
 
 
 def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:

@@ -100,5 +100,5 @@ def describe_environment() -> dict[str, str]:
         "step": describe(),
         "cuda": torch.version.cuda or "none",
         "devices": ", ".join(cards.get(name, name) for name in devices),
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count() or 'unknown'} cores",
     }

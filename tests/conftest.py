@@ -15,12 +15,18 @@ if not torch.cuda.is_available():  # before anything imports Triton
 torchvision_operators.declare()
 
 
+LACKING = {}  # what tests with these markers need and is not here
+if not torch.cuda.is_available():
+    LACKING["cuda"] = "needs a CUDA device"
+if os.name != "posix":
+    LACKING["posix"] = "needs what Windows lacks, such as signals, forks, a shell or torchrun"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for marker in LACKING:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=LACKING[marker]))
 
 
 @pytest.fixture(autouse=True)

@@ -211,7 +211,7 @@ def summarize(rows: list[Row], missing: dict[str, int], options: argparse.Namesp
     failures = [f"- {row['model']}: {row['detail']}" for row in rows if row["outcome"] == "failed"]
     lines += ["", "## Remarks", "", *(remarks or ["None."]), "", "## Failures", "", *(failures or ["None."])]
     text = "\n".join(lines) + "\n"
-    (RESULTS / "census.md").write_text(text)
+    (RESULTS / "census.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -45,14 +45,14 @@ def crowded_folders() -> dict[str, int]:
 def line_counts() -> dict[str, int]:
     """Number of lines of each source file of the library and the command."""
     files = sources("convsim_init") + sources("cli")
-    return {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
+    return {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
 
 
 def comment_share(folder: str) -> float:
     """Share of a folder's lines that are a comment and nothing else."""
     comments = lines = 0
     for path in sources(folder):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         comments += sum(len(comment.splitlines()) for comment in COMMENTS[path.suffix].findall(text))
         lines += len(text.splitlines())
     return comments / lines
@@ -60,7 +60,9 @@ def comment_share(folder: str) -> float:
 
 def undocumented() -> list[str]:
     """Modules, and public functions, classes and methods of theirs, without a docstring."""
-    return [f"{module}: {name}" for module in MODULES for name in _undocumented(ast.parse(MODULES[module].read_text()))]
+    return [
+        f"{module}: {name}" for module in MODULES for name in _undocumented(ast.parse(MODULES[module].read_bytes()))
+    ]
 
 
 def _undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[str]:

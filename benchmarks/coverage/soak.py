@@ -25,7 +25,6 @@ from benchmarks.machine import cpu_name
 from benchmarks.page import RESULTS, Page
 
 GROWTH = 0.01
-PAGE = os.sysconf("SC_PAGE_SIZE")
 SETTINGS = ci.Settings(steps=5)
 
 
@@ -83,7 +82,7 @@ def usage() -> dict[str, int]:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
-        "KiB of memory": pages * PAGE // 1024,
+        "KiB of memory": pages * os.sysconf("SC_PAGE_SIZE") // 1024,
         "open files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
         "Python threads": threading.active_count(),

@@ -179,7 +179,7 @@ def write(records: Records, folder: Path) -> None:
             draw(runs, case, folder / f"{case.file_name}.png")
     for several in of_several_lengths(runs):
         draw_lengths(runs, several, folder / f"{several[0].file_name}-and-longer.png")
-    (folder / "training.md").write_text("\n".join(lines))
+    (folder / "training.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 

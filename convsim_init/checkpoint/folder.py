@@ -40,8 +40,8 @@ def write_folder(
     target = check_new_folder(path)
     with new_folder(target) as folder:
         write_checkpoint(contents, folder / WEIGHTS)
-        (folder / CONFIG).write_text(config, encoding="utf-8")
-        (folder / CARD).write_text(_card(report, config, drawn, picture and picture[0]), encoding="utf-8")
+        (folder / CONFIG).write_bytes(config.encode())
+        (folder / CARD).write_bytes(_card(report, config, drawn, picture and picture[0]).encode())
         if picture is not None:
             picture[1](folder / picture[0])
     return target

@@ -21,7 +21,7 @@ from convsim_init.checkpoint.pickles import check_room, is_plain, type_name
 from convsim_init.checkpoint.state_dict import is_extra_state, module_versions
 from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
-from convsim_init.files.sources import check_source
+from convsim_init.files.sources import MAPPED, check_source
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import quoted, shown, some
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     `nested.WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state
     dict under any other key, be it in further dicts, or nothing but another dict. Files of `torch.save` are
     not unpickled: their pickles are followed, and the tensors in them built anew, so that no code is run.
-    Tensors stay on the disk until they are used.
+    Tensors stay on the disk until they are used, but on Windows, where the file could not be replaced as long.
 
     Args:
         path: A file of safetensors or of `torch.save`, or a folder of Hugging Face or `torch.distributed.checkpoint`.
@@ -102,9 +102,9 @@ def _read(path: Path) -> object:
         check_room(str(path), size, JSON * min(length, size))
         file.seek(8)
         header = file.read(length)
-    tensors = safetensors.torch.load_file(path)
     json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
-    return tensors
+    tensors = safetensors.torch.load_file(path)
+    return tensors if MAPPED else {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def _read_shards(index: Path) -> tuple[dict[str, object], int]:

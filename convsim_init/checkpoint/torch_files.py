@@ -21,6 +21,7 @@ from torch import Tensor, UntypedStorage
 
 from convsim_init.checkpoint.pickles import Name, PickleReader, check_room
 from convsim_init.errors import InputError
+from convsim_init.files.sources import MAPPED
 from convsim_init.report.text import quoted
 
 ZIP_SIGNATURE = b"PK\3\4"
@@ -127,14 +128,19 @@ class TensorReader(PickleReader):
 
 
 class TorchFile:
-    """A file that `torch.save` wrote once or more; its tensors stay on the disk until they are used."""
+    """A file that `torch.save` wrote once or more; its tensors stay on the disk where they are `MAPPED`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.size = path, str(path), path.stat().st_size
-        # Not shared: what is written to a tensor stays in memory, and does not reach the file.
-        self.data = cast("UntypedStorage", UntypedStorage.from_file(self.name, False, self.size))
         with path.open("rb") as file:
-            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if MAPPED:
+                self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # Not shared: what is written to a tensor stays in memory, and does not reach the file.
+                self.data = cast("UntypedStorage", UntypedStorage.from_file(self.name, False, self.size))
+            else:
+                self.content = mmap.mmap(-1, self.size)
+                file.readinto(self.content)
+                self.data = torch.frombuffer(self.content, dtype=torch.uint8).untyped_storage()
 
     def read(self, start: int = 0, length: int | None = None) -> object:
         """What the file holds, or the part of it that starts there, of so many bytes or to the end.

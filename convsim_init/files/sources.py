@@ -23,6 +23,7 @@ FOLDER_FILES = (  # of Hugging Face, where an index names several files
 )
 METADATA_KEY = "__metadata__"  # of safetensors
 MAX_HEADER = 10**7  # bytes that are read
+MAPPED = os.name != "nt"  # whether tensors may stay in the file: Windows replaces none that is mapped
 CHECKPOINT = "if it is a checkpoint, rename it"  # advice on a file of another suffix
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 

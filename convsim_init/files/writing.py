@@ -85,7 +85,7 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         with _optional(target, "its mode could not be set"):
             temporary.chmod(mode)
         with _optional(target, "it could not be synced"):
-            _sync(temporary, os.O_RDWR)
+            _sync(temporary)
         if overwrite:
             temporary.replace(real)
         else:
@@ -114,7 +114,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, suffixes: Sequence[st
     """
     target = check_target(path, overwrite=overwrite, suffixes=suffixes)
     with replacing(target, overwrite=overwrite) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode())
     return target
 
 
@@ -131,7 +131,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             with _optional(target, "it could not be synced"):
-                _sync(path, os.O_RDONLY)
+                _sync(path)
         # To rename a folder replaces an empty one in silence.
         if os.path.lexists(real):
             raise FileExistsError
@@ -159,9 +159,9 @@ def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
         raise RunError(f"could not write {str(target)!r}: {cause(error)}; nothing changed there") from error
     # It is in its place: no failure from here on may say that nothing changed.
     try:
-        _sync(real.parent, os.O_RDONLY)
+        _sync(real.parent)
     except OSError as error:
-        if error.errno not in (errno.EACCES, *UNSUPPORTED):  # not every system lets a folder be opened
+        if error.errno not in UNSUPPORTED:
             _warn(target, "its folder could not be synced", error)
 
 
@@ -203,8 +203,14 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def _sync(path: Path) -> None:
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs no file that is only read
+    except PermissionError:
+        if is_folder:  # not every system lets one be opened
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
@@ -236,8 +242,9 @@ def _scratch_file(place: Path) -> Iterator[Path]:
     while folder is None or not folder.exists():  # taken for abandoned before it was locked
         _unlock(lock)
         folder = place / f".{HOST}-{secrets.token_hex(8)}.convsim-init.tmp"
-        # For this user alone: what lies in it is given the target's name.
-        folder.mkdir(0o700)
+        # For this user alone: what lies in it is given the target's name. On Windows a file keeps the rights of the
+        # folder that it was made in.
+        folder.mkdir(0o700 if fcntl else 0o777)
         lock = _lock(folder, wait=True)
     _scratch_folders.add(folder)
     try:

@@ -77,7 +77,7 @@ def describe(model: torch.nn.Module) -> str:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, CONFIG)
             import_module("timm.models._hub").save_config_for_hf(model, path)
-            described = json.loads(path.read_text())
+            described = json.loads(path.read_bytes())
         described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in OF_TRAINED}
         described.get("model_args", {}).pop("num_classes", None)  # stands above; transformers would pass it twice
         return json.dumps(described, indent=2) + "\n"

@@ -64,12 +64,12 @@ def parse(text: str) -> Spec:
         return Spec(text, Source.BUILT_IN, "", text)
     if isfile(Path(text, CONFIG)):
         return Spec(text, Source.FOLDER, text, "")
+    if text.endswith(".py") and not (colon and _is_dotted_name(name)):  # the colon may be that of a drive of Windows
+        raise _refused(text, f"name the function in it that returns the model: {text}:FUNCTION")
     if not colon:
         owner, slash, name = text.partition("/")
         if slash and owner in [source.value for source in LIBRARIES]:
             raise _refused(text, f"write {owner}:{name.partition('.')[0]}; weights are drawn anew, never downloaded")
-        if text.endswith(".py"):
-            raise _refused(text, f"name the function in it that returns the model: {text}:FUNCTION")
         return Spec(text, Source.ANY, "", text)
     if not _is_dotted_name(name):
         raise _refused(text, "after the colon stands the name of a function or class")

@@ -120,6 +120,7 @@ def test_the_table_of_convnext_is_timms():
 # Processes and rows
 
 
+@pytest.mark.posix
 def test_a_process_does_not_inherit_the_peak_memory_of_the_benchmark():
     torch.ones(2**27)  # 512 MiB
     seconds, memory = run([sys.executable, "-I", "-c", "pass"])
@@ -128,6 +129,7 @@ def test_a_process_does_not_inherit_the_peak_memory_of_the_benchmark():
     assert run([sys.executable, "-I", "-c", "x = bytearray(b'1' * 2**27)"])[1] > 128
 
 
+@pytest.mark.posix
 def test_what_a_process_imports_is_kept_compiled_as_at_a_users(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     (tmp_path / "imported.py").write_text("")
@@ -135,6 +137,7 @@ def test_what_a_process_imports_is_kept_compiled_as_at_a_users(monkeypatch, tmp_
     assert [path.suffix for path in (tmp_path / "__pycache__").iterdir()] == [".pyc"]
 
 
+@pytest.mark.posix
 def test_a_command_that_fails_ends_the_benchmark_with_what_it_said():
     with pytest.raises(SystemExit, match="failed: no such thing"):
         run([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
@@ -216,6 +219,6 @@ def test_chosen_parts_are_shown_and_written(monkeypatch, capsys, tmp_path):
     speed.main()
     assert taken == [3, (3, 7)]
     (written,) = tmp_path.glob("speed-*-step-target.md")  # the table of all parts is not replaced
-    table = written.read_text()
+    table = written.read_text(encoding="utf-8")
     assert "| step | 1 ms | 2 ms | 2 times as fast | ≥ 20 |\n| target |" in table
     assert table in capsys.readouterr().out

@@ -510,7 +510,7 @@ def test_the_tuned_rate_is_the_best_and_the_grid_grows(tmp_path, monkeypatch):
     assert len(made) == count  # nothing is trained twice
     with (tmp_path / "runs.csv").open() as file:
         assert sum(row["final"] == "1" for row in csv.DictReader(file)) == 6
-    text = (tmp_path / "training.md").read_text()
+    text = (tmp_path / "training.md").read_text(encoding="utf-8")
     assert "| convsim | 0.9 | 3 |" in text
     assert " 1 arms are compared with a base" in text
     assert (tmp_path / "digits-vgg-w1-fan_out-sgd-no-decay-20.png").stat().st_size > 10_000

@@ -34,7 +34,7 @@ def test_timm_and_transformers_load_a_folder_of_timm(command, tmp_path):
     assert (same, model.num_classes) == (entries, 7)
     model = transformers.AutoModelForImageClassification.from_pretrained(folder)
     assert matched(model, folder / "model.safetensors", "timm_model.") == (entries, entries, entries)
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: timm\ntags:\n- convsim-init\n---\n")
     for text in (
         "**not trained**",
@@ -61,7 +61,7 @@ def test_what_a_models_own_code_loaded_is_told(command, tmp_path):
     told = "filled by the model's own code: conv1.0, conv1.3, conv1.6, layer1.0.conv1 and 7 more; if they are trained"
     status, out, _ = command("own.py:network", *QUICK, "--out", "net/")
     assert (status, told in out) == (0, True)
-    assert "These weights were read from own.py:network" in (tmp_path / "net" / "README.md").read_text()
+    assert "These weights were read from own.py:network" in (tmp_path / "net" / "README.md").read_text(encoding="utf-8")
     for apart in (["--model-arg", "load=False"], ["--base", "orthogonal"], ["--include", "layer4.*"]):
         status, out, _ = command("own.py:network", *apart, *QUICK)
         assert (status, "own code" in out) == (0, False)
@@ -95,11 +95,11 @@ def test_transformers_loads_a_folder_of_its_own(command, tmp_path):
     assert matched(model, tmp_path / "net" / "model.safetensors") == (50, 50, 50)
     assert model.config.num_labels == 3
     assert command("net", "--like", "net", *QUICK, "--out", "again/")[0] == 0  # from those weights
-    card = (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
     assert "These weights were read from net" in card
     assert "trained" not in card.replace("from_pretrained", "")
     assert command("net", "--like", "net", "--base", "orthogonal", *QUICK, "--out", "drawn/")[0] == 0
-    card = (tmp_path / "drawn" / "README.md").read_text()
+    card = (tmp_path / "drawn" / "README.md").read_text(encoding="utf-8")
     assert "read from net, whose convolutions, drawn anew by orthogonal with seed 0, were\ndecorrelated" in card
     assert "**not trained**" not in card  # the rest of them may be
     status, _, err = command("net", *QUICK, "--out", "third/")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from words import MISSING
 
 from convsim_init import InputError, Settings, build_model, measure
 from convsim_init.cli.options import INFERRED
@@ -72,6 +74,15 @@ def test_inspect_measures_a_file(name, command, tmp_path):
     assert rows[2][6].startswith("skipped: looks depthwise")
     assert rows[3][0] == "mean of 2"
     assert f"\n{name}, 3 convolutions: 2 measured, 1 skipped\n" in out
+
+
+def test_letters_that_stdout_cannot_encode_are_escaped(tmp_path):
+    """As on Windows, where a pipe takes those of western Europe alone."""
+    torch.save({"\u4e2d.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "a.pt")
+    process = [sys.executable, "-m", "convsim_init", "inspect", "a.pt"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(process, capture_output=True, encoding="cp1252", cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout.splitlines()[1].split()[0]) == (0, r"\u4e2d")
 
 
 def test_inspect_measures_a_model_with_its_groups(command):
@@ -382,7 +393,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
                 (["--plot", "new.jpg"], f"{ENDING} .png, .svg, .pdf, got 'new.jpg': choose another name"),
                 (
                     ["--report", "gone/a.json"],
-                    "expected an existing folder to write to, got '{}/gone': create it first",
+                    "expected an existing folder to write to, got {gone}: create it first",
                 ),
                 (["--plot-layer", "conv1"], f"--plot-layer: {NOT_DRAWN} {see()}"),
                 (["--report", "new.json", "--plot", "old.png"], f"'old.png' {EXISTS}"),
@@ -392,7 +403,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
             pytest.param(["inspect", *rest], message, id=f"inspect {' '.join(rest)}")
             for rest, message in [
                 ([], f"Missing argument 'FILE|MODEL' {see('inspect')}"),
-                (["gone.pt"], "cannot read 'gone.pt': No such file or directory; check the path"),
+                (["gone.pt"], f"cannot read 'gone.pt': {MISSING}; check the path"),
                 (
                     ["https://x/y.pt"],
                     "expected a file, got the address 'https://x/y.pt': nothing is downloaded here; download it first",
@@ -413,7 +424,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
             for rest, message in [
                 ([], f"expected at least two models or checkpoints to compare {see('compare')}"),
                 (["resnet18"], f"expected at least two models or checkpoints to compare {see('compare')}"),
-                (["resnet18", "gone.pt"], "cannot read 'gone.pt': No such file or directory; check the path"),
+                (["resnet18", "gone.pt"], f"cannot read 'gone.pt': {MISSING}; check the path"),
                 (["resnet18", "resnet34", "--plot-layer", "x"], f"--plot-layer, --force: {NOT_DRAWN} {see('compare')}"),
                 (["resnet18", "resnet34", "--plot", "old.png"], f"'old.png' {EXISTS}"),
             ]
@@ -426,7 +437,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, co
     source = import_module("convsim_init.cli.options")
     monkeypatch.setattr(source, "build_model", lambda *_, **__: pytest.fail("it builds the model"))
     status, out, err = command(*arguments)
-    assert (status, out, err) == (2, "", f"Error: {message.format(tmp_path if '/gone' in message else '')}\n")
+    assert (status, out, err) == (2, "", f"Error: {message.format(gone=repr(str(tmp_path / 'gone')))}\n")
     assert all((tmp_path / name).read_bytes() == OLD for name in ("old.json", "old.png", "old.pt"))
     assert len(names(tmp_path)) == 3
 

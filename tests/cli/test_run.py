@@ -10,7 +10,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import os, pickle, signal, sys
+import pickle, signal, sys
 import torch
 from torch import nn
 import beside
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     print(sys.argv[1:], beside.NAME, len(pickle.dumps(model)) > 0, type(model).__module__)
     if what == "signal":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     if what == "raise":
         raise RuntimeError("not today")
     if what == "refuse":
@@ -106,7 +106,7 @@ def test_an_archive_or_a_folder_runs_as_it_would_alone(packed, run, tmp_path, mo
         "import os, sys\nos.chdir(os.sep)\nimport beside\nprint(sys.argv, beside.NAME, __name__)\n"
     )
     script = shutil.make_archive("app", "zip", tmp_path / "code") if packed else "code"
-    assert run("-q", script, "1")[:2] == (0, f"['{script}', '1'] beside __main__\n")
+    assert run("-q", script, "1")[:2] == (0, f"{[script, '1']} beside __main__\n")
 
 
 def test_a_module_runs_too(run, tmp_path, monkeypatch):
@@ -262,6 +262,7 @@ def test_a_script_that_is_no_python_shows_its_line_alone(run, tmp_path):
     assert err.splitlines()[0] == f'  File "{tmp_path / "code" / "train.py"}", line 1'
 
 
+@pytest.mark.posix
 def test_a_signal_ends_the_script_as_it_would_alone(tmp_path):
     (tmp_path / "sleeping.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "convsim_init", "run", "sleeping.py"]
@@ -295,6 +296,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.posix
 def test_processes_that_draw_differently_stay_equal(tmp_path):
     (tmp_path / "parallel.py").write_text(DATA_PARALLEL)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,7 +329,7 @@ def test_what_is_older_than_its_source_is_kept_and_named(model, options, source,
     os.utime(tmp_path / "o0.pt", ns=(later - 10, later - 10))
     os.utime(tmp_path / source, ns=(later, later))
     status, out, err = command(*arguments)
-    assert (status, err) == (0, f"kept, though {source} is newer: o0.pt; --force writes them anew\n")
+    assert (status, err) == (0, f"kept, though {Path(source)} is newer: o0.pt; --force writes them anew\n")
     assert "2 runs: 2 kept" in out
     assert command(*arguments, "--force")[2] == ""
 
@@ -676,6 +677,7 @@ def test_no_name_of_a_file_reaches_the_terminal_raw(options, command, tmp_path):
     assert {layer["name"] for layer in data["layers"]} == set(names)
 
 
+@pytest.mark.posix
 def test_a_file_with_any_name_is_shown_on_one_line(command, tmp_path):
     name = "\x1b[31m\n\u202e.safetensors"
     save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / name)

@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor
+from words import MISSING
 
 from convsim_init import build_model, save_checkpoint
 
@@ -305,7 +306,7 @@ def test_what_cannot_be_read_is_told_from_a_mismatch(name, damage, words, comman
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(["none.pt", "resnet18"], "No such file", id="file"),
+        pytest.param(["none.pt", "resnet18"], MISSING, id="file"),
         pytest.param(["a.txt", "resnet18"], "got 'a.txt': if it is a checkpoint, rename it", id="suffix"),
         pytest.param(["resnet18", "a.pt"], "got MODEL FILE: write verify a.pt resnet18", id="swapped"),
         pytest.param(["resnet18", "gone.pt"], "got MODEL FILE: write verify gone.pt resnet18", id="swapped-missing"),

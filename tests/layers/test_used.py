@@ -1675,10 +1675,10 @@ def test_a_weight_that_a_class_computes_is_no_parameter():
 
 
 SHARDED = """
-import os, torch, torch.distributed as dist, convsim_init as ci
+import os, sys, torch, torch.distributed as dist, convsim_init as ci
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
 model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3))
 mesh = dist.init_device_mesh("cpu", (1,))
 for part in (*model, model):
@@ -1690,8 +1690,8 @@ os._exit(0)
 """
 
 
-def test_a_sharded_model_still_runs_after_it_was_looked_at():
-    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
+def test_a_sharded_model_still_runs_after_it_was_looked_at(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SHARDED, tmp_path / "store"], capture_output=True, text=True)
     assert done.stdout == "{'sharded over processes: initialize the model before it is sharded'}\n", done.stderr
 
 

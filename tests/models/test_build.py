@@ -441,6 +441,7 @@ BAD = [
     ("own.py:make", "expected a Python file to read, got 'own.py'"),
     ("", f"expected {FORMS}, got '': name one"),
     ("net.py", "name the function in it that returns the model: net.py:FUNCTION"),
+    (r"C:\nets\net.py", r"name the function in it that returns the model: C:\nets\net.py:FUNCTION"),
     ("net-1.txt:make", f"expected {FORMS}, got 'net-1.txt:make'"),
     ("net.py:", "after the colon stands the name of a function or class"),
     ("net.py:make()", "after the colon stands the name of a function or class"),

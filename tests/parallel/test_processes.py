@@ -131,6 +131,7 @@ def ranks(processes: int, *arguments: str, program=("-m", "convsim_init"), machi
 # The same files, under torchrun itself
 
 
+@pytest.mark.posix
 def test_one_run_is_divided_by_layers_and_written_as_by_one_process(command, tmp_path):
     files = ["--out", "{}.safetensors", "--report", "{}.json"]
     one, two = ([text.format(name) for text in files] for name in ("one", "two"))
@@ -150,6 +151,7 @@ def test_one_run_is_divided_by_layers_and_written_as_by_one_process(command, tmp
     assert together == alone
 
 
+@pytest.mark.posix
 def test_a_sweep_is_divided_by_runs_and_written_as_by_one_process(command, tmp_path):
     runs = ["nets.py:small", "nets.py:raising", "nets.py:wide", "--seeds", "0:2"]
     for folder in ("one", "three"):
@@ -246,6 +248,7 @@ def test_a_file_that_cannot_be_written_ends_all(tmp_path):
         ),
     ],
 )
+@pytest.mark.posix
 def test_a_rank_that_dies_ends_all_and_leaves_whole_files(arguments, left, tmp_path):
     first, dead, third = ranks(3, *arguments) if not left else (*ranks(2, *arguments), None)
     assert dead[0] == -signal.SIGKILL
@@ -256,6 +259,7 @@ def test_a_rank_that_dies_ends_all_and_leaves_whole_files(arguments, left, tmp_p
     assert written(tmp_path) == left
 
 
+@pytest.mark.posix
 def test_torchrun_ends_when_a_rank_dies(tmp_path):
     done = torchrun(2, "nets.py:killed_in_rank_1", *OUT)
     assert done.returncode == 1

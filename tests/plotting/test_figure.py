@@ -447,7 +447,7 @@ def test_without_matplotlib_the_extra_to_install_is_named(run, tmp_path, monkeyp
 
 def test_the_pictures_in_the_readme_are_there_for_both_backgrounds():
     root = Path(__file__).parents[2]
-    pictures = re.findall(r'src(?:set)?="([^"]+)"', (root / "README.md").read_text())
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', (root / "README.md").read_text(encoding="utf-8"))
     assert sorted(is_dark(Path(picture)) for picture in pictures) == [False, True]
     for picture in pictures:
         assert bool(imread(root / picture)[0, 0, :3].sum() < 0.5) is is_dark(Path(picture))

@@ -15,11 +15,12 @@ import torch
 
 import convsim_init as ci
 
+pytestmark = pytest.mark.posix  # processes are forked
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def server() -> multiprocessing.context.ForkServerContext:
+def server() -> "multiprocessing.context.ForkServerContext":
     """Forks processes that have what all examples need loaded already, which saves seconds for each of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "torchvision"])

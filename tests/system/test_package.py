@@ -19,6 +19,9 @@ import pytest
 import convsim_init
 
 ROOT = Path(__file__).parents[2]
+PROGRAMS, EXE, LIBRARIES = (  # in an environment
+    ("Scripts", ".exe", "Lib/site-packages") if os.name == "nt" else ("bin", "", "lib/python*/site-packages")
+)
 SOURCES = {
     **{path.relative_to(ROOT).as_posix(): path for path in (ROOT / "convsim_init").rglob("*.py")},
     **{f"convsim_init/{path.relative_to(ROOT).as_posix()}": path for path in (ROOT / "cli").rglob("*.py")},
@@ -61,7 +64,7 @@ def test_the_wheel_holds_exactly_the_package(wheel):
     files = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
     in_c = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("convsim_init/backends/*.c")}
     expected = {*SOURCES, *in_c, "convsim_init/py.typed", *(about + name for name in files)}
-    if shutil.which("cc"):
+    if shutil.which("gcc" if os.name == "nt" else "cc"):
         expected.add("convsim_init/backends/_step.so")
     with zipfile.ZipFile(wheel) as archive:
         assert set(archive.namelist()) == expected
@@ -81,13 +84,12 @@ def test_the_wheel_is_for_every_python_of_its_platform(wheel):
 @pytest.mark.parametrize("kind", ["source distribution", "wheel"])
 def test_it_is_installed_in_a_clean_environment(kind, archives, tmp_path):
     run_python("-m", "venv", "--without-pip", tmp_path / "clean", cwd=tmp_path)
-    python = tmp_path / "clean" / "bin" / "python"
-    rest = tmp_path / "clean" / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    python, command = (tmp_path / "clean" / PROGRAMS / f"{name}{EXE}" for name in ("python", "convsim-init"))
+    (rest,) = (tmp_path / "clean").glob(LIBRARIES)
     (rest / "rest.pth").write_text(sysconfig.get_paths()["purelib"])  # what it depends on; not the editable install
     archive = archives[kind == "wheel"]
     pip = ["-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-build-isolation"]
     run_python(*pip, "--ignore-installed", archive, cwd=tmp_path)
-    command = tmp_path / "clean" / "bin" / "convsim-init"
     done = subprocess.run([command, "list", "vgg11"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.startswith("vgg11 ")
     code = "import convsim_init.cli as cli, convsim_init; print(cli.__file__, convsim_init.__file__)"
@@ -103,7 +105,7 @@ def test_without_a_compiler_the_package_is_installed_all_the_same(archives, tmp_
         assert not [name for name in archive.namelist() if "_step" in name]
         archive.extractall(tmp_path / "site")
     told = run_python("-m", "convsim_init", "env", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert re.search(r"^step +in torch's operations: \S+/_step\.so was not compiled$", told, re.MULTILINE)
+    assert re.search(r"^step +in torch's operations: \S+[/\\]_step\.so was not compiled$", told, re.MULTILINE)
 
 
 WHERE = """
@@ -175,7 +177,7 @@ def test_public_names_are_there_and_explained(name):
 def test_the_list_of_public_names_is_whole_and_in_order():
     assert convsim_init.__all__ == sorted(convsim_init.__all__)
     assert dir(convsim_init) == convsim_init.__all__
-    typed = next(node for node in ast.parse(MODULES["convsim_init"].read_text()).body if isinstance(node, ast.If))
+    typed = next(node for node in ast.parse(MODULES["convsim_init"].read_bytes()).body if isinstance(node, ast.If))
     declared = {alias.name for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert declared | {"__version__"} == set(convsim_init.__all__)  # type checkers see what users get
 
@@ -187,7 +189,7 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is_for(name):
-    assert ast.get_docstring(ast.parse(MODULES[name].read_text()))
+    assert ast.get_docstring(ast.parse(MODULES[name].read_bytes()))
 
 
 # Which folder may import which
@@ -221,7 +223,7 @@ def level_of(module: str) -> int:
 
 def imports_of(module: str) -> Iterator[tuple[str, str]]:
     """Every module that a module imports, anywhere in it, and the name that it takes from it."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_bytes())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -244,7 +246,7 @@ def test_imports_go_one_way(module):
 
 
 def test_contributors_are_told_this_order():
-    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
     levels = {name: level_of(name) for _, name in rows}
     assert {path.name for path in (ROOT / "convsim_init").iterdir() if (path / "__init__.py").is_file()} < set(levels)
     for (one, name), (other, above) in itertools.product(rows, rows):

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RUN = ("README.md", "docs/index.md", "docs/guide.md")
 DOCUMENTS = {
-    path.relative_to(ROOT).as_posix(): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
 }
 INSTALLING = ("make ", "pip install")  # run by CI itself, before this
 
@@ -37,7 +39,7 @@ def run(*command, folder):
 def test_every_command_and_every_line_of_python_runs(document, command, tmp_path):
     for package in ("torchvision", "timm", "sklearn", "matplotlib"):
         pytest.importorskip(package)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     assert commands(document)
     for line in commands(document):
         program, *arguments = shlex.split(line, comments=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def test_the_file_is_that_of_the_release_before(now):
         if tensor.dim() > 2:
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=0.02 * float(tensor.abs().max()))
         else:
-            assert torch.equal(found[key], tensor)  # not a convolution's weight
+            # Not a convolution's weight: drawn alone. On Windows torch's draws have other last bits.
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=0 if os.name == "posix" else 1e-7)
     totals, old_totals = about(now).pop("totals"), about(BEFORE).pop("totals")
     assert about(now) | {"totals": None} == about(BEFORE) | {"totals": None}
     for when in ("before", "after"):

@@ -33,13 +33,14 @@ def test_files_follow_their_schema(schema, pattern):
 
 def test_the_citation_names_this_version():
     assert (
-        re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == convsim_init.__version__
+        re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)[1]
+        == convsim_init.__version__
     )
 
 
 def test_the_workflows_run_every_check_that_lands_a_change():
-    workflows = "\n".join(path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml"))
-    targets = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    workflows = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    targets = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(targets) >= 4
     for target in set(targets) - {"test"}:  # run without make, which needs the layout of Unix environments
         assert f"make {target}" in workflows

@@ -42,7 +42,7 @@ def test_no_page_loads_anything_from_another_host(site):
     assert len(pages) > 10
     for page in pages:
         loads = Loads()
-        loads.feed(page.read_text())
+        loads.feed(page.read_text(encoding="utf-8"))
         assert loads.addresses
         outside = [address for address in loads.addresses if re.match(r"(\w+:)?//", address)]
         assert outside == [], page
@@ -52,15 +52,15 @@ def test_style_sheets_load_nothing_from_another_host(site):
     sheets = list(site.rglob("*.css"))
     assert sheets
     for sheet in sheets:
-        assert not re.search(r"url\([\"']?(\w+:)?//|@import", sheet.read_text()), sheet
+        assert not re.search(r"url\([\"']?(\w+:)?//|@import", sheet.read_text(encoding="utf-8")), sheet
 
 
 @pytest.mark.parametrize("name", sorted(set(convsim_init.__all__) - {"__version__"}))
 def test_the_reference_has_every_public_name(name, site):
-    assert f'id="convsim_init.{name}"' in (site / "api.html").read_text()
+    assert f'id="convsim_init.{name}"' in (site / "api.html").read_text(encoding="utf-8")
 
 
 def test_pages_outside_of_docs_are_part_of_it(site):
-    assert 'href="CONTRIBUTING.html"' in (site / "index.html").read_text()
+    assert 'href="CONTRIBUTING.html"' in (site / "index.html").read_text(encoding="utf-8")
     assert (site / "CONTRIBUTING.html").is_file()
     assert (site / "examples" / "ddp_train.py").read_bytes() == (ROOT / "examples" / "ddp_train.py").read_bytes()

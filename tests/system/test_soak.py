@@ -3,12 +3,14 @@
 import os
 import threading
 
+import pytest
 import torch
 
 import convsim_init as ci
 from benchmarks.coverage.soak import SETTINGS, as_in_turn, drawn, run_many, usage
 
 
+@pytest.mark.posix
 def test_files_and_threads_do_not_pile_up(tmp_path):
     run_many(3, tmp_path)
     before = usage()
