@@ -6,6 +6,9 @@ import shutil
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+MOVES_UNALIGNED = ["-DMOVES_UNALIGNED", "-Wa,-muse-unaligned-vector-move"]  # see step.c
 
 
 class _SharedLibrary(build_ext):
@@ -13,8 +16,16 @@ class _SharedLibrary(build_ext):
         super().finalize_options()
         if os.name == "nt" and self.compiler is None and shutil.which("gcc"):
             self.compiler = "mingw32"  # that is gcc: Microsoft's compiler has no vectors as in step.c
-            for extension in self.extensions:
-                extension.extra_compile_args += ["-DUNALIGNED", "-Wa,-muse-unaligned-vector-move"]  # see step.c
+
+    def build_extension(self, ext: Extension) -> None:
+        plain = ext.extra_compile_args
+        if self.compiler.compiler_type == "mingw32":
+            try:
+                ext.extra_compile_args = plain + MOVES_UNALIGNED
+                return super().build_extension(ext)
+            except CompileError:  # by an assembler older than binutils 2.38, or that of clang
+                ext.extra_compile_args = plain
+        return super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -23,7 +34,7 @@ class _SharedLibrary(build_ext):
         return []
 
     def get_libraries(self, ext: Extension) -> list[str]:
-        return []  # on Windows that of Python, which it does not need
+        return ext.libraries  # on Windows that of Python would be added, which is not needed
 
 
 class _PlatformWheel(bdist_wheel):

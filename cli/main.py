@@ -91,10 +91,11 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 @click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, help="Show the version and exit.")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Leave what is not for all of the processes that torchrun started to the first of them."""
-    stdout = sys.stdout
-    if ctx.invoked_subcommand != run.name and isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
-        stdout.reconfigure(errors="backslashreplace")  # of names with letters that its encoding lacks
+    """Before any subcommand: see to it that all names can be printed, and that the right processes run it."""
+    stdout, is_own_process = sys.stdout, ctx.obj
+    # The stdout of other code, which a script is too, stays as it is.
+    if is_own_process and ctx.invoked_subcommand != run.name and isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks are no error
     if ctx.invoked_subcommand not in (init.name, run.name) and not launched().leads:
         ctx.exit(DONE)
 
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         # With arguments it was called by other code, which goes on and wants its signals back, and what `run` changes.
         with grace_period(last=arguments is None), nullcontext() if arguments is None else restored(), showing_once():
-            status = _run(sys.argv[1:] if arguments is None else list(arguments))
+            status = _run(sys.argv[1:] if arguments is None else list(arguments), is_own_process=arguments is None)
     except (KeyboardInterrupt, click.Abort) as error:
         # MainGroup turns an interrupt into Abort, whose cause says which signal it was.
         status = interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
@@ -124,12 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Put back what a script that `run` runs finds changed."""
-    before = sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook
+    """Put back what a script that `run` runs finds changed, and stdout where its reader has left."""
+    before = sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook, sys.stdout
     try:
         yield
     finally:
-        sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook = before
+        sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook, sys.stdout = before
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def showing_once() -> Iterator[None]:
         yield
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], *, is_own_process: bool) -> int:
     try:
         if not arguments and COMPLETE not in os.environ:  # what click does then depends on its version
             if launched().reports_errors:
@@ -150,7 +151,7 @@ def _run(arguments: Sequence[str]) -> int:
                 click.echo(cli.get_help(ctx), err=True, color=colour())
             return WRONG_USAGE
         # In its standalone mode click would end the process itself, by statuses of its own.
-        status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False, color=colour())
+        status = cli.main(arguments, PROGRAM, standalone_mode=False, color=colour(), obj=is_own_process)
         return status if isinstance(status, int) else DONE
     # It is a RuntimeError, which would be told as one further down.
     except click.Abort:

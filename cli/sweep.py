@@ -63,7 +63,7 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
                 show(summary(results, len(runs), folders=choices.folder))
             raise
         except OSError as error:
-            if reader_has_left(error):  # of which comes the exit status 1, without a word
+            if reader_has_left(error):  # which ends the command with the status 1 and without a word
                 fail(f"stdout was closed after {len(results)} of {len(runs)} runs: send it to a file", FAILED)
             raise
     if show_table:

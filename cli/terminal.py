@@ -51,8 +51,13 @@ def error_line(error: Exception) -> str:
 
 def reader_has_left(error: OSError) -> bool:
     """Whether stdout could not be written to because what read it, such as ``head``, has ended."""
-    # Windows calls that an invalid argument, as it does a name that cannot be one.
-    return error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL and error.filename is None)
+    if os.name != "nt" or error.errno != errno.EINVAL:
+        return error.errno == errno.EPIPE
+    try:  # Windows calls that an invalid argument, as it does much else
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:

@@ -33,12 +33,13 @@ class Script:
     def execute(self) -> None:
         """Run it as the module ``__main__``, which it stays until Python ends; whatever it raises is passed on."""
         sys.argv = [self._name, *self._arguments]
-        is_ours = not getattr(sys.flags, "safe_path", False)  # the first one; else no folder of a script is added
+        # The first entry of the path is that of this command, which Python would not have added with safe_path.
+        is_ours = not getattr(sys.flags, "safe_path", False)
         if self._is_archive or is_ours:
             folder = self._path if self._is_archive else Path.cwd() if self._is_module else self._path.resolve().parent
             sys.path[:is_ours] = [str(folder)]
         code, names = self._load()
-        # Not for its own time alone: threads and exit handlers may pickle its classes.
+        # It stays there when this is over: threads and exit handlers may pickle its classes.
         main = sys.modules["__main__"] = ModuleType("__main__")
         vars(main).update(names, __builtins__=builtins)
         exec(code, vars(main))
@@ -65,8 +66,8 @@ class Script:
 
     def is_missing(self, error: BaseException) -> bool:
         """Whether the error of `execute` says that there is no such module, or nothing to run in an archive."""
-        own, finder = _in_script(error)
-        return isinstance(error, ImportError) and own is None and finder == "runpy"
+        own, last = _in_script(error)
+        return isinstance(error, ImportError) and own is None and last == "runpy"  # which looks for it
 
     def show(self, error: BaseException) -> None:
         """Tell of an error of `execute` as Python does, by the hook that the script may have set."""

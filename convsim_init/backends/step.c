@@ -16,7 +16,7 @@
 /* Compiled once for each width of the processors' vectors: step_avx2.c and step_avx512.c include this file, and set
  * LANES. A vector that is wider than the processor's is kept in memory, 25 times as slow. Windows aligns the stack to
  * 16 bytes and gcc expects 32: only if setup.py has the assembler move vectors as unaligned, and says so. */
-#if defined(__x86_64__) && (defined(__ELF__) || defined(UNALIGNED)) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && (defined(__ELF__) || defined(MOVES_UNALIGNED)) && defined(__GNUC__) && !defined(__clang__)
 #define WIDER
 #endif
 #ifndef LANES

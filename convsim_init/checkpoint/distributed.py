@@ -56,7 +56,7 @@ def _whole(
 ) -> Tensor:
     """The tensor of several parts, each with where it begins in the whole; no larger than the bytes that are left."""
     first = read(parts[0][1])
-    # Nothing is to be assembled: the tensor stays on the disk.
+    # Nothing is to be assembled: the tensor stays where it is.
     if len(parts) == 1 and first.shape == shape:
         return first
     if math.prod(shape) * first.dtype.itemsize > left:

@@ -27,6 +27,10 @@ from convsim_init.report.text import error_text, quoted, shown
 EXAMPLES = 2
 
 
+class _Refused(str):
+    """What an error said."""
+
+
 def load_checkpoint(
     model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False, key: str | None = None
 ) -> LoadReport:
@@ -101,9 +105,9 @@ def _rehearse(
         state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
         outcome = _try_loading(trial, state, strict=True)
         # A model whose loading takes nothing for everything says nothing by taking the file.
-        is_strict = isinstance(outcome, Exception) or isinstance(_try_loading(trial, {}, strict=True), Exception)
-        if isinstance(outcome, Exception):
-            report = replace(report, refused=error_text(outcome)) if report.exact else report
+        is_strict = isinstance(outcome, _Refused) or isinstance(_try_loading(trial, {}, strict=True), _Refused)
+        if isinstance(outcome, _Refused):
+            report = replace(report, refused=str(outcome)) if report.exact else report
         elif is_strict:
             report = replace(_settled(report, set(), set()), removed=[], added="")
             return _less_ignored(report, checkpoint.tensors, inner, _changes(inner, trial), is_strict=True), state
@@ -127,7 +131,7 @@ def _try_moved(
     for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
         state = with_versions(tensors, versions)
         outcome = _try_loading(trial, state, strict=False)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, _Refused):
             continue
         missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
         changes = _changes(inner, trial)
@@ -152,15 +156,14 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:
-    """What a model's own loading returns or raises."""
+    """What a model's own loading returns, or what it says where it raises an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the meta device nothing is loaded, which is all right here
         try:
             return _load(model, state, strict=strict)
         except Exception as error:  # whatever a module's own loading raises
-            # The traceback's frames hold the copy and the file, and the caller's the error: a cycle that would keep
-            # both until the garbage is collected.
-            return error.with_traceback(None)
+            # Not the error, which holds the frames of the callers that hold it, and so the copy and the file.
+            return _Refused(error_text(error))
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:

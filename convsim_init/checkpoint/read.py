@@ -58,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     `nested.WRAPPERS` is opened, the first of these that is there, and so is one that holds a single state
     dict under any other key, be it in further dicts, or nothing but another dict. Files of `torch.save` are
     not unpickled: their pickles are followed, and the tensors in them built anew, so that no code is run.
-    Tensors stay on the disk until they are used, but on Windows, where the file could not be replaced as long.
+    Tensors stay on the disk until they are used; on Windows, where nobody could replace the file then, they are read.
 
     Args:
         path: A file of safetensors or of `torch.save`, or a folder of Hugging Face or `torch.distributed.checkpoint`.
@@ -102,7 +102,8 @@ def _read(path: Path) -> object:
         check_room(str(path), size, JSON * min(length, size))
         file.seek(8)
         header = file.read(length)
-    json.loads(header, object_pairs_hook=partial(_only_once, str(path)))  # of a key that is there twice, one is lost
+    # Of a key that is there twice, one is lost. Before the file is mapped, which an error would keep up on Windows.
+    json.loads(header, object_pairs_hook=partial(_only_once, str(path)))
     tensors = safetensors.torch.load_file(path)
     return tensors if MAPPED else {key: tensor.clone() for key, tensor in tensors.items()}
 

@@ -207,8 +207,8 @@ def _sync(path: Path) -> None:
     is_folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs no file that is only read
-    except PermissionError:
-        if is_folder:  # not every system lets one be opened
+    except OSError as error:
+        if is_folder and error.errno == errno.EACCES:  # not every system lets one be opened
             return
         raise
     try:

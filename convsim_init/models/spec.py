@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from ntpath import splitdrive
 from os.path import isfile
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def parse(text: str) -> Spec:
         return Spec(text, Source.BUILT_IN, "", text)
     if isfile(Path(text, CONFIG)):
         return Spec(text, Source.FOLDER, text, "")
-    if text.endswith(".py") and not (colon and _is_dotted_name(name)):  # the colon may be that of a drive of Windows
+    if text.endswith(".py") and ":" not in splitdrive(text)[1]:  # a drive of Windows has one
         raise _refused(text, f"name the function in it that returns the model: {text}:FUNCTION")
     if not colon:
         owner, slash, name = text.partition("/")

@@ -150,7 +150,18 @@ def test_a_backbone_is_found_in_a_larger_model_and_in_a_larger_file():
     assert "--prefix backbone." in str(report)
 
 
-def test_nothing_holds_the_file_once_it_is_loaded(monkeypatch):
+class Explaining(nn.Sequential):
+    """Says in words of its own what its loading did not like."""
+
+    def load_state_dict(self, *arguments, **options):
+        try:
+            return super().load_state_dict(*arguments, **options)
+        except RuntimeError as error:
+            raise ValueError("not mine") from error
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Explaining])
+def test_nothing_holds_the_file_once_it_is_loaded(kind, monkeypatch):
     """On Windows a file that is mapped can be neither replaced nor removed."""
     held = []
     read = load.read_checkpoint
@@ -164,7 +175,7 @@ def test_nothing_holds_the_file_once_it_is_loaded(monkeypatch):
     path = saved(Wrapper("backbone", small(1), head=nn.Linear(2, 2)))
     gc.disable()
     try:
-        ci.load_checkpoint(small(2), path)
+        ci.load_checkpoint(kind(*small(2)), path)
         assert held
         assert not any(one() is not None for one in held)
     finally:
