@@ -1116,7 +1116,7 @@ TWO_SIGNALS = """
 import signal, sys
 from convsim_init.cli import main as command
 first, second = map(int, sys.argv[1:])
-def run(_):
+def run(*_, **__):
     try:
         signal.raise_signal(first)
     finally:
