@@ -47,7 +47,7 @@ def draw_lengths(records: list[Record], cases: list[Case], path: Path) -> None:
                 _curve(axes, arm, rows[arm].runs, points(case.steps))
             gain = rows[OURS].gain
             assert gain is not None
-            axes.set(xlabel="steps", title=f"{case.steps} steps: {gain.mean:+.1f} ± {gain.half:.1f} points")
+            axes.set(xlabel="steps", title=f"{case.steps} steps: {gain:.1f} points")
         panels[0].set_ylabel("test accuracy, %, mean ± standard error")
         panels[0].legend(frameon=False)
         figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -27,7 +27,13 @@ class Interval:
     half: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}"
+        return format(self, ".2f")
+
+    def __format__(self, digits: str) -> str:
+        if math.isnan(self.mean):
+            return "no pair"
+        mean = format(self.mean, "+" + digits)
+        return f"{mean} (one pair)" if math.isnan(self.half) else f"{mean} ± {self.half:{digits}}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,8 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {standard_error(values):.1f}" if len(values) > 1 else mean
 
 
 def table(records: Iterable[Record], case: Case, rate: float | None = None) -> list[str]:

@@ -536,6 +536,13 @@ def test_intervals_are_student_s():
     assert math.isnan(interval([1.0]).half)
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"), [([], "no pair"), ([1.26], "+1.3 (one pair)"), ([1.26, 1.26], "+1.3 ± 0.0")], ids=len
+)
+def test_one_pair_has_no_interval(values, shown):
+    assert f"{interval(values):.1f}" == shown
+
+
 def test_pairs_are_of_equal_seeds():
     base = [record("base", seed, [seed / 10]) for seed in (0, 1, 2)]
     arm = [record("convsim", seed, [seed / 10 + 0.05]) for seed in (2, 0)]
