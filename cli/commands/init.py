@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,7 +21,7 @@ from convsim_init.errors import RunError
 from convsim_init.files.writing import STDOUT, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
-from convsim_init.parallel.launch import Launch, launched
+from convsim_init.parallel.launch import launched
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
@@ -37,9 +37,6 @@ from ..signals import exit_on_signal
 from ..sweep import check_kept, sweep
 from ..terminal import show_json, show_table, tell
 from .init_options import init_options
-
-if TYPE_CHECKING:
-    from convsim_init.parallel.processes import Ranks
 
 
 def _check_out(path: Path, *, overwrite: bool) -> Path:
@@ -164,7 +161,13 @@ def init(
         tell(*choices.origins, ", ".join(f"{name} {environment[name]}" for name in ("torch", "step", "threads")))
     if choices.quiet and not (choices.as_json or choices.dry_run or runs[0].files):
         tell("nothing is kept: --out, --report and --plot name files")
-    with _meeting(launch, choices.device, wanted=not choices.dry_run) as ranks:
+    meet = launch.size > 1 and not choices.dry_run
+    if meet:
+        with exit_on_signal():
+            from convsim_init.parallel.processes import process_group
+
+        find_device(choices.device)  # a rank that has none is refused before it meets the others
+    with process_group(launch) if meet else nullcontext() as ranks:
         if not alone:
             sweep(runs, choices, ranks, progress=progress)
             return
@@ -182,20 +185,6 @@ def init(
             tell(UNTREATED)
         if result.error is not None:
             raise RunError(result.error)
-
-
-@contextmanager
-def _meeting(launch: Launch, device: str, *, wanted: bool) -> Iterator[Ranks | None]:
-    """The processes that torchrun started, if they are to work together; else None, without torch."""
-    if launch.size == 1 or not wanted:
-        yield None
-        return
-    with exit_on_signal():
-        from convsim_init.parallel.processes import process_group
-
-    find_device(device)  # a rank that has none is refused before it meets the others
-    with process_group(launch) as ranks:
-        yield ranks
 
 
 def _check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
