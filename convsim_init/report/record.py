@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from pathlib import Path
@@ -51,12 +50,5 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def json_text(data: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Plain data as JSON; numbers that are not finite, which it does not have, are null."""
-    return json.dumps(_finite(data), indent=indent, sort_keys=sort_keys, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, sort_keys=sort_keys, allow_nan=False)
