@@ -36,18 +36,16 @@ WHERE = "convsim_init.where"
 
 def config_option(command: click.Command) -> click.Command:
     """Give a command ``--config`` and, to each of its options, a variable of the environment."""
-    command.params.append(
-        click.Option(
-            ["--config"],
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            # Before the other options, for it sets their defaults.
-            is_eager=True,
-            expose_value=False,
-            callback=_read,
-            help=f"""TOML file of options, such as steps = 20. So are [tool.{TABLE}] in {PYPROJECT} here, and variables
-            such as {PREFIX}STEPS.""",
-        )
-    )
+    click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        # Before the other options, for it sets their defaults.
+        is_eager=True,
+        expose_value=False,
+        callback=_read,
+        help=f"""TOML file of options, such as steps = 20. So are [tool.{TABLE}] in {PYPROJECT} here, and variables such
+        as {PREFIX}STEPS.""",
+    )(command)
     for name, option in _options(command).items():
         option.envvar = PREFIX + name.replace("-", "_").upper()
     return command

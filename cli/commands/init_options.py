@@ -87,9 +87,8 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         "--preset",
         type=click.Choice(PRESETS),
         default="convsim",
-        help=f"""Settings to start from: the defaults
-        (convsim), or those of the method's published code (paper: --pairs {PAPER.pairs} --norm {PAPER.norm} --steps
-        {PAPER.steps}, Adam).""",
+        help=f"""Settings to start from: the defaults (convsim), or those of the method's published code (paper: --pairs
+        {PAPER.pairs} --norm {PAPER.norm} --steps {PAPER.steps}, Adam).""",
     ),
     click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}."),
     click.option(
@@ -115,8 +114,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         "--head",
         type=click.Choice(("keep", "drop")),
         default="keep",
-        help="""drop leaves the classifier out of the file, for another
-        number of classes. Default: keep.""",
+        help="drop leaves the classifier out of the file, for another number of classes. Default: keep.",
     ),
     click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches."),
     click.option(
