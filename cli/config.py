@@ -124,7 +124,7 @@ def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
 def _check(ctx: click.Context, where: str, option: click.Option, value: Any) -> None:
     """Refuse what click would refuse, and say where it stands."""
     try:
-        option.process_value(ctx, value)
+        option.type_cast_value(ctx, value)
     except click.BadParameter as error:
         raise click.UsageError(f"{where}: {error.message}", ctx) from error
 

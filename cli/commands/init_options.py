@@ -29,13 +29,11 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULTS, PAPER = Settings(), Settings.paper()
 
 
-def _input_shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+def _input_shape(value: str) -> tuple[int, ...]:
     """Channels and sizes of an input as a user types them: ``3x224x224``."""
-    if value is None:
-        return None
     sizes = value.split("x")
     if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}", ctx, param)
+        raise click.BadParameter(f"expected channels and sizes such as 3x224x224, got {value!r}")
     return tuple(map(int, sizes))
 
 
@@ -78,7 +76,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--calibrate",
-        callback=_input_shape,
+        type=_input_shape,
         metavar="CxHxW",
         help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
         networks without normalization.""",
