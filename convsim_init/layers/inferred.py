@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     for key, value in state.items():
         if not _owner(key)[1]:
             beside[key.rpartition(".")[0]].append(key)
-        # A lazy tensor has to be ruled out first: it raises an error when it is asked for its rank.
-        elif isinstance(value, Tensor) and not is_lazy(value) and value.dim() in KERNEL_RANKS:
+        elif _has_shape(value) and value.dim() in KERNEL_RANKS:
             weights[key] = value
     foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
     stacked, behind = _stacked(state), _norms_behind(state)
@@ -72,10 +71,10 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             compute = _computation(value, ending, factor, [state[mask]] if mask else [])
             weight = ComputedWeight(value, compute, MASKED if mask else PARAMETRIZED)
             weight.note = f"times {shown(mask)}, taken for its mask by its zeros and ones" if mask else None
-        if foreign or value.shape[0] in stacked or _is_doubtful(state, name, value):
+        bias = state.get(f"{prefix}bias")
+        if foreign or value.shape[0] in stacked or _is_doubtful(name, value, bias):
             yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
             continue
-        bias = state.get(f"{prefix}bias")
         groups, filters, inputs = _transposed_groups(value, bias), *value.shape[:2]
         # Only as many as dimension 1: another length may be that of what is concatenated before the norm layer.
         by_norm = bias is None and behind.get(name) == inputs != filters and value.shape[2:].numel() > 1
@@ -89,7 +88,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, weight, note=BY_SHAPE)
 
 
-def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool:
+def _is_doubtful(name: str, weight: Tensor, bias: object) -> bool:
     """Whether a tensor may as well be no convolution's weight, or one in another library's layout.
 
     Sparse and channels-last layouts put the kernel before the channels, ``[M, k, k, k, C]`` or
@@ -97,7 +96,6 @@ def _is_doubtful(state: Mapping[str, object], name: str, weight: Tensor) -> bool
     rotations where its depth would be, and the factors of a norm over images are all about 1.
     """
     inputs, extents = weight.shape[1], weight.shape[2:]
-    bias = state.get(f"{name}.bias" if name else "bias")
     has_bias = isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) in weight.shape[:2]
     if isinstance(bias, Tensor) and not (has_bias or _transposed_groups(weight, bias)):
         return True  # as that of a layer norm over images, or of stacked linear layers
@@ -129,7 +127,7 @@ def _stacked(state: Mapping[str, object]) -> set[int]:
 
     Those, and a norm layer's statistics, are then of rank 2, and as long as what the module has beside them.
     """
-    shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    shapes = {key: tuple(value.shape) for key, value in state.items() if _has_shape(value)}
     found = set[int]()
     for key, shape in shapes.items():
         name, _, part = key.rpartition(".")
@@ -147,7 +145,7 @@ def _norms_behind(state: Mapping[str, object]) -> dict[str, int]:
         after = f"{following[above]}." if above in following else "."
         weight = state.get(f"{after}weight") if f"{after}bias" in state else None
         length = state.get(f"{after}running_mean", weight)
-        if isinstance(length, Tensor) and not is_lazy(length) and length.dim() == 1:
+        if _has_shape(length) and length.dim() == 1:
             found[name] = len(length)
         following[above] = name
     return found
@@ -184,6 +182,11 @@ def _is_far_from_zero(weight: Tensor) -> bool:
         return False
     deviation, mean = torch.std_mean(weight.detach().double())
     return bool(mean > deviation)
+
+
+def _has_shape(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor that can be asked for its shape: a lazy or a nested one raises an error."""
+    return isinstance(value, Tensor) and not is_lazy(value) and not value.is_nested
 
 
 def _is_plain(tensor: Tensor) -> bool:

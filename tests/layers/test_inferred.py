@@ -218,6 +218,23 @@ def test_stacked_models_are_no_3d_convolutions():
     assert [layer.reason[:8] for layer in ci.measure(norms).layers] == ["doubtful"]
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*nested tensors")
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda: nn.LazyLinear(3).state_dict(prefix="1."),
+        lambda: nn.LazyConv2d(3, 3).state_dict(prefix="1."),
+        lambda: {"1.weight": torch.nested.nested_tensor([torch.ones(2, 3, 3), torch.ones(3, 3, 3)])},
+        lambda: {"1.bias": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+    ],
+    ids=["lazy", "lazy-convolution", "nested", "nested-bias"],
+)
+def test_entries_without_a_shape_are_no_convolutions(others):
+    state = nn.Conv2d(3, 8, 3).state_dict(prefix="0.") | others()
+    assert [(layer.name, layer.reason) for layer in ci.measure(state).layers] == [("0", BY_SHAPE)]
+    assert ci.initialize_(state, settings=ci.Settings(steps=1)).totals["initialized"] == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "doubtful"),
     [((8, 64, 64, 3, 3), True), ((16, 8, 3, 3, 2), True), ((16, 8, 9, 1, 1), False), ((16, 8, 5, 7, 7), False)],
