@@ -59,11 +59,8 @@ def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) 
     """Context in which a function is called with each output of convolutions, and may return another one.
 
     Where a class calls a convolution and then normalizes or activates what comes out, or adds its bias, it is what
-    comes out; where no call is seen, it is what the module returns.
-
-    Args:
-        modules: Convolutions, with their names.
-        change: What is called with the name, the output and the bias that is in it. None leaves the output as it is.
+    comes out; where no call is seen, it is what the module returns. The function is given the name of the convolution,
+    the output and the bias that is in it; None leaves the output as it is.
     """
     own, calls = {module for _, module in modules if has_forward_of_its_own(module)}, _Calls(change)
     with ExitStack() as stack:
@@ -102,11 +99,7 @@ class _Calls(TorchFunctionMode):
         return self._change(name, output, getattr(module, "bias", None)) if isinstance(output, Tensor) else None
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)

@@ -81,19 +81,18 @@ def convolution_call(
     fed: bool = False,
     prepare: Callable[[], object] = lambda: None,
 ) -> Call:
-    """What a module's forward pass, in evaluation mode, gives to a convolution.
+    """What a module's forward pass, in evaluation mode, gives to a convolution with a weight of that shape.
+
+    The weight is differentiable by the module's parameters.
 
     Args:
         module: Module that calls a convolution.
         shape: Shape of the weight.
         x: Input of the pass.
         others: Addresses of weights that do not count.
-        index: Position among the calls with a weight of that shape.
+        index: Position among the calls that count.
         fed: Whether only those count whose input is computed from x.
         prepare: What is done right before the pass and undone after it, as the rest.
-
-    Returns:
-        The call; its weight is differentiable by the module's parameters.
 
     Raises:
         NoConvolutionError: If there is none.
@@ -123,14 +122,19 @@ def _run(module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], 
 
 def leaves(tensor: Tensor) -> set[int]:
     """The leaves that a tensor is computed from, by their ids; for the copies of a trial those of the originals."""
-    nodes: dict[Any, None] = {tensor.grad_fn: None}
-    pending = list(nodes)
-    for node in pending:
-        following = [one for one, _ in getattr(node, "next_functions", ()) if one not in nodes]
-        nodes.update(dict.fromkeys(following))
-        pending += following
-    variables = [node.variable for node in nodes if hasattr(node, "variable")]
+    variables = [node.variable for node in _behind(tensor.grad_fn) if hasattr(node, "variable")]
     return {getattr(one, ORIGINAL, id(one)) for one in variables}
+
+
+def _behind(start: Any, known: Collection[Any] = ()) -> set[Any]:
+    """A node of derivatives and those that it leads to, but for what lies behind those that are known."""
+    found, pending = {start}, [start]
+    for node in pending:
+        following = () if node in known else getattr(node, "next_functions", ())
+        new = {one for one, _ in following} - found
+        found |= new
+        pending += new
+    return found
 
 
 def is_parameter(weight: Tensor) -> bool:
@@ -163,11 +167,7 @@ class _Capture(TorchFunctionMode):
         self._known: dict[Any, bool] = {None: False}  # whether a node of derivatives leads to the leaf
 
     def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
@@ -178,17 +178,11 @@ class _Capture(TorchFunctionMode):
 
     def _is_fed(self, start: Any) -> bool:
         """Whether a node of derivatives leads to the leaf; what is known of others is not looked at again."""
-        pending, seen = [start], set[Any]()
-        for node in pending:
-            if self._known.get(node) or getattr(node, "variable", None) is self.leaf:
-                self._known[start] = True
-                return True
-            if node not in self._known and node not in seen:
-                seen.add(node)
-                pending += [following for following, _ in node.next_functions]
-        # None of these leads there, or the loop would have come to it.
-        self._known |= dict.fromkeys(seen, False)
-        return False
+        found = _behind(start, self._known)
+        fed = any(self._known.get(node) or getattr(node, "variable", None) is self.leaf for node in found)
+        # Of those between nothing is known where one of them leads there.
+        self._known |= {start: True} if fed else dict.fromkeys(found, False)
+        return fed
 
     def _note(self, given: Convolution) -> None:
         weight, strides = given.weight, given.strides

@@ -71,7 +71,7 @@ class ForwardWeight(Weight):
             used, stored = self.read(), self._stored.read()
             mask = self._find_mask(stored)
             other = self._at_another_input()
-            random = is_random(used, self._given(partial(draw_numbers, stored.device)))
+            random = is_random(used, self.compute(partial(draw_numbers, stored.device)))
         except Exception as error:  # whatever the class's own code raises
             return f"which weight {kind} uses is not known: a trial pass ended with {error_text(error)}"
         assert self.call is not None
@@ -137,9 +137,9 @@ class ForwardWeight(Weight):
         probes = (*probes_like(stored), stored)
         return type(self._stored) is Weight and all(torch.equal(self._given_of(one), one) for one in probes)
 
-    def compute(self) -> Tensor:
-        """The weight that a forward pass gives to the convolution."""
-        return self._given()
+    def compute(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
+        """The weight that a forward pass gives to the convolution, after what is done right before it."""
+        return self._call(prepare=prepare).weight
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
@@ -187,12 +187,9 @@ class ForwardWeight(Weight):
         finally:
             errors.clear()  # whose tracebacks hold this frame, and so the module
 
-    def _given(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
-        return self._call(prepare=prepare).weight
-
     def _given_of(self, probe: Tensor) -> Tensor:
         """What is given where those are the values of the parameter."""
-        return self._given(partial(self.sources[0].data.copy_, probe))
+        return self.compute(partial(self.sources[0].data.copy_, probe))
 
     def _call(self, x: Tensor | None = None, prepare: Callable[[], object] = lambda: None) -> Call:
         if self._index is None:
