@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import nn
@@ -163,11 +164,7 @@ class Construction:
         parameters = [one for model in models for one in tree.parameters(model)]
         self._graded = {id(one) for one in parameters if _has_gradient(one)}
         if models:
-            self._window.enter_context(before_first_pass(models, self._at_first_pass))
-
-    def _at_first_pass(self) -> None:
-        if not self._telling:
-            self._tell_again(Moment.FORWARD)
+            self._window.enter_context(before_first_pass(models, partial(self._tell_again, Moment.FORWARD)))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if torch.compiler.is_compiling() or _is_own(optimizer):
