@@ -6,7 +6,7 @@ such a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +39,7 @@ def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a module and of all inside it, with dotted names; once each, unless told otherwise."""
-    return _tensors(module, lambda one: one._parameters, remove_duplicate)
+    return _tensors(module, "_parameters", remove_duplicate)
 
 
 def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -49,7 +49,7 @@ def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def named_buffers(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The buffers of a module and of all inside it, with dotted names; once each, unless told otherwise."""
-    return _tensors(module, lambda one: one._buffers, remove_duplicate)
+    return _tensors(module, "_buffers", remove_duplicate)
 
 
 def buffers(module: nn.Module) -> Iterator[Tensor]:
@@ -65,12 +65,10 @@ def has_attribute(module: nn.Module, name: str) -> bool:
     return False
 
 
-def _tensors(
-    module: nn.Module, held: Callable[[nn.Module], Mapping[str, Any]], remove_duplicate: bool
-) -> Iterator[tuple[str, Any]]:
+def _tensors(module: nn.Module, kind: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
     seen = set[int]()
     for name, one in named_modules(module, remove_duplicate=remove_duplicate):
-        for key, tensor in held(one).items():
+        for key, tensor in getattr(one, kind).items():
             if tensor is not None and not (id(tensor) in seen and remove_duplicate):
                 seen.add(id(tensor))
                 yield f"{name}.{key}".lstrip("."), tensor

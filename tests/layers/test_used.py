@@ -206,6 +206,7 @@ def test_parts_of_one_storage_that_do_not_overlap_are_apart():
     assert not overlap(memory(whole[:, :2]), memory(whole[:, 2:]))
     assert overlap(memory(whole[:, :2]), memory(whole[1::2]))
     assert not overlap(memory(whole[:0]), memory(whole))
+    assert not overlap(memory(whole[8:8]), memory(whole))
     values = torch.randn(8, 4, 3, 3, dtype=torch.complex64)
     assert not overlap(memory(values.real), memory(values.imag))
     assert overlap(memory(values.real), memory(values))

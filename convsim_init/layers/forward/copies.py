@@ -60,13 +60,18 @@ def code_in(kind: Any, code: Any = None) -> Iterator[tuple[Any, CodeType]]:
         # Functions call themselves and each other: the same ones would come back for ever.
         codes = codes if known.isdisjoint(codes[:1]) else []
         known.update(codes)
-        for cell in function.__closure__ or () if codes else ():
-            with suppress(ValueError):  # empty yet
-                pending.append(cell.cell_contents)
         for inner in codes:
             yield function, inner
-            pending += [getattr_static(kind, name, None) for name in inner.co_names]
-            pending += [function.__globals__.get(name) for name in inner.co_names]
+            pending += known_to(kind, function, inner)
+
+
+def known_to(kind: Any, function: Any, code: CodeType) -> Iterator[Any]:
+    """What the code of a function knows by its names, as attributes of a class or as globals, and by its closure."""
+    for name in code.co_names:
+        yield from (getattr_static(kind, name, None), function.__globals__.get(name))
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # empty yet
+            yield cell.cell_contents
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:
@@ -167,11 +172,7 @@ class Copying(TorchFunctionMode):
         self._make = make
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         made = self._make(args[0]) if func in (Tensor.clone, Tensor.__deepcopy__) else None
         return func(*args, **(kwargs or {})) if made is None else made

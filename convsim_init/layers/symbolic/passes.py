@@ -234,11 +234,7 @@ class SymbolicPass(TorchFunctionMode):
             del self._running[entered:]
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """What a function of PyTorch returns."""
         kwargs = kwargs or {}
