@@ -41,8 +41,7 @@ def graph_layers(name: str, module: nn.Module) -> list[Layer]:
 def _layer(name: str, operator: str, weight: Weight, arguments: Sequence[Any]) -> Layer:
     either = operator in ("aten::convolution", "aten::_convolution")  # transposed or not, as an argument says
     transposed = bool(arguments[6]) if either else "transpose" in operator
-    # An exported program leaves out trailing arguments that have their defaults.
-    groups = arguments[8 if either else 6] if len(arguments) > 6 else 1
+    groups = arguments[8 if either else 6]
     if not isinstance(groups, int):
         groups, weight = 1, ComputedWeight(weight.sources[0], None, "its graph computes the number of groups")
     # A computed weight has the shape of its source here, which may be a matrix.
@@ -62,8 +61,11 @@ def _calls(module: nn.Module) -> Iterator[tuple[str, str, Weight, Sequence[Any]]
     elif isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:
             if CALLS.fullmatch(operator := _operator(node)):
-                found = _parameter(module, node.args[WEIGHT], _exported_node)
-                yield operator, *found, node.args
+                # Some may be given by name, and what has its default is left out.
+                expected = node.target._schema.arguments
+                given = dict(zip((one.name for one in expected), node.args, strict=False)) | node.kwargs
+                arguments = [given.get(one.name, one.default_value) for one in expected]
+                yield operator, *_parameter(module, arguments[WEIGHT], _exported_node), arguments
 
 
 def _parameter(module: nn.Module, source: Any, look: Callable[[Any], tuple[str, list[Any]]]) -> tuple[str, Weight]:

@@ -133,6 +133,21 @@ def test_what_needs_modules_says_so(call):
     assert call(nn.Sequential(nn.Conv2d(4, 4, 1), graph)) == ["0"]
 
 
+def test_arguments_may_be_given_by_name():
+    class Named(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return torch.ops.aten.conv2d.default(input=x, weight=self.weight, groups=2)
+
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    graph = torch.fx.symbolic_trace(nn.Sequential(Named(model[0].weight)))
+    (layer,), (expected,) = ci.measure(graph).layers, ci.measure(model).layers
+    assert (layer.name, layer.kind, layer.before) == ("0", "Conv2d", expected.before)
+
+
 def test_a_graph_without_convolutions_has_none():
     with pytest.raises(ci.InputError, match="has none"):
         ci.measure(torch.jit.script(nn.Sequential(Blur(), nn.Linear(2, 2))))
