@@ -197,11 +197,10 @@ def _check_source(spec: str, how: ModelOptions) -> None:
 
 def _load_file(path: str, key: str | None) -> Loaded:
     from convsim_init.checkpoint.read import bare_tensors, read_checkpoint
-    from convsim_init.checkpoint.state_dict import without_model_prefix
     from convsim_init.layers.inferred import infer_layers
 
     checkpoint = read_checkpoint(path, key)
-    state = without_model_prefix(bare_tensors(checkpoint, path))
+    state = bare_tensors(checkpoint, path)
     if not any(infer_layers(state)):
         raise InputError(
             f"expected a file with convolution weights, of rank 3 to 5, got {shown(path, PATH)!r}, none of whose "

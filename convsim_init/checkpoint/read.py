@@ -28,6 +28,7 @@ from convsim_init.report.text import quoted, shown, some
 from convsim_init.settings import check_type
 
 WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffixes
+MODEL_PREFIX = "model."  # of all keys, by Lightning
 NAME_LENGTH = 255  # characters of a file's name, at most
 JSON = 32  # times its length that the header of safetensors or an index takes in memory, with tensors without numbers
 
@@ -44,11 +45,14 @@ class Checkpoint(NamedTuple):
 
 
 def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint without what wrappers add to their keys; an `InputError` if two are then the same."""
+    """The tensors of a checkpoint without what wrappers or Lightning add to keys; `InputError` if two become one."""
     try:
-        return {key: value for key, value in bare_entries(checkpoint.tensors).items() if isinstance(value, Tensor)}
+        bare = bare_entries(checkpoint.tensors)
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error
+    if all(key.startswith(MODEL_PREFIX) for key in bare):  # of a module that may be wrapped inside it
+        bare = bare_entries({key.removeprefix(MODEL_PREFIX): value for key, value in bare.items()})
+    return {key: value for key, value in bare.items() if isinstance(value, Tensor)}
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:

@@ -20,7 +20,6 @@ from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.report import Report, check_patterns
 from convsim_init.report.text import quoted, shown, some
 
-MODEL_PREFIX = "model."
 OF_A_WEIGHT = re.compile(
     r"(.*)\.(weight(_[guv]|_orig|_mask)?|parametrizations\.weight\..*)", re.DOTALL
 )  # also weight_norm
@@ -60,13 +59,6 @@ def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] 
     if versions is not None:
         state._metadata = versions  # type: ignore[attr-defined]
     return state
-
-
-def without_model_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the ``model.`` that Lightning puts before every key, and what wrappers add behind it."""
-    prefix = MODEL_PREFIX if all(key.startswith(MODEL_PREFIX) for key in state) else ""
-    bare = bare_entries({key.removeprefix(prefix): value for key, value in state.items()})
-    return {key: value for key, value in bare.items() if isinstance(value, Tensor)}
 
 
 def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[str, object]:
