@@ -189,10 +189,7 @@ def initialize_layers(
     reports: dict[str, LayerReport] = {}
     # One that is not shown would leave a thread behind, too, that watches bars.
     shown_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
-    with (
-        shown_bar() if progress else nullcontext() as bar,
-        Team.for_devices(*places) as team,
-    ):
+    with shown_bar() if progress else nullcontext() as bar, Team.for_devices(*places) as team:
         treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
         for report in team.as_completed(treat, own):
             reports[report.name] = report

@@ -114,10 +114,4 @@ class ConvolutionalSimilarity:
     def _sum(self) -> Tensor:
         with LIVE:
             weights = [used_weight(module).compute() for module in self._modules.values()]
-        return summed_similarity(
-            weights,
-            self._layouts,
-            self._pairs,
-            self._channels,
-            normalized=self._normalized,
-        )
+        return summed_similarity(weights, self._layouts, self._pairs, self._channels, normalized=self._normalized)

@@ -124,10 +124,8 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
     """For each key whose tensor has other names as well, these names."""
     inner = unwrap(model)
     names = defaultdict(list)
-    for name, tensor in chain(
-        tree.named_parameters(inner, remove_duplicate=False),
-        tree.named_buffers(inner, remove_duplicate=False),
-    ):
+    held = (kind(inner, remove_duplicate=False) for kind in (tree.named_parameters, tree.named_buffers))
+    for name, tensor in chain.from_iterable(held):
         names[id(tensor)].append(bare_name(name))
     return {name: [other for other in group if other != name] for group in names.values() for name in group}
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import mmap
 import re
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -181,19 +183,17 @@ class TorchFile:
         folder = pickle.removesuffix("data.pkl")
         if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
             raise InputError(f"expected numbers in little endian, got {self.name!r}: save it on another machine")
-        parts: dict[str, UntypedStorage] = {}
 
         def position(name: str) -> int:
             # The local header's own lengths: to align numbers torch pads there alone.
             header = start + entries[name].header_offset
-            lengths = (self.content[header + at : header + at + 2] for at in (26, 28))  # of a name, and of more
-            return header + 30 + sum(int.from_bytes(length, "little") for length in lengths)
+            lengths: tuple[int, int] = struct.unpack_from("<2H", self.content, header + 26)  # of a name, and of more
+            return header + 30 + sum(lengths)
 
+        @cache
         def find(key: str) -> UntypedStorage:
-            if key not in parts:
-                name = f"{folder}data/{key}"
-                parts[key] = self._part(position(name), entries[name].file_size)
-            return parts[key]
+            name = f"{folder}data/{key}"
+            return self._part(position(name), entries[name].file_size)
 
         self.content.seek(position(pickle))
         return TensorReader(self.name, self.content, find).load()

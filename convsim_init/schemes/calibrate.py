@@ -203,13 +203,9 @@ def _find_factors(
         if not scales:
             return {}
         # Weighted, lest a sum cancel what a layer does to it.
-        total = torch.stack(
-            [
-                (end * torch.linspace(1, 2, end.numel(), device=end.device).view_as(end).to(end)).sum().float()
-                for end in ends
-            ]
-        )
-        gradients = torch.autograd.grad(total.sum(), list(scales.values()), allow_unused=True)
+        weighted = (end * torch.linspace(1, 2, end.numel(), device=end.device).view_as(end).to(end) for end in ends)
+        total = torch.stack([end.sum().float() for end in weighted]).sum()
+        gradients = torch.autograd.grad(total, list(scales.values()), allow_unused=True)
     factors = {
         # Four digits once more, which the model's dtype may have rounded.
         name: float(f"{scale.item():.3e}")
