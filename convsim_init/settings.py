@@ -84,7 +84,7 @@ class Settings:
         check_choice("channels", self.channels, CHANNELS_CHOICES)
         check_choice("norm", self.norm, NORMS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 1:
             raise InputError(f"expected steps to be a whole number of at least 1, got {self.steps!r}")
         if not (isinstance(self.tolerance, Real) and 0 <= self.tolerance < 1):
             raise InputError(f"expected tolerance to be at least 0 and less than 1, got {self.tolerance!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -50,5 +51,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def json_text(data: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Plain data as JSON; numbers that are not finite, which it does not have, are null."""
-    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    finite = json.loads(json.dumps(data, default=_number), parse_constant=lambda _: None)
     return json.dumps(finite, indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _number(value: object) -> int | float:
+    """What JSON does not know: a number of NumPy."""
+    if not isinstance(value, Real):
+        raise TypeError(f"expected plain data, got {type(value).__name__}")
+    return int(value) if isinstance(value, Integral) else float(value)

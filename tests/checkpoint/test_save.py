@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -348,6 +349,17 @@ def test_metadata_tells_what_made_the_weights(tmp_path):
     assert about["settings"]["pairs"] == "adjacent"
     assert about["totals"]["initialized"] == 2
     assert 0 < about["totals"]["after"]["similarity"] < about["totals"]["before"]["similarity"]
+
+
+def test_metadata_takes_numbers_of_numpy(tmp_path):
+    model = small()
+    numbers = {"steps": np.int64(3), "tolerance": np.float32(0.25)}
+    report = initialize_(model, settings=Settings(**numbers))
+    report.seed = np.int64(7)
+    path = save_checkpoint(model, tmp_path / "init.safetensors", report=report)
+    about = json.loads(header(path)["__metadata__"]["convsim_init"])
+    assert about["seed"] == 7
+    assert {name: about["settings"][name] for name in numbers} == {"steps": 3, "tolerance": 0.25}
 
 
 def test_metadata_names_the_channels_that_all_layers_have(tmp_path):
