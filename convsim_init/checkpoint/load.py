@@ -222,12 +222,11 @@ def _less_ignored(
         for key, source in report.matched.items()
         if changes.get(key) is False and not torch.equal(own[key], tensors[source].to(own[key]))
     }
-    matched = {key: source for key, source in report.matched.items() if key not in ignored}
-    names = ("supplied", "converted") if is_strict else ("missing", "unexpected")
-    lists = {
-        name: getattr(report, name) + list(more) for name, more in zip(names, (ignored, ignored.values()), strict=True)
-    }
-    return replace(report, matched=matched, **lists)
+    left = replace(report, matched={key: source for key, source in report.matched.items() if key not in ignored})
+    keys, sources = list(ignored), list(ignored.values())
+    if is_strict:
+        return replace(left, supplied=report.supplied + keys, converted=report.converted + sources)
+    return replace(left, missing=report.missing + keys, unexpected=report.unexpected + sources)
 
 
 def _moved(key: str, report: LoadReport) -> str:
