@@ -8,8 +8,9 @@
 
 Two rounds narrow the sweep. Tuning: every learning rate on a few seeds of its own; while the best one is at the end of
 the grid, the grid grows by one. Final: the best rate alone, on fresh seeds that are the same for every arm, all arms of
-a seed before the next one. A row per run goes to a CSV file: started again, it goes on where it stopped. Then a table
-and one picture per case. A run takes one thread: start several with different folders to use more cores.
+a seed before the next one. A row per run goes to a CSV file, what an unfinished run needs to another one: started
+again, it goes on from the last test of that run. Then a table and one picture per case. A run takes one thread: start
+several with different folders to use more cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from benchmarks.training.fit import OPTIMIZERS, fit
 from benchmarks.training.networks import NETWORKS
 from benchmarks.training.pictures import draw, draw_lengths
 from benchmarks.training.records import Case, Record, Records
+from benchmarks.training.snapshot import Snapshot
 from benchmarks.training.summary import BASE, OURS, comparisons, rows_of, table
 from benchmarks.training.tasks import TASKS, Task, cifar_task
 from benchmarks.training.tasks.data import Data
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         ]
     torch.set_num_threads(1)
     records = Records(options.out / "runs.csv")
-    trainer = Trainer(tasks, records, options.device)
+    trainer = Trainer(tasks, records, options.device, options.out / "unfinished.pt")
     tuning = len(options.rates) * options.tuning_seeds if len(options.rates) > 1 else 0
     rounds = tuning + options.seeds
     with tqdm(total=rounds * len(cases) * len(options.arms), unit="run", smoothing=0.05) as trainer.bar:
@@ -104,9 +105,9 @@ def run(options: argparse.Namespace) -> None:
 class Trainer:
     """Trains what is not recorded yet."""
 
-    def __init__(self, tasks: dict[str, Task], records: Records, device: str) -> None:
+    def __init__(self, tasks: dict[str, Task], records: Records, device: str, unfinished: Path) -> None:
         self.bar: tqdm[None] | None = None
-        self._tasks, self._records, self._device = tasks, records, device
+        self._tasks, self._records, self._device, self._unfinished = tasks, records, device, unfinished
 
     def best_rate(self, case: Case, arm: str, rates: list[float], tuning_seeds: int) -> float:
         """The tuning round of an arm; a single rate is taken as it is."""
@@ -130,7 +131,8 @@ class Trainer:
         """The record of a run, made now if there is none."""
         record = self._records.find(case, arm, rate, seed)
         if record is None:
-            task, started = self._tasks[case.task], time.perf_counter()
+            task = self._tasks[case.task]
+            snapshot = Snapshot(self._unfinished, f"{case}, {arm}, rate {rate:g}, seed {seed}")
             data = on_device(task.draw(seed), self._device)
             torch.manual_seed(seed)
             model = NETWORKS[case.network](data.images.shape[1], data.classes, case.width)
@@ -145,10 +147,11 @@ class Trainer:
                 steps=case.steps,
                 batch=task.batch,
                 seed=seed,
+                snapshot=snapshot,
             )
-            seconds = time.perf_counter() - started
-            record = Record(case, arm, rate, seed, final, tuple(curve), seconds)
+            record = Record(case, arm, rate, seed, final, tuple(curve), snapshot.seconds)
             self._records.add(record)
+            snapshot.remove()
         if self.bar is not None:
             self.bar.set_description(f"{case.task} {arm} rate {rate:g}")
             self.bar.update()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.training.arms import Arm
+from benchmarks.training.snapshot import Snapshot
 from benchmarks.training.starts import draw_base
 from benchmarks.training.tasks.data import Data
 
@@ -28,12 +29,22 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def fit(
-    data: Data, model: nn.Module, arm: Arm, *, draw: str, optimizer: str, rate: float, steps: int, batch: int, seed: int
+    data: Data,
+    model: nn.Module,
+    arm: Arm,
+    *,
+    draw: str,
+    optimizer: str,
+    rate: float,
+    steps: int,
+    batch: int,
+    seed: int,
+    snapshot: Snapshot | None = None,
 ) -> list[float]:
     """Train: the rate rises linearly over a tenth of the steps, then falls to zero as a cosine.
 
     Base draw, division of the data, batches and augmentations depend on the seed alone, so that arms can be compared
-    in pairs.
+    in pairs. A snapshot of the run is taken up, and one is kept after each test; then it ends as it would have.
 
     Returns:
         Test accuracy, from 0 to 1, at `points` of the steps. Where the loss is no longer finite, training has ended and
@@ -48,11 +59,15 @@ def fit(
     term = arm.term(model) if arm.term is not None else None
     algorithm = OPTIMIZERS[optimizer](decayed_apart(model), lr=rate)
     algorithm.param_groups[0]["weight_decay"] *= arm.decay
-    accuracies, batches, wanted = [], batches_of(len(data.images), batch, order), points(steps)
+    batches, wanted = batches_of(len(data.images), batch, order), points(steps)
+    accuracies = snapshot.restore(model, algorithm, distortion) if snapshot else []
+    done = wanted[len(accuracies) - 1] if accuracies else 0
     for step in range(steps):
+        chosen = next(batches).to(data.images.device)
+        if step < done:
+            continue
         for group in algorithm.param_groups:
             group["lr"] = rate * schedule(step / steps)
-        chosen = next(batches).to(data.images.device)
         loss = F.cross_entropy(model(data.augment(data.images[chosen], distortion)), data.labels[chosen])
         if term is not None and step < arm.until * steps:
             loss = loss + arm.weight * term()
@@ -63,6 +78,8 @@ def fit(
         algorithm.step()
         if step + 1 in wanted:
             accuracies.append(test_accuracy(model, data, inputs))
+            if snapshot:
+                snapshot.save(model, algorithm, distortion, accuracies)
     return accuracies + [1 / data.classes] * (len(wanted) - len(accuracies))
 
 

@@ -22,6 +22,7 @@ from benchmarks.training.arms import ARMS, Arm
 from benchmarks.training.fit import OPTIMIZERS, batches_of, decayed_apart, fit, points, schedule
 from benchmarks.training.networks import NETWORKS
 from benchmarks.training.records import Case, Record, Records
+from benchmarks.training.snapshot import Snapshot
 from benchmarks.training.starts import convolutions, draw_base, natural, signed_permutations, with_norms_of
 from benchmarks.training.summary import comparisons, interval, paired, rows_of, steps_to
 from benchmarks.training.tasks import TASKS, textures
@@ -331,10 +332,11 @@ def tiny() -> Data:
     return Data(images[:64], labels[:64], images[64:], labels[64:], 2)
 
 
-def run(arm, rate=0.05, seed=0, optimizer="sgd-no-decay", data=None):
+def run(arm, rate=0.05, seed=0, optimizer="sgd-no-decay", data=None, snapshot=None):
     torch.manual_seed(seed)
     model, data = NETWORKS["vgg"](1, 2, 0.25), data or tiny()
-    return fit(data, model, arm, draw="fan_out", optimizer=optimizer, rate=rate, steps=20, batch=16, seed=seed)
+    how = {"draw": "fan_out", "optimizer": optimizer, "rate": rate, "steps": 20, "batch": 16, "seed": seed}
+    return fit(data, model, arm, **how, snapshot=snapshot)
 
 
 def test_a_run_learns_and_is_the_same_again():
@@ -342,6 +344,39 @@ def test_a_run_learns_and_is_the_same_again():
     assert len(curve) == len(points(20))
     assert curve[-1] > 0.9
     assert run(ARMS["convsim"]) == curve
+
+
+class Noisy:
+    """Augments by noise, and is interrupted in one of the steps."""
+
+    def __init__(self, end: int | None = None) -> None:
+        self.step, self.end = -1, end  # the first call is for statistics
+
+    def __call__(self, images, generator):
+        if self.step == self.end:
+            raise KeyboardInterrupt
+        self.step += 1
+        return images + torch.randn(images.shape, generator=generator) + torch.randn(images.shape)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("end", [0, 10, 19])
+def test_a_run_that_was_interrupted_goes_on_from_its_last_test(end, optimizer, tmp_path):
+    path, arm = tmp_path / "unfinished.pt", ARMS["convsim"]
+    whole = run(arm, optimizer=optimizer, data=replace(tiny(), augment=Noisy()))
+    with pytest.raises(KeyboardInterrupt):
+        run(arm, optimizer=optimizer, data=replace(tiny(), augment=Noisy(end)), snapshot=Snapshot(path, "a run"))
+    rest = Noisy()
+    snapshot = Snapshot(path, "a run")
+    assert run(arm, optimizer=optimizer, data=replace(tiny(), augment=rest), snapshot=snapshot) == whole
+    assert rest.step == 20 - max([step for step in points(20) if step <= end], default=0)
+
+
+def test_the_snapshot_of_another_run_is_passed_over(tmp_path):
+    path, augment = tmp_path / "unfinished.pt", Noisy()
+    run(ARMS["base"], snapshot=Snapshot(path, "a run"))
+    run(ARMS["base"], data=replace(tiny(), augment=augment), snapshot=Snapshot(path, "another run"))
+    assert augment.step == 20
 
 
 def test_arms_see_the_same_base_draw_and_batches():
@@ -493,6 +528,7 @@ def test_the_tuned_rate_is_the_best_and_the_grid_grows(tmp_path, monkeypatch):
     def pretend(data, model, arm, *, rate, seed, **options):
         (name,) = [name for name, one in ARMS.items() if one is arm]
         made.append((name, rate, seed))
+        (tmp_path / "unfinished.pt").touch()
         return [1 / (1 + abs(math.log(rate / best[name])))] * len(points(20))
 
     monkeypatch.setattr(training, "fit", pretend)
@@ -514,6 +550,7 @@ def test_the_tuned_rate_is_the_best_and_the_grid_grows(tmp_path, monkeypatch):
     assert "| convsim | 0.9 | 3 |" in text
     assert " 1 arms are compared with a base" in text
     assert (tmp_path / "digits-vgg-w1-fan_out-sgd-no-decay-20.png").stat().st_size > 10_000
+    assert not (tmp_path / "unfinished.pt").exists()
 
 
 def test_unknown_cases_are_refused(monkeypatch, capsys, tmp_path):
