@@ -27,9 +27,10 @@ class Interval:
     half: float
 
     def __str__(self) -> str:
-        return format(self, ".2f")
+        return format(self)
 
     def __format__(self, digits: str) -> str:
+        digits = digits or ".2f"
         if math.isnan(self.mean):
             return "no pair"
         mean = format(self.mean, "+" + digits)
