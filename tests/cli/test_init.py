@@ -205,14 +205,14 @@ def test_verbose_tells_on_stderr_what_computes_and_what_became_of_each_layer(see
 
 @pytest.mark.parametrize("buffering", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
 @pytest.mark.posix
-def test_a_file_goes_to_stdout_and_the_table_to_stderr(buffering, tmp_path):
+def test_a_file_goes_to_stdout_and_the_table_to_stderr(buffering, command, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | buffering
     line = f"'{SCRIPT}' {' '.join(QUICK)} --out - | (sleep 0.1; cat) > piped.safetensors"
     done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, names(tmp_path)) == (0, "", ["piped.safetensors"])
     assert done.stderr.startswith("layer ")
     assert done.stderr.endswith(", stdout (44.7 MB)\n")
-    assert run_process(*QUICK, "--out", "named.safetensors", cwd=tmp_path)[0] == 0
+    assert command(*QUICK, "--out", "named.safetensors")[0] == 0
     assert (tmp_path / "piped.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
     with Path("/dev/full").open("w") as full:
         status, _, err = finish(start(*QUICK, "--out", "-", stdout=full, stderr=subprocess.PIPE, env=environment))
@@ -249,21 +249,21 @@ def model():
 """
 
 
-def test_what_a_model_prints_is_not_in_the_results_on_stdout(tmp_path):
+def test_what_a_model_prints_is_not_in_the_results_on_stdout(command, tmp_path):
     (tmp_path / "talking.py").write_text(TALKING)
     arguments = ["talking.py:model", "--calibrate", "3x16x16", "--base", "orthogonal", "-q"]
     with (tmp_path / "piped.safetensors").open("wb") as piped:
         assert finish(start(*arguments, "--out", "-", stdout=piped, stderr=subprocess.PIPE, cwd=tmp_path))[0] == 0
-    assert run_process(*arguments, "--out", "named.safetensors", cwd=tmp_path)[0] == 0
+    assert command(*arguments, "--out", "named.safetensors")[0] == 0
     assert (tmp_path / "piped.safetensors").read_bytes() == (tmp_path / "named.safetensors").read_bytes()
-    for command in (
+    for line in (
         ["talking.py:model"],
         ["talking.py:model", "--seeds", "0:1"],
         ["inspect", "talking.py:model"],
         ["compare", "talking.py:model", "talking.py:model"],
         ["verify", "named.safetensors", "talking.py:model"],
     ):
-        _, out, err = run_process(*command, "--json", cwd=tmp_path)
+        _, out, err = command(*line, "--json")
         assert isinstance(json.loads(out), dict)
         assert "in a parametrization" in err
 
