@@ -128,7 +128,7 @@ def _try_moved(
     tensors = {key: checkpoint.tensors[source] for source, key in keys.items()}
     tensors |= {_moved(source, report): value for source, value in checkpoint.extra.items()}
     # The file's own versions say which conversions it needs; some modules refuse a file without any.
-    for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", {})):
+    for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
         state = with_versions(tensors, versions)
         outcome = _try_loading(trial, state, strict=False)
         if isinstance(outcome, _Refused):
@@ -237,7 +237,11 @@ def _moved(key: str, report: LoadReport) -> str:
     return report.added + bare.removeprefix(removed) if bare.startswith(removed) else bare
 
 
-def _moved_versions(versions: Mapping[str, object], report: LoadReport, model: nn.Module) -> dict[str, object]:
+def _moved_versions(
+    versions: Mapping[str, object] | None, report: LoadReport, model: nn.Module
+) -> Mapping[str, object] | None:
+    if versions is None:
+        return None
     real = {bare_name(name): name for name, _ in tree.named_modules(model)}
     names = {name: _moved(f"{name}." if name else "", report).removesuffix(".") for name in versions}
     return {real.get(names[name], names[name]): value for name, value in versions.items()}

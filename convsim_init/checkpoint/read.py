@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]  # dense, on the CPU
     wrapper: str  # key that the file keeps them under, such as "state_dict"; empty if under nothing
-    versions: Mapping[str, object] = {}  # notes of the modules that `torch.save` kept: `module_versions`
+    versions: OrderedDict[str, object] | None = None  # notes of the modules that `torch.save` kept: `module_versions`
     others: tuple[str, ...] = ()  # keys of other state dicts in the file, which were not read
     extra: Mapping[str, Any] = {}  # extra states of modules that are no tensors but plain data, all of them
     unread: tuple[str, ...] = ()  # their keys where one is neither
@@ -199,10 +199,12 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
     return Checkpoint(tensors, opened, _plain(module_versions(inner)), others, extra, unread)
 
 
-def _plain(versions: Mapping[str, object]) -> dict[str, object]:
+def _plain(versions: Mapping[str, object] | None) -> OrderedDict[str, object] | None:
     """The numbers and texts of the versions that a file holds."""
-    return {
-        name: {key: one for key, one in noted.items() if isinstance(key, str) and isinstance(one, (int, str))}
+    if versions is None:
+        return None
+    return OrderedDict(
+        (name, {key: one for key, one in noted.items() if isinstance(key, str) and isinstance(one, (int, str))})
         for name, noted in versions.items()
         if isinstance(noted, Mapping)
-    }
+    )

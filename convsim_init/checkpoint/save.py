@@ -93,7 +93,7 @@ class Contents:
     """What a checkpoint holds, whatever its name; it can be sent from one process to another."""
 
     tensors: dict[str, Tensor] = field(repr=False)  # plain, each with memory of its own, under the keys of the file
-    versions: Mapping[str, object]  # notes of the modules beside them, for a file of `torch.save`
+    versions: Mapping[str, object] | None  # notes of the modules beside them, for a file of `torch.save`
     metadata: dict[str, str]  # of a safetensors file; what it says of the run is an entry of other files
     remarks: list[str] = field(default_factory=list)  # sentences on what the dtype does to the weights
 

@@ -40,23 +40,23 @@ def state_entries(source: nn.Module | Mapping[str, object]) -> dict[str, object]
     return bare_entries(source)
 
 
-def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") -> OrderedDict[str, object]:
-    """What modules note beside a state dict's tensors, such as their versions, under bare names; empty without notes.
+def module_versions(source: nn.Module | Mapping[str, object], prefix: str = "") -> OrderedDict[str, object] | None:
+    """What modules note beside a state dict's tensors, such as their versions, under bare names.
 
     Some refuse a state dict without it. It travels in files of `torch.save` alone.
     """
     state = unwrap(source).state_dict() if isinstance(source, nn.Module) else source
     noted = getattr(state, "_metadata", None)
-    items = noted.items() if isinstance(noted, Mapping) else ()
-    return OrderedDict(
-        (f"{prefix}{bare_name(name)}".removesuffix("."), one) for name, one in items if isinstance(name, str)
-    )
+    if not isinstance(noted, Mapping):
+        return None
+    names = {name: f"{prefix}{bare_name(name)}".removesuffix(".") for name in noted if isinstance(name, str)}
+    return OrderedDict((names[name], noted[name]) for name in names)
 
 
-def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object]) -> OrderedDict[str, Tensor]:
+def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, object] | None) -> OrderedDict[str, Tensor]:
     """A state dict that carries what `module_versions` returned."""
     state = OrderedDict(tensors)
-    if versions:
+    if versions is not None:
         state._metadata = versions  # type: ignore[attr-defined]
     return state
 
