@@ -18,7 +18,7 @@ from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
 from convsim_init.layers.weights import ComputedWeight, Weight
 
-CALLS = re.compile(r"aten::conv(_transpose)?[123]d|aten::_?convolution|prim::mkldnn_convolution")
+CALLS = re.compile(r"aten::conv(_transpose)?[123]d|aten::_?convolution(_mode)?|prim::mkldnn_convolution")
 WEIGHT = 1  # position among the arguments of all of them
 FROZEN_NAME = re.compile(r"(?:self\.)?(.*?weight)(?:_fused_bn)?(?:_mkldnn)?")  # of what was a parameter
 

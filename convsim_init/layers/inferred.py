@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,12 +47,16 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     cannot be seen. What pruning, masks and weight_norm compute can be read from the state dict but not set there; a
     ``weight`` beside what it is computed from is a stale one.
     """
+    # A lazy or a nested tensor has no shape, and raises an error when it is asked for it.
+    state = {
+        key: one for key, one in state.items() if not (isinstance(one, Tensor) and (is_lazy(one) or one.is_nested))
+    }
     weights: dict[str, Tensor] = {}
     beside = defaultdict[str, list[str]](list)  # other keys of each module
     for key, value in state.items():
         if not _owner(key)[1]:
             beside[key.rpartition(".")[0]].append(key)
-        elif _has_shape(value) and value.dim() in KERNEL_RANKS:
+        elif isinstance(value, Tensor) and value.dim() in KERNEL_RANKS:
             weights[key] = value
     foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
     stacked, behind = _stacked(state), _norms_behind(state)
@@ -127,7 +131,7 @@ def _stacked(state: Mapping[str, object]) -> set[int]:
 
     Those, and a norm layer's statistics, are then of rank 2, and as long as what the module has beside them.
     """
-    shapes = {key: tuple(value.shape) for key, value in state.items() if _has_shape(value)}
+    shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
     found = set[int]()
     for key, shape in shapes.items():
         name, _, part = key.rpartition(".")
@@ -145,7 +149,7 @@ def _norms_behind(state: Mapping[str, object]) -> dict[str, int]:
         after = f"{following[above]}." if above in following else "."
         weight = state.get(f"{after}weight") if f"{after}bias" in state else None
         length = state.get(f"{after}running_mean", weight)
-        if _has_shape(length) and length.dim() == 1:
+        if isinstance(length, Tensor) and length.dim() == 1:
             found[name] = len(length)
         following[above] = name
     return found
@@ -182,11 +186,6 @@ def _is_far_from_zero(weight: Tensor) -> bool:
         return False
     deviation, mean = torch.std_mean(weight.detach().double())
     return bool(mean > deviation)
-
-
-def _has_shape(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor that can be asked for its shape: a lazy or a nested one raises an error."""
-    return isinstance(value, Tensor) and not is_lazy(value) and not value.is_nested
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
-from math import inf
 from statistics import fmean
 from typing import Any
 
@@ -178,8 +177,12 @@ class Report:
 
     def sorted_by(self, measure: str) -> Report:
         """The report with its layers in falling order of a measure; those without it last."""
-        layers = sorted(self.layers, key=lambda one: (one.after or one.before).get(measure, -inf), reverse=True)
-        return replace(self, layers=layers)
+
+        def key(layer: LayerReport) -> tuple[bool, float]:
+            value = (layer.after or layer.before).get(measure)
+            return value is None, 0.0 if value is None else -value
+
+        return replace(self, layers=sorted(self.layers, key=key))
 
     def with_measures(self, before: Report, after: Report) -> Report:
         """The report with measures of its treated layers added where it has none itself."""

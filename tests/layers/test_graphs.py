@@ -167,3 +167,12 @@ def test_a_weight_that_another_convolution_computes_is_of_no_layer():
     model, x = Dynamic().eval(), torch.randn(1, 3, 8, 8)
     for graph in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
         assert [layer.name for layer in ci.measure(graph).layers] == ["last"]
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_padding_may_be_a_word(kind, tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding="same", groups=2), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    expected, found = (ci.measure(one).layers for one in (model, GRAPHS[kind](model, tmp_path)))
+    assert [(one.name, one.kind, one.shape, one.before) for one in found] == [
+        (one.name, one.kind, one.shape, one.before) for one in expected
+    ]

@@ -226,8 +226,10 @@ def test_stacked_models_are_no_3d_convolutions():
         lambda: nn.LazyConv2d(3, 3).state_dict(prefix="1."),
         lambda: {"1.weight": torch.nested.nested_tensor([torch.ones(2, 3, 3), torch.ones(3, 3, 3)])},
         lambda: {"1.bias": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        lambda: {"0.bias": nn.UninitializedParameter()},
+        lambda: {"0.mask": torch.nested.nested_tensor([torch.ones(3), torch.ones(3)])},
     ],
-    ids=["lazy", "lazy-convolution", "nested", "nested-bias"],
+    ids=["lazy", "lazy-convolution", "nested", "nested-bias", "own-bias", "mask"],
 )
 def test_entries_without_a_shape_are_no_convolutions(others):
     state = nn.Conv2d(3, 8, 3).state_dict(prefix="0.") | others()

@@ -60,18 +60,13 @@ def code_in(kind: Any, code: Any = None) -> Iterator[tuple[Any, CodeType]]:
         # Functions call themselves and each other: the same ones would come back for ever.
         codes = codes if known.isdisjoint(codes[:1]) else []
         known.update(codes)
+        for cell in function.__closure__ or () if codes else ():
+            with suppress(ValueError):  # empty yet
+                pending.append(cell.cell_contents)
         for inner in codes:
             yield function, inner
-            pending += known_to(kind, function, inner)
-
-
-def known_to(kind: Any, function: Any, code: CodeType) -> Iterator[Any]:
-    """What the code of a function knows by its names, as attributes of a class or as globals, and by its closure."""
-    for name in code.co_names:
-        yield from (getattr_static(kind, name, None), function.__globals__.get(name))
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # empty yet
-            yield cell.cell_contents
+            pending += [getattr_static(kind, name, None) for name in inner.co_names]
+            pending += [function.__globals__.get(name) for name in inner.co_names]
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -126,15 +126,15 @@ def leaves(tensor: Tensor) -> set[int]:
     return {getattr(one, ORIGINAL, id(one)) for one in variables}
 
 
-def _behind(start: Any, known: Collection[Any] = ()) -> set[Any]:
+def _behind(start: Any, known: Collection[Any] = ()) -> Iterator[Any]:
     """A node of derivatives and those that it leads to, but for what lies behind those that are known."""
     found, pending = {start}, [start]
     for node in pending:
+        yield node
         following = () if node in known else getattr(node, "next_functions", ())
         new = {one for one, _ in following} - found
         found |= new
         pending += new
-    return found
 
 
 def is_parameter(weight: Tensor) -> bool:
@@ -178,11 +178,15 @@ class _Capture(TorchFunctionMode):
 
     def _is_fed(self, start: Any) -> bool:
         """Whether a node of derivatives leads to the leaf; what is known of others is not looked at again."""
-        found = _behind(start, self._known)
-        fed = any(self._known.get(node) or getattr(node, "variable", None) is self.leaf for node in found)
-        # Of those between nothing is known where one of them leads there.
-        self._known |= {start: True} if fed else dict.fromkeys(found, False)
-        return fed
+        found = list[Any]()
+        for node in _behind(start, self._known):
+            if self._known.get(node) or getattr(node, "variable", None) is self.leaf:
+                self._known[start] = True
+                return True
+            found.append(node)
+        # None of these leads there, or the loop would have come to it.
+        self._known |= dict.fromkeys(found, False)
+        return False
 
     def _note(self, given: Convolution) -> None:
         weight, strides = given.weight, given.strides

@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import _lru_cache_wrapper
+from inspect import getattr_static
 from typing import Any
 
 from torch import Tensor, nn
 
-from convsim_init.layers.forward.copies import CODE, MANY, code_in, known_to
+from convsim_init.layers.forward.copies import CODE, MANY, code_in
 from convsim_init.layers.forward.isolation import put_content_back
 from convsim_init.layers.symbolic.symbols import Symbol, tensors_in
 
@@ -39,7 +40,11 @@ def _named(parts: Sequence[nn.Module]) -> Iterator[Any]:
     """What the code of forward passes, and that of what it names, knows by its names, or as attributes of classes."""
     for kind, forward in {(type(part), vars(part).get("forward")) for part in parts}:
         for function, code in code_in(kind, forward):
-            yield from known_to(kind, function, code)
+            for name in code.co_names:
+                yield from (function.__globals__.get(name), getattr_static(kind, name, None))
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # empty yet
+                    yield cell.cell_contents
     for part in parts:
         yield from (one for one in vars(part).values() if isinstance(one, _lru_cache_wrapper))
 

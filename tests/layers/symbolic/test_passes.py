@@ -165,6 +165,45 @@ def test_no_unknown_value_stays_outside_the_model():
     LOSSES.clear()
 
 
+SHIFTS: dict[str, torch.Tensor] = {}
+
+
+def logged(function):
+    def inner(*arguments):
+        return function(*arguments)
+
+    return inner
+
+
+@logged
+def activated(x):
+    return torch.relu(x)
+
+
+class Logged(nn.Module):
+    """Its own function and the other have the same code, which a decorator gave them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    @logged
+    def shifted(self, x):
+        if "shift" not in SHIFTS:
+            SHIFTS["shift"] = x * 0 + 1
+        return x + SHIFTS["shift"]
+
+    def forward(self, x):
+        return self.second(self.shifted(activated(self.first(x))))
+
+
+def test_what_a_decorated_function_keeps_is_found_beside_others_of_that_decorator():
+    model = Logged()
+    ci.measure(model)
+    ci.initialize_(model, settings=ci.Settings(steps=1))
+    assert SHIFTS == {}
+
+
 @lru_cache
 def like(scale):
     return {"scaled": LOSSES[0] * scale}
