@@ -44,7 +44,7 @@ def fit(
     """Train: the rate rises linearly over a tenth of the steps, then falls to zero as a cosine.
 
     Base draw, division of the data, batches and augmentations depend on the seed alone, so that arms can be compared
-    in pairs. A snapshot of the run is taken up, and one is kept after each test; then it ends as it would have.
+    in pairs. A snapshot of the run is taken up, and one is kept after each test but the last; it ends as it would have.
 
     Returns:
         Test accuracy, from 0 to 1, at `points` of the steps. Where the loss is no longer finite, training has ended and
@@ -78,7 +78,7 @@ def fit(
         algorithm.step()
         if step + 1 in wanted:
             accuracies.append(test_accuracy(model, data, inputs))
-            if snapshot:
+            if snapshot and step + 1 < steps:
                 snapshot.save(model, algorithm, distortion, accuracies)
     return accuracies + [1 / data.classes] * (len(wanted) - len(accuracies))
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from convsim_init.files.writing import replacing
+
 
 class Snapshot:
     """The file of a run that is not over. That of another run is passed over, and replaced.
@@ -36,9 +38,8 @@ class Snapshot:
         state = {"run": self._run, "seconds": self.seconds, "accuracies": accuracies}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"generator": generator.get_state(), "global": torch.get_rng_state()}
-        part = self._path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self._path)
+        with replacing(self._path, overwrite=True) as temporary:
+            torch.save(state, temporary)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> list[float]:
         """Put back what was saved: the accuracies of the tests so far, none where the run has not begun."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from numbers import Integral, Real
@@ -51,12 +52,15 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def json_text(data: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Plain data as JSON; numbers that are not finite, which it does not have, are null."""
-    finite = json.loads(json.dumps(data, default=_number), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    return json.dumps(_plain(data), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
-def _number(value: object) -> int | float:
-    """What JSON does not know: a number of NumPy."""
-    if not isinstance(value, Real):
-        raise TypeError(f"expected plain data, got {type(value).__name__}")
-    return int(value) if isinstance(value, Integral) else float(value)
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, int) or not isinstance(value, Real):
+        return value
+    number = int(value) if isinstance(value, Integral) else float(value)  # of NumPy, whose numbers JSON does not know
+    return number if math.isfinite(number) else None
