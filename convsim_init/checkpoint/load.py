@@ -18,6 +18,7 @@ from convsim_init.checkpoint.match import match
 from convsim_init.checkpoint.read import Checkpoint, read_checkpoint
 from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
+from convsim_init.functional.dtypes import equal
 from convsim_init.layers import tree
 from convsim_init.layers.memory import has_no_data, memories
 from convsim_init.layers.names import bare_name, unwrap
@@ -199,7 +200,7 @@ def _changes(model: nn.Module, loaded: nn.Module) -> dict[str, bool]:
     before, after = _bare_state(model), _bare_state(loaded)
     # A model that could not be copied was tried itself: there is no before to compare with.
     pairs = {key: (one, after[key]) for key, one in before.items() if model is not loaded and key in after}
-    return {key: not torch.equal(a.to(b), b) for key, (a, b) in pairs.items() if _are_comparable(a, b)}
+    return {key: not equal(a, b) for key, (a, b) in pairs.items() if _are_comparable(a, b)}
 
 
 def _bare_state(model: nn.Module) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ def _less_ignored(
     ignored = {
         key: source
         for key, source in report.matched.items()
-        if changes.get(key) is False and not torch.equal(own[key], tensors[source].to(own[key]))
+        if changes.get(key) is False and not equal(own[key], tensors[source].to(own[key]))
     }
     left = replace(report, matched={key: source for key, source in report.matched.items() if key not in ignored})
     keys, sources = list(ignored), list(ignored.values())
@@ -282,7 +283,7 @@ def _backup(model: nn.Module) -> Callable[[], None]:
     @torch.no_grad()
     def restore() -> None:
         for tensor, value in zip(tensors, before, strict=True):
-            if not torch.equal(tensor, value):  # others may not let themselves be written
+            if not equal(tensor, value):  # others may not let themselves be written
                 tensor.copy_(value)
 
     return restore

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import accumulate, chain
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -15,7 +14,7 @@ from convsim_init.checkpoint.load_report import LoadReport
 from convsim_init.checkpoint.read import Checkpoint
 from convsim_init.checkpoint.state_dict import fades, is_finite, state_entries
 from convsim_init.errors import InputError
-from convsim_init.functional.dtypes import name_of, narrows, same_kind
+from convsim_init.functional.dtypes import converts, equal, name_of, narrows, same_kind
 from convsim_init.layers import tree
 from convsim_init.layers.names import WRAPPER_PARTS, bare_name, unwrap
 from convsim_init.report.text import shown, some
@@ -57,10 +56,12 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     used = set(sources.values())
     unexpected = [key for key in theirs if key not in used]
     tied = {key: twin for key in absent for twin in twins.get(key, ()) if twin in matched}
+    pairs = {key: (tensors[key], value) for key, value in entries.items() if key in matched}
     dtypes = {
-        key: (tensors[key].dtype, value.dtype)
-        for key, value in entries.items()
-        if key in matched and isinstance(value, Tensor)
+        key: (one.dtype, own.dtype)
+        for key, (one, own) in pairs.items()
+        # What torch cannot convert, the model's own loading tells of.
+        if isinstance(own, Tensor) and (one.dtype == own.dtype or (converts(one.dtype) and converts(own.dtype)))
     }
     return LoadReport(
         file=file,
@@ -141,7 +142,7 @@ def _conflicting(twins: Mapping[str, Sequence[str]], tensors: Mapping[str, Tenso
     seen: set[str] = set()
     for key, tensor in tensors.items():
         for twin in twins.get(key, ()):
-            if twin in seen and not torch.equal(tensor, tensors[twin]):
+            if twin in seen and not equal(tensor, tensors[twin]):
                 found[key] = twin
         seen.add(key)
     return found

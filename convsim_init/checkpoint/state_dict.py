@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite, filter_norms
-from convsim_init.functional.dtypes import name_of, narrows
+from convsim_init.functional.dtypes import converts, name_of, narrows
 from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
@@ -190,16 +190,16 @@ def is_finite(key: str, tensor: Tensor) -> bool:
 
     Those are masks of attention, and the ranges of observers that have seen nothing yet.
     """
-    tensor = _readable(tensor)
     if _all_finite(tensor):
         return True
+    tensor = _readable(tensor)
     return key.rpartition(".")[2] not in ("weight", "bias", "running_mean", "running_var") and bool(
         (tensor.isinf() | (tensor == 0)).all()
     )
 
 
 def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not converts(tensor.dtype):
         return tensor
     converted = tensor.to(dtype or tensor.dtype)
     fits = _all_finite(converted)
@@ -218,7 +218,8 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return bool(tensor.isfinite().all())
-    return tensor.numel() == 0 or all_finite(_readable(tensor))
+    # No number of float4, which torch does not read, is an infinity or NaN.
+    return tensor.numel() == 0 or not converts(tensor.dtype) or all_finite(_readable(tensor))
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 
+from convsim_init.functional.dtypes import converts
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, Weight
 from convsim_init.report.text import shown
@@ -190,7 +191,8 @@ def _is_far_from_zero(weight: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its numbers can be read."""
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided
+    known = type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided
+    return known and converts(tensor.dtype)
 
 
 def _named_masks(state: Mapping[str, object], weights: Mapping[str, Tensor]) -> dict[str, str]:

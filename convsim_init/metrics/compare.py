@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from string import ascii_uppercase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsim_init.checkpoint.state_dict import state_entries
 from convsim_init.errors import InputError
+from convsim_init.functional.dtypes import equal
 from convsim_init.layers.memory import has_no_data
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
@@ -158,20 +158,8 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
     elif any(shape != shapes[0] for shape in shapes):
         weights = RESHAPED
     else:
-        weights = IDENTICAL if all(_equal(present[0], other) for other in present[1:]) else DIFFERENT
+        weights = IDENTICAL if all(equal(present[0], other) for other in present[1:]) else DIFFERENT
     return ComparedEntry(name, shapes, weights)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether all values are equal, NaN to NaN, whatever the dtypes."""
-    # Sparse tensors know no ==.
-    a, b = (one if one.layout is torch.strided else one.to_dense() for one in (a.detach().cpu(), b.detach().cpu()))
-    if a.dtype != b.dtype and not (a.is_quantized or b.is_quantized):
-        # Both in a dtype that holds all of their numbers: torch promotes neither float8 nor uint16.
-        kinds = ((torch.is_complex, torch.complex128), (torch.is_floating_point, torch.float64))
-        wide = next((dtype for is_kind, dtype in kinds if is_kind(a) or is_kind(b)), torch.int64)
-        a, b = a.to(wide), b.to(wide)
-    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _union(names: Sequence[Sequence[str] | Mapping[str, object]]) -> list[str]:

@@ -20,6 +20,7 @@ import convsim_init as ci
 from convsim_init.checkpoint import load
 from convsim_init.checkpoint.load import verify_checkpoint
 from convsim_init.checkpoint.match import find_prefixes
+from convsim_init.metrics.compare import compare
 
 State = dict[str, Tensor]
 
@@ -432,6 +433,43 @@ def test_the_models_dtype_is_kept_and_loss_is_told(written, own, narrowed):
     assert report.narrowed == ({"x": tuple(name)} if narrowed else {})
     assert (report.retyped, report.exact) == ({}, True)
     assert (f"dtype narrowed, 1: x (file {name[0]}, model {name[1]})" in str(report)) == narrowed
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", ["complex32", "float4_e2m1fn_x2"])
+def test_dtypes_that_torch_hardly_computes_with_are_loaded_and_written_as_they_are(name, tmp_path):
+    dtype = getattr(torch, name, None) or pytest.skip("a dtype of newer versions of PyTorch")
+    numbers = torch.randint(1, 60, (2, 4, 3, 8), dtype=torch.uint8).view(dtype)
+    path = ci.save_checkpoint({"0.weight": numbers[0], "1.x": numbers[1]}, tmp_path / "init.pt")
+    model = nn.Sequential(nn.Module(), nn.Module())
+    model[0].weight = nn.Parameter(torch.zeros_like(numbers[0]), requires_grad=False)
+    model[1].register_buffer("x", torch.zeros_like(numbers[1]))
+    assert ci.load_checkpoint(model, path).exact
+    for one, given in zip(model.state_dict().values(), numbers, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one.view(torch.uint8), given.view(torch.uint8))
+    assert compare([("file", torch.load(path)), ("model", model.state_dict())]).entries[0].weights == "identical"
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_a_quantized_tensor_of_a_model_is_set_by_its_own_loading(tmp_path):
+    model = nn.Conv2d(3, 4, 3)
+    model.register_buffer("x", torch.quantize_per_tensor(torch.zeros(3), 0.5, 0, torch.qint8))
+    path = ci.save_checkpoint(nn.Conv2d(3, 4, 3).state_dict() | {"x": torch.tensor([1, 0.5, -1])}, tmp_path / "a.pt")
+    assert len(ci.load_checkpoint(model, path).matched) == 3
+    assert model.x.dequantize().tolist() == [1, 0.5, -1]
+
+
+def test_numbers_that_torch_cannot_convert_are_refused_in_one_line(tmp_path):
+    dtype = getattr(torch, "float4_e2m1fn_x2", None) or pytest.skip("a dtype of newer versions of PyTorch")
+    state = small(1).state_dict()
+    packed = state | {"0.weight": torch.ones_like(state["0.weight"], dtype=torch.uint8).view(dtype)}
+    path, model = ci.save_checkpoint(packed, tmp_path / "init.pt"), small()
+    with pytest.raises(ci.RunError, match=r"^the model's tensors cannot be written, it is as it was: .*0\.weight"):
+        ci.load_checkpoint(model, path)
+    assert "RuntimeError" in verify_checkpoint(model, path).refused
+    assert torch.equal(model[0].weight, small()[0].weight)
+    assert compare([("file", packed), ("model", model)]).entries[0].weights == "different"
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
