@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsim_init.functional.dtypes import converts
 from convsim_init.layers import tree
 from convsim_init.layers.find import UNSELECTED, is_quantized
 from convsim_init.layers.forward.isolation import one_at_a_time
@@ -36,14 +37,14 @@ COPIES = ("frozen", "loaded", *UNSELECTED)  # what the obstacle of a copy begins
 def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> list[str]:
     """Remarks on a model, or a state dict, that its layers' reports do not make."""
     if not isinstance(model, nn.Module) or layers.followed is None:
-        return list(_arrays(model)) if isinstance(model, Mapping) else []
+        return [*_arrays(model), *_ties(model.items(), layers)] if isinstance(model, Mapping) else []
     inner, uses, modules = unwrap(model), layers.uses, layers.followed.modules
     return [
         *_other_kernels(inner, [layer.name for layer in layers], uses),
         *_quantized(inner),
         *_from_elsewhere(uses, modules),
         *_used_elsewhere(modules, layers, uses),
-        *_ties(inner, layers),
+        *_ties((*tree.named_parameters(inner), *tree.named_buffers(inner)), layers),
     ]
 
 
@@ -157,16 +158,16 @@ def _may_differ(use: Weight, weight: Weight, module: nn.Module) -> bool:
         return True
 
 
-def _ties(model: nn.Module, layers: Sequence[Layer]) -> Iterator[str]:
-    """A remark on tensors that are no convolution's and lie in the memory of a layer's that is treated."""
+def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Iterator[str]:
+    """A remark on those tensors that are no convolution's and lie in the memory of a layer's that is treated."""
     own = {id(source) for layer in layers for source in layer.weight.sources}
     treated = memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources)
     # What overlaps with a tensor starts before its end, and at most the longest before its start.
     treated.sort(key=attrgetter("start"))
     starts, longest = [one.start for one in treated], max((one.end - one.start for one in treated), default=0)
     found = []
-    for name, tensor in (*tree.named_parameters(model), *tree.named_buffers(model)):
-        for one in memories([tensor]) if id(tensor) not in own else ():
+    for name, tensor in entries:
+        for one in memories([tensor]) if isinstance(tensor, Tensor) and id(tensor) not in own else ():
             near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
             if any(overlap(one, other) for other in near):
                 found.append(shown(bare_name(name)))
@@ -226,7 +227,7 @@ def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _same(copy: Tensor, original: Tensor) -> bool:
-    alike = copy.device == original.device and copy.is_floating_point()
+    alike = copy.device == original.device and copy.is_floating_point() and converts(copy.dtype)
     # What is no copy differs in its first row already, nearly always.
     pairs = [*([(copy[:1], original[:1])] if copy.dim() else []), (copy, original)]
     return alike and all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)

@@ -315,6 +315,21 @@ def test_a_tensor_under_two_names_is_treated_once():
     assert [layer.reason for layer in report.layers] == [BY_SHAPE, "shares its weight with a"]
 
 
+def test_what_lies_in_the_memory_of_a_weight_and_changes_with_it_is_told():
+    memory = torch.randn(300)
+    state = {"a.weight": memory[:216].view(8, 3, 3, 3), "a.bias": memory[210:218], "b.bias": memory[216:]}
+    told = "in the memory of weights of layers, and change with them: a.bias"
+    assert told in ci.initialize_(state, settings=QUICK).remarks
+
+
+def test_packed_numbers_are_neither_masks_nor_copies():
+    dtype = getattr(torch, "float4_e2m1fn_x2", None) or pytest.skip("a dtype of newer versions of PyTorch")
+    packed = torch.ones(8, 3, 3, 3, dtype=torch.uint8).view(dtype)
+    state = {"a.weight": torch.randn(8, 3, 3, 3), "a.packed": packed, "b.weight": packed[:, :, 0].clone()}
+    report = ci.initialize_(state, settings=QUICK)
+    assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped"]
+
+
 def test_copies_beside_the_weights_that_part_from_them_are_told():
     state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
     state |= {f"{key}_ema": value.clone() for key, value in state.items()}
