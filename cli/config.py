@@ -125,8 +125,8 @@ def _check(ctx: click.Context, where: str, option: click.Option, value: Any) -> 
     """Refuse what click would refuse, and say where it stands."""
     try:
         option.type_cast_value(ctx, value)
-    except click.BadParameter as error:
-        raise click.UsageError(f"{where}: {error.message}", ctx) from error
+    except (click.BadParameter, ValueError) as error:  # the latter of a path with a null character
+        raise click.UsageError(f"{where}: {getattr(error, 'message', error)}", ctx) from error
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from convsim_init.errors import InputError
-from convsim_init.report.text import shown, some
+from convsim_init.report.text import quoted, shown, some
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
 LONGEST = 255  # letters of a name that leads to a state dict
@@ -38,7 +38,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
                 break
             if wrapper is None:
                 there = f"there is {some(map(shown, found))}" if found else "there is none"
-                raise InputError(f"expected a state dict under {shown(wanted)!r} in {name}: {there}")
+                raise InputError(f"expected a state dict under {quoted(wanted)} in {name}: {there}")
             wanted = wanted[len(wrapper) + 1 :] or None
         else:
             usual = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]

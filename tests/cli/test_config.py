@@ -68,6 +68,7 @@ def test_every_kind_of_option_is_taken_from_a_file_and_from_the_environment(comm
         ("exclude = [['a']]", "exclude: expected a list of texts, got [['a']]"),
         ("exclude = {a = 1}", "exclude: expected a list of texts, got {'a': 1}"),
         ("norm = 'y'", "norm: 'y' is not one of 'preserve', 'free'"),
+        (r'out = "a\u0000.pt"', "out: embedded null"),
         ("calibrate = '3x'", "calibrate: expected channels and sizes such as 3x224x224, got '3x'"),
         ("steps", "expected a TOML file, got "),
         ("x = " + "[" * 100_000, "expected a TOML file, got "),
