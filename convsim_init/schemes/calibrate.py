@@ -144,7 +144,10 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     if len(sizes) < 2 or min(sizes) < 1 or math.prod(sizes[1:]) < 2:
         raise InputError(f"expected an input shape of channels and sizes such as (3, 224, 224), got {shape!r}")
     generator, kind = torch.Generator().manual_seed(seed), torch.float32  # whatever the defaults are
-    white = torch.randn(IMAGES, *sizes, generator=generator, dtype=kind, device="cpu")
+    try:
+        white = torch.randn(IMAGES, *sizes, generator=generator, dtype=kind, device="cpu")
+    except (RuntimeError, TypeError) as error:  # the latter of a size beyond 64 bits
+        raise InputError(f"expected an input shape of which {IMAGES} fit in memory, got {shape!r}") from error
     axes = tuple(range(2, white.dim()))
     grids = torch.meshgrid(*(torch.fft.fftfreq(size, dtype=kind, device="cpu") for size in sizes[1:]), indexing="ij")
     frequencies = torch.stack(grids).square().sum(0).sqrt()  # [*shape[1:]]

@@ -201,6 +201,8 @@ def test_the_noise_has_the_spectrum_of_photographs():
         ({"input_shape": "3x8x8"}, "an input shape of channels and sizes such as .*, got '3x8x8'"),
         ({"input_shape": (3, 8.5, 8)}, "an input shape of channels and sizes"),
         ({"input_shape": 3}, "an input shape of channels and sizes"),
+        ({"input_shape": (3, 2**40, 2**40)}, "an input shape of which 16 fit in memory, got .3, 1"),
+        ({"input_shape": (3, 2**70, 8)}, "an input shape of which 16 fit in memory, got .3, 1"),
         ({"input_shape": (4, 8, 8)}, r"a model that takes \[16, 4, 8, 8\], got RuntimeError"),
         ({"input_shape": (3, 8, 8), "include": ["x"]}, "include: no convolution matches 'x'"),
     ],
