@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from convsim_init.files.sources import check_source
@@ -29,15 +27,15 @@ Examples:
 
 
 @click.command(help=HELP, epilog=EPILOG, short_help="Check that a file loads into a model strictly.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path())
 @click.argument("model", shell_complete=complete_models)
 @model_options
 @key_option
 @json_option(help="Print every key's match as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
-def verify(file: Path, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
+def verify(file: str, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
-    if is_file(model) and not is_file(str(file)):
+    if is_file(model) and not is_file(file):
         raise click.UsageError(f"expected FILE MODEL, got MODEL FILE: write verify {model} {file}")
     check_source(file)
     how.check(model)

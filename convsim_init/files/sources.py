@@ -58,6 +58,8 @@ def check_source(path: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"expected a file, got the address {str(path)!r}: nothing is downloaded here; download it first"
         )
+    if path == "":  # whose path would be the working folder
+        raise InputError("expected the path of a checkpoint, got an empty text: name a file")
     source = folder_file(Path(path)) or Path(path)
     if isdir(source):
         raise without_weights(path)

@@ -186,6 +186,10 @@ def test_a_folder_without_weights_says_which_file_it_lacks(name, tmp_path, comma
 def test_an_empty_name_is_not_that_of_the_folder(tmp_path, command):
     safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
     assert "got '': name one" in command("inspect", "")[2]
+    refusal = "expected the path of a checkpoint, got an empty text: name a file"
+    assert command("verify", "", "cifar_resnet18") == (2, "", f"Error: {refusal}\n")
+    with pytest.raises(InputError, match=refusal):
+        load_checkpoint(torch.nn.Conv2d(3, 4, 3), "")
 
 
 def write_distributed(folder: Path, **entries: object) -> None:
