@@ -131,7 +131,7 @@ def _check(ctx: click.Context, where: str, option: click.Option, value: Any) -> 
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows begins files with a mark
         return data
     except (OSError, ValueError, RecursionError) as error:
         raise click.UsageError(f"{shown(str(path), PATH)}: expected a TOML file, got {error}") from error

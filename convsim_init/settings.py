@@ -145,6 +145,8 @@ def check_prefix(prefix: str) -> None:
     check_type("prefix", prefix, str, "write prefix='model.'")
     if prefix and not prefix.endswith("."):
         raise InputError(f"expected a prefix of keys that ends in a dot, such as {prefix + '.'!r}, got {prefix!r}")
+    if not prefix.isprintable():
+        raise InputError(f"expected a prefix of letters that print, such as 'model.', got {prefix!r}")
 
 
 def check_type(name: str, value: object, kind: type, advice: str) -> None:

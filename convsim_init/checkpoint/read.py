@@ -24,7 +24,7 @@ from convsim_init.errors import InputError
 from convsim_init.files.sources import MAPPED, check_source
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import bare_entries
-from convsim_init.report.text import quoted, shown, some
+from convsim_init.report.text import has_surrogates, quoted, shown, some
 from convsim_init.settings import check_type
 
 WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffixes
@@ -160,16 +160,12 @@ def _errors(path: Path) -> Iterator[None]:
         name = repr(str(path))
         if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
             raise InputError(f"cannot read {name}: {error.strerror}; check the file") from error
-        if _has_surrogates(str(path)):  # which stand for other bytes
+        if has_surrogates(str(path)):  # which stand for other bytes
             raise InputError(f"cannot read {name}: its path is not in UTF-8, as libraries expect; rename it") from error
         writer = WRITERS.get(path.suffix, "torch.save")
         raise InputError(
             f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
         ) from error
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _checked(name: str, content: object, size: int, wanted: str | None) -> Checkpoint:
@@ -190,7 +186,7 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
             of = quoted(key) if is_plain(key) else "a key that is no text"  # such as bytes, which are not made
             what = f"{shown(type_name(value))} under {of}"
             raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
-        if _has_surrogates(key):
+        if has_surrogates(key):
             raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")
         # One row that stands for a million, or a million rows of nothing.
         if max(value.nbytes, *value.shape, 0) > size:

@@ -18,7 +18,7 @@ from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, refu
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.report import Report, check_patterns
-from convsim_init.report.text import quoted, shown, some
+from convsim_init.report.text import has_surrogates, quoted, shown, some
 
 OF_A_WEIGHT = re.compile(
     r"(.*)\.(weight(_[guv]|_orig|_mask)?|parametrizations\.weight\..*)", re.DOTALL
@@ -100,7 +100,7 @@ def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> d
         InputError: If there are no entries, one is anything but a dense tensor of finite numbers, or ``dtype`` is not
             a floating one.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and converts(dtype)):
         raise InputError(f"expected dtype to be a floating one such as torch.float32, or None, got {dtype!r}")
     if not entries:
         raise InputError("expected weights to write, got an empty state dict")
@@ -171,6 +171,8 @@ def check_entry(key: str, value: object) -> Tensor:
         if is_extra_state(key):
             extra = f"a module's extra state of type {kind}, which no file of tensors holds"
             problem = f"only tensors in the state dict, got {extra}: {LEAVE_OUT}"
+    elif has_surrogates(key):
+        problem = f"a key of Unicode letters, got others: rename it, or {LEAVE_OUT}"
     elif is_lazy(value):
         problem = "a tensor with data, got a lazy one: run a forward pass first"
     elif has_no_data(value):

@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether letters in it stand for bytes that are no text, and cannot be written as UTF-8."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def shortened(text: str, length: int = NAME) -> str:
     """Text of at most that many characters, its middle left out where it is longer."""
     if len(text) <= length:

@@ -248,6 +248,8 @@ def test_a_prefix_stands_before_every_key(name, prefix, tmp_path):
 def test_a_prefix_that_would_run_into_the_keys_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"ends in a dot, such as 'model\.', got 'model'"):
         save_checkpoint(small(), tmp_path / "init.pt", prefix="model")
+    with pytest.raises(InputError, match=r"expected a prefix of letters that print, .* got '\\udcff\.'"):
+        save_checkpoint(small(), tmp_path / "init.pt", prefix="\udcff.")
     assert not list(tmp_path.iterdir())
 
 
@@ -854,6 +856,13 @@ NOT_FINITE += " (--without in the shell)"
         pytest.param(nn.ReLU(), {}, "expected weights to write, got an empty state dict", id="no-weights"),
         pytest.param([1], {}, "expected a module or its state dict to write, got list", id="list"),
         pytest.param(
+            {"a\ud800": torch.ones(3)},
+            {},
+            r"a\ud800: expected a key of Unicode letters, got others: rename it, or leave it out with exclude "
+            "(--without in the shell)",
+            id="surrogates",
+        ),
+        pytest.param(
             small(),
             {"dtype": torch.int8},
             "expected dtype to be a floating one such as torch.float32, or None, got torch.int8",
@@ -945,6 +954,12 @@ def test_what_a_state_dict_of_somebodys_own_holds_beside_tensors_can_be_left_out
 def test_a_path_is_a_path(path):
     with pytest.raises(InputError, match=f"expected the path of a file, got {type(path).__name__}"):
         save_checkpoint({"a": torch.ones(2)}, path)
+
+
+def test_packed_numbers_are_no_dtype_to_convert_to(tmp_path):
+    dtype = getattr(torch, "float4_e2m1fn_x2", None) or pytest.skip("a dtype of newer versions of PyTorch")
+    with pytest.raises(InputError, match=r"expected dtype to be a floating one .*, got torch\.float4"):
+        save_checkpoint(small(), tmp_path / "init.pt", dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -36,6 +36,11 @@ def test_the_command_line_wins_over_the_environment_over_the_file_over_pyproject
     assert (report["settings"]["steps"], report["remarks"]) == (4, [])
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(command, tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfsteps = 3\n")
+    assert dry(command, "--config", "run.toml")[0]["settings"]["steps"] == 3
+
+
 def test_every_kind_of_option_is_taken_from_a_file_and_from_the_environment(command, tmp_path, monkeypatch):
     monkeypatch.setenv("CONVSIM_INIT_EXCLUDE", "layer1* layer2*")
     monkeypatch.setenv("CONVSIM_INIT_CONVS_ONLY", "yes")
