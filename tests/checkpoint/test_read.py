@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -101,6 +102,25 @@ def test_a_dict_with_a_default_is_a_dict(tmp_path):
     for content in (defaultdict(dict, TENSORS), {"model": defaultdict(torch.Tensor, TENSORS)}):
         torch.save(content, tmp_path / "a.pt")
         torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+
+
+def test_an_archive_may_be_without_checksums(tmp_path):
+    choose = getattr(torch.serialization, "set_crc32_options", None) or pytest.skip("an option of newer versions")
+    choose(False)
+    try:
+        torch.save(TENSORS, tmp_path / "a.pt")
+    finally:
+        choose(True)
+    torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+
+
+def test_numbers_in_big_endian_are_refused(tmp_path):
+    torch.save(TENSORS, tmp_path / "little.pt")
+    with ZipFile(tmp_path / "little.pt") as little, ZipFile(tmp_path / "big.pt", "w") as big:
+        for name in little.namelist():
+            big.writestr(name, b"big" if name.endswith("/byteorder") else little.read(name))
+    with pytest.raises(InputError, match=r"expected numbers in little endian, got .*big\.pt': save it on another"):
+        read_checkpoint(tmp_path / "big.pt")
 
 
 @pytest.mark.parametrize("key", ["net", "params"])
