@@ -62,7 +62,8 @@ def save_checkpoint(
         prefix: Text that ends in a dot, to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
         exclude: Shell patterns of keys to leave out, such as ``"fc.*"`` for another number of classes.
-        dtype: Dtype of the floating tensors; None keeps each one's own. A warning says if it rounds filters away.
+        dtype: Dtype of the floating tensors but packed ones, as of float4; None keeps each one's own. A warning says if
+            it rounds filters away.
         overwrite: Replace an existing file.
 
     Returns:
