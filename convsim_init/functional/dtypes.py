@@ -35,7 +35,9 @@ def converts(dtype: torch.dtype) -> bool:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether all values are equal, NaN to NaN, whatever the dtypes, of which `torch.equal` knows only some."""
+    """Whether shapes and values are equal, NaN to NaN, whatever the dtypes, of which `torch.equal` knows only some."""
+    if a.shape != b.shape:
+        return False
     # Sparse tensors know no ==.
     a, b = (one if one.layout is torch.strided else one.to_dense() for one in (a.detach().cpu(), b.detach().cpu()))
     if a.dtype != b.dtype and not (a.is_quantized or b.is_quantized):
