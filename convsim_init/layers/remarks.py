@@ -40,7 +40,7 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
         return [*_arrays(model), *_ties(model.items(), layers)] if isinstance(model, Mapping) else []
     inner, uses, modules = unwrap(model), layers.uses, layers.followed.modules
     return [
-        *_other_kernels(inner, [layer.name for layer in layers], uses),
+        *_other_kernels(inner, layers, uses),
         *_quantized(inner),
         *_from_elsewhere(uses, modules),
         *_used_elsewhere(modules, layers, uses),
@@ -48,15 +48,17 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
     ]
 
 
-def _other_kernels(model: nn.Module, names: Sequence[str], uses: Uses) -> Iterator[str]:
+def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Iterator[str]:
     """A remark on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
 
     Those convolve with weights that are made of parameters of no layer, or have weights of their own and a
-    ``kernel_size``, or ones of the rank of a kernel. The names are those of the layers that are in the report.
+    ``kernel_size``, or ones of the rank of a kernel. The layers are those that are in the report.
     """
+    names = [layer.name for layer in layers]
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
     kernels = set[int]()
     known = {id(p) for one in tree.modules(model) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
+    known |= {id(source) for layer in layers for source in layer.weight.sources}
     parameters = {id(one): one for one in tree.parameters(model) if not is_lazy(one)}
     others = {one for one, parameter in parameters.items() if parameter.dim() > 1} - known
     for name, module in tree.named_modules(model):

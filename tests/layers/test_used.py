@@ -1011,6 +1011,23 @@ class MaskedInPlaceAround(Around):
         return self.conv(x)
 
 
+class MaskedInPlaceByAnOperator(Around):
+    def forward(self, x):
+        torch.ops.aten.mul_.Tensor(self.conv.weight.data, self.mask)
+        return self.conv(x)
+
+
+class MaskedAroundAnOperator(Around):
+    def forward(self, x):
+        weight = torch.ops.aten.mul.Tensor(self.conv.weight, self.mask)
+        return torch.ops.aten.convolution(x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+class MaskedAroundAnOverload(Around):
+    def forward(self, x):
+        return torch.ops.aten.conv2d.default(x, self.conv.weight * self.mask)
+
+
 def hooked_around():
     model = nn.Sequential(nn.Conv2d(4, 8, 3))
     mask = torch.rand(8, 4, 3, 3) < 0.5
@@ -1136,6 +1153,7 @@ MASKED = [
     *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
     *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around, MaskedAbove, MaskedByABase),
     *(MaskedByItsOwnMethod, MaskedByAnAttribute, MaskedByAStaticMethod),
+    *(MaskedInPlaceByAnOperator, MaskedAroundAnOperator, MaskedAroundAnOverload),
 ]
 
 

@@ -8,13 +8,21 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.convolution, *TRANSPOSED}
+
+def _called(*names: str) -> set[Callable[..., Any]]:
+    """The functions of those names, as of `torch.nn.functional`, and the operators that code may call instead."""
+    operators = [getattr(torch.ops.aten, name) for name in names]
+    overloads = (getattr(one, overload) for one in operators for overload in one.overloads())
+    return {*(getattr(torch, name) for name in names), *operators, *overloads}
+
+
+EITHER = _called("convolution", "_convolution")  # transposed or not, as an argument says
+TRANSPOSED = _called("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+CONVOLUTIONS = _called("conv1d", "conv2d", "conv3d") | TRANSPOSED | EITHER
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 METHODS = ("__call__", "forward", "_conv_forward")
 
@@ -49,7 +57,7 @@ def convolution_arguments(func: Callable[..., object], args: Sequence[Any], kwar
 
     x, weight, bias, stride = argument("input", 0), argument("weight", 1), argument("bias", 2), argument("stride", 3, 1)
     strides = (stride,) if isinstance(stride, int) else stride
-    if func is torch.convolution:
+    if func in EITHER:
         return Convolution(x, weight, bias, strides, argument("transposed", 6), argument("groups", 8))
     return Convolution(x, weight, bias, strides, func in TRANSPOSED, argument("groups", 6, 1))
 

@@ -26,7 +26,17 @@ from convsim_init.layers.symbolic.answers import Answers
 from convsim_init.layers.symbolic.constants import Constants
 from convsim_init.layers.symbolic.kinds import call_name
 from convsim_init.layers.symbolic.results import added_dimensions, tensor_count
-from convsim_init.layers.symbolic.symbols import Node, Shape, Symbol, are_sizes, bases, is_in_place, name_of, tensors_in
+from convsim_init.layers.symbolic.symbols import (
+    Node,
+    Shape,
+    Symbol,
+    are_sizes,
+    bases,
+    is_in_place,
+    kind_of,
+    name_of,
+    tensors_in,
+)
 
 LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
@@ -238,7 +248,7 @@ class SymbolicPass(TorchFunctionMode):
     ) -> Any:
         """What a function of PyTorch returns."""
         kwargs = kwargs or {}
-        name, kind = name_of(func), getattr(func, "__name__", "")
+        name, kind = name_of(func), kind_of(func)
         first = args[0] if args else None
         if name == "device":
             return self._sample.device

@@ -85,9 +85,15 @@ class Shape(tuple[Any, ...]):
         return math.prod(self)
 
 
+def kind_of(func: Callable[..., Any]) -> str:
+    """What a function calls itself, an operator of ``torch.ops`` without its overload: ``add_`` of ``add_.Tensor``."""
+    kind: str = getattr(func, "__name__", "").partition(".")[0]
+    return kind
+
+
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a function, method, operator or attribute: ``mul`` for all that multiply."""
-    name = getattr(func, "__name__", "")
+    name = kind_of(func)
     if name in ("__get__", "__set__"):
         name = func.__self__.__name__  # type: ignore[attr-defined]
     if name in ("__rdiv__", "__rtruediv__"):
