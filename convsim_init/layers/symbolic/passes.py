@@ -252,6 +252,11 @@ class SymbolicPass(TorchFunctionMode):
         first = args[0] if args else None
         if name == "device":
             return self._sample.device
+        if name == "cond":  # `torch.cond`, which is given code of the model for either case
+            _, here, there, operands = args
+            with self:  # no mode sees what is called in it
+                there(*operands)
+                return here(*operands)
         if not isinstance(first, Symbol):
             state = first is None and name.startswith(("set_", "is_", "get_"))  # such as whether gradients are kept
             if state or (isinstance(first, Tensor) and (kind == "__get__" or name in SIZES | ASKED)):

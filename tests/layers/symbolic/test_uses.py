@@ -516,6 +516,14 @@ class ByOperator(Unfolding):
         return torch.ops.aten.thnn_conv2d(x, self.kernel(), [3, 3])
 
 
+class ByACondition(Unfolding):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.convolve, self.convolve, (x,))
+
+    def convolve(self, x):
+        return F.conv2d(x, self.kernel())
+
+
 class ByFourier(Unfolding):
     def forward(self, x):
         kernel = torch.fft.rfft2(self.kernel(), s=x.shape[-2:])
@@ -539,7 +547,9 @@ class ByCopy(Unfolding):
         return conv(x)
 
 
-@pytest.mark.parametrize("kind", [ByEinsum, ByProduct, ByLinear, ByOperator, ByFourier, ByAnother, ByCopy])
+@pytest.mark.parametrize(
+    "kind", [ByEinsum, ByProduct, ByLinear, ByOperator, ByACondition, ByFourier, ByAnother, ByCopy]
+)
 def test_a_weight_that_is_multiplied_with_by_other_means_is_not_known(kind):
     (layer,) = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1)).layers
     assert layer.outcome is ci.Outcome.SKIPPED
