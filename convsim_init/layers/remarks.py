@@ -44,7 +44,7 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
         *_quantized(inner),
         *_from_elsewhere(uses, modules),
         *_used_elsewhere(modules, layers, uses),
-        *_ties((*tree.named_parameters(inner), *tree.named_buffers(inner)), layers),
+        *_ties(_tensors_of(inner), layers),
     ]
 
 
@@ -162,7 +162,7 @@ def _may_differ(use: Weight, weight: Weight, module: nn.Module) -> bool:
 
 def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Iterator[str]:
     """A remark on those tensors that are no convolution's and lie in the memory of a layer's that is treated."""
-    own = {id(source) for layer in layers for source in layer.weight.sources}
+    own = {id(one) for layer in layers for one in (*layer.weight.sources, *layer.weight.storage().values())}
     treated = memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources)
     # What overlaps with a tensor starts before its end, and at most the longest before its start.
     treated.sort(key=attrgetter("start"))
@@ -173,6 +173,7 @@ def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Ite
             near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
             if any(overlap(one, other) for other in near):
                 found.append(shown(bare_name(name)))
+        own.add(id(tensor))  # which may have other names
     if found:
         yield f"in the memory of weights of layers, and change with them: {some(found)}"
 

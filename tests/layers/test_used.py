@@ -192,8 +192,11 @@ def test_memory_says_what_is_shared(kind, source):
 def test_other_tensors_in_the_memory_of_a_treated_weight_are_told():
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 1), "linear": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
     model["linear"].weight.data = model["conv"].weight.data.view(8, 4)
+    model.held = [model["conv"].weight, model["linear"].weight, model["other"].weight.detach()]
+    model["other"].kernel = model["conv"].weight.detach().flatten(1)
     report = ci.initialize_(model, settings=SETTINGS)
-    assert report.remarks == ["in the memory of weights of layers, and change with them: linear.weight"]
+    names = "linear.weight, other.kernel"
+    assert report.remarks == [f"in the memory of weights of layers, and change with them: {names}"]
     assert ci.initialize_(model, exclude=["*"]).remarks == []
 
 
