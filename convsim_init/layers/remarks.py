@@ -173,7 +173,6 @@ def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Ite
             near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
             if any(overlap(one, other) for other in near):
                 found.append(shown(bare_name(name)))
-        own.add(id(tensor))  # which may have other names
     if found:
         yield f"in the memory of weights of layers, and change with them: {some(found)}"
 
@@ -213,12 +212,16 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model, those that attributes hold by the names of the attributes."""
-    yield from (*tree.named_parameters(model), *tree.named_buffers(model))
+    """The tensors of a model, each once; those that attributes hold by the names of the attributes."""
+    named = [*tree.named_parameters(model), *tree.named_buffers(model)]
     for name, part in tree.named_modules(model):
         for key, value in vars(part).items():
             if key not in USUAL:
-                yield from ((f"{name}.{key}".lstrip("."), tensor) for tensor in tensors_in(value, NEAR))
+                named += ((f"{name}.{key}".lstrip("."), tensor) for tensor in tensors_in(value, NEAR))
+    found = dict[int, tuple[str, Tensor]]()
+    for name, tensor in named:  # of several names the first
+        found.setdefault(id(tensor), (name, tensor))
+    yield from found.values()
 
 
 def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
