@@ -147,7 +147,9 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     try:
         white = torch.randn(IMAGES, *sizes, generator=generator, dtype=kind, device="cpu")
     except (RuntimeError, TypeError) as error:  # the latter of a size beyond 64 bits
-        raise InputError(f"expected an input shape of which {IMAGES} fit in memory, got {shape!r}") from error
+        raise InputError(
+            f"expected an input shape of which {IMAGES} fit in memory, got {shape!r}: choose smaller sizes"
+        ) from error
     axes = tuple(range(2, white.dim()))
     grids = torch.meshgrid(*(torch.fft.fftfreq(size, dtype=kind, device="cpu") for size in sizes[1:]), indexing="ij")
     frequencies = torch.stack(grids).square().sum(0).sqrt()  # [*shape[1:]]
