@@ -23,7 +23,6 @@ LIBRARIES = {"torch", *sys.stdlib_module_names}
 ATOMS = (bool, int, float, str, type(None))
 CODE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # is not looked through
 CONTAINERS = (tuple, list, set, dict, OrderedDict)
-NEAR = 2  # containers and objects within each other that are looked into for what code keeps
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
 
 
@@ -78,44 +77,6 @@ def closure_of(function: Any) -> list[Any]:
         with suppress(ValueError):  # empty yet
             held.append(cell.cell_contents)
     return held
-
-
-def known_to(kind: Any, code: Any = None) -> Iterator[Any]:
-    """What the code of `code_in` knows by its names, as attributes of classes, and by closures."""
-    for function, inner in code_in(kind, code):
-        for name in inner.co_names:
-            yield from (function.__globals__.get(name), getattr_static(kind, name, None))
-        yield from closure_of(function)
-
-
-def known_to_hook(hook: Any) -> Iterator[Any]:
-    """As `known_to`, and the object that a hook is or that it is a method of; nothing of a library's or our own."""
-    bare = hook.func if isinstance(hook, partial) else hook
-    owner = getattr(bare, "__self__", bare)
-    function = bare if isinstance(bare, (FunctionType, MethodType)) else None
-    of: Any = function or type(bare)
-    if not (is_librarys(of) or of.__module__.partition(".")[0] == __name__.partition(".")[0]):
-        yield owner
-        yield from known_to(type(owner), function)
-
-
-def containers_in(value: Any, depth: int) -> Iterator[Any]:
-    """The lists and dicts that a value is or holds, also in attributes."""
-    kind, live = type(value), value
-    if not issubclass(kind, (list, dict, *CODE, Tensor)):
-        with suppress(Exception):  # of objects without attributes; code of theirs that tells of others is not run
-            live = object.__getattribute__(value, "__dict__")
-    if issubclass(type(live), (list, dict)) and len(content := content_of(live)) < MANY:
-        yield live
-        for one in content.values() if isinstance(content, dict) and depth else ():
-            yield from containers_in(one, depth - 1)
-
-
-def content_of(live: Any) -> Any:
-    """What a list or dict holds, by no code of its own."""
-    if isinstance(live, list):
-        return list.copy(live)
-    return dict(live) if type(live) is OrderedDict else dict.copy(live)  # which knows no other order
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

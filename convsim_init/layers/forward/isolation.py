@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,24 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import (
-    ATOMS,
-    CONTAINERS,
-    NEAR,
-    containers_in,
-    content_of,
-    copied,
-    heavy_attributes,
-    is_plain,
-    known_to_hook,
-)
+from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes
 from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
-FILLED = (list, dict, OrderedDict, defaultdict)  # what hooks may put things into
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 EAGER: list[int] = []  # the threads in which nothing is compiled
 RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which passes of our own run, and of what, by ids
@@ -60,7 +48,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """
     parts = list(tree.modules(module))
     # Lists and dicts need not be put back: what attributes hold in here are copies of them.
-    with LIVE, not_cached(), hooks_forget(parts), undisturbed(module, containers=False), warnings.catch_warnings():
+    with LIVE, not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         # Modules and tensors stay themselves: hooks know them, and trials write to them.
         memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
@@ -109,25 +97,6 @@ def undisturbed(
             finally:
                 for put_back in undo:
                     put_back()
-
-
-@contextmanager
-def hooks_forget(parts: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Context after which the lists and dicts that hooks of modules know, and hooks on all modules, are as before.
-
-    They know them alone, or in objects of somebody's own class.
-    """
-    hooks = [hook for part in parts for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())]
-    hooks += [*_module._global_forward_pre_hooks.values(), *_module._global_forward_hooks.values()]
-    known = {id(one): one for hook in hooks for one in known_to_hook(hook)}.values()
-    held = [one for one in known if is_plain(one) or isinstance(one, (list, dict))]
-    filled = (one for value in held for one in containers_in(value, NEAR) if type(one) in FILLED)
-    before = [(one, content_of(one)) for one in filled]
-    try:
-        yield
-    finally:
-        for live, content in before:
-            put_content_back(live, content)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import is_librarys
-from convsim_init.layers.forward.isolation import LIVE, hooks_forget, random_states, running
+from convsim_init.layers.forward.isolation import LIVE, random_states, running
 from convsim_init.layers.symbolic.clone import on_meta
 from convsim_init.layers.symbolic.kept import without_unknown_values
 from convsim_init.layers.symbolic.kinds import SHAPES, USING
@@ -87,8 +87,7 @@ def follow(model: nn.Module) -> Followed:
             return followed
         FOLLOWING.append(model)
         try:
-            # Of a copy that is yet to be made: it has hooks of its own, but for those on all modules.
-            with running(()), hooks_forget(), without_unknown_values(list(tree.modules(model))):
+            with running(()), without_unknown_values(list(tree.modules(model))):  # of a copy that is yet to be made
                 _follow(model, followed)
         except Exception:  # of any kind: what cannot be copied
             followed.failed = {name for name, module in followed.modules.items() if _has_forward(module)}

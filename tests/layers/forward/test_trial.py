@@ -218,39 +218,6 @@ def test_what_stands_beside_a_lock_is_left_as_it_was_and_a_queue_is_the_same():
     assert module.held.queue.empty()
 
 
-MAPS: list[torch.Tensor] = []
-
-
-class Recorder:
-    def __init__(self):
-        self.count, self.maps = 0, {"all": []}
-
-    def __call__(self, module, inputs, output):
-        self.count += 1
-        self.maps["all"].append(output)
-
-
-class Doubled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x):
-        return self.last(self.norm(F.conv2d(x, self.conv.weight * 2)))
-
-
-def test_what_hooks_put_into_lists_and_objects_is_not_there_afterwards():
-    model, maps, recorder = Doubled(), {}, Recorder()
-    model.norm.register_forward_hook(lambda *given: MAPS.append(given))
-    model.norm.register_forward_pre_hook(lambda *given: maps.setdefault("given", given) and None)
-    model.norm.register_forward_hook(recorder)
-    for all_modules in (False, True):
-        handle = nn.modules.module.register_module_forward_hook(recorder) if all_modules else None
-        ci.measure(model)
-        assert (MAPS, maps, vars(recorder)) == ([], {}, {"count": 0, "maps": {"all": []}})
-    handle.remove()
-
-
 def test_copies_are_still_equal():
     module = Everything()
     clone = copy.deepcopy(module)
