@@ -15,7 +15,6 @@ from convsim_init.layers import tree
 from convsim_init.layers.find import find_layers, pair_obstacle, unselected
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name, unwrap
-from convsim_init.layers.remarks import watch_copies
 from convsim_init.models.construction import LOADED, Construction, Moment, UnmatchedError, left_alone
 from convsim_init.models.copies import HISTORIES, History
 from convsim_init.parallel.processes import of_several_processes
@@ -49,8 +48,8 @@ def initializing(
     made, as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
     ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude
     them. A copy that is left alone, such as a target network, is named in a remark where what it was copied from was
-    treated, and so is one that the optimizer is given in place of parameters, such as masters in float32. Processes
-    that are started in the context are not part of it, and models are to be built and trained by one thread.
+    treated. Processes that are started in the context are not part of it, and models are to be built and trained by one
+    thread.
 
     If the context ends with an exception, nothing is treated then.
 
@@ -109,9 +108,7 @@ def initializing(
                 # Without a pair of filters a layer would be left anyway, and says so itself.
                 for layer in drawn:
                     layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
-            parted = watch_copies(construction.given, drawn)
             report = initialize_layers(model, layers, checked, device, within=history)
-            report.remarks += parted()
             # The report that was there before says it all.
             if again and not any(layer.after or layer.reason in (RECEIVED, LOADED) for layer in report.layers):
                 continue
@@ -125,9 +122,8 @@ def initializing(
                 on_report(report)
 
     HISTORIES.append(history)
-    construction = Construction(treat)
     try:
-        with construction:
+        with Construction(treat):
             yield reports
     finally:
         HISTORIES.remove(history)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
@@ -20,8 +20,6 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import is_running
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.owners import find_call
-from convsim_init.layers.symbolic.symbols import tensors_in
-from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.models.patching import noting_loaded, observed
 from convsim_init.models.window import before_first_pass, drop_hooks
 
@@ -72,7 +70,6 @@ class Construction:
         self._redrawn = _Modules()  # since an optimizer was made
         self._loaded = _Modules()  # since models were told
         self._graded = set[int]()  # parameters, by their ids, that had a gradient then
-        self.given: dict[str, Tensor] = {}  # what the optimizer is given then that is no parameter of a module
         self._telling = False  # then copies that are made, and forward passes, are none of the context's
         self._window = ExitStack()  # from an optimizer to the first forward pass
         self._undo = ExitStack()
@@ -151,14 +148,8 @@ class Construction:
         self._redrawn.pop(id(module), None)
         self._loaded[id(module)] = module
 
-    def _before_optimizer(
-        self, optimizer: torch.optim.Optimizer, /, params: object = (), *_: object, **__: object
-    ) -> None:
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, /, *_: object, **__: object) -> None:
         if not _is_own(optimizer):
-            own = {id(one) for module in self._made.values() for one in module._parameters.values()}
-            # A generator is left to the optimizer.
-            listed = list(params) if isinstance(params, Collection) else ()
-            self.given = dict(_with_parts(one for one in tensors_in(listed) if id(one) not in own))
             self._begin_training()
 
     def _before_group(self, optimizer: torch.optim.Optimizer, /, *_: object, **__: object) -> None:
@@ -240,7 +231,6 @@ class Construction:
             for model in models:
                 self._marks_loaded(model)
             self._treat(models, moment)
-        self.given = {}
         parts = [part for model in models for part in tree.modules(model)]
         _unmark(parts)
         for part in parts:
@@ -259,15 +249,6 @@ def left_alone(module: nn.Module | None) -> str | None:
 def _is_own(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a descent made it, which trains no network."""
     return type(optimizer).__module__.partition(".")[0] == __name__.partition(".")[0]
-
-
-def _with_parts(tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of an optimizer with names, and the parts of those that may be stacks of weights of several models."""
-    for number, tensor in enumerate(tensors):
-        yield f"tensor {number} of the optimizer", tensor
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.dim() > min(KERNEL_RANKS):
-            for index, part in enumerate(tensor.detach()):
-                yield f"tensor {number}[{index}] of the optimizer", part
 
 
 def _has_gradient(parameter: nn.Parameter | None) -> bool:

@@ -878,41 +878,6 @@ def test_a_copy_that_is_left_alone_is_told_of(copied, whole, first):
     assert models is not None
 
 
-def masters(models):
-    return [parameter.detach().clone().double() for parameter in models[0].parameters()]
-
-
-def masters_in_groups(models):
-    return [{"params": masters(models), "lr": 0.1}]
-
-
-def stacked(models):
-    return torch.func.stack_module_state(models)[0].values()
-
-
-@pytest.mark.parametrize("given", [masters, masters_in_groups, stacked])
-def test_copies_that_an_optimizer_is_given_are_told_of(given):
-    with ci.initializing(settings=QUICK, exclude=["2"]) as reports:
-        models = [network(), network()]
-        twin = copy.deepcopy(models[0])
-        torch.optim.SGD(given(models), lr=0.1)
-    assert twin is not None
-    begin = "copies that are no longer equal to what they were copied from: tensor 0"
-    ends = ["[0]", "[1]", "[0]"] if given is stacked else ["", None, ""]
-    assert [report.remarks for report in reports] == [
-        [] if end is None else [f"{begin}{end} of the optimizer (of 0): copy them again"] for end in ends
-    ]
-
-
-def test_twins_that_one_optimizer_trains_are_treated_alike():
-    with ci.initializing(settings=QUICK) as reports:
-        model = network()
-        twin = copy.deepcopy(model)
-        torch.optim.SGD([*model.parameters(), *twin.parameters()], lr=0.1)
-    assert [report.remarks for report in reports] == [[], []]
-    assert_equal(twin, model.state_dict())
-
-
 @pytest.mark.parametrize("options", [{"exclude": ["0"]}, {"include": ["2"]}], ids=["exclude", "include"])
 def test_a_copy_that_is_selected_otherwise_is_told_of(options):
     """An average of weights holds the layers under other names."""
