@@ -20,7 +20,6 @@ from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
 from convsim_init.functional.dtypes import equal
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import not_finalized
 from convsim_init.layers.memory import has_no_data, memories
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
@@ -154,8 +153,7 @@ def _copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # as hooks leave them; these cannot be copied
                 memo[id(value)] = value.detach().clone()
-    with not_finalized(memo):
-        return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, memo)
 
 
 def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:

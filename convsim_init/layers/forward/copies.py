@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from inspect import getattr_static
 from itertools import chain
@@ -136,7 +136,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     new: dict[int, Any] = {}
     known = ChainMap(new, memo)
     try:
-        with Copying(_cloned), not_finalized(new):
+        with Copying(_cloned):
             # The memo is only read: half a copy leaves nothing in it, and `new` has copies alone.
             twin = copy.deepcopy(value, known)  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
@@ -167,22 +167,6 @@ def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
             parts.update({name: copied(one, memo) for name, one in parts.items()})
             return twin
     return value
-
-
-@contextmanager
-def not_finalized(memo: Mapping[int, Any]) -> Iterator[None]:
-    """Context after which no finalizer of a copy in a memo runs: it may close what the original still uses."""
-    try:
-        yield
-    finally:
-        for original, twin in memo.items():
-            kind = type(twin)
-            # What says itself how it is copied knows what its copies may close.
-            armed = hasattr(kind, "__del__") and not (is_librarys(kind) or hasattr(kind, "__deepcopy__"))
-            if armed and id(twin) != original:
-                own = {"__del__": lambda _: None, "__slots__": (), "__module__": kind.__module__}
-                with suppress(TypeError):  # of a class whose objects can have no other
-                    twin.__class__ = type(kind.__name__, (kind,), own)
 
 
 class Copying(TorchFunctionMode):

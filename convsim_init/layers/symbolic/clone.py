@@ -31,7 +31,7 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     memo = {} if memo is None else memo
     parts = [part for part in tree.modules(model) if id(part) not in memo]
-    with copies.Copying(partial(torch.empty_like, device="meta")), copies.not_finalized(memo):
+    with copies.Copying(partial(torch.empty_like, device="meta")):
         for part in parts:
             for name, value in vars(part).items():
                 # Empty until the model is copied: copies of hooks know those of modules.
