@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,32 +52,21 @@ def names_in(kind: Any, code: Any = None) -> set[str]:
 def code_in(kind: Any, code: Any = None) -> Iterator[tuple[Any, CodeType]]:
     """The code of a function, or of a class's forward pass, and of what these name, with the functions it is of."""
     pending: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
-    known = set[int]()
+    known = set[CodeType]()
     for one in pending:
-        function = getattr(one, "__func__", getattr(one, "fget", one))
-        # By their ids: those that one decorator makes have one code, and differ in what they hold.
-        if id(function) in known:
-            continue
-        known.add(id(function))
-        if "__wrapped__" in getattr(function, "__dict__", ()):  # of a decorated one, whose code may keep things too
-            pending.append(function.__wrapped__)
+        function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
         own = getattr(function, "__code__", None)
-        # Not by its `__module__`, which a decorator may have given it.
-        if isinstance(own, CodeType) and str(function.__globals__.get("__name__")).split(".")[0] not in LIBRARIES:
-            pending += closure_of(function)
-            for inner in codes_in(own):
-                yield function, inner
-                pending += [getattr_static(kind, name, None) for name in inner.co_names]
-                pending += [function.__globals__.get(name) for name in inner.co_names]
-
-
-def closure_of(function: Any) -> list[Any]:
-    """What the closure of a function holds."""
-    held = []
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # empty yet
-            held.append(cell.cell_contents)
-    return held
+        codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_librarys(function) else []
+        # Functions call themselves and each other: the same ones would come back for ever.
+        codes = codes if known.isdisjoint(codes[:1]) else []
+        known.update(codes)
+        for cell in function.__closure__ or () if codes else ():
+            with suppress(ValueError):  # empty yet
+                pending.append(cell.cell_contents)
+        for inner in codes:
+            yield function, inner
+            pending += [getattr_static(kind, name, None) for name in inner.co_names]
+            pending += [function.__globals__.get(name) for name in inner.co_names]
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

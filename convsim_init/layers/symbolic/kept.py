@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convsim_init.layers.forward.copies import CODE, MANY, closure_of, code_in
+from convsim_init.layers.forward.copies import CODE, MANY, code_in
 from convsim_init.layers.forward.isolation import put_content_back
 from convsim_init.layers.symbolic.symbols import Symbol, tensors_in
 
@@ -42,7 +42,9 @@ def _named(parts: Sequence[nn.Module]) -> Iterator[Any]:
         for function, code in code_in(kind, forward):
             for name in code.co_names:
                 yield from (function.__globals__.get(name), getattr_static(kind, name, None))
-            yield from closure_of(function)
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # empty yet
+                    yield cell.cell_contents
     for part in parts:
         yield from (one for one in vars(part).values() if isinstance(one, _lru_cache_wrapper))
 

@@ -1,7 +1,7 @@
 """Passes on unknown values: what is known is computed, so that code which keeps it beyond a pass keeps numbers."""
 
 import copy
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache
 
 import numpy as np
 import pytest
@@ -202,32 +202,6 @@ def test_what_a_decorated_function_keeps_is_found_beside_others_of_that_decorato
     ci.measure(model)
     ci.initialize_(model, settings=ci.Settings(steps=1))
     assert SHIFTS == {}
-
-
-def remembering(function):
-    def inner(x):
-        if "first" not in inner.kept:
-            kept["first"] = function(x)
-        return kept["first"]
-
-    inner.kept = kept = {}
-    return inner
-
-
-def by_its_name(function):
-    return wraps(function)(remembering(function))
-
-
-@pytest.mark.parametrize("decorate", [remembering, by_its_name])
-def test_what_the_functions_of_one_decorator_keep_themselves_is_found(decorate):
-    one, other = decorate(torch.mean), decorate(lambda x: x.sum() * 0)
-
-    class Remembering(Kept):
-        def forward(self, x):
-            return self.conv(x) * one(x) + other(x)
-
-    ci.measure(Remembering())
-    assert (one.kept, other.kept) == ({}, {})
 
 
 @lru_cache
