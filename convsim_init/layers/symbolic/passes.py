@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
@@ -252,7 +253,8 @@ class SymbolicPass(TorchFunctionMode):
         first = args[0] if args else None
         if name == "device":
             return self._sample.device
-        if name == "cond":  # `torch.cond`, which is given code of the model for either case
+        # That of `torch.cond`, which is given code of the model for either case.
+        if name == "cond" and isinstance(func, HigherOrderOperator):
             _, here, there, operands = args
             with self:  # no mode sees what is called in it
                 there(*operands)

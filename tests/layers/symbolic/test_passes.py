@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 import convsim_init as ci
 from convsim_init.layers.symbolic.follow import follow
@@ -395,3 +396,24 @@ def test_loops_until_there_are_so_many_dimensions_end(loop):
     ((nodes, whole),) = followed.runs
     assert whole
     assert len(nodes) < 100
+
+
+def cond(x):
+    """Of the same name as that of `torch.cond`, which is given other arguments."""
+    if has_torch_function((x,)):
+        return handle_torch_function(cond, (x,), x)
+    return x
+
+
+def test_a_function_of_that_name_is_not_taken_for_the_condition_of_torch():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(self.conv(cond(x)))
+
+    report = ci.initialize_(Named(), settings=ci.Settings(steps=1))
+    assert report.layers[0].channels == "matched"
+    assert report.remarks == []
