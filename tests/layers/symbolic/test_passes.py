@@ -414,6 +414,4 @@ def test_a_function_of_that_name_is_not_taken_for_the_condition_of_torch():
         def forward(self, x):
             return self.norm(self.conv(cond(x)))
 
-    report = ci.initialize_(Named(), settings=ci.Settings(steps=1))
-    assert report.layers[0].channels == "matched"
-    assert report.remarks == []
+    assert follow(Named()).failed == set()
