@@ -36,22 +36,27 @@ def initializing(
 ) -> Iterator[list[Report]]:
     """Context in which every model that is built is initialized as by `initialize_`.
 
-    It is for code that builds its models itself. Whatever a constructor, or code after it, draws is the start: a model
-    is treated when the context ends or, if that is earlier, when an optimizer is made, because training is about to
-    begin; what is drawn anew between that and the first forward pass of one of the models is treated then, but not
-    where several processes of `torch.distributed` run, since it may have come from another one. What
-    ``reset_parameters`` draws anew later, or ``load_state_dict`` puts back as it was drawn, is treated before the next
-    optimizer, and a layer that is built later before its parameters are added to one. Treated are the convolutions that
-    were drawn in the context. Left alone are those built before it, on the meta device, in a context within it, treated
-    by `initialize_` or excluded from it, or loaded by ``load_state_dict`` as pretrained weights are: a checkpoint
-    loaded at any time replaces what was drawn. So are those that got a gradient by ``backward`` before an optimizer was
-    made, as in a loop that trains without one. Weights that are loaded or trained in another way, such as by
-    ``weight.data.copy_`` or ``torch.autograd.grad``, cannot be told from drawn ones: load them afterwards, or exclude
-    them. A copy that is left alone, such as a target network, is named in a remark where what it was copied from was
-    treated. Processes that are started in the context are not part of it, and models are to be built and trained by one
-    thread.
+    It is for code that builds its models itself. A model is treated when an optimizer is made, because training is then
+    about to begin, or else when the context ends; if it ends with an exception, nothing is treated then. Treated are
+    the convolutions that were drawn in the context, from what their constructors or later code drew:
 
-    If the context ends with an exception, nothing is treated then.
+    - What is drawn anew between the making of the optimizer and the first forward pass of one of the models is treated
+      at that pass, but not where several processes of `torch.distributed` run: it may have come from another one.
+    - What ``reset_parameters`` draws anew later, or ``load_state_dict`` puts back as it was drawn, is treated before
+      the next optimizer is made; a layer that is built later, before its parameters are added to one.
+
+    Left alone are convolutions
+
+    - that were built before the context, in a context within it, or on the meta device;
+    - that `initialize_` has treated, or was told to exclude;
+    - that ``load_state_dict`` has loaded, as pretrained weights are: a checkpoint that is loaded at any time replaces
+      what was drawn;
+    - that got a gradient by ``backward`` before an optimizer was made, as in a loop that trains without one.
+
+    Weights that are loaded or trained in another way, such as by ``weight.data.copy_`` or ``torch.autograd.grad``,
+    cannot be told from drawn ones: load them after the context, or exclude them. A copy that is left alone, such as a
+    target network, is named in a remark where what it was copied from was treated. Processes that are started in the
+    context are not part of it, and models are to be built and trained by one thread.
 
     Args:
         settings: Optimization settings. Default: `Settings()`.

@@ -37,12 +37,12 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load what of a checkpoint fits a model into it, in place, and report what did not and why.
 
-    A file that the model's own ``load_state_dict`` takes strictly is loaded by it as it is. In others
-    prefixes are looked after: one is taken off the file's keys, or put before them, or both, if most of
-    them are then the model's, whatever the prefix is; so is what DistributedDataParallel, FSDP,
-    activation checkpointing and torch.compile add. Where shapes differ, as those of a classifier for
-    other classes do, the model keeps its own tensor. Its dtypes, devices and ``requires_grad`` stay. If
-    it fails, the model is as it was.
+    A file that the model's own ``load_state_dict`` takes strictly is loaded by it, unchanged. For any
+    other file prefixes are adapted: one is taken off the file's keys, or put before them, or both, if
+    most of the keys are then the model's. What DistributedDataParallel, FSDP, activation checkpointing
+    and torch.compile add to keys is taken off, too. Where shapes differ, as those of a classifier for
+    another number of classes do, the model keeps its own tensor. The model's dtypes, devices and
+    ``requires_grad`` stay. If loading fails, the model is as it was.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.

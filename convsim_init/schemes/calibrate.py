@@ -43,17 +43,22 @@ def calibrate_(
 ) -> dict[str, float]:
     """Scale the weight of every convolution, in place, so that its output, without its bias, has unit variance.
 
-    Layer by layer in one forward pass in evaluation mode, each from what reaches it through the scaled ones before: the
-    second half of LSUV (Mishkin and Matas, arXiv 1511.06422), with ``images`` from the training set as there; without
-    them on noise with power 1/|f|², as photographs have. It is for networks without normalization; elsewhere it only
-    changes the effective learning rate.
+    This is the second half of LSUV (Mishkin and Matas, arXiv 1511.06422): one forward pass in evaluation mode scales
+    layer after layer, each from what reaches it through the layers scaled before it. The input is ``images`` from the
+    training set, as in LSUV, or noise with the power 1/|f|² of photographs. It is for networks without normalization;
+    elsewhere it only changes the effective learning rate.
 
-    Left as they are: layers on whose scale the model's output does not depend, because what follows multiplies it by
-    zero, as at the end of residual branches (zero-initialized layers, Fixup, SkipInit, a batch norm of factor zero), or
-    because its gradient is cut off by ``detach``; layers that are not selected, frozen or not called; with a warning
-    those whose weight cannot be scaled, such as a standardized one, and convolutions of classes of one's own; and
-    everything that is no convolution's weight. A weight that several layers share has one factor, which gives the first
-    of them that is called unit variance. The random state of the caller is left as well.
+    Left as they are
+
+    - layers on whose scale the model's output does not depend, because what follows multiplies it by zero, as at the
+      end of residual branches (zero-initialized layers, Fixup, SkipInit, a batch norm of factor zero), or because
+      ``detach`` cuts off its gradient;
+    - layers that are not selected, frozen or not called;
+    - with a warning, layers whose weight cannot be scaled, such as a standardized one, and convolutions that are
+      modules of your own;
+    - everything that is no convolution's weight, and the caller's random state.
+
+    A weight that several layers share has one factor, which gives the first of them that is called unit variance.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.

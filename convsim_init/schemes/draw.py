@@ -47,15 +47,18 @@ def draw_base_(
 ) -> list[str]:
     """Draw the weights of a model's convolutions anew, in place, by a scheme of `torch.nn.init`.
 
-    Unlike there, the fans of grouped, depthwise and transposed convolutions are those of their filters, and neither
-    memory format, device nor dtype changes what is drawn: it is drawn in float32 on the CPU. ``kaiming_normal`` and
-    ``kaiming_uniform`` divide by the fan in, or by the one named, such as ``kaiming_normal:fan_out``; a stride divides
-    the fan out, since a value reaches that many fewer outputs, and the fan in of a transposed convolution (strides of
-    state dicts and of graphs are not known). An activation, as in ``orthogonal:tanh``, multiplies by its
-    `torch.nn.init.calculate_gain`; without one it is ReLU's for the two Kaiming schemes, and 1 for the others, as in
-    `torch.nn.init` by default. ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal
-    matrix at the middle tap and zero elsewhere. Left as they are: layers that are not selected, that are frozen or
-    cannot be set, and those of zeros, which a model's author has meant so.
+    Unlike there, the fans of grouped, depthwise and transposed convolutions are those of their filters, and what is
+    drawn does not depend on memory format, device and dtype: it is drawn in float32 on the CPU.
+
+    - ``kaiming_normal`` and ``kaiming_uniform`` divide by the fan in, or by the fan that is named, as in
+      ``kaiming_normal:fan_out``. A stride divides the fan out, because a value reaches that many fewer outputs, and the
+      fan in of a transposed convolution. The strides of state dicts and of graphs are not known.
+    - An activation, as in ``orthogonal:tanh``, multiplies by its `torch.nn.init.calculate_gain`. Without one the gain is
+      that of `torch.nn.init` by default: ReLU's for the two Kaiming schemes, 1 for the others.
+    - ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal matrix at the middle tap, and zero elsewhere.
+
+    Left as they are: layers that are not selected, that are frozen or cannot be set, and layers of zeros, which are
+    meant to be zero.
 
     Args:
         model: Any module, wrapped or not, or a state dict.
