@@ -53,9 +53,9 @@ def draw_base_(
     - ``kaiming_normal`` and ``kaiming_uniform`` divide by the fan in, or by the fan that is named, as in
       ``kaiming_normal:fan_out``. A stride divides the fan out, because a value reaches that many fewer outputs, and the
       fan in of a transposed convolution. The strides of state dicts and of graphs are not known.
-    - An activation, as in ``orthogonal:tanh``, multiplies by its `torch.nn.init.calculate_gain`. Without one the gain is
-      that of `torch.nn.init` by default: ReLU's for the two Kaiming schemes, 1 for the others.
-    - ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal matrix at the middle tap, and zero elsewhere.
+    - An activation, as in ``orthogonal:tanh``, multiplies by its `torch.nn.init.calculate_gain`. Without one the gain
+      is that of `torch.nn.init` by default: ReLU's for the two Kaiming schemes, 1 for the others.
+    - ``delta_orthogonal`` (Xiao et al., arXiv 1806.05393) is an orthogonal matrix at the middle tap and zero elsewhere.
 
     Left as they are: layers that are not selected, that are frozen or cannot be set, and layers of zeros, which are
     meant to be zero.
