@@ -27,10 +27,9 @@ from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_
 from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
-EAGER: list[int] = []  # the threads in which nothing is compiled
 RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which passes of our own run, and of what, by ids
 FREE = threading.Condition()  # for those that wait until theirs run in no other thread
-COUNTING, FOUND = threading.Lock(), ExitStack()  # of them, and what puts back what the first of them found
+FOUND = ExitStack()  # what puts back how compiled code ran before the first of them
 
 
 @contextmanager
@@ -91,7 +90,7 @@ def undisturbed(
         undo += [partial(one.set_state, one.get_state()) for one in others if isinstance(one, torch.Generator)]
         tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
         undo += [noted(one, copy=copy(one)) for one in tensors]
-        with random_states(tensors), not_compiled():
+        with random_states(tensors):
             try:
                 yield
             finally:
@@ -101,17 +100,26 @@ def undisturbed(
 
 @contextmanager
 def running(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Context for passes of our own, in which these modules run in no other thread that is in such a context."""
+    """Context for passes of our own, in which these modules run in no other thread that is in such a context.
+
+    What is compiled runs as it is, for what looks on asks for values. PyTorch has one such setting for all threads, and
+    each would put back what it found: the last one out does.
+    """
     own = threading.get_ident(), frozenset(map(id, parts))
     with FREE:
         # A thread that is in such a context already would wait for itself, for ever.
         FREE.wait_for(lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in RUNNING))
+        # Setting it imports that, which takes seconds; before it is imported nothing is compiled.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+            FOUND.enter_context(torch.compiler.set_stance("force_eager"))
         RUNNING.append(own)
     try:
         yield
     finally:
         with FREE:
             RUNNING.remove(own)
+            if not RUNNING:
+                FOUND.close()
             FREE.notify_all()
 
 
@@ -200,26 +208,3 @@ def not_cached() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled = enabled
-
-
-@contextmanager
-def not_compiled() -> Iterator[None]:
-    """Context in which what is compiled runs as it is, for what looks on asks for values.
-
-    PyTorch has one such setting for all threads, and each would put back what it found: the last one out does.
-    """
-    # Setting it imports that, which takes seconds; before it is imported nothing is compiled.
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
-        yield
-        return
-    with COUNTING:
-        if not EAGER:
-            FOUND.enter_context(torch.compiler.set_stance("force_eager"))
-        EAGER.append(threading.get_ident())
-    try:
-        yield
-    finally:
-        with COUNTING:
-            EAGER.remove(threading.get_ident())
-            if not EAGER:
-                FOUND.close()

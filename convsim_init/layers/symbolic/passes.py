@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
-from convsim_init.layers.forward.isolation import not_compiled
+from convsim_init.layers.forward.isolation import running
 from convsim_init.layers.symbolic.answers import Answers
 from convsim_init.layers.symbolic.constants import Constants
 from convsim_init.layers.symbolic.kinds import call_name
@@ -140,7 +140,7 @@ class SymbolicPass(TorchFunctionMode):
         first = list(takewhile(unknown.__contains__, (name for name, kind in kinds.items() if kind in ORDERED)))
         args = [unknown[name] for name in first]  # in order, as they usually are given and hooks expect them
         kwargs = {name: one for name, one in unknown.items() if name not in first and kinds[name] not in UNNAMED}
-        with self, not_compiled():
+        with self, running(()):  # also: what ran before may have imported the compiler
             try:
                 output = self._attempt(part, args, kwargs)
             except (FailedError, EndlessError):

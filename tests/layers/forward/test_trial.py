@@ -16,7 +16,7 @@ from torch import nn
 import convsim_init as ci
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward import copies, isolation
-from convsim_init.layers.forward.isolation import isolated, not_compiled
+from convsim_init.layers.forward.isolation import isolated, running
 from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call, convolution_calls
 from convsim_init.layers.layer import Layers
 from convsim_init.layers.remarks import model_remarks, watch_copies
@@ -362,12 +362,12 @@ def test_compilation_goes_on_after_threads_in_which_nothing_was_compiled():
     entered, ended, compiled = threading.Event(), threading.Event(), []
 
     def look_on():
-        with not_compiled():
+        with running(()):
             entered.set()
             ended.wait()
 
     thread = threading.Thread(target=look_on)
-    with not_compiled():
+    with running(()):
         thread.start()
         entered.wait()
     ended.set()
