@@ -118,12 +118,13 @@ class HookedWeight(Weight):
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
         """Set what the hook computes the weight from, and what it left on the module."""
-        self._set(weight)
+        super().write(weight)
+        self._follow()
         self._module.weight.copy_(self.read())
         return describe_mismatch(self.name, weight, self.read())
 
-    def _set(self, weight: Tensor) -> None:
-        raise NotImplementedError
+    def _follow(self) -> None:
+        """Set what else the hook computes the weight from, once the first source is set."""
 
     def storage(self) -> dict[str, Tensor]:
         """The parameters, the buffers of the hook and what it left on the module."""
@@ -141,9 +142,8 @@ class NormedWeight(HookedWeight):
         weight: Tensor = self._hook.compute_weight(self._module)
         return weight
 
-    def _set(self, weight: Tensor) -> None:
+    def _follow(self) -> None:
         direction, length = self.sources
-        direction.copy_(weight)
         length.copy_(torch.norm_except_dim(direction, 2, self._hook.dim))
 
 
@@ -165,8 +165,7 @@ class SpectralNormedWeight(HookedWeight):
         normed: Tensor = weight / (u @ (matrix @ v))
         return normed
 
-    def _set(self, weight: Tensor) -> None:
-        self.sources[0].copy_(weight)
+    def _follow(self) -> None:
         for _ in range(ITERATIONS):
             self._hook.compute_weight(self._module, do_power_iteration=True)
 
@@ -185,10 +184,6 @@ class PrunedWeight(HookedWeight):
         """What the hook computes."""
         weight: Tensor = self._hook.apply_mask(self._module)
         return weight
-
-    def _set(self, weight: Tensor) -> None:
-        parameter = self.sources[0]
-        parameter.copy_(torch.where(self.mask, weight.to(parameter), parameter))
 
 
 def stored_weight(module: Any) -> Weight:
