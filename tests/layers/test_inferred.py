@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from seen import similarity_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -187,9 +188,7 @@ def test_a_mask_may_be_an_entry_of_another_module(mask):
     first, second = ci.measure(state).layers
     assert (first.name, second.name, second.reason) == ("layer1.0.conv1", "b", BY_SHAPE)
     assert first.reason == f"times {mask}, taken for its mask by its zeros and ones: {BY_SHAPE}"
-    assert first.before["similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(weight * state[mask])), rel=1e-4
-    )
+    assert first.before["similarity"] == similarity_of(weight * state[mask], normalized=False)
     ci.initialize_(state, settings=ci.Settings(steps=1))
     assert [key for key in state if not torch.equal(state[key], before[key])] == ["b.weight"]
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from seen import given, similarity_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -15,19 +16,9 @@ from convsim_init.layers.weights import describe_mismatch
 QUICK = ci.Settings(steps=4)
 
 
-def used_weight(module, monkeypatch):
+def used_weight(module):
     """The weight of the convolution that a forward pass runs."""
-    seen = []
-
-    def spy(x, weight, *rest):
-        seen.append(weight.detach().clone())
-        return convolve(x, weight, *rest)
-
-    convolve = F.conv2d
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "conv2d", spy)
-        module(torch.randn(1, module.in_channels, 16, 16))
-    (weight,) = seen
+    (weight,) = given(module, torch.randn(1, module.in_channels, 16, 16))
     return weight
 
 
@@ -85,17 +76,16 @@ CENTRED = {"standardized", "negative gain", "transformers"} | {name for name in 
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_weight_that_is_used_is_lowered_and_reported(name, monkeypatch):
+def test_the_weight_that_is_used_is_lowered_and_reported(name):
     module = CLASSES[name](8, 16, 3)
-    before = used_weight(module, monkeypatch)
+    before = used_weight(module)
     raw = module.weight.detach().clone()
     (layer,) = ci.initialize_(module).layers
-    after = used_weight(module, monkeypatch)
+    after = used_weight(module)
 
     assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
     for measures, weight in ((layer.before, before), (layer.after, after)):
-        measured = float(ci.convolutional_similarity(weight, normalized=True))
-        assert measures["normalized_similarity"] == pytest.approx(measured, rel=1e-4)
+        assert measures["normalized_similarity"] == similarity_of(weight)
     assert ci.measure(module).layers[0].before["similarity"] == pytest.approx(layer.after["similarity"], rel=1e-4)
     share = layer.after["normalized_similarity"] / layer.before["normalized_similarity"]
     assert share < (0.2 if name in CENTRED else 0.1)
@@ -116,7 +106,7 @@ def test_a_class_that_uses_its_parameter_gets_the_same_bits_as_the_plain_convolu
     assert torch.equal(module.weight, plain.weight)
 
 
-def test_standardized_layers_with_groups_and_in_half_precision(monkeypatch):
+def test_standardized_layers_with_groups_and_in_half_precision():
     module = Standardized(8, 16, 3, groups=2).bfloat16()
     before = ci.measure(module).layers[0].before["normalized_similarity"]
     (layer,) = ci.initialize_(module).layers
@@ -148,14 +138,12 @@ class Conditional(nn.Conv2d):
         return F.conv2d(x, routing * self.weight)
 
 
-def test_what_a_class_makes_of_its_parameter_is_approximated_where_it_is_not_known(monkeypatch):
+def test_what_a_class_makes_of_its_parameter_is_approximated_where_it_is_not_known():
     module = Polynomial(4, 8, 3)
     (layer,) = ci.initialize_(module, settings=QUICK).layers
     assert layer.outcome is ci.Outcome.APPROXIMATED
     assert "its class keeps a weight that differs by" in layer.reason
-    used = used_weight(module, monkeypatch)
-    similarity = float(ci.convolutional_similarity(used.detach(), normalized=True))
-    assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert layer.after["normalized_similarity"] == similarity_of(used_weight(module))
 
 
 @pytest.mark.parametrize(
@@ -237,16 +225,16 @@ def normed(new, dim):
 
 @pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize("new", [False, True], ids=["old", "new"])
-def test_weight_norm_of_both_kinds(new, dim, monkeypatch):
+def test_weight_norm_of_both_kinds(new, dim):
     module = normed(new, dim)
     plain = nn.Conv2d(4, 8, 3)
     with torch.no_grad():
-        plain.weight.copy_(used_weight(module, monkeypatch))
+        plain.weight.copy_(used_weight(module))
     (layer,) = ci.initialize_(module).layers
     ci.initialize_(plain)
     assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
     torch.testing.assert_close(module.weight.detach(), plain.weight.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(used_weight(module, monkeypatch), plain.weight.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(used_weight(module), plain.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_old_weight_norm_is_trained_as_before():
@@ -292,18 +280,16 @@ def test_a_convolution_that_a_parametrization_is_made_of_does_not_change_with_it
     module = nn.Conv2d(4, 8, 3)
     nn.utils.parametrize.register_parametrization(module, "weight", LowRank())
     first, *others = ci.initialize_(nn.Sequential(module), settings=QUICK).layers
-    weight = module.weight.detach()
-    similarity = float(ci.convolutional_similarity(weight, channels=first.channels, normalized=True))
-    assert first.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert first.after["normalized_similarity"] == similarity_of(module.weight, channels=first.channels)
     assert [layer.reason for layer in others] == ["used together with 0, as one weight"] * 2
 
 
 @pytest.mark.parametrize("parametrize", [parametrizations.spectral_norm, parametrizations.orthogonal])
-def test_parametrizations_that_keep_another_weight_say_so(parametrize, monkeypatch):
+def test_parametrizations_that_keep_another_weight_say_so(parametrize):
     module = parametrize(nn.Conv2d(4, 8, 3))
-    before = used_weight(module, monkeypatch)
+    before = used_weight(module)
     (layer,) = ci.initialize_(module).layers
-    after = used_weight(module.eval(), monkeypatch)
+    after = used_weight(module.eval())
     if layer.outcome is not ci.Outcome.APPROXIMATED:
         assert "cannot be assigned to" in layer.reason or "is no better" in layer.reason
         torch.testing.assert_close(after, before)
@@ -344,16 +330,15 @@ def hooked() -> nn.Conv2d:
     return module
 
 
-def test_what_a_hook_computes_is_measured_but_not_set(monkeypatch):
+def test_what_a_hook_computes_is_measured_but_not_set():
     module = hooked()
-    used = used_weight(module.eval(), monkeypatch)
+    used = used_weight(module.eval())
     module.train()
     before = {key: value.clone() for key, value in module.state_dict().items()}
     attribute = module.weight
     (layer,) = ci.measure(module).layers
     assert (layer.outcome, layer.reason, layer.shape) == (ci.Outcome.MEASURED, None, [8, 4, 3, 3])
-    expected = float(ci.convolutional_similarity(used.detach(), normalized=True))
-    assert layer.before["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+    assert layer.before["normalized_similarity"] == similarity_of(used)
     (layer,) = ci.initialize_(module, settings=QUICK).layers
     assert (layer.outcome, layer.after) == (ci.Outcome.SKIPPED, {})
     assert "its weight is no parameter" in layer.reason
@@ -385,8 +370,8 @@ def test_a_pruned_weight_is_the_masked_one_although_its_attribute_is_stale():
     module = prune.ln_structured(nn.Conv2d(4, 8, 3), "weight", 0.5, n=2, dim=0)
     with torch.no_grad():
         module.weight_orig.copy_(torch.randn_like(module.weight_orig))  # as a step of an optimizer does
-    expected = float(ci.convolutional_similarity((module.weight_orig * module.weight_mask).detach()))
-    assert ci.measure(module).layers[0].before["similarity"] == pytest.approx(expected, rel=1e-4)
+    expected = similarity_of(module.weight_orig * module.weight_mask, normalized=False)
+    assert ci.measure(module).layers[0].before["similarity"] == expected
 
 
 @pytest.mark.parametrize("how", ["absent", "None"])
