@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from seen import given, similarity_of
 from torch import nn
 
 import convsim_init as ci
@@ -12,79 +13,61 @@ import convsim_init as ci
 SETTINGS = ci.Settings(steps=8, channels="matched")
 
 
-def given(model, *inputs):
-    """The weights that ``F.conv2d`` is given in a forward pass, in order, seen from outside."""
-    seen, plain = [], F.conv2d
-
-    def watched(x, weight, *rest, **kwargs):
-        seen.append(weight.detach().clone())
-        return plain(x, weight, *rest, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "conv2d", watched)
-        model.eval()(*inputs)
-    return seen
-
-
 class Convex(nn.Module):
     """A network some of whose kernels may not be negative, as an input convex one's."""
 
-    def __init__(self):
+    def __init__(self, alter=lambda network: None):
         super().__init__()
         self.first = nn.Conv2d(3, 16, 3)
         self.hidden = nn.ModuleList(nn.Conv2d(16, 16, 3) for _ in range(2))
-        self.last = nn.Conv2d(16, 16, 3)
+        self.last, self.alter = nn.Conv2d(16, 16, 3), alter
 
     def forward(self, x):
-        self.alter()
+        self.alter(self)
         x = self.first(x).relu()
         for layer in self.hidden:
             x = layer(x).relu()
         return self.last(x)
 
 
-class ByLoop(Convex):
-    def alter(self):
-        for one in self.hidden:
+def by_loop(network):
+    for one in network.hidden:
+        one.weight.data.clamp_(min=0)
+
+
+def by_parameters(network):
+    for one in network.hidden.parameters():
+        one.data.clamp_(min=0)
+
+
+@torch.no_grad()
+def by_names(network):
+    for name, one in network.named_parameters():
+        if name.startswith("hidden"):
+            one.clamp_(min=0)
+
+
+def by_state_dict(network):
+    for name, one in network.state_dict().items():
+        if name.startswith("hidden"):
+            one.clamp_(min=0)
+
+
+def by_modules(network):
+    for one in network.modules():
+        if getattr(one, "in_channels", 0) == 16:
             one.weight.data.clamp_(min=0)
 
 
-class ByIndex(Convex):
-    def alter(self):
-        self.hidden[0].weight.data.clamp_(min=0)
+def by_application(network):
+    network.hidden.apply(lambda one: one.weight.data.clamp_(min=0) if hasattr(one, "weight") else None)
 
 
-class ByParameters(Convex):
-    def alter(self):
-        for one in self.hidden.parameters():
-            one.data.clamp_(min=0)
-
-
-class ByNames(Convex):
-    @torch.no_grad()
-    def alter(self):
-        for name, one in self.named_parameters():
-            if name.startswith("hidden"):
-                one.clamp_(min=0)
-
-
-class ByStateDict(Convex):
-    def alter(self):
-        for name, one in self.state_dict().items():
-            if name.startswith("hidden"):
-                one.clamp_(min=0)
-
-
-class ByModules(Convex):
-    def alter(self):
-        for one in self.modules():
-            if getattr(one, "in_channels", 0) == 16:
-                one.weight.data.clamp_(min=0)
-
-
-class ByApplication(Convex):
-    def alter(self):
-        self.hidden.apply(lambda one: one.weight.data.clamp_(min=0) if hasattr(one, "weight") else None)
+@torch.no_grad()
+def by_variable(network):
+    for layer in network.hidden:
+        weight = layer.weight
+        weight *= 0.5 + 0.5 * weight.sign()
 
 
 class OnTheWay(Convex):
@@ -129,97 +112,45 @@ LIMIT = Limit()
 
 
 class Holding(Convex):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, alter):
+        super().__init__(alter)
         self.limit, self.bound = Limit(self.hidden), Limit(self.hidden).step
         self.limits = {"all": [partial(limited, low=0), Limit()]}
         self.gathered = list(self.hidden.parameters())
 
 
-class ByObject(Holding):
-    def alter(self):
-        self.limit.apply(self.hidden[0])
+def by_gathered(network):
+    for one in network.gathered:
+        one.data.clamp_(min=0)
 
 
-class ByCallable(Holding):
-    def alter(self):
-        self.limit(self.hidden[0])
+@torch.no_grad()
+def by_function(network):
+    for one in network.gathered:
+        torch.clamp_(one, min=0)
 
 
-class ByGlobalCallable(Holding):
-    def alter(self):
-        LIMIT(self.hidden[0])
+@torch.no_grad()
+def by_function_of_many(network):
+    torch._foreach_clamp_min_(network.gathered, 0)
 
 
-class ByWhatAnObjectHolds(Holding):
-    def alter(self):
-        self.limit.step()
-
-
-class ByBoundMethod(Holding):
-    def alter(self):
-        self.bound()
-
-
-class ByPartialInDict(Holding):
-    def alter(self):
-        self.limits["all"][0](self.hidden[0])
-
-
-class ByCallableInDict(Holding):
-    def alter(self):
-        self.limits["all"][1](self.hidden[0])
-
-
-class ByGathered(Holding):
-    def alter(self):
-        for one in self.gathered:
-            one.data.clamp_(min=0)
-
-
-class ByFunction(Holding):
-    def alter(self):
-        with torch.no_grad():
-            for one in self.gathered:
-                torch.clamp_(one, min=0)
-
-
-class ByFunctionOfMany(Holding):
-    @torch.no_grad()
-    def alter(self):
-        torch._foreach_clamp_min_(self.gathered, 0)
-
-
-class ByInitialization(Holding):
-    def alter(self):
-        for one in self.gathered:
-            nn.init.constant_(one, 0.1)
-
-
-class ByVariable(Convex):
-    @torch.no_grad()
-    def alter(self):
-        for layer in self.hidden:
-            weight = layer.weight
-            weight *= 0.5 + 0.5 * weight.sign()
+def by_initialization(network):
+    for one in network.gathered:
+        nn.init.constant_(one, 0.1)
 
 
 class ByLoading(Convex):
     def __init__(self):
         super().__init__()
         self.register_buffer("kernel", torch.rand(16, 16, 3, 3))
-
-    def alter(self):
-        self.hidden[0].load_state_dict({"weight": self.kernel}, strict=False)
+        self.alter = lambda network: network.hidden[0].load_state_dict({"weight": network.kernel}, strict=False)
 
 
 class OwnCall(Convex):
     def __call__(self, x):
         self.hidden[0].weight.data.clamp_(min=0)
         return super().__call__(x)
-
-    def alter(self):
-        """Nothing."""
 
 
 class Functional(Convex):
@@ -253,17 +184,35 @@ class ByZipWithAParameter(Convex):
         return self.last(x)
 
 
-KINDS = [
-    *(ByLoop, ByIndex, ByParameters, ByNames, ByStateDict, ByModules, ByApplication, OnTheWay, Absolute),
-    *(ByObject, ByCallable, ByGlobalCallable, ByWhatAnObjectHolds, ByBoundMethod, ByPartialInDict, ByCallableInDict),
-    *(ByGathered, ByFunction, ByFunctionOfMany, ByInitialization, ByVariable, ByLoading, OwnCall, Functional),
-    *(ByZip, ByZipWithAParameter),
-]
+WAYS = {
+    "loop": (Convex, by_loop),
+    "index": (Convex, lambda network: network.hidden[0].weight.data.clamp_(min=0)),
+    "parameters": (Convex, by_parameters),
+    "names": (Convex, by_names),
+    "state dict": (Convex, by_state_dict),
+    "modules": (Convex, by_modules),
+    "application": (Convex, by_application),
+    "variable": (Convex, by_variable),
+    "object": (Holding, lambda network: network.limit.apply(network.hidden[0])),
+    "callable": (Holding, lambda network: network.limit(network.hidden[0])),
+    "global callable": (Holding, lambda network: LIMIT(network.hidden[0])),
+    "what an object holds": (Holding, lambda network: network.limit.step()),
+    "bound method": (Holding, lambda network: network.bound()),
+    "partial in a dict": (Holding, lambda network: network.limits["all"][0](network.hidden[0])),
+    "callable in a dict": (Holding, lambda network: network.limits["all"][1](network.hidden[0])),
+    "gathered": (Holding, by_gathered),
+    "function": (Holding, by_function),
+    "function of many": (Holding, by_function_of_many),
+    "initialization": (Holding, by_initialization),
+    **{kind.__name__: (kind,) for kind in (OnTheWay, Absolute, ByLoading, OwnCall, Functional)},
+    **{kind.__name__: (kind,) for kind in (ByZip, ByZipWithAParameter)},
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_reported_is_what_the_convolutions_are_given(kind):
-    model = kind()
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_reported_is_what_the_convolutions_are_given(way):
+    kind, *alter = WAYS[way]
+    model = kind(*alter)
     weights = {name: one.clone() for name, one in model.state_dict().items()}
     ci.measure(model)
     assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
@@ -271,10 +220,9 @@ def test_what_is_reported_is_what_the_convolutions_are_given(kind):
     assert not report.remarks
     assert not any("used together" in str(layer.reason) for layer in report.layers)
     changed = 0
-    for layer, weight in zip(report.layers, given(model, torch.randn(1, 3, 16, 16)), strict=True):
-        similarity = float(ci.convolutional_similarity(weight, normalized=True))
+    for layer, weight in zip(report.layers, given(model.eval(), torch.randn(1, 3, 16, 16)), strict=True):
         if layer.after:
-            assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+            assert layer.after["normalized_similarity"] == similarity_of(weight)
             changed += layer.outcome is ci.Outcome.APPROXIMATED
         else:
             assert "is no better" in layer.reason
@@ -282,23 +230,21 @@ def test_what_is_reported_is_what_the_convolutions_are_given(kind):
     assert changed >= 1
 
 
-def embedded(kind):
-    """A network of that kind that takes no input of a convolution."""
+@pytest.mark.parametrize("way", ["loop", "names", "modules", "what an object holds", "function of many", "Functional"])
+def test_one_that_cannot_be_tried_is_told(way):
+    kind, *alter = WAYS[way]
 
     class Network(kind):
+        """Takes no input of a convolution."""
+
         def __init__(self):
-            super().__init__()
+            super().__init__(*alter)
             self.embedding = nn.Embedding(4, 3)
 
         def forward(self, x):
             return super().forward(self.embedding(x).permute(0, 3, 1, 2))
 
-    return Network()
-
-
-@pytest.mark.parametrize("kind", [ByLoop, ByNames, ByModules, ByWhatAnObjectHolds, ByFunctionOfMany, Functional])
-def test_one_that_cannot_be_tried_is_told(kind):
-    for layer in ci.initialize_(embedded(kind), settings=SETTINGS).layers[1:3]:
+    for layer in ci.initialize_(Network(), settings=SETTINGS).layers[1:3]:
         assert layer.reason == "Network may change it in its forward pass, which could not be tried"
 
 
@@ -538,8 +484,7 @@ def test_branches_that_are_merged_in_evaluation_mode_keep_the_norms_of_their_sum
     after = model.merged().detach()
     torch.testing.assert_close(after.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1))
     assert large.outcome is ci.Outcome.INITIALIZED
-    similarity = float(ci.convolutional_similarity(after, normalized=True))
-    assert large.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert large.after["normalized_similarity"] == similarity_of(after)
     assert "in evaluation mode, called no convolution with a weight of that shape" in other.reason
     assert torch.equal(model.small.weight, small)
 
@@ -592,8 +537,8 @@ def test_a_weight_within_another_one_that_is_treated_is_left_alone(build, first)
     report = ci.initialize_(model, settings=SETTINGS)
     assert [layer.outcome.value for layer in report.layers] == ["initialized", "skipped"]
     assert report.layers[1].reason.endswith(f"used together with {report.layers[0].name}, as one weight")
-    similarity = float(ci.convolutional_similarity(given(model, torch.randn(1, 8, 9, 9))[first], normalized=True))
-    assert report.layers[0].after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    used = given(model.eval(), torch.randn(1, 8, 9, 9))[first]
+    assert report.layers[0].after["normalized_similarity"] == similarity_of(used)
 
 
 @pytest.mark.parametrize("alone", ["a single filter", "zeros"])

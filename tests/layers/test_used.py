@@ -6,13 +6,14 @@ import subprocess
 import sys
 import types
 import warnings
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from seen import given, similarity_of
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -23,23 +24,6 @@ from convsim_init.layers.memory import memory, overlap
 from convsim_init.report.text import some
 
 SETTINGS = ci.Settings(steps=8, channels="matched")
-
-
-def given(module, shape=None):
-    """The weight that ``F.conv*`` is given in a real forward pass of a copy, seen from outside."""
-    seen, module = [], copy.deepcopy(module)
-    size = [7] * len(module.kernel_size)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("conv1d", "conv2d", "conv3d", "conv_transpose2d"):
-            plain = getattr(F, name)
-
-            def watched(x, weight, *rest, plain=plain, **kwargs):
-                seen.append(weight.detach().clone())
-                return plain(x, weight, *rest, **kwargs)
-
-            patch.setattr(F, name, watched)
-        module.eval()(torch.zeros(1, module.in_channels, *size))
-    return seen[0]
 
 
 def norms(weight):
@@ -117,28 +101,26 @@ MASKS = {
 @pytest.mark.parametrize("build", MASKS.values(), ids=MASKS.keys())
 def test_within_a_mask_zeros_stay_zero_and_norms_are_kept(build):
     module = build()
-    before, old = {key: value.clone() for key, value in module.state_dict().items()}, given_of(module)
+    before, old = {key: value.clone() for key, value in module.state_dict().items()}, used(module)
     ci.measure(module)
     ci.initialize_(module, exclude=["*"], settings=SETTINGS)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
-    new, zeros = given_of(module), old == 0
+    new, zeros = used(module), old == 0
     assert zeros.any()
     assert new[zeros].eq(0).all()
     torch.testing.assert_close(norms(new), norms(old), rtol=1e-5, atol=0)
     assert layer.outcome is ci.Outcome.INITIALIZED
     assert layer.reason == f"within its mask, {float((~zeros).float().mean()):.0%} of the entries"
-    assert layer.after["normalized_similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(new, normalized=True)), rel=1e-4
-    )
+    assert layer.after["normalized_similarity"] == similarity_of(new)
     assert layer.after["normalized_similarity"] < 0.8 * float(ci.convolutional_similarity(old, normalized=True))
 
 
-def given_of(module):
-    """As `given`, but a pruned module cannot be copied deeply once its hook has run."""
+def used(module):
+    """The weight that a copy is given; a pruned module cannot be copied deeply once its hook has run."""
     if hasattr(module, "weight_mask"):
         return (module.weight_orig * module.weight_mask).detach()
-    return given(module)
+    return given(copy.deepcopy(module).eval(), torch.zeros(1, module.in_channels, *[7] * len(module.kernel_size)))[0]
 
 
 def test_a_draw_leaves_zeros_that_a_hook_on_the_gradient_keeps():
@@ -185,8 +167,7 @@ def test_memory_says_what_is_shared(kind, source):
     what = model if source == "module" else dict(model.state_dict())
     report = ci.initialize_(what, settings=SETTINGS)
     assert [layer.reason for layer in report.layers][-1] == "shares its weight with a"
-    used = ci.convolutional_similarity(first.weight.detach(), normalized=True)
-    assert report.layers[0].after["normalized_similarity"] == pytest.approx(float(used), rel=1e-4)
+    assert report.layers[0].after["normalized_similarity"] == similarity_of(first.weight)
 
 
 def test_other_tensors_in_the_memory_of_a_treated_weight_are_told():
@@ -325,8 +306,7 @@ def test_a_parametrization_without_an_inverse_is_tried(kind):
     layer = ci.initialize_(model, settings=SETTINGS).layers[1]
     assert layer.outcome is ci.Outcome.INITIALIZED
     torch.testing.assert_close(norms(model[1].weight.detach()), before, rtol=1e-4, atol=0)
-    similarity = float(ci.convolutional_similarity(model[1].weight.detach(), normalized=True))
-    assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert layer.after["normalized_similarity"] == similarity_of(model[1].weight)
     assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"] / 2
 
 
@@ -419,9 +399,7 @@ def test_a_weight_may_be_given_with_its_scale():
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert layer.outcome is ci.Outcome.APPROXIMATED
     scale = module.weight.abs().amax((1, 2, 3), keepdim=True) / 127
-    used = ((module.weight / scale).round() * scale).detach()
-    similarity = float(ci.convolutional_similarity(used, normalized=True))
-    assert layer.after["normalized_similarity"] == pytest.approx(similarity, rel=1e-4)
+    assert layer.after["normalized_similarity"] == similarity_of((module.weight / scale).round() * scale)
 
 
 def test_a_computed_weight_is_refused_and_a_part_of_a_parameter_is_not():
@@ -474,14 +452,11 @@ class ComplexInput(Complex):
         return F.conv2d(z.real, self.weight) + F.conv2d(z.imag, self.weight_i)
 
 
-@pytest.mark.parametrize("kind", [Complex, ComplexInput])
-def test_that_a_weight_is_one_of_several_is_told(kind):
-    note = f"one of several weights that {kind.__name__} convolves with: the others count for nothing here"
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, 4, 3))
-    second = model[1].weight_i.detach().clone()
-    assert [layer.reason for layer in ci.measure(model).layers] == [None, note]
-    assert [layer.reason for layer in ci.initialize_(model, settings=SETTINGS).layers] == [None, note]
-    assert torch.equal(model[1].weight_i, second)
+class Recurrent(Complex):
+    """The input of its second weight is not that of the pass."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight) + F.conv2d(torch.zeros_like(x), self.weight_i)
 
 
 def test_the_weight_that_counts_is_the_one_that_depends_on_the_parameter():
@@ -500,15 +475,11 @@ def test_the_weight_that_counts_is_the_one_that_depends_on_the_parameter():
     module = Partial(3, 8, 3)
     before = module.weight.detach().clone()
     (layer,) = ci.measure(module).layers
-    assert layer.before["normalized_similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(before, normalized=True)), rel=1e-4
-    )
+    assert layer.before["normalized_similarity"] == similarity_of(before)
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
     (layer,) = ci.measure(module.requires_grad_(False)).layers
-    assert layer.before["normalized_similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(module.weight, normalized=True)), rel=1e-4
-    )
+    assert layer.before["normalized_similarity"] == similarity_of(module.weight)
 
 
 def test_modules_that_may_convolve_are_told_with_their_share():
@@ -614,7 +585,7 @@ def test_a_weight_that_becomes_nan_is_put_back():
     module.on[0] = 0
     before = module.weight.detach().clone()
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
-    finite = given(module).isfinite().all()
+    finite = used(module).isfinite().all()
     assert finite or layer.outcome is ci.Outcome.FAILED
     assert layer.outcome is not ci.Outcome.FAILED or torch.equal(module.weight, before)
 
@@ -776,8 +747,7 @@ def test_the_call_says_groups_and_direction_whatever_the_attributes_are(module, 
     model = module()
     weight = next(model.parameters())
     (layer,) = ci.measure(model).layers
-    expected = float(ci.convolutional_similarity(weight.detach(), normalized=True, **options))
-    assert layer.before["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+    assert layer.before["normalized_similarity"] == similarity_of(weight, **options)
     expected = ci.convolutional_similarity(weight, channels=channels, **options)
     torch.testing.assert_close(ci.ConvolutionalSimilarity(model, channels=channels)(), expected)
     assert [layer.strides for layer in find_layers(model)] == [strides]
@@ -856,21 +826,10 @@ def test_convolutions_that_estimate_a_norm_do_not_count():
     module = Iterated(8, 8, 3)
     norm = float(module.estimate().detach())
     (layer,) = ci.measure(module).layers
-    expected = float(ci.convolutional_similarity(module.weight.detach() / norm))
     assert layer.reason is None
-    assert layer.before["similarity"] == pytest.approx(expected, rel=1e-4)
+    assert layer.before["similarity"] == similarity_of(module.weight / norm, normalized=False)
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
-    expected = float(ci.convolutional_similarity((module.weight / module.estimate()).detach()))
-    assert layer.after["similarity"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_second_weight_counts_as_one_though_its_input_is_not_that_of_the_pass():
-    class Recurrent(Complex):
-        def forward(self, x):
-            return F.conv2d(x, self.weight) + F.conv2d(torch.zeros_like(x), self.weight_i)
-
-    (layer,) = ci.measure(Recurrent(4, 4, 3)).layers
-    assert layer.reason == "one of several weights that Recurrent convolves with: the others count for nothing here"
+    assert layer.after["similarity"] == similarity_of(module.weight / module.estimate(), normalized=False)
 
 
 def test_a_weight_that_is_random_is_left_alone_and_a_little_noise_is_not():
@@ -910,9 +869,9 @@ def test_norms_of_filters_that_are_not_kept_are_told():
             return F.conv_transpose2d(x, weight / weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1), groups=2)
 
     module = Centred(2, 4, 3, groups=2)
-    before = given(module)
+    before = used(module)
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
-    change = given(module).flatten(2).norm(dim=2) / before.flatten(2).norm(dim=2) - 1
+    change = used(module).flatten(2).norm(dim=2) / before.flatten(2).norm(dim=2) - 1
     assert layer.outcome is ci.Outcome.APPROXIMATED
     assert f"changes the norms of filters by up to {float(change.abs().max()):.1%}" in layer.reason
 
@@ -980,16 +939,13 @@ def test_a_module_that_convolves_with_its_own_weight_is_a_layer(groups, transpos
     before, state = model[1].weight.detach().clone(), copy.deepcopy(model.state_dict())
     layer = ci.measure(model).layers[1]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    options = {"groups": groups, "transposed": transposed, "normalized": True}
-    similarity = ci.convolutional_similarity(before, **options)
+    options = {"groups": groups, "transposed": transposed}
     assert (layer.name, layer.kind) == ("1", "Scaled")
-    assert layer.before["normalized_similarity"] == pytest.approx(float(similarity), rel=1e-4)
+    assert layer.before["normalized_similarity"] == similarity_of(before, **options)
     report = ci.initialize_(model, settings=SETTINGS)
     assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED] * 2
     assert report.remarks == []
-    assert report.layers[1].after["normalized_similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(model[1].weight.detach(), **options)), rel=1e-4
-    )
+    assert report.layers[1].after["normalized_similarity"] == similarity_of(model[1].weight, **options)
     assert report.layers[1].after["norm_ratio"] == pytest.approx(1, abs=1e-4)
     assert ci.ConvolutionalSimilarity(model).skipped["1"].startswith("no module of PyTorch's convolutions")
 
@@ -1008,27 +964,40 @@ class MaskedAround(Around):
         return F.conv2d(x, self.conv.weight * self.mask)
 
 
-class MaskedInPlaceAround(Around):
+class Masking(Around):
+    """Masks the weight in some way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.masked = way, elsewhere.masked
+
     def forward(self, x):
-        self.conv.weight.data *= self.mask
-        return self.conv(x)
+        return self.way(self, x)
 
 
-class MaskedInPlaceByAnOperator(Around):
-    def forward(self, x):
-        torch.ops.aten.mul_.Tensor(self.conv.weight.data, self.mask)
-        return self.conv(x)
+def masked_in_place(m, x):
+    m.conv.weight.data *= m.mask
+    return m.conv(x)
 
 
-class MaskedAroundAnOperator(Around):
-    def forward(self, x):
-        weight = torch.ops.aten.mul.Tensor(self.conv.weight, self.mask)
-        return torch.ops.aten.convolution(x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+def masked_in_place_by_an_operator(m, x):
+    torch.ops.aten.mul_.Tensor(m.conv.weight.data, m.mask)
+    return m.conv(x)
 
 
-class MaskedAroundAnOverload(Around):
-    def forward(self, x):
-        return torch.ops.aten.conv2d.default(x, self.conv.weight * self.mask)
+def masked_by_operators(m, x):
+    weight = torch.ops.aten.mul.Tensor(m.conv.weight, m.mask)
+    return torch.ops.aten.convolution(x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+@torch.autocast("cpu", enabled=False)
+def masked_decorated(m, x):
+    return F.conv2d(x, m.conv.weight * m.mask)
+
+
+def masked_among_parameters(m, x):
+    weight, _ = m.conv.parameters()
+    return F.conv2d(x, weight * m.mask)
 
 
 def hooked_around():
@@ -1049,25 +1018,17 @@ def masked(conv, x, mask):
 class Method:
     def masked(self, x):
         return masked(self.conv, x, self.mask)
+
+class Static:
+    masked = staticmethod(masked)
 """,
     vars(elsewhere),
 )
 
 
-class MaskedElsewhere(Around):
-    def forward(self, x):
-        return elsewhere.masked(self.conv, x, self.mask)
-
-
 class MaskedByAMethod(Around, elsewhere.Method):
     def forward(self, x):
         return self.masked(x)
-
-
-class MaskedDecorated(Around):
-    @torch.autocast("cpu", enabled=False)
-    def forward(self, x):
-        return F.conv2d(x, self.conv.weight * self.mask)
 
 
 class MaskedAbove(MaskedAround):
@@ -1096,17 +1057,6 @@ class MaskedByAProperty(Around):
         return F.conv2d(x, self.kernel)
 
 
-class MaskedByName(Around):
-    def forward(self, x):
-        return F.conv2d(x, getattr(self.conv, "weight") * self.mask)  # noqa: B009
-
-
-class MaskedAmongParameters(Around):
-    def forward(self, x):
-        weight, _ = self.conv.parameters()
-        return F.conv2d(x, weight * self.mask)
-
-
 class OwnMask(nn.Conv2d):
     def drop(self, mask):
         self.weight.data *= mask
@@ -1126,41 +1076,30 @@ class MaskedByItsOwnMethod(Around):
         return self.conv(x)
 
 
-class MaskedByAnAttribute(Around):
-    def __init__(self):
-        super().__init__()
-        self.run = elsewhere.masked
-
-    def forward(self, x):
-        return self.run(self.conv, x, self.mask)
-
-
-class Static:
-    @staticmethod
-    def masked(conv, x, mask):
-        return F.conv2d(x, conv.weight * mask)
-
-
-class MaskedByAStaticMethod(Around):
-    def forward(self, x):
-        return Static.masked(self.conv, x, self.mask)
-
-
 def masked_by_a_patch():
     model = Around()
     model.forward = types.MethodType(MaskedAround.forward, model)
     return model
 
 
-MASKED = [
-    *(MaskedAround, MaskedInPlaceAround, MaskedElsewhere, MaskedByAMethod, MaskedDecorated, MaskedPartly, MaskedByName),
-    *(MaskedByAProperty, MaskedAmongParameters, masked_by_a_patch, hooked_around, MaskedAbove, MaskedByABase),
-    *(MaskedByItsOwnMethod, MaskedByAnAttribute, MaskedByAStaticMethod),
-    *(MaskedInPlaceByAnOperator, MaskedAroundAnOperator, MaskedAroundAnOverload),
-]
+WAYS = {
+    "in place": masked_in_place,
+    "in place by an operator": masked_in_place_by_an_operator,
+    "by operators": masked_by_operators,
+    "by an overload": lambda m, x: torch.ops.aten.conv2d.default(x, m.conv.weight * m.mask),
+    "decorated": masked_decorated,
+    "among parameters": masked_among_parameters,
+    "by name": lambda m, x: F.conv2d(x, getattr(m.conv, "weight") * m.mask),  # noqa: B009
+    "elsewhere": lambda m, x: elsewhere.masked(m.conv, x, m.mask),
+    "by an attribute": lambda m, x: m.masked(m.conv, x, m.mask),
+    "by a static method": lambda m, x: elsewhere.Static.masked(m.conv, x, m.mask),
+}
+MASKED = [MaskedAround, MaskedByAMethod, MaskedPartly, MaskedByAProperty, MaskedAbove, MaskedByABase]
+MASKED += [MaskedByItsOwnMethod, masked_by_a_patch, hooked_around]
+MASKED = {build.__name__: build for build in MASKED} | {name: partial(Masking, way) for name, way in WAYS.items()}
 
 
-@pytest.mark.parametrize("build", MASKED)
+@pytest.mark.parametrize("build", MASKED.values(), ids=MASKED.keys())
 def test_a_module_around_a_convolution_may_mask_its_weight(build):
     model = build()
     conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -1170,10 +1109,7 @@ def test_a_module_around_a_convolution_may_mask_its_weight(build):
     report = ci.initialize_(model, settings=SETTINGS)
     assert report.layers[0].reason.startswith("within its mask, ")
     model(torch.zeros(1, 4, 3, 3))
-    used = conv.weight.detach() * getattr(model, "mask", 1)
-    assert report.layers[0].after["normalized_similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(used, normalized=True)), rel=1e-4
-    )
+    assert report.layers[0].after["normalized_similarity"] == similarity_of(conv.weight * getattr(model, "mask", 1))
     with pytest.raises(ci.InputError, match="the module around it uses another weight"):
         ci.ConvolutionalSimilarity(model)
 
@@ -1207,8 +1143,7 @@ def test_a_forward_pass_may_take_more_axes_or_fewer(build):
     model = build()
     (layer,) = ci.initialize_(model, settings=SETTINGS).layers
     assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
-    used = 2 * next(model.parameters()).detach()
-    assert layer.after["similarity"] == pytest.approx(float(ci.convolutional_similarity(used)), rel=1e-4)
+    assert layer.after["similarity"] == similarity_of(2 * next(model.parameters()), normalized=False)
 
 
 class Signed(Around):
@@ -1227,27 +1162,48 @@ class Signed(Around):
 )
 def test_what_depends_on_the_weights_own_values_is_no_mask(function):
     model = Signed(function)
-    used = function(model.conv.weight.detach()).clone()
+    before = function(model.conv.weight.detach()).clone()
     (layer,) = ci.initialize_(model, settings=SETTINGS).layers
     now = function(model.conv.weight.detach())
     if layer.after:
         assert "its class keeps a weight that differs" in layer.reason
-        expected = float(ci.convolutional_similarity(now, normalized=True))
-        assert layer.after["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
-        assert expected < float(ci.convolutional_similarity(used, normalized=True))
+        assert layer.after["normalized_similarity"] == similarity_of(now)
+        assert ci.convolutional_similarity(now, normalized=True) < ci.convolutional_similarity(before, normalized=True)
     else:
         assert "is no better" in layer.reason
-        assert torch.equal(now, used)
+        assert torch.equal(now, before)
 
 
 class TiedDecoder(Around):
+    """Uses its weight transposed, too."""
+
     def forward(self, x):
         return F.conv_transpose2d(F.conv2d(x, self.conv.weight), self.conv.weight)
 
 
-def test_a_weight_that_is_used_transposed_too_is_told():
-    (layer,) = ci.initialize_(TiedDecoder(), settings=SETTINGS).layers
-    assert layer.reason == "one of several weights that TiedDecoder convolves with: the others count for nothing here"
+class Difference(nn.Conv2d):
+    """A second weight of another shape."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight) - F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
+
+
+class DifferenceAround(Around):
+    def forward(self, x):
+        return self.conv(x) - F.conv2d(x, self.conv.weight.sum((2, 3), keepdim=True))
+
+
+OF_SEVERAL = [*(lambda kind=kind: kind(4, 8, 3) for kind in (Complex, ComplexInput, Recurrent, Difference))]
+
+
+@pytest.mark.parametrize("build", [*OF_SEVERAL, TiedDecoder, DifferenceAround])
+def test_that_a_weight_is_one_of_several_is_told(build):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), build())
+    kind, second = type(model[1]).__name__, copy.deepcopy(getattr(model[1], "weight_i", None))
+    note = f"one of several weights that {kind} convolves with: the others count for nothing here"
+    for report in (ci.measure(model), ci.initialize_(model, settings=SETTINGS)):
+        assert [layer.reason for layer in report.layers] == [None, note]
+    assert second is None or torch.equal(model[1].weight_i, second)
 
 
 class Branches(nn.Module):
@@ -1290,9 +1246,7 @@ def test_of_weights_that_are_summed_one_is_treated():
     model = Branches()
     report = ci.initialize_(model, settings=SETTINGS)
     first, *others = report.layers
-    used = sum(one.weight.detach() for one in model.branches)
-    expected = float(ci.convolutional_similarity(used, normalized=True))
-    assert first.after["normalized_similarity"] == pytest.approx(expected, rel=1e-4)
+    assert first.after["normalized_similarity"] == similarity_of(sum(one.weight for one in model.branches))
     assert [layer.reason for layer in others] == 2 * ["used together with branches.0, as one weight"]
 
 
@@ -1471,30 +1425,13 @@ def test_a_hook_on_every_module_counts_and_one_further_out_is_told():
         report = ci.measure(model)
     finally:
         handle.remove()
-    assert report.layers[0].before["normalized_similarity"] == pytest.approx(
-        float(ci.convolutional_similarity(model[0][0].weight.detach() * mask, normalized=True)), rel=1e-4
-    )
+    assert report.layers[0].before["normalized_similarity"] == similarity_of(model[0][0].weight * mask)
     assert report.remarks == []
     model.register_forward_pre_hook(lambda *_: None)
     assert ci.measure(model).remarks == []
     model.register_forward_pre_hook(lambda m, _: (m[0][0].weight.data.mul_(mask), None)[1])
     remark = "not tried, though they may change weights of others or later: hooks of (the model itself)"
     assert ci.measure(model).remarks == [remark]
-
-
-def test_a_second_weight_may_be_of_another_shape():
-    class Difference(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, self.weight) - F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
-
-    class DifferenceAround(Around):
-        def forward(self, x):
-            return self.conv(x) - F.conv2d(x, self.conv.weight.sum((2, 3), keepdim=True))
-
-    for model in (Difference(4, 8, 3), DifferenceAround()):
-        (layer,) = ci.measure(model).layers
-        kind = type(model).__name__
-        assert layer.reason == f"one of several weights that {kind} convolves with: the others count for nothing here"
 
 
 def test_a_home_made_convolution_may_be_masked_normalized_frozen_and_changed_by_its_forward_pass():

@@ -19,77 +19,8 @@ from convsim_init.layers.symbolic.uses import find_uses
 TABLE = {1: F.conv1d, 2: F.conv2d}
 
 
-class Held(nn.Module):
-    by_class = staticmethod(F.conv2d)
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
-        self.function, self.partial, self.table = F.conv2d, partial(F.conv2d, padding=1), [F.conv2d]
-
-
-class ByName(Held):
-    def forward(self, x):
-        return torch.nn.functional.conv2d(x, self.kernel)
-
-
-class ByAttribute(Held):
-    def forward(self, x):
-        return self.function(x, self.kernel)
-
-
-class ByPartial(Held):
-    def forward(self, x):
-        return self.partial(x, self.kernel)
-
-
-class ByList(Held):
-    def forward(self, x):
-        return self.table[0](x, self.kernel)
-
-
-class ByTable(Held):
-    def forward(self, x):
-        return TABLE[x.dim() - 2](x, self.kernel)
-
-
-class ByClass(Held):
-    def forward(self, x):
-        return self.by_class(x, self.kernel)
-
-
-class ByMadeName(Held):
-    def forward(self, x):
-        return getattr(F, f"conv{x.dim() - 2}d")(x, self.kernel)
-
-
 def convolve(x, kernel):
     return TABLE[kernel.dim() - 2](x, kernel)
-
-
-class ByFunction(Held):
-    def __init__(self):
-        super().__init__()
-        self.held = convolve
-
-    def forward(self, x):
-        return self.held(x, self.kernel)
-
-
-class ByLibrary(Held):
-    def __init__(self):
-        super().__init__()
-        self.library = F
-
-    def forward(self, x):
-        return self.library.conv2d(x, self.kernel)
-
-
-class ByLocalImport(Held):
-    def forward(self, x):
-        from torch.nn import functional
-
-        return functional.conv2d(x, self.kernel)
 
 
 class Operator:
@@ -105,27 +36,20 @@ class Operator:
 OPERATOR = Operator()
 
 
-class ByObject(Held):
-    def __init__(self):
+class Held(nn.Module):
+    """Calls what it holds, or what its code names, in some way."""
+
+    by_class = staticmethod(F.conv2d)
+
+    def __init__(self, way=None):
         super().__init__()
-        self.operator = Operator()
-
-    def forward(self, x):
-        return self.operator.apply(x, self.kernel)
-
-
-class ByNestedObjects(Held):
-    def __init__(self):
-        super().__init__()
+        self.kernel, self.way = nn.Parameter(torch.randn(8, 3, 3, 3)), way
+        self.function, self.partial, self.table = F.conv2d, partial(F.conv2d, padding=1), [F.conv2d]
+        self.held, self.library, self.operator = convolve, F, Operator()
         self.operators = {"plain": [partial(Operator(), kernel=self.kernel)]}
 
     def forward(self, x):
-        return self.operators["plain"][0](x)
-
-
-class ByGlobalObject(Held):
-    def forward(self, x):
-        return OPERATOR(x, self.kernel)
+        return self.way(self, x)
 
 
 class ByCall(Held):
@@ -136,21 +60,40 @@ class ByCall(Held):
         return x
 
 
-HOLDING = [
-    *(ByName, ByAttribute, ByPartial, ByList, ByTable, ByClass, ByMadeName, ByFunction, ByLibrary, ByLocalImport),
-    *(ByObject, ByNestedObjects, ByGlobalObject, ByCall),
-]
+def by_local_import(m, x):
+    from torch.nn import functional
+
+    return functional.conv2d(x, m.kernel)
 
 
-@pytest.mark.parametrize("kind", HOLDING)
-def test_a_function_that_convolves_is_found_however_it_is_held(kind):
-    kind()(torch.zeros(1, 3, 4, 4))
-    model = nn.Sequential(kind(), nn.BatchNorm2d(8), nn.Conv2d(8, 19, 3))
-    remark = f"not looked at, though they may convolve: 1 {kind.__name__}, with "
+WAYS = {
+    "name": lambda m, x: torch.nn.functional.conv2d(x, m.kernel),
+    "attribute": lambda m, x: m.function(x, m.kernel),
+    "partial": lambda m, x: m.partial(x, m.kernel),
+    "list": lambda m, x: m.table[0](x, m.kernel),
+    "table": lambda m, x: TABLE[x.dim() - 2](x, m.kernel),
+    "class": lambda m, x: m.by_class(x, m.kernel),
+    "made name": lambda m, x: getattr(F, f"conv{x.dim() - 2}d")(x, m.kernel),
+    "function": lambda m, x: m.held(x, m.kernel),
+    "library": lambda m, x: m.library.conv2d(x, m.kernel),
+    "local import": by_local_import,
+    "object": lambda m, x: m.operator.apply(x, m.kernel),
+    "nested objects": lambda m, x: m.operators["plain"][0](x),
+    "global object": lambda m, x: OPERATOR(x, m.kernel),
+}
+HOLDING = {name: partial(Held, way) for name, way in WAYS.items()} | {"call": ByCall}
+
+
+@pytest.mark.parametrize("build", HOLDING.values(), ids=HOLDING.keys())
+def test_a_function_that_convolves_is_found_however_it_is_held(build):
+    held = build()
+    held(torch.zeros(1, 3, 4, 4))
+    model = nn.Sequential(held, nn.BatchNorm2d(8), nn.Conv2d(8, 19, 3))
+    remark = f"not looked at, though they may convolve: 1 {type(held).__name__}, with "
     (found,) = ci.initialize_(model, settings=ci.Settings(steps=1)).remarks
     assert found.startswith(remark)
-    with pytest.raises(ci.InputError, match=f"the code of {kind.__name__} seems to call some"):
-        ci.initialize_(nn.Sequential(kind()))
+    with pytest.raises(ci.InputError, match=f"the code of {type(held).__name__} seems to call some"):
+        ci.initialize_(nn.Sequential(build()))
 
 
 class Attributes(nn.Module):
@@ -488,72 +431,54 @@ def test_what_a_hook_that_cannot_be_followed_does_is_tried():
 class Unfolding(nn.Module):
     """Has a weight that no convolution of torch.nn.functional is given, but what does the same."""
 
-    def __init__(self):
+    def __init__(self, way=None):
         super().__init__()
-        self.conv, self.mask = nn.Conv2d(3, 8, 3), torch.rand(8, 3, 3, 3) < 0.5
+        self.conv, self.mask, self.other = nn.Conv2d(3, 8, 3), torch.rand(8, 3, 3, 3) < 0.5, [nn.Conv2d(3, 8, 3)]
+        self.way = way
 
     def kernel(self):
         return self.conv.weight * self.mask
 
-
-class ByEinsum(Unfolding):
-    def forward(self, x):
-        return torch.einsum("of,bfl->bol", self.kernel().flatten(1), F.unfold(x, 3))
-
-
-class ByProduct(Unfolding):
-    def forward(self, x):
-        return self.kernel().flatten(1) @ F.unfold(x, 3)
-
-
-class ByLinear(Unfolding):
-    def forward(self, x):
-        return F.linear(F.unfold(x, 3).transpose(1, 2), self.kernel().flatten(1))
-
-
-class ByOperator(Unfolding):
-    def forward(self, x):
-        return torch.ops.aten.thnn_conv2d(x, self.kernel(), [3, 3])
-
-
-class ByACondition(Unfolding):
-    def forward(self, x):
-        return torch.cond(x.sum() > 0, self.convolve, self.convolve, (x,))
-
     def convolve(self, x):
         return F.conv2d(x, self.kernel())
 
-
-class ByFourier(Unfolding):
     def forward(self, x):
-        kernel = torch.fft.rfft2(self.kernel(), s=x.shape[-2:])
-        return torch.fft.irfft2((torch.fft.rfft2(x)[:, None] * kernel.conj()).sum(2))
+        return self.way(self, x)
 
 
-class ByAnother(Unfolding):
-    def __init__(self):
-        super().__init__()
-        self.other = [nn.Conv2d(3, 8, 3)]
-
-    def forward(self, x):
-        self.other[0].weight.data.copy_(self.kernel())
-        return self.other[0](x)
+def by_fourier(m, x):
+    kernel = torch.fft.rfft2(m.kernel(), s=x.shape[-2:])
+    return torch.fft.irfft2((torch.fft.rfft2(x)[:, None] * kernel.conj()).sum(2))
 
 
-class ByCopy(Unfolding):
-    def forward(self, x):
-        conv = copy.deepcopy(self.conv)
-        conv.weight.data *= self.mask
-        return conv(x)
+def by_another(m, x):
+    m.other[0].weight.data.copy_(m.kernel())
+    return m.other[0](x)
 
 
-@pytest.mark.parametrize(
-    "kind", [ByEinsum, ByProduct, ByLinear, ByOperator, ByACondition, ByFourier, ByAnother, ByCopy]
-)
-def test_a_weight_that_is_multiplied_with_by_other_means_is_not_known(kind):
-    (layer,) = ci.initialize_(nn.Sequential(kind()), settings=ci.Settings(steps=1)).layers
+def by_copy(m, x):
+    conv = copy.deepcopy(m.conv)
+    conv.weight.data *= m.mask
+    return conv(x)
+
+
+MEANS = {
+    "einsum": lambda m, x: torch.einsum("of,bfl->bol", m.kernel().flatten(1), F.unfold(x, 3)),
+    "product": lambda m, x: m.kernel().flatten(1) @ F.unfold(x, 3),
+    "linear": lambda m, x: F.linear(F.unfold(x, 3).transpose(1, 2), m.kernel().flatten(1)),
+    "operator": lambda m, x: torch.ops.aten.thnn_conv2d(x, m.kernel(), [3, 3]),
+    "condition": lambda m, x: torch.cond(x.sum() > 0, m.convolve, m.convolve, (x,)),
+    "fourier": by_fourier,
+    "another": by_another,
+    "copy": by_copy,
+}
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_a_weight_that_is_multiplied_with_by_other_means_is_not_known(means):
+    (layer,) = ci.initialize_(nn.Sequential(Unfolding(MEANS[means])), settings=ci.Settings(steps=1)).layers
     assert layer.outcome is ci.Outcome.SKIPPED
-    assert layer.reason.startswith(f"which weight {kind.__name__} uses is not known: ")
+    assert layer.reason.startswith("which weight Unfolding uses is not known: ")
 
 
 class CopyingItself(Two):
