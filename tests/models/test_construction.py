@@ -32,6 +32,12 @@ def draw_(model):
             nn.init.kaiming_normal_(module.weight)
 
 
+def train(model, optimizer):
+    """A step of a training."""
+    model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+    optimizer.step()
+
+
 def expected(build, seed=0, **options):
     """The state dict of what `initialize_` makes of the model."""
     torch.manual_seed(seed)
@@ -131,8 +137,7 @@ def test_training_starts_from_treated_weights():
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         assert_equal(model, expected(network))
-        model(torch.randn(1, 3, 9, 9)).sum().backward()
-        optimizer.step()
+        train(model, optimizer)
         trained = copy.deepcopy(model.state_dict())
         torch.optim.SGD(model.parameters(), lr=0.01)  # another phase of the training
         model(torch.randn(1, 3, 9, 9))
@@ -165,11 +170,9 @@ def test_what_is_drawn_anew_for_another_training_is_treated_again():
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             assert not torch.equal(model[2].weight, drawn["2.weight"])
             assert torch.equal(model[0].weight, drawn["0.weight"])
-            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-            optimizer.step()
+            train(model, optimizer)
         model[2].reset_parameters()  # and trained by the same optimizer: none is made before
-        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-        optimizer.step()
+        train(model, optimizer)
         trained = copy.deepcopy(model.state_dict())
     assert_equal(model, trained)
     assert [report.totals["initialized"] for report in reports] == [1, 1, 1]
@@ -247,8 +250,7 @@ def test_what_was_frozen_while_the_rest_trained_stays():
         model(torch.randn(2, 3, 9, 9))
         reset_(model)
         model[0].requires_grad_(False)
-        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-        optimizer.step()
+        train(model, optimizer)
         model[0].requires_grad_(True)
         trained = copy.deepcopy(model.state_dict())
         torch.optim.SGD(model.parameters(), lr=0.1)
@@ -274,8 +276,7 @@ class Grows(nn.Module):
 def test_a_layer_that_is_given_to_an_optimizer_later_is_treated():
     with ci.initializing(settings=QUICK) as reports:
         model = Grows()
-        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-        model.optimizer.step()
+        train(model, model.optimizer)
     assert [report.totals["initialized"] for report in reports] == [1, 1]
     assert not torch.allclose(model.second.weight, model.drawn)
 
@@ -285,8 +286,7 @@ def test_to_draw_what_is_computed_changes_nothing():
         model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3, bias=False)), nn.BatchNorm2d(8))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(2):
-            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-            optimizer.step()
+            train(model, optimizer)
             reset_(model)
         trained = copy.deepcopy(model.state_dict())
         torch.optim.SGD(model.parameters(), lr=0.1)
@@ -300,8 +300,7 @@ def test_a_copy_that_is_drawn_anew_for_each_training_is_treated():
             model = copy.deepcopy(base)
             reset_(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-            optimizer.step()
+            train(model, optimizer)
     assert [
         sum(bool(layer.after) for layer in report.layers) for report in reports if report.totals.get("initialized")
     ] == [2] * 4  # and the first one, which was never trained
@@ -377,8 +376,7 @@ def test_a_compiled_model_is_compiled_once_and_without_a_warning(way):
             if moment == "before":
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(3):
-            called(torch.randn(2, 3, 9, 9)).sum().backward()
-            optimizer.step()
+            train(called, optimizer)
     assert len(compiled) == 1
     assert [report.totals["initialized"] for report in reports] == [2]
 
@@ -396,8 +394,7 @@ def test_what_is_drawn_anew_after_something_else_was_compiled_is_treated_again(w
         draw_(model)
         if what == "a part":
             model[2].compile(backend="eager")
-        model(torch.randn(2, 3, 9, 9)).sum().backward()
-        optimizer.step()
+        train(model, optimizer)
     assert [report.totals["initialized"] for report in reports] == [3, 3]
 
 
@@ -449,8 +446,7 @@ def test_what_is_drawn_anew_before_a_pass_that_is_not_seen_is_told():
         model.compile(backend="eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         draw_(model)
-        model(torch.randn(2, 3, 9, 9)).sum().backward()
-        optimizer.step()
+        train(model, optimizer)
     assert [layer.reason for layer in reports[1].layers] == 2 * [
         "changed after the optimizer was made, in this process or by another one"
     ]
@@ -596,8 +592,7 @@ def test_what_is_put_back_as_it_was_drawn_is_treated_again():
                 model.load_state_dict(start)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             starts.append(copy.deepcopy(model.state_dict()))
-            model(torch.randn(2, 3, 9, 9)).square().sum().backward()
-            optimizer.step()
+            train(model, optimizer)
             optimizer.zero_grad()
         trained = copy.deepcopy(model.state_dict())
         model.load_state_dict(trained)
@@ -659,11 +654,9 @@ def test_what_is_drawn_anew_while_the_optimizer_trains_another_model_is_treated(
     with ci.initializing(settings=QUICK) as reports:
         generator, other = network(), network()
         optimizer = torch.optim.SGD([*generator.parameters(), *other.parameters()], lr=0.1)
-        other(torch.randn(1, 3, 9, 9)).sum().backward()
-        optimizer.step()
+        train(other, optimizer)
         reset_(generator)
-        other(torch.randn(1, 3, 9, 9)).sum().backward()
-        optimizer.step()
+        train(other, optimizer)
     assert [report.totals.get("initialized") for report in reports] == [2, 2, 2]
 
 
