@@ -44,29 +44,30 @@ def names_of(parts: Iterable[nn.Module]) -> set[str]:
 
 def names_in(kind: Any, code: Any = None) -> set[str]:
     """The names in the code of a function, or of the forward pass of a class, and in that of what these name."""
+    codes, _ = code_in(kind, code)
     # The strings too, as an attribute may be named by one: `getattr(self, "scale")`.
-    consts = ({one for one in inner.co_consts if isinstance(one, str)} for _, inner in code_in(kind, code))
-    return set().union(*(inner.co_names for _, inner in code_in(kind, code)), *consts)
+    consts = ({one for one in inner.co_consts if isinstance(one, str)} for inner in codes)
+    return set().union(*(inner.co_names for inner in codes), *consts)
 
 
-def code_in(kind: Any, code: Any = None) -> Iterator[tuple[Any, CodeType]]:
-    """The code of a function, or of a class's forward pass, and of what these name, with the functions it is of."""
-    pending: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
-    known = set[CodeType]()
-    for one in pending:
+def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
+    """The code of a function, or of a class's forward pass, and of what these name; and all that is named."""
+    named: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
+    found = dict[CodeType, None]()
+    for one in named:
         function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
         own = getattr(function, "__code__", None)
         codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_librarys(function) else []
         # Functions call themselves and each other: the same ones would come back for ever.
-        codes = codes if known.isdisjoint(codes[:1]) else []
-        known.update(codes)
+        codes = codes if found.keys().isdisjoint(codes[:1]) else []
+        found |= dict.fromkeys(codes)
         for cell in function.__closure__ or () if codes else ():
             with suppress(ValueError):  # empty yet
-                pending.append(cell.cell_contents)
+                named.append(cell.cell_contents)
         for inner in codes:
-            yield function, inner
-            pending += [getattr_static(kind, name, None) for name in inner.co_names]
-            pending += [function.__globals__.get(name) for name in inner.co_names]
+            named += [getattr_static(kind, name, None) for name in inner.co_names]
+            named += [function.__globals__.get(name) for name in inner.co_names]
+    return list(found), named
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

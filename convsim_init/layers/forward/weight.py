@@ -152,7 +152,7 @@ class ForwardWeight(Weight):
         # Masks and centring take from a filter's norm, which is to be that of the one wanted.
         target *= ratios(norms_of(weight), norms_of(target))
         # What a mask hides is no part of the variable and stays, to the bit.
-        changed = to_float64(stored) - variable + target / torch.where(slopes == 0, 1, slopes)
+        changed = to_float64(stored) - variable + ratios(target, slopes)
         self._stored.write(torch.where(slopes == 0, stored, changed).to(weight))
         return describe_mismatch("class", target, self.read())
 

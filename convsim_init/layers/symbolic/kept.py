@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import _lru_cache_wrapper
-from inspect import getattr_static
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,12 +38,7 @@ def without_unknown_values(parts: Sequence[nn.Module]) -> Iterator[None]:
 def _named(parts: Sequence[nn.Module]) -> Iterator[Any]:
     """What the code of forward passes, and that of what it names, knows by its names, or as attributes of classes."""
     for kind, forward in {(type(part), vars(part).get("forward")) for part in parts}:
-        for function, code in code_in(kind, forward):
-            for name in code.co_names:
-                yield from (function.__globals__.get(name), getattr_static(kind, name, None))
-            for cell in function.__closure__ or ():
-                with suppress(ValueError):  # empty yet
-                    yield cell.cell_contents
+        yield from code_in(kind, forward)[1]
     for part in parts:
         yield from (one for one in vars(part).values() if isinstance(one, _lru_cache_wrapper))
 
