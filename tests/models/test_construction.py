@@ -398,24 +398,6 @@ def test_what_is_drawn_anew_after_something_else_was_compiled_is_treated_again(w
     assert [report.totals["initialized"] for report in reports] == [3, 3]
 
 
-@pytest.mark.parametrize("names", ["a global", "a cell"])
-def test_what_is_drawn_anew_before_a_step_is_compiled_is_treated_again(names, monkeypatch):
-    torch._dynamo.reset()
-    with ci.initializing(settings=QUICK) as reports:
-        model = network()
-        torch.optim.SGD(model.parameters(), lr=0.1)
-        draw_(model)
-        if names == "a global":
-            step = eval("lambda x: model(x).mean()", {"model": model})
-        else:
-
-            def step(x):
-                return model(x).mean()
-
-        torch.compile(step, backend="eager")(torch.randn(2, 3, 9, 9)).backward()
-    assert [report.totals["initialized"] for report in reports] == [2, 2]
-
-
 @pytest.mark.parametrize("change", [nn.Identity(), parametrizations.weight_norm], ids=["plain", "parametrized"])
 def test_old_gradients_are_no_training(change):
     with ci.initializing(settings=QUICK) as reports:
@@ -450,15 +432,6 @@ def test_what_is_drawn_anew_before_a_pass_that_is_not_seen_is_told():
     assert [layer.reason for layer in reports[1].layers] == 2 * [
         "changed after the optimizer was made, in this process or by another one"
     ]
-
-
-def test_what_is_drawn_anew_before_it_is_compiled_is_treated_again():
-    with ci.initializing(settings=QUICK) as reports:
-        model = network()
-        torch.optim.SGD(model.parameters(), lr=0.1)
-        draw_(model)
-        model.compile(backend="eager")
-    assert [report.totals["initialized"] for report in reports] == [2, 2]
 
 
 def first_passes():
@@ -812,18 +785,37 @@ def test_a_weight_of_two_models_is_treated_once(share):
     assert reports[1].layers[0].reason == "treated before, as 0 of Sequential"
 
 
-@pytest.mark.parametrize("called", [lambda model: model[0], nn.Sequential], ids=["part", "wrapper"])
-def test_only_a_call_of_the_model_begins_its_training(called):
+def compiled_step(model, x):
+    def step(x):
+        return model(x).mean()
+
+    torch.compile(step, backend="eager")(x).backward()
+
+
+FIRST_USES = {
+    "a part is called": lambda model, x: model[0](x),
+    "a wrapper is called": lambda model, x: nn.Sequential(model)(x),
+    "it is compiled in place": lambda model, x: model.compile(backend="eager"),
+    "a step with it in a cell is compiled": compiled_step,
+    "a step with it as a global is compiled": lambda model, x: torch.compile(
+        eval("lambda x: model(x).mean()", {"model": model}), backend="eager"
+    )(x),
+}
+
+
+@pytest.mark.parametrize("use", FIRST_USES)
+def test_training_begins_when_the_model_is_used_first(use):
+    torch._dynamo.reset()
     with ci.initializing(settings=QUICK) as reports:
-        model = network()
+        model, x = network(), torch.randn(2, 3, 9, 9)
         torch.optim.SGD(model.parameters(), lr=0.1)
         nn.ReLU()(torch.zeros(1))
         draw_(model)
-        called(model)(torch.randn(1, 3, 9, 9))
+        FIRST_USES[use](model, x)
         assert [report.totals["initialized"] for report in reports] == [2, 2]
         draw_(model)
         state = copy.deepcopy(model.state_dict())
-        model(torch.randn(1, 3, 9, 9))
+        model(x)
     assert_equal(model, state)
 
 
