@@ -30,6 +30,17 @@ def norms(weight):
     return weight.double().flatten(1).norm(dim=1)
 
 
+class Using(nn.Conv2d):
+    """Uses what a function makes of it and its input as the weight."""
+
+    def __init__(self, use, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.use = use
+
+    def forward(self, x):
+        return F.conv2d(x, self.use(self, x), self.bias)
+
+
 class Masked(nn.Conv2d):
     """PixelCNN's: the mask is multiplied into the parameter at each forward pass."""
 
@@ -73,11 +84,6 @@ def kept_by_a_gradient_hook(kind=nn.Conv2d, *, added_up=False):
     return module
 
 
-class Scaling(nn.Conv2d):
-    def forward(self, x):
-        return F.conv2d(x, self.weight * 2)
-
-
 def pruned(times=1):
     module = nn.Conv2d(3, 16, 5)
     for _ in range(times):
@@ -92,7 +98,7 @@ MASKS = {
     "by a hook": hooked,
     "by a hook on the gradient": kept_by_a_gradient_hook,
     "by a hook on the sum of gradients": lambda: kept_by_a_gradient_hook(added_up=True),
-    "and scaled": lambda: kept_by_a_gradient_hook(Scaling),
+    "and scaled": lambda: kept_by_a_gradient_hook(partial(Using, lambda m, x: m.weight * 2)),
     "pruned": pruned,
     "twice pruned": lambda: pruned(2),
 }
@@ -236,11 +242,7 @@ def test_quantization_aware_convolutions_are_approximated_and_their_observers_un
 
 
 def test_a_class_that_ignores_its_parameter_is_put_back():
-    class Constant(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, torch.linspace(-1, 1, self.weight.numel()).view_as(self.weight).sin())
-
-    module = Constant(3, 8, 3)
+    module = Using(lambda m, x: torch.linspace(-1, 1, m.weight.numel()).view_as(m.weight).sin(), 3, 8, 3)
     before = module.weight.detach().clone()
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert layer.outcome is ci.Outcome.SKIPPED
@@ -390,16 +392,14 @@ class Quantized(NamedTuple):
 
 
 def test_a_weight_may_be_given_with_its_scale():
-    class QuantConv2d(nn.Conv2d):
-        def forward(self, x):
-            scale = self.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 127
-            return F.conv2d(x, Quantized((self.weight / scale).round() * scale, scale), self.bias)
+    def quantized(m, x=None):
+        scale = m.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 127
+        return Quantized((m.weight / scale).round() * scale, scale)
 
-    module = QuantConv2d(3, 8, 3)
+    module = Using(quantized, 3, 8, 3)
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert layer.outcome is ci.Outcome.APPROXIMATED
-    scale = module.weight.abs().amax((1, 2, 3), keepdim=True) / 127
-    assert layer.after["normalized_similarity"] == similarity_of((module.weight / scale).round() * scale)
+    assert layer.after["normalized_similarity"] == similarity_of(quantized(module).value)
 
 
 def test_a_computed_weight_is_refused_and_a_part_of_a_parameter_is_not():
@@ -698,15 +698,8 @@ def test_strides_that_overlap_are_left_alone():
 
 
 def test_a_weight_that_depends_on_the_input_is_left_alone():
-    class Dynamic(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, self.weight * (1 + x.abs().mean()))
-
-    (layer,) = ci.initialize_(Dynamic(3, 8, 3), settings=SETTINGS).layers
-    assert (layer.outcome, layer.reason) == (
-        ci.Outcome.SKIPPED,
-        "the weight that Dynamic uses depends on its input",
-    )
+    (layer,) = ci.initialize_(Using(lambda m, x: m.weight * (1 + x.abs().mean()), 3, 8, 3), settings=SETTINGS).layers
+    assert (layer.outcome, layer.reason) == (ci.Outcome.SKIPPED, "the weight that Using uses depends on its input")
 
 
 class GroupedByItsCall(nn.Conv2d):
@@ -833,19 +826,11 @@ def test_convolutions_that_estimate_a_norm_do_not_count():
 
 
 def test_a_weight_that_is_random_is_left_alone_and_a_little_noise_is_not():
-    class Dropped(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, F.dropout(self.weight, self.p))
-
-    class Noisy(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, self.weight * (1 + 1e-4 * torch.randn_like(self.weight)))
-
-    dropped = Dropped(3, 8, 3)
-    dropped.p = 0.5
-    report = ci.initialize_(nn.Sequential(dropped, Noisy(8, 8, 3)), settings=SETTINGS)
+    dropped = Using(lambda m, x: F.dropout(m.weight, 0.5), 3, 8, 3)
+    noisy = Using(lambda m, x: m.weight * (1 + 1e-4 * torch.randn_like(m.weight)), 8, 8, 3)
+    report = ci.initialize_(nn.Sequential(dropped, noisy), settings=SETTINGS)
     assert [layer.outcome.value for layer in report.layers] == ["skipped", "approximated"]
-    assert report.layers[0].reason == "the weight that Dropped uses is random, in evaluation mode too"
+    assert report.layers[0].reason == "the weight that Using uses is random, in evaluation mode too"
     assert ci.measure(dropped).layers[0].outcome is ci.Outcome.SKIPPED
 
 
@@ -1580,12 +1565,7 @@ def test_another_modules_weight_or_a_dtype_that_is_read_is_no_obstacle():
 
 
 def test_a_loss_that_falls_with_the_norms_alone_is_no_gain():
-    class Binary(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, self.weight.sign() * self.weight.abs().mean((1, 2, 3), keepdim=True))
-
-    torch.manual_seed(0)
-    module = Binary(16, 32, 3)
+    module = Using(lambda m, x: m.weight.sign() * m.weight.abs().mean((1, 2, 3), keepdim=True), 16, 32, 3)
     before = module.weight.detach().clone()
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert (layer.outcome, torch.equal(module.weight, before)) == (ci.Outcome.SKIPPED, True)
