@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrizations
 from tqdm import tqdm
 
 import convsim_init as ci
@@ -345,26 +344,6 @@ def test_a_parametrized_weight_is_assigned_through_its_parametrization():
     assert layer.outcome is ci.Outcome.INITIALIZED
     torch.testing.assert_close(parametrized.weight, plain.weight)
     assert parametrized.parametrizations.weight.original.requires_grad
-
-
-def test_parametrized_weight_norm_is_treated():
-    module = parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
-    before = filter_norms(module)
-    (layer,) = ci.initialize_(module, settings=QUICK).layers
-    assert layer.outcome is ci.Outcome.INITIALIZED
-    torch.testing.assert_close(filter_norms(module), before, rtol=1e-5, atol=0)
-    assert layer.after["normalized_similarity"] < layer.before["normalized_similarity"]
-
-
-@pytest.mark.parametrize("spectral_norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_spectral_norm_keeps_another_weight_and_the_report_says_so(spectral_norm):
-    module = spectral_norm(nn.Conv2d(3, 8, 3))
-    (layer,) = ci.initialize_(module, settings=ci.Settings(steps=20)).layers
-    assert layer.outcome is ci.Outcome.APPROXIMATED
-    assert "differs by" in layer.reason
-    used = ci.convolutional_similarity(module.weight.detach(), normalized=True).item()
-    assert layer.after["normalized_similarity"] == pytest.approx(used, rel=1e-3)
 
 
 def test_convsim_changes_a_weight_in_place_as_initialize_does():
