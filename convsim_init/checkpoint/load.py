@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -20,6 +20,7 @@ from convsim_init.checkpoint.state_dict import with_versions
 from convsim_init.errors import InputError, RunError
 from convsim_init.functional.dtypes import equal
 from convsim_init.layers import tree
+from convsim_init.layers.forward.copies import Copying
 from convsim_init.layers.memory import has_no_data, memories
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
@@ -99,10 +100,11 @@ def _rehearse(
     report, inner = match(checkpoint, model, file=file, name=name), unwrap(model)
     with ExitStack() as stack:
         try:
-            trial = _copy(inner)
+            with Copying(lambda one: None if one.is_leaf else one.detach().clone()):  # deepcopy refuses those
+                trial = copy.deepcopy(inner)
         except Exception:  # whatever the model holds that cannot be copied, such as a lock
             trial = inner
-            stack.callback(_backup(inner))
+            stack.enter_context(_backup(inner))
         state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
         outcome = _try_loading(trial, state, strict=True)
         # A model whose loading takes nothing for everything says nothing by taking the file.
@@ -144,16 +146,6 @@ def _try_moved(
             report = _settled(report, {*report.tied, *(key for key in absent if not changes.get(key))}, set())
         return _less_ignored(report, checkpoint.tensors, inner, changes, is_strict=is_strict), state
     return report, state
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy to try things on."""
-    memo: dict[int, object] = {}
-    for module in tree.modules(model):
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # as hooks leave them; these cannot be copied
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:
@@ -262,31 +254,29 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{shown(key)}: expected a tensor that can be written, got one made under torch.inference_mode: load "
                 "there, too"
             )
-    restore = _backup(model)
-    try:
-        _load(model, state, strict=False)
-    # Restored after an interrupt, too, which may leave half of the weights written.
-    except BaseException as error:
-        restore()
-        if isinstance(error, Exception):
+    with _backup(model) as restoring:  # after an interrupt, too, which may leave half of the weights written
+        try:
+            _load(model, state, strict=False)
+        except Exception as error:
             raise RunError(
                 f"the model's tensors cannot be written, it is as it was: its own loading raised {error_text(error)}"
             ) from error
-        raise
+        restoring.pop_all()
 
 
-def _backup(model: nn.Module) -> Callable[[], None]:
-    """What gives a model's parameters and buffers the values back that they have now."""
-    tensors = [tensor for tensor in (*tree.parameters(model), *tree.buffers(model)) if not has_no_data(tensor)]
-    before = [tensor.detach().clone() for tensor in tensors]
+def _backup(model: nn.Module) -> ExitStack:
+    """Context that ends with a model's parameters and buffers given back the values that they have now."""
+    restoring = ExitStack()
+    for tensor in (*tree.parameters(model), *tree.buffers(model)):
+        if not has_no_data(tensor):
+            restoring.callback(_restore, tensor, tensor.detach().clone())
+    return restoring
 
-    @torch.no_grad()
-    def restore() -> None:
-        for tensor, value in zip(tensors, before, strict=True):
-            if not equal(tensor, value):  # others may not let themselves be written
-                tensor.copy_(value)
 
-    return restore
+@torch.no_grad()
+def _restore(tensor: Tensor, value: Tensor) -> None:
+    if not equal(tensor, value):  # others may not let themselves be written
+        tensor.copy_(value)
 
 
 def _examples(state: Mapping[str, object]) -> str:
