@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convsim_init.backends import compiled, gpu
 from convsim_init.backends.compiled import CompiledBlock
-from convsim_init.backends.torch_ops import MaskedBlock, TorchBlock
+from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.settings import Settings
 
@@ -76,14 +76,14 @@ def cut_into_blocks(
     shape, taps where it is zero stay zero.
     """
     # Neither step.c nor the fused kernels project a gradient to the taps of a mask.
-    kind = _kind(bank, settings) if mask is None else MaskedBlock
+    kind = _kind(bank, settings) if mask is None else TorchBlock
     # Over all channels the loss is <sum_c P_c, Q sum_d P_d>: no sum over parts of the channels.
     whole = settings.channels == "all" or bank.device.type != "cpu"
     # Blocks share the scratch memory of the thread that works on them; two threads share none.
     memory = threading.local()
     for part, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
         block = kind(part, weights, fourier, settings, memory)
-        if isinstance(block, MaskedBlock) and mask is not None:
+        if isinstance(block, TorchBlock) and mask is not None:
             block.mask = mask.flatten(3)[part].permute(3, 0, 2, 1).to(weights)
         yield block
 

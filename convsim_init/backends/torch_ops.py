@@ -18,16 +18,23 @@ from convsim_init.settings import Channels, Pairs, Settings
 
 
 class TorchBlock:
-    """A `Block` on any device, of any dtype, for all settings; blocks of a layer share ``memory``."""
+    """A `Block` on any device, of any dtype, for all settings; blocks of a layer share ``memory``.
+
+    Attributes:
+        mask: 1 for taps that are there and 0 for those that are zero and stay so, ``[T, g, c, M]``, in the order of the
+            kernel and not in the coordinates of `Fourier`; None for all taps. The gradient is projected to those that
+            are there: directions are then in that subspace too, and the filters never leave it.
+    """
 
     max_weights = CACHED  # each operation passes over all of them
+    mask: Tensor | None = None
 
     def __init__(
         self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
     ) -> None:
         self.part = part
         self._memory = memory
-        self._fourier, self._pairs, self._summed = fourier, settings.pairs, settings.channels == "all"
+        self._fourier, self._pairs, self._channels = fourier, settings.pairs, settings.compared_channels
         self._weights = Halves(weights)
         self._direction, self._gradient, self._previous = (Halves(torch.zeros_like(weights)) for _ in range(3))
 
@@ -42,7 +49,7 @@ class TorchBlock:
         here = self._workspace()
         weights.mul_(keep).addcmul_(direction, add)
         self._fourier.full.forward(self._weights, out=here.spectrum)
-        power = here.power()  # [F, g, c, M]
+        power = power_spectrum(here.spectrum.whole, self._channels, out=here.power)  # [F, g, c, M]
         # Over all pairs Q P = S - P is elementwise and may replace P; else neighbours are read.
         partners = partner_power(power, self._pairs, out=power if self._pairs == "all" else None)
         # The shift is subtracted from the partners' power, before anything cancels. To a filter's own power, of which
@@ -50,7 +57,11 @@ class TorchBlock:
         partners.sub_(self._fourier.identity * shift / 2)
         here.spectrum.first.mul_(partners)
         here.spectrum.second.mul_(partners[1:])
-        self._differentiate(here.spectrum)
+        self._fourier.full.twice_adjoint(here.spectrum, out=self._gradient)
+        if self.mask is not None:
+            rotation, coordinates = self._fourier.rotation, gradient.flatten(1)
+            taps = torch.mm(rotation.T, coordinates).mul_(self.mask.flatten(1))
+            torch.mm(rotation, taps, out=coordinates)
         factors = ((gradient, weights), (gradient, gradient), (gradient, direction), (weights, weights))
         sums = torch.stack([here.inner(a, b) for a, b in factors])
         return sums, float(torch.dot(self._gradient.flat, self._previous.flat))
@@ -73,72 +84,38 @@ class TorchBlock:
             power[1:].addcmul_(a.second, b.second)
         powers[2].addcmul_(powers[0], curvature)
         powers[:, 0] *= self._fourier.coarse_constant
-        if self._summed:
+        if self._channels == "all":
             powers = powers.sum(3, keepdim=True)
         if self._pairs == "all":  # <P_i, S_j - P_j> without a tensor of partners
             sums = powers.sum(-1).flatten(1)
             return sums @ sums.T - powers.flatten(1) @ powers.flatten(1).T
         return powers.flatten(1) @ partner_power(powers, self._pairs).flatten(1).T
 
-    def _differentiate(self, spectrum: Halves) -> None:
-        """The gradient, from the spectrum of the weights times the partners' power."""
-        self._fourier.full.twice_adjoint(spectrum, out=self._gradient)
-
     def _workspace(self) -> _Workspace:
         """Scratch memory of this thread for blocks of this shape: allocating it anew costs page faults."""
         shape = "x".join(map(str, self._weights.whole.shape))
         workspace: _Workspace | None = getattr(self._memory, shape, None)
         if workspace is None:
-            workspace = _Workspace(self._weights.whole, self._fourier, self._summed)
+            workspace = _Workspace(self._weights.whole, self._fourier)
             setattr(self._memory, shape, workspace)
         return workspace
-
-
-class MaskedBlock(TorchBlock):
-    """A block some of whose taps are zero and stay so: its gradient is projected to the others.
-
-    Directions are then in that subspace too, and the filters never leave it.
-
-    Attributes:
-        mask: 1 for the taps that are there and 0 for the others, ``[T, g, c, M]``, in the order of
-            the kernel and not in the coordinates of `Fourier`.
-    """
-
-    mask: Tensor
-
-    def _differentiate(self, spectrum: Halves) -> None:
-        super()._differentiate(spectrum)
-        rotation, coordinates = self._fourier.rotation, self._gradient.whole
-        taps = torch.mm(rotation.T, coordinates.flatten(1)).mul_(self.mask.flatten(1))
-        torch.mm(rotation, taps, out=coordinates.flatten(1))
 
 
 class _Workspace:
     """Scratch memory for blocks of one shape; what is not needed at the same time shares a place."""
 
-    def __init__(self, weights: Tensor, fourier: Fourier, summed: bool) -> None:
+    def __init__(self, weights: Tensor, fourier: Fourier) -> None:
         taps, *rest = weights.shape
         frequencies, coarse = fourier.points // 2 + 1, fourier.coarse_points // 2 + 1
-        self._summed = summed
-
-        power = weights.new_empty(frequencies, *rest)
-        self._power, self._power_rest = power, power[1:]
+        self.power = weights.new_empty(frequencies, *rest)
         # There are F >= T rows: prod(2 k - 1) + 1 >= 2 prod(k). `inner` comes once P is used up.
-        self._product = power[:taps]
-
+        self._product = self.power[:taps]
         seen = 0 if fourier.coarse_is_free else fourier.coarse_points
         memory = weights.new_empty(max(fourier.points, 3 * coarse + 2 * seen), *rest)
         self.spectrum = Halves(memory[: fourier.points])
         self.expansion = memory[: 3 * coarse].view(3, coarse, *rest)
         self.coarse_weights = Halves(memory[3 * coarse : 3 * coarse + seen])
         self.coarse_direction = Halves(memory[3 * coarse + seen : 3 * coarse + 2 * seen])
-
-    def power(self) -> Tensor:
-        """The power of the spectrum, ``[F, g, c, M]``; summed over channels where they are."""
-        first, second = self.spectrum.first, self.spectrum.second
-        torch.mul(first, first, out=self._power)
-        self._power_rest.addcmul_(second, second)
-        return self._power.sum(2, keepdim=True) if self._summed else self._power
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products ``[g, M]`` of the filters' parts ``[T, g, c, M]``."""

@@ -88,8 +88,8 @@ def bank_similarity(bank: Tensor, pairs: Pairs, channels: Channels) -> Tensor:
     return torch.sum(power * partner_power(power, pairs)) / 2
 
 
-def power_spectrum(spectrum: Tensor, channels: Channels) -> Tensor:
-    """Power of Fourier coefficients ``[N, G, C, M]``.
+def power_spectrum(spectrum: Tensor, channels: Channels, *, out: Tensor | None = None) -> Tensor:
+    """Power of Fourier coefficients ``[N, G, C, M]``; that of each channel in ``out`` if given.
 
     Returns:
         ``[F, G, C, M]``; with ``channels="all"`` the sum over channels, ``[F, G, 1, M]``.
@@ -97,7 +97,7 @@ def power_spectrum(spectrum: Tensor, channels: Channels) -> Tensor:
     frequencies = spectrum.shape[0] // 2 + 1
     cosines, sines = spectrum[:frequencies], spectrum[frequencies:]
     # The constant, which is the first cosine, has no sine.
-    power = cosines.square()
+    power = torch.square(cosines, out=out)
     power[1:].addcmul_(sines, sines)
     return power.sum(2, keepdim=True) if channels == "all" else power
 
