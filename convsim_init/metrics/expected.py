@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convsim_init.functional.bank import accumulation_dtype, count_pairs, filter_bank, filter_norms, nonzero, per_filter
-from convsim_init.settings import check_choice
+from convsim_init.functional.bank import count_pairs, filter_norms, nonzero, per_filter
 
 Spectrum = Literal["white", "natural"]
 SPECTRA: tuple[Spectrum, ...] = ("white", "natural")
@@ -30,24 +29,16 @@ VALUES_PER_BLOCK = 2**20  # of a Gram matrix held at once
 
 
 @torch.no_grad()
-def expected_correlation(
-    weight: Tensor, *, spectrum: Spectrum = "natural", groups: int = 1, transposed: bool = False
-) -> Tensor:
-    """Correlation of every two feature maps of a convolution, expected over a random input of that spectrum.
+def expected_correlation(bank: Tensor, spectrum: Spectrum = "natural") -> Tensor:
+    """Correlation of every two feature maps of a bank ``[G, M, C, *kernel_size]``, expected over a random input.
 
-    The weight is as in `convolutional_similarity`. Feature maps of different groups are uncorrelated. The spectrum
-    ``"white"`` has the same power at every frequency; ``"natural"`` has power 1/|f|^2 on a grid of 64 points an axis
-    and none at f = 0, about as photographs have.
+    Feature maps of different groups are uncorrelated. The spectrum ``"white"`` has the same power at every frequency;
+    ``"natural"`` has power 1/|f|^2 on a grid of 64 points an axis and none at f = 0, about as photographs have.
 
     Returns:
-        ``[out_channels, out_channels]``, from -1 to 1, float64 for float64 weights, else float32. The rows and columns
-        of filters that answer to no input, those that are zero, are zero.
-
-    Raises:
-        InputError: If an option is unknown or the weight's dtype or shape does not fit.
+        ``[G M, G M]``, from -1 to 1. The rows and columns of filters that answer to no input, those that are zero, are
+        zero.
     """
-    check_choice("spectrum", spectrum, SPECTRA)
-    bank = filter_bank(weight, groups=groups, transposed=transposed).to(accumulation_dtype(weight.dtype))
     rows, _ = directions(covariance_rows(unit_filters(bank), spectrum))
     correlation: Tensor = torch.block_diag(*(rows @ rows.mT))  # type: ignore[no-untyped-call]
     return correlation

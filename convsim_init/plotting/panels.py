@@ -194,8 +194,7 @@ def _size(kernel: Sequence[int]) -> str:
 
 def correlations(bank: torch.Tensor) -> Array:
     """Magnitudes of the expected correlations, without the diagonal."""
-    groups = bank.shape[0]
-    matrix = expected_correlation(bank.flatten(0, 1), groups=groups)[:MAX_MAPS, :MAX_MAPS].abs()
+    matrix = expected_correlation(bank)[:MAX_MAPS, :MAX_MAPS].abs()
     # The correlation of a map with itself, which is 1, would set the scale of colours.
     return matrix.fill_diagonal_(math.nan).float().numpy()
 
