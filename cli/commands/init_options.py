@@ -37,19 +37,17 @@ def _input_shape(value: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-class Checked(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A text that a function does not refuse."""
+def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """The type of a text that a function does not refuse."""
 
-    def __init__(self, name: str, check: Callable[[str], object]) -> None:
-        self.name, self._check = name, check
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself."""
+    def convert(value: str) -> str:
         try:
-            self._check(value)
+            check(value)
         except InputError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from error
         return value
+
+    return convert
 
 
 OPTIONS: tuple[Callable[..., Any], ...] = (
@@ -66,7 +64,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     options.key_option,
     click.option(
         "--base",
-        type=Checked("scheme", parse_base),
+        type=_checked(parse_base),
         shell_complete=complete_bases,
         metavar="SCHEME",
         default="model",
@@ -117,7 +115,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches."),
     click.option(
         "--prefix",
-        type=Checked("text", check_prefix),
+        type=_checked(check_prefix),
         default="",
         metavar="TEXT",
         help="Put before every key, for instance 'model.'.",
