@@ -15,25 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convsim_init as ci
+from benchmarks.training.starts import one_channel
 
 LAYERS = ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer2.0.conv2", "layer3.0.conv1"]
 INPUTS = ["white", "natural", "real"]
 COLUMNS = ["layer", "shape", "start", *(f"\\|cosine\\|, {name}" for name in INPUTS), "\\|correlation\\|, real"]
 CROPS, SIDE, SAMPLES, NOISE_SIDE = 32, 96, 16, 32
 OCNN_STEPS = 100
-
-
-def kaiming(weight: Tensor) -> Tensor:
-    return nn.init.kaiming_normal_(torch.empty_like(weight), mode="fan_out", nonlinearity="relu")
-
-
-def orthogonal(weight: Tensor) -> Tensor:
-    return nn.init.orthogonal_(torch.empty_like(weight))
-
-
-def one_channel(weight: Tensor) -> Tensor:
-    chosen = torch.randint(weight.shape[1], (len(weight),))
-    return weight * F.one_hot(chosen, weight.shape[1])[:, :, None, None]
 
 
 def ocnn(weight: Tensor) -> Tensor:
@@ -63,7 +51,7 @@ def convsim(settings: ci.Settings | None = None) -> Callable[[Tensor], Tensor]:
 
 STARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "Kaiming": lambda weight: weight,
-    "`nn.init.orthogonal_`": orthogonal,
+    "`nn.init.orthogonal_`": lambda weight: nn.init.orthogonal_(torch.empty_like(weight)),
     "OCNN's loss, 100 steps": ocnn,
     "one random channel": one_channel,
     "paper, 100 steps": convsim(ci.Settings.paper()),
@@ -81,7 +69,8 @@ def rows(seeds: int) -> Iterator[list[str]]:
         torch.manual_seed(seed)
         for name in LAYERS:
             conv = model.get_submodule(name)
-            real, weight = seen[name], kaiming(conv.weight.detach())
+            real, weight = seen[name], torch.empty_like(conv.weight.detach())
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
             noises = [noise(conv.in_channels, natural=natural) for natural in (False, True)]
             for start, draw in STARTS.items():
                 filters = draw(weight)
