@@ -279,20 +279,18 @@ def test_parts_that_do_not_make_up_the_whole_are_refused(part, whole, offsets, t
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["net.onnx", "net.gguf", "net.h5"])
-def test_other_programs_files_say_what_to_do(name, tmp_path, command):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        *((name, "another program's") for name in ("net.onnx", "net.gguf", "net.h5")),
+        ("net.pt2", "an exported program"),
+    ],
+)
+def test_other_programs_files_say_what_to_do(name, what, tmp_path, command):
     (tmp_path / name).write_bytes(b"\x08\x07")
     status, _, err = command("inspect", name)
     assert status == 2
-    assert f"expected weights of PyTorch, got '{name}', which is another program's" in err
-
-
-def test_an_exported_program_is_named(command):
-    status, _, err = command("inspect", "net.pt2")
-    assert (status, "got 'net.pt2', which is an exported program: save the PyTorch model's state_dict()" in err) == (
-        2,
-        True,
-    )
+    assert f"got '{name}', which is {what}: save the PyTorch model's state_dict()" in err
 
 
 def test_the_command_takes_an_index_by_its_name(tmp_path, command):

@@ -149,16 +149,13 @@ def bytes_of(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
-def cut(path: Path) -> None:
-    safetensors.torch.save_file(TENSORS, path) if path.suffix == ".safetensors" else torch.save(TENSORS, path)
-    path.write_bytes(path.read_bytes()[:-40])
+def damaged(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    def make(path: Path) -> None:
+        tensors = {"weight": torch.zeros(9000)}
+        safetensors.torch.save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+        path.write_bytes(change(path.read_bytes()))
 
-
-def flip(path: Path) -> None:
-    torch.save({"weight": torch.zeros(1000)}, path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    return make
 
 
 def make_fifo(path: Path) -> None:
@@ -173,6 +170,7 @@ def header(text: bytes, data: bytes = b"") -> Callable[[Path], object]:
     return bytes_of(len(text).to_bytes(8, "little") + text + data)
 
 
+ENTRY = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 DAMAGED = "is damaged or of another kind: copy it again"
 SAVE = "save the model's state_dict()"
 SPARSE = torch.ones(2, 2).to_sparse()
@@ -195,10 +193,25 @@ SPARSE = torch.ones(2, 2).to_sparse()
                 ("empty", bytes_of(b"")),
                 ("text", bytes_of(b"<html>404: not found</html>")),
                 ("noise", bytes_of(random.Random(0).randbytes(5000))),
-                ("cut", cut),
+                ("zeroed", damaged(lambda content: bytes(len(content)))),
+                ("cut-to-4-bytes", damaged(lambda content: content[:4])),
+                ("cut-in-the-header", damaged(lambda content: content[:1000])),
+                ("cut-in-half", damaged(lambda content: content[: len(content) // 2])),
+                ("cut-near-the-end", damaged(lambda content: content[:-40])),
+                ("cut-by-one-byte", damaged(lambda content: content[:-1])),
             ]
         ),
-        pytest.param("a.pt", flip, ["expected an intact file", "fails its checksum: copy it again"], id="bit-flipped"),
+        pytest.param(
+            "a.pt",
+            damaged(lambda content: content[:20000] + b"\1" + content[20001:]),
+            ["expected an intact file", "fails its checksum: copy it again"],
+            id="bit-flipped",
+        ),
+        pytest.param("a.safetensors", damaged(lambda content: content + b"\0"), [DAMAGED], id="longer"),
+        pytest.param("a.safetensors", header(b"{%b,%b}" % (ENTRY, ENTRY), bytes(4)), ["repeats 'a'"], id="key-twice"),
+        pytest.param(
+            "a.safetensors", header(b'{"__metadata__":{"format":"pt"}}'), ["empty state dict"], id="metadata-alone"
+        ),
         pytest.param("a.safetensors", bytes_of(b"\xff" * 16), [DAMAGED], id="header-too-long"),
         pytest.param("a.safetensors", header(b"[]"), [DAMAGED], id="header-no-object"),
         pytest.param("a.safetensors", header(b"{}"), ["empty state dict", SAVE], id="no-tensors-safetensors"),
@@ -209,6 +222,7 @@ SPARSE = torch.ones(2, 2).to_sparse()
             id="more-than-there-is",
         ),
         pytest.param("a.pt", saved({"a": Bomb()}), ["needs code to be run", "mkdir", "state_dict()"], id="code"),
+        pytest.param("a.pt", saved(TENSORS | {"state_dict": Bomb()}), [f"{os.name}.mkdir"], id="code-beside"),
         pytest.param("a.pt", bytes_of(pickle.dumps(Bomb(), 2)), ["needs code to be run"], id="bare-pickle"),
         pytest.param("a.pt", saved(nn.Conv2d(1, 1, 1)), ["needs code", "Conv2d", "state_dict()"], id="module"),
         pytest.param(

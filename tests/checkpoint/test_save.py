@@ -309,6 +309,9 @@ def test_a_dtype_that_safetensors_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"):
         save_checkpoint({"a": torch.ones(2, dtype=torch.complex32)}, tmp_path / "init.safetensors")
     assert names(tmp_path) == []
+    contents = checkpoint_contents({"a": torch.ones(2, dtype=torch.complex32)})
+    with pytest.raises(InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"):
+        checkpoint_bytes(contents)  # for stdout
 
 
 def test_convs_only_reads_no_entry_that_it_does_not_write(tmp_path):
@@ -544,61 +547,6 @@ def test_other_suffixes_are_refused(name, tmp_path):
     assert names(tmp_path) == []
 
 
-def link_in_a_circle(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
-def link_to_a_missing_folder(path: Path) -> None:
-    path.symlink_to(path.parent / "gone" / "init.pt")
-
-
-@pytest.mark.parametrize(
-    ("place", "prepare", "message"),
-    [
-        pytest.param("gone/init.pt", None, "expected an existing folder to write to, got {parent!r}: ", id="no-folder"),
-        pytest.param(
-            "old/init.pt", None, "expected an existing folder to write to, got {parent!r}: ", id="below-a-file"
-        ),
-        pytest.param("init.pt", Path.mkdir, "expected a file to write, got the folder {path!r}: ", id="a-folder"),
-        pytest.param(
-            "init.pt",
-            lambda path: os.mkfifo(path),
-            "expected an ordinary file to write, got {path!r}, ",
-            id="a-pipe",
-            marks=pytest.mark.posix,
-        ),
-        pytest.param(
-            "init.pt",
-            link_in_a_circle,
-            "expected an ordinary file to write, got {path!r}, ",
-            id="circle",
-            marks=pytest.mark.posix,
-        ),
-        pytest.param(
-            "init.pt",
-            link_to_a_missing_folder,
-            "expected an existing folder to write to, got ",
-            id="dangling",
-            marks=pytest.mark.posix,
-        ),
-        pytest.param("a" * 260 + ".pt", None, "cannot write {path!r}: ", id="too-long", marks=pytest.mark.posix),
-        pytest.param("a" * 260 + "/init.pt", None, "", id="folder-too-long"),
-    ],
-)
-def test_places_that_cannot_be_written_are_refused_first(place, prepare, message, tmp_path):
-    path = tmp_path / place
-    (tmp_path / "old").write_bytes(OLD)
-    if prepare:
-        prepare(path)
-    before = names(tmp_path)
-    with pytest.raises(InputError) as caught:
-        save_checkpoint({"w": torch.tensor([float("nan")])}, path, overwrite=True)  # the weights are read later
-    assert str(caught.value).startswith(message.format(path=str(path), parent=str(path.parent)))
-    assert "\n" not in str(caught.value)
-    assert names(tmp_path) == before
-    assert (tmp_path / "old").read_bytes() == OLD
-
-
 def test_a_read_only_folder_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # for root every folder can be written to
     words = re.escape(f"expected a folder that can be written to, got {str(tmp_path)!r}: choose another")
@@ -652,6 +600,11 @@ def place_of(function: str, name: str) -> tuple[object, str]:
         pytest.param("sync", OSError(5, "Input/output error"), "could not write {!r}: Input/output error; ", id="sync"),
         pytest.param("rename", OSError(1, "Not permitted"), "could not write {!r}: Not permitted; ", id="rename"),
         pytest.param("chmod", OSError("two\nlines"), "could not write {!r}: two lines; nothing changed", id="chmod"),
+        *(
+            pytest.param(function, error(), "", id=f"{error.__name__}-{function}")
+            for function in ("library", "sync", "rename")
+            for error in (KeyboardInterrupt, MemoryError)
+        ),
     ],
 )
 def test_a_write_that_fails_changes_nothing(name, there, function, error, message, tmp_path, monkeypatch):
@@ -659,7 +612,7 @@ def test_a_write_that_fails_changes_nothing(name, there, function, error, messag
     if there:
         path.write_bytes(OLD)
     monkeypatch.setattr(*place_of(function, name), fails(error))
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError if message else type(error)) as caught:
         save_checkpoint(small(), path, overwrite=True)
     assert str(caught.value).startswith(message.format(str(path)))
     assert "\n" not in str(caught.value)
@@ -673,43 +626,6 @@ def test_an_error_of_safetensors_becomes_ours(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"init\.safetensors': I/O error: No space left; nothing changed there$"):
         save_checkpoint(small(), tmp_path / "init.safetensors")
     assert names(tmp_path) == []
-
-
-@formats
-@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
-@pytest.mark.parametrize("function", ["library", "sync", "rename"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["interrupt", "no-memory"])
-def test_a_write_that_is_interrupted_changes_nothing(name, there, function, error, tmp_path, monkeypatch):
-    path = tmp_path / name
-    if there:
-        path.write_bytes(OLD)
-    monkeypatch.setattr(*place_of(function, name), fails(error))
-    with pytest.raises(type(error)):
-        save_checkpoint(small(), path, overwrite=True)
-    assert names(tmp_path) == [name] * there
-    assert not there or path.read_bytes() == OLD
-
-
-@pytest.fixture
-def a_megabyte_of_disk():
-    resource = pytest.importorskip("resource", reason="needs limits of POSIX")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@formats
-@pytest.mark.usefixtures("a_megabyte_of_disk")
-def test_a_full_disk_changes_nothing(name, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(OLD)
-    with pytest.raises(RunError) as caught:
-        save_checkpoint({"a": torch.zeros(10**5), "b": torch.zeros(10**6)}, path, overwrite=True)
-    assert "File too large" in str(caught.value)
-    assert str(caught.value).endswith("; nothing changed there")
-    assert names(tmp_path) == [name]
-    assert path.read_bytes() == OLD
 
 
 KILLED = """
@@ -967,9 +883,3 @@ def test_numbers_of_float8_that_are_not_finite_are_seen(dtype, tmp_path):
     values = torch.tensor([1.0, float("nan")]).to(dtype)
     with pytest.raises(InputError, match="mask"):
         save_checkpoint({"a": torch.ones(2), "mask": values}, tmp_path / "a.pt", dtype=None)
-
-
-def test_what_safetensors_cannot_hold_is_refused_for_stdout_too():
-    contents = checkpoint_contents({"a": torch.ones(2, dtype=torch.complex32)})
-    with pytest.raises(InputError, match=r"that safetensors can hold, got torch.complex32: write a .pt"):
-        checkpoint_bytes(contents)

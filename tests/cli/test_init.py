@@ -1044,7 +1044,7 @@ from convsim_init.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
-    heavy = {"torch", "numpy", "safetensors", "tqdm"} & sys.modules.keys()
+    heavy = {"torch", "numpy", "matplotlib", "safetensors", "tqdm"} & sys.modules.keys()
     print("imported:", *heavy, file=sys.stderr)
 """
 
@@ -1066,6 +1066,11 @@ finally:
         (["resnet18", "--out", "init"], 2),
         (["verify", "gone.pt", "resnet18"], 2),
         (["resnet18", "--pairs", "x"], 2),
+        (["inspect", "--help"], 0),
+        (["compare", "--help"], 0),
+        (["inspect", "gone.pt"], 2),
+        (["compare", "resnet18", "gone.pt"], 2),
+        (["resnet18", "--plot", "a.jpg"], 2),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
 )

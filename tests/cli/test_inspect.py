@@ -484,30 +484,3 @@ def test_the_examples_of_the_help_are_right(module, command):
     assert examples
     for example in examples:
         assert command(*example.replace("resnet50", "resnet18").replace("'", "").split())[0] == 0
-
-
-QUICKLY = """
-import sys
-from convsim_init.cli.main import main
-try:
-    main(sys.argv[1:])
-finally:
-    print("imported:", *{"torch", "numpy", "matplotlib", "safetensors"} & sys.modules.keys(), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (["inspect", "--help"], 0),
-        (["compare", "--help"], 0),
-        (["inspect", "gone.pt"], 2),
-        (["compare", "resnet18", "gone.pt"], 2),
-        (["resnet18", "--plot", "a.jpg"], 2),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_needs_no_torch_answers_without_importing_it(arguments, status, tmp_path):
-    process = [sys.executable, "-c", QUICKLY, *arguments]
-    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (status, "imported:")

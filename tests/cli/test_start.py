@@ -170,32 +170,19 @@ def test_base_weights_for_a_file_take_a_seed(command, weights):
         (["resnet18", "--base", "he"], "'--base': expected base to be model or one of kaiming_normal"),
         (["missing.safetensors"], "cannot read 'missing.safetensors'"),
         (["truncated.safetensors"], "damaged or of another kind"),
-        (["empty.pt"], "got an empty state dict"),
-        (["list.pt"], "expected a state dict in 'list.pt', got list"),
-        (["objects.pt"], "expected only tensors"),
-        (["code.pt"], "which needs code to be run"),
         (["linear.safetensors"], "expected a file with convolution weights, of rank 3 to 5, got 'linear.safetensors'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_starts(command, tmp_path, weights, arguments, message):
-    class Planted:
-        def __reduce__(self):
-            return (print, ("planted",))
-
     data = (tmp_path / "weights.safetensors").read_bytes()
     (tmp_path / "truncated.safetensors").write_bytes(data[: len(data) // 2])
-    torch.save({}, tmp_path / "empty.pt")
-    torch.save([torch.ones(2)], tmp_path / "list.pt")
-    torch.save({"a.weight": torch.ones(2), "b": 3}, tmp_path / "objects.pt")
-    torch.save({"a": Planted()}, tmp_path / "code.pt")
     save_file(nn.Linear(3, 3).state_dict(), tmp_path / "linear.safetensors")
     files = set(tmp_path.iterdir())
     status, out, err = command(*arguments, *([] if arguments[0] == "inspect" else ["--out", "init.safetensors"]))
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
-    assert "planted" not in err
     assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == files
 
 

@@ -255,51 +255,14 @@ def test_what_the_models_own_loading_sets_right_is_no_damage(damage, state, comm
     assert strictly(networks, damaged) == [True, True]
 
 
-def cut(share: float) -> Callable[[bytes], bytes]:
-    return lambda content: content[: int(len(content) * share)]
-
-
-def header(text: str, data: bytes = b"") -> Callable[[bytes], bytes]:
-    return lambda content: len(text).to_bytes(8, "little") + text.encode() + data
-
-
-DAMAGED = "is damaged or of another kind"
-ENTRY = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "words"),
-    [
-        *(
-            pytest.param(f"a.{suffix}", damage, words, id=f"{kind}-{suffix}")
-            for suffix in ("pt", "safetensors")
-            for kind, damage, words in [
-                ("empty", lambda content: b"", DAMAGED),
-                ("cut-to-4-bytes", lambda content: content[:4], DAMAGED),
-                ("cut-in-the-header", lambda content: content[:1000], DAMAGED),
-                ("cut-in-half", cut(0.5), DAMAGED),
-                ("cut-near-the-end", cut(0.999), DAMAGED),
-                ("cut-by-one-byte", lambda content: content[:-1], DAMAGED),
-                ("zeroed", lambda content: bytes(len(content)), DAMAGED),
-                ("a-web-page", lambda content: b"<html>404: not found</html>", DAMAGED),
-            ]
-        ),
-        pytest.param("a.safetensors", lambda content: content + b"\0", DAMAGED, id="longer"),
-        pytest.param(
-            "a.safetensors", header('{"__metadata__":{"format":"pt"}}'), "empty state dict", id="metadata-only"
-        ),
-        pytest.param(
-            "a.safetensors", header(f"{{{ENTRY},{ENTRY}}}", bytes(4)), "whose header repeats 'a'", id="key-twice"
-        ),
-    ],
-)
-def test_what_cannot_be_read_is_told_from_a_mismatch(name, damage, words, command):
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_what_cannot_be_read_is_told_from_a_mismatch(name, command):
     write({"fc.bias": torch.ones(9000)}, name)
     path = Path(name)
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-1])
     status, out, err = command("verify", name, "resnet18")
     assert (status, out) == (2, "")
-    assert words in err
+    assert "is damaged or of another kind" in err
     assert len(err.splitlines()) == 1
 
 

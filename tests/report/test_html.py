@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, that names are data, that it loads and runs nothing, how it is written."""
+"""The page of a run: what it shows, that names are data, that it loads and runs nothing."""
 
 import base64
 import hashlib
@@ -7,8 +7,8 @@ import re
 import pytest
 from page import Page
 
-from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings
-from convsim_init.report.html import page, save_page
+from convsim_init import LayerReport, Outcome, Report, Settings
+from convsim_init.report.html import page
 
 BEFORE = {"similarity": 8.0, "normalized_similarity": 0.5, "feature_correlation_natural": 0.25}
 AFTER = {"similarity": 2.0, "normalized_similarity": 1.25e-5, "feature_correlation_natural": 0.0625, "norm_ratio": 1.0}
@@ -89,18 +89,3 @@ def test_a_loss_is_drawn_whatever_it_is(losses):
     text = page(Report(Settings(), [layer]), {})
     assert text.count("<polyline") == (len(losses) > 1)
     assert not re.search("nan|inf", text.split("<polyline")[-1].split("/>")[0])
-
-
-def test_a_page_appears_whole_or_not_at_all_and_keeps_a_file(tmp_path, monkeypatch):
-    path = tmp_path / "run.html"
-    assert save_page(run("stem"), path, {}) == path
-    whole = path.read_text(encoding="utf-8")
-    with pytest.raises(InputError, match="exists already"):
-        save_page(run("other"), path, {})
-    with pytest.raises(InputError, match="ending in"):
-        save_page(run("other"), tmp_path / "run.htm", {})
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RunError, match="No space left"):
-        save_page(run("other"), path, {}, overwrite=True)
-    assert path.read_text(encoding="utf-8") == whole
-    assert [one.name for one in tmp_path.iterdir()] == ["run.html"]

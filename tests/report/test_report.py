@@ -16,7 +16,7 @@ from page import Page
 from torch import nn
 
 import convsim_init
-from convsim_init import InputError, LayerReport, Outcome, Report, RunError, Settings, initialize_, measure
+from convsim_init import InputError, LayerReport, Outcome, Report, Settings, initialize_, measure
 from convsim_init.report.record import run_record, save_record
 from convsim_init.report.table import as_csv, report_cells
 from convsim_init.report.text import printable
@@ -376,26 +376,6 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     data = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)
     assert data["layers"][0]["before"] == {"similarity": None}
     assert data["layers"][0]["losses"] == [None, 1.0]
-
-
-def test_an_existing_record_is_kept_unless_it_may_be_replaced(tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text("old")
-    with pytest.raises(InputError, match="exists already"):
-        save_record(run(), path)
-    assert path.read_text() == "old"
-    save_record(run(), path, overwrite=True)
-    assert json.loads(path.read_text())["model"] == "net"
-
-
-def test_a_record_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(RunError, match="No space left"):
-        save_record(run(), tmp_path / "run.json")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["run.txt", "run", "gone/run.json", "run.JSON"])

@@ -11,16 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from convsim_init import save_checkpoint
+from convsim_init import Report, Settings, save_checkpoint
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import writing
 from convsim_init.files.sources import check_source
 from convsim_init.files.writing import check_target, new_folder, replacing
+from convsim_init.plotting.figure import save_figure
+from convsim_init.report.html import save_page
+from convsim_init.report.record import save_record
 
 ROOT = Path(__file__).parents[2]
 OLD = b"the file that was there"
@@ -405,6 +410,33 @@ def test_of_many_that_write_a_new_file_at_once_the_first_one_keeps_it(tmp_path):
         assert (tmp_path / f"{turn}.pt").read_bytes() == bytes([winner]) * 10000
 
 
+REPORT = Report(Settings(), [], model="net")
+OTHER_KINDS = {
+    "run.json": partial(save_record, REPORT),
+    "run.html": partial(save_page, REPORT, pictures={}),
+    "change.png": partial(save_figure, Figure()),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_reports_and_pictures_appear_whole_or_not_at_all_and_replace_a_file_on_demand(name, tmp_path, monkeypatch):
+    write, path = OTHER_KINDS[name], tmp_path / name
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail_with(errno.ENOSPC))
+        with pytest.raises(RunError, match="No space left"):
+            write(path=path)
+        assert names(tmp_path) == []
+        path.write_bytes(OLD)
+        with pytest.raises(RunError, match="No space left"):
+            write(path=path, overwrite=True)
+    for place, refusal in ((path, "exists already"), (path.with_suffix(".txt"), "ending in")):
+        with pytest.raises(InputError, match=refusal):
+            write(path=place)
+    assert (names(tmp_path), path.read_bytes()) == ([name], OLD)
+    assert write(path=path, overwrite=True) == path
+    assert OLD not in path.read_bytes()
+
+
 # What a file system cannot do
 
 
@@ -445,16 +477,6 @@ def test_where_no_folder_can_be_opened_files_alone_are_synced(tmp_path, monkeypa
     with new_folder(tmp_path / "net") as folder:
         (folder / "config.json").write_text("{}")
     assert (names(tmp_path), opened) == (["net"], [os.O_RDWR])
-
-
-@formats
-def test_a_file_that_cannot_be_synced_does_not_replace_another(name, tmp_path, monkeypatch):
-    (tmp_path / name).write_bytes(OLD)
-    monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
-    with pytest.raises(RunError, match="Input/output error; nothing changed there"):
-        save_checkpoint(WEIGHTS, tmp_path / name, overwrite=True)
-    assert (tmp_path / name).read_bytes() == OLD
-    assert names(tmp_path) == [name]
 
 
 @pytest.mark.posix
@@ -514,12 +536,19 @@ def test_no_more_open_files_is_told(name, tmp_path):
             ]
         ),
         pytest.param("gone/a.pt", None, "expected an existing folder to write to, got", id="no-folder"),
+        pytest.param(
+            "old/a.pt",
+            lambda path: path.parent.write_bytes(OLD),
+            "expected an existing folder to write to, got",
+            id="below-a-file",
+        ),
         *(
             pytest.param(name, None, message, id=id, marks=pytest.mark.posix)
             for name, message, id in [
                 ("x" * 253 + ".pt", "cannot write 'xxx", "name-of-256-bytes"),
                 ("é" * 127 + ".pt", "cannot write 'ééé", "name-of-257-bytes"),
                 ("./" * 2100 + "a" * 300 + ".pt", "cannot write", "path-too-long"),
+                ("a" * 260 + "/a.pt", "cannot write", "folder-too-long"),
             ]
         ),
         pytest.param("", None, "expected a file name ending in", id="empty"),
