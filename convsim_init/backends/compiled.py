@@ -8,11 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,53 +62,48 @@ class _Layout(ctypes.Structure):
         return layout
 
 
-class _Functions(NamedTuple):
-    """Those of ``step.c``, for the width of this processor's vectors."""
-
-    scratch_size: Callable[..., int]
-    evaluate: Callable[..., None]
-    turn: Callable[..., None]
-    similarity: Callable[..., float]
-
-    @classmethod
-    def of(cls, library: ctypes.CDLL, lanes: int) -> _Functions:
-        """Those that take so many floats at a time."""
-        # Without these types ctypes passes an address as a C int, and cuts it to 32 bits.
-        layout, pointers = POINTER(_Layout), [c_void_p] * 9
-        library.scratch_size.argtypes, library.scratch_size.restype = [layout], c_int64
-        evaluate, turn, similarity = (library[f"{name}_{lanes}"] for name in ("evaluate", "turn", "similarity"))
-        evaluate.argtypes, evaluate.restype = [layout, *pointers], None
-        turn.argtypes, turn.restype = [layout, c_float, *pointers[:7]], None
-        similarity.argtypes, similarity.restype = [layout, c_float, *pointers[:3]], c_double
-        return cls(library.scratch_size, evaluate, turn, similarity)
+def _with_lanes(library: ctypes.CDLL, lanes: int) -> ctypes.CDLL:
+    """The library, with the functions of ``step.c`` that take so many floats at a time by their bare names."""
+    pointers = [c_void_p] * 9
+    # Without these types ctypes passes an address as a C int, and cuts it to 32 bits.
+    library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
+    for name, arguments, result in (
+        ("evaluate", pointers, None),
+        ("turn", [c_float, *pointers[:7]], None),
+        ("similarity", [c_float, *pointers[:3]], c_double),
+    ):
+        function = library[f"{name}_{lanes}"]
+        function.argtypes, function.restype = [POINTER(_Layout), *arguments], result
+        setattr(library, name, function)
+    return library
 
 
 @lru_cache(maxsize=1)
-def _built() -> _Functions | str:
+def _built() -> ctypes.CDLL | str:
     """What was compiled, or why it is not used."""
     path = Path(__file__).parent / NAME
     try:
         library = ctypes.CDLL(str(path))
         versions = library.interface_version(), library.chunk_size()
         if versions == (INTERFACE, CHUNK):
-            return _Functions.of(library, library.lanes())
+            return _with_lanes(library, library.lanes())
     except (OSError, AttributeError) as error:  # of another system, for instance on a shared disk, or another version
         return f"{path} cannot be loaded: {error}" if path.exists() else f"{path} was not compiled"
     return f"{path} is of another version: install the package again"
 
 
-def library() -> _Functions | None:
+def library() -> ctypes.CDLL | None:
     """What was compiled; None if it cannot be used, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
     # The environment is asked at each call, the library loaded once: it may change in a process.
     found = None if os.environ.get(SWITCH) == "0" else _built()
-    return found if isinstance(found, _Functions) else None
+    return found if isinstance(found, ctypes.CDLL) else None
 
 
 def describe() -> str:
     """How a step is computed on the CPU, and why not by what was compiled."""
     if library():
         return "compiled"
-    return f"in torch's operations: {f'{SWITCH}=0' if isinstance(found := _built(), _Functions) else found}"
+    return f"in torch's operations: {f'{SWITCH}=0' if isinstance(found := _built(), ctypes.CDLL) else found}"
 
 
 def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:

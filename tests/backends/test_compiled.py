@@ -182,7 +182,7 @@ def test_vectors_of_every_width_do_the_same(lanes, native, monkeypatch):
     bank = torch.randn(2, 35, 3, 3, 3, generator=torch.Generator().manual_seed(5))
     settings = Settings(steps=3, tolerance=0)
     expected = descend(bank, settings).bank
-    functions = compiled._Functions.of(native, lanes)
+    functions = compiled._with_lanes(native, lanes)
     monkeypatch.setattr(compiled, "_built", lambda: functions)
     found = descend(bank, settings).bank
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
