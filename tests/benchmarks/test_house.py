@@ -1,7 +1,5 @@
 """The house rules that are hard limits."""
 
-import ast
-
 from benchmarks.coverage import house
 
 
@@ -12,25 +10,6 @@ def test_no_folder_is_crowded():
 def test_a_crowded_folder_is_found(monkeypatch):
     monkeypatch.setattr(house, "MOST_AT_THE_TOP", 5)
     assert list(house.crowded_folders()) == ["convsim_init"]
-
-
-def test_every_public_name_is_documented():
-    assert house.undocumented() == []
-
-
-def test_names_without_a_docstring_are_found():
-    source = """
-class Public:
-    'Documented.'
-    def bare(self): ...
-    def _private(self): ...
-def bare(): ...
-"""
-    assert list(house._undocumented(ast.parse(source))) == ["the module", "Public.bare", "the module.bare"]
-
-
-def test_imports_keep_the_order():
-    assert house.disordered_imports() == []
 
 
 def test_only_full_lines_count_as_comments():
