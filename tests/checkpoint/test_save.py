@@ -17,6 +17,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from folders import OLD, names
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -27,7 +28,6 @@ from convsim_init.settings import Settings
 
 NAMES = ["init.safetensors", "init.pt", "init.pth"]
 FORMATS = NAMES[:2]
-OLD = b"the file that was there"
 formats = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -39,10 +39,6 @@ def small() -> nn.Sequential:
 
 def load(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def header(path: Path) -> dict[str, dict[str, str]]:

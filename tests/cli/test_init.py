@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from folders import OLD, names
 from torch import nn
 
 import convsim_init
@@ -31,14 +31,7 @@ from convsim_init.settings import Settings
 MAIN, INIT, SOURCE = (import_module(f"convsim_init.cli.{name}") for name in ("main", "commands.init", "options"))
 SCRIPT = Path(sys.executable).with_name(f"convsim-init{'.exe' * (os.name == 'nt')}")
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
-OLD = b"the file that was there"
 INTERRUPTED = "Error: interrupted; no partial file is left\n"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from folders import OLD, names
 from torch import nn
 from words import MISSING
 
@@ -28,21 +28,14 @@ INSPECT, COMPARE = (
     import_module("convsim_init.cli.commands.compare"),
 )
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
-OLD = b"the file that was there"
 MEASURES = [
     *("similarity", "normalized_similarity"),
     *("feature_correlation_white", "effective_rank_white", "feature_correlation_natural", "effective_rank_natural"),
 ]
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 def cells(text: str) -> list[list[str]]:
     return [re.split(r"\s{2,}", line) for line in text.split("\n\n")[0].splitlines()]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def small(seed: int = 0) -> nn.Sequential:

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
+from folders import OLD
 from torch import nn
 
 import convsim_init
@@ -23,7 +24,6 @@ from convsim_init.models.spec import Source, Spec, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
 
 ROOT = Path(__file__).parents[2]
-OLD = b"the file that was there"
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
 
 NET = """

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import OLD, names
 from matplotlib.figure import Figure
 
 from convsim_init import Report, Settings, save_checkpoint
@@ -28,7 +29,6 @@ from convsim_init.report.html import save_page
 from convsim_init.report.record import save_record
 
 ROOT = Path(__file__).parents[2]
-OLD = b"the file that was there"
 WEIGHTS = {"w": torch.ones(1000)}
 FORMATS = ["init.safetensors", "init.pt"]
 formats = pytest.mark.parametrize("name", FORMATS)
@@ -36,10 +36,6 @@ formats = pytest.mark.parametrize("name", FORMATS)
 
 def link(target: str) -> Callable[[Path], None]:
     return lambda path: path.symlink_to(target)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # Kills, and what they leave
