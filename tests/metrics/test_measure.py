@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from largest import LargestTensor
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -296,17 +297,6 @@ def test_a_kernel_as_large_as_the_grid_has_no_answer_where_it_is_constant():
     assert correlation[2].eq(0).all()
     assert correlation[0, 1] != 0
     assert expected_correlation(torch.randn(1, 3, 1, 100)).isfinite().all()
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    values = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.values = max(self.values, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((8192, 4, 3, 3), 1), ((8192, 2, 1, 1), 2), ((8192, 1, 3, 3), 1024)])
