@@ -69,8 +69,8 @@ def rows(seeds: int) -> Iterator[list[str]]:
         torch.manual_seed(seed)
         for name in LAYERS:
             conv = model.get_submodule(name)
-            real, weight = seen[name], torch.empty_like(conv.weight.detach())
-            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+            real = seen[name]
+            weight = nn.init.kaiming_normal_(torch.empty_like(conv.weight), mode="fan_out", nonlinearity="relu")
             noises = [noise(conv.in_channels, natural=natural) for natural in (False, True)]
             for start, draw in STARTS.items():
                 filters = draw(weight)
