@@ -60,15 +60,17 @@ def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Ite
     known = {id(p) for one in tree.modules(model) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
     known |= {id(source) for layer in layers for source in layer.weight.sources}
     parameters = {id(one): one for one in tree.parameters(model) if not is_lazy(one)}
-    others = {one for one, parameter in parameters.items() if parameter.dim() > 1} - known
+    others = parameters.keys() - known
+    several = {one for one in others if parameters[one].dim() > 1}
     for name, module in tree.named_modules(model):
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
         named = (one for key, one in module._parameters.items() if "weight" in key or "kernel" in key)
         own = {id(one) for one in named if _is_kernel(module, one)}
-        # Biases of what makes a weight are no kernels, and convolutions are in the report already.
-        own = (own | uses.others[name]) & others
+        # Convolutions are in the report already. Biases of what makes a weight are no kernels, if it is made of more.
+        made = uses.others[name] & others
+        own = own & others | (made & several or made)
         kernels |= own
         if own:
             found[type(module).__name__] += 1

@@ -502,13 +502,31 @@ def test_modules_that_may_convolve_are_told_with_their_share():
         def forward(self, x, style):
             return F.conv2d(x, self.linear(style).view(4, 3, 3, 3))
 
+    class Steerable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel_size, self.basis = 3, torch.randn(20, 4, 3, 3, 3)
+            self.weights = nn.Parameter(torch.randn(20))
+
+        def forward(self, x):
+            assert isinstance(x, tuple)  # cannot be followed
+            return F.conv2d(x[0], torch.einsum("b,bmchw->mchw", self.weights, self.basis))
+
+    class Blended(Steerable):
+        def __init__(self):
+            super().__init__()
+            del self.kernel_size
+
+        def forward(self, x):
+            return super().forward((x,))
+
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "bank": Bank(), "k1": Kernel(), "k2": Kernel()})
     model["keras"] = nn.ParameterDict({"conv2d/kernel": torch.randn(3, 3, 3, 4)})
-    model["hyper"], model["scale"] = Hyper(), nn.Module()
+    model["hyper"], model["scale"], model["steerable"], model["blended"] = Hyper(), nn.Module(), Steerable(), Blended()
     model["scale"].weight = nn.Parameter(torch.ones(1, 1, 1, 4))  # factors, of no kernels
     (remark,) = ci.measure(model).remarks
-    share = (4 * 108 + 4 * 108) / (108 + 4 * 108 + 4 * 108 + 4)
-    kinds = "2 Kernel, 1 Bank, 1 ParameterDict, 1 Hyper"
+    share = (4 * 108 + 4 * 108 + 40) / (108 + 4 * 108 + 4 * 108 + 40 + 4)
+    kinds = "2 Kernel, 1 Bank, 1 ParameterDict, 1 Hyper and 2 more"
     assert remark == f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"
 
 
