@@ -43,7 +43,7 @@ LONGEST = 50_000  # calls in a pass, with those that were made in vain
 ATTEMPTS = 30  # of one call of a module
 VAIN = 3  # calls of a module that fail, before it is no longer tried
 OUTPUT = "output"
-RANKS = (4, 3, 5, 2)
+RANKS = (4, 3, 5, 2, 6, 1)
 ASKED = {"is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device", "is_inference"}
 SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "len"}
 ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
@@ -312,7 +312,8 @@ class SymbolicPass(TorchFunctionMode):
                 node, added = node.inputs[0], added + node.added
             rank = self._answers.rank(node, self._ranks, added)
             return rank if "dim" in name else Shape(self.symbol("size", asked) for _ in range(rank))
-        if kind == "__get__" or name in ASKED:
+        # An imaginary part is a tensor, too, though the sample, which is real, has none.
+        if (kind == "__get__" and name != "imag") or name in ASKED:
             value = getattr(self._sample, name)
             value = value() if callable(value) else value
             return None if isinstance(value, Tensor) else value

@@ -187,6 +187,14 @@ def windowed(m, x):
     return F.layer_norm(x + torch.zeros(4, channels), (channels,))
 
 
+def of_many_dimensions(m, x):
+    line, windows = m.scale.flatten()[: x.shape[-1]], x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).relu()
+    for value, rank in ((line, 1), (windows, 6)):
+        if len(value.shape) != rank:  # as einops asks, by its patterns
+            raise ValueError(f"expected {rank} dimensions, got {value.shape}")
+    return F.normalize(windows * line)
+
+
 def placed(m, x):
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[-2:])
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1])  # which takes nothing but tensors in a tuple
@@ -314,6 +322,8 @@ MODELS = {
         {"0": True},
     ),
     "through checks and shapes": (conv(Function(windowed)), {"0": True}),
+    "of one and of six dimensions": (conv(Function(of_many_dimensions)), {"0": True}),
+    "by its imaginary part": (conv(Function(lambda m, x: F.normalize(torch.fft.fft2(x).imag))), {"0": True}),
     "through grids": (conv(Function(placed)), {"0": True}),
     "through attention": (conv(Function(attended)), {"0": True}),
     "scaled by the root of a size": (conv(Function(attended_scaled)), {"0": False}),
