@@ -128,5 +128,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 def _lies_in(folder: Path, name: str, module: ModuleType) -> bool:
     """Whether it is a module, or in a package, that stands in the folder itself; an environment below it is not."""
     top = folder / name.partition(".")[0]
-    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    # As it stands: one that is lazy, when asked for an attribute, would import what may not be installed.
+    attributes = getattr(module, "__dict__", {})
+    place = attributes.get("__file__") or next(iter(attributes.get("__path__", ())), None)
     return isinstance(place, str) and (Path(place) == top.with_suffix(".py") or Path(place).is_relative_to(top))

@@ -290,6 +290,31 @@ def test_files_of_two_folders_import_each_its_own_part_of_a_package(folder):
     assert [build_model(f"{file}.py:make").out_channels for file in files] == [4, 5, 6, 5]
 
 
+def test_a_module_that_imports_more_once_it_is_asked_for_something_is_not_asked(folder):
+    lazy = """
+import sys
+from types import ModuleType
+from torch import nn
+
+
+class Lazy(ModuleType):
+    def __getattr__(self, name):
+        raise ImportError(f"{name} needs what is not installed")
+
+
+sys.modules["lazy_part"] = Lazy("lazy_part")
+
+
+def make():
+    return nn.Conv2d(3, 4, 3)
+"""
+    (folder / "lazy.py").write_text(lazy)
+    try:
+        assert build_model("lazy.py:make").out_channels == 4
+    finally:
+        del sys.modules["lazy_part"]
+
+
 def test_a_file_is_run_once_and_again_when_it_was_edited(folder, capsys):
     path = folder / "net.py"
     build_model("net.py:make")
