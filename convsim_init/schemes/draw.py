@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ def delta_orthogonal_(filters: Tensor, *, generator: torch.Generator) -> Tensor:
         taps = taps.select(2, (size - 1) // 2)
     nn.init.orthogonal_(taps, generator=generator)  # [M, C]
     return filters
+
+
+DRAWS: Mapping[str, Callable[..., Tensor]] = {
+    "kaiming_normal": nn.init.kaiming_normal_,
+    "kaiming_uniform": nn.init.kaiming_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "orthogonal": nn.init.orthogonal_,
+    "delta_orthogonal": delta_orthogonal_,
+}
 
 
 @torch.no_grad()
@@ -88,9 +97,8 @@ def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, ge
     if not bank.any():
         return False
     drawn = torch.empty(bank.shape, dtype=torch.float32, device="cpu")
-    draw = delta_orthogonal_ if scheme == "delta_orthogonal" else getattr(nn.init, f"{scheme}_")
     for group in drawn:
-        draw(group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
+        DRAWS[scheme](group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
     by_fan = scheme in FAN_SCHEMES
     if by_fan:
         fan_in, fan_out = bank.shape[2], bank.shape[1]  # over the number of taps

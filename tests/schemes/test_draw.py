@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import convsim_init as ci
+from convsim_init.schemes.draw import DRAWS
 from convsim_init.settings import ACTIVATIONS, BASES, SCHEMES
 
 LAYERS = {
@@ -22,6 +23,10 @@ LAYERS = {
     "channels last": nn.Conv2d(64, 96, 3).to(memory_format=torch.channels_last),
     "weight_norm": parametrizations.weight_norm(nn.Conv2d(64, 96, 3)),
 }
+
+
+def test_there_is_a_scheme_for_every_name():
+    assert set(DRAWS) == set(SCHEMES)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -29,7 +29,7 @@ from convsim_init.layers.memory import gradient_hooks, is_wrapper
 LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
 RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which passes of our own run, and of what, by ids
 FREE = threading.Condition()  # for those that wait until theirs run in no other thread
-FOUND = ExitStack()  # what puts back how compiled code ran before the first of them
+FOUND: list[ExitStack] = []  # what puts back how compiled code ran before the first of them
 
 
 @contextmanager
@@ -110,17 +110,18 @@ def running(parts: Sequence[nn.Module]) -> Iterator[None]:
         # A thread that is in such a context already would wait for itself, for ever.
         FREE.wait_for(lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in RUNNING))
         # Setting it imports that, which takes seconds; before it is imported nothing is compiled.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
-            FOUND.enter_context(torch.compiler.set_stance("force_eager"))
+        if not FOUND and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+            FOUND.append(ExitStack())
+            FOUND[0].enter_context(torch.compiler.set_stance("force_eager"))
         RUNNING.append(own)
     try:
         yield
     finally:
         with FREE:
             RUNNING.remove(own)
-            if not RUNNING:
-                FOUND.close()
             FREE.notify_all()
+            if FOUND and not RUNNING:
+                FOUND.pop().close()
 
 
 def is_running() -> bool:

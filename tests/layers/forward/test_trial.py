@@ -376,6 +376,17 @@ def test_compilation_goes_on_after_threads_in_which_nothing_was_compiled():
     assert len(compiled) == 1
 
 
+def test_a_pass_within_a_pass_leaves_how_compiled_code_was_set_to_run():
+    torch._dynamo.reset()
+    compiled = []
+    add = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)
+    with running(()), torch.compiler.set_stance("default"):  # as code of the user's may set it
+        with running(()):
+            pass
+        add(torch.ones(2))
+    assert len(compiled) == 1
+
+
 REFUSING = {
     "numpy": lambda x: torch.from_numpy(x.numpy()),
     "out": lambda x: torch.add(x, 1, out=torch.empty_like(x)),
