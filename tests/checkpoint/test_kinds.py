@@ -287,10 +287,11 @@ def test_parts_that_do_not_make_up_the_whole_are_refused(part, whole, offsets, t
     ],
 )
 def test_other_programs_files_say_what_to_do(name, what, tmp_path, command):
-    (tmp_path / name).write_bytes(b"\x08\x07")
-    status, _, err = command("inspect", name)
-    assert status == 2
-    assert f"got '{name}', which is {what}: save the PyTorch model's state_dict()" in err
+    for prepare in (lambda path: None, lambda path: path.write_bytes(b"\x08\x07")):  # its name alone tells
+        prepare(tmp_path / name)
+        status, _, err = command("inspect", name)
+        assert status == 2
+        assert f"got '{name}', which is {what}: save the PyTorch model's state_dict()" in err
 
 
 def test_the_command_takes_an_index_by_its_name(tmp_path, command):
