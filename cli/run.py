@@ -102,6 +102,8 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     with exit_on_signal():
         import torch
 
+        # Before a model's own code, which may put functions that do nothing in the place of those of torch.nn.init.
+        import convsim_init.schemes.draw  # noqa: F401
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.checkpoint.state_dict import check_entry, state_entries, without_keys
         from convsim_init.models.hub import describe

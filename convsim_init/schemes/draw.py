@@ -73,7 +73,8 @@ def draw_base_(
         Names of the layers that were drawn.
 
     Raises:
-        InputError: If the scheme is unknown, the model has no convolution, or a pattern matches none.
+        InputError: If the scheme is unknown, the model has no convolution, a pattern matches none, or somebody put a
+            function that draws nothing in the place of that of `torch.nn.init`.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
@@ -96,9 +97,14 @@ def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, ge
     bank = layer.bank()  # [G, M, C, *kernel_size]
     if not bank.any():
         return False
-    drawn = torch.empty(bank.shape, dtype=torch.float32, device="cpu")
+    drawn = torch.full(bank.shape, math.nan, dtype=torch.float32, device="cpu")
     for group in drawn:
         DRAWS[scheme](group, generator=generator)  # [M, C, *kernel_size]: the fans are right but for strides
+    if not (drawn.isfinite().all() and drawn.any()):  # a function that does nothing leaves NaN, or zeros around a tap
+        raise InputError(
+            f"base: expected {scheme} of torch.nn.init to draw, got a function in its place that does not: import "
+            "convsim_init before it is replaced"
+        )
     by_fan = scheme in FAN_SCHEMES
     if by_fan:
         fan_in, fan_out = bank.shape[2], bank.shape[1]  # over the number of taps

@@ -367,6 +367,20 @@ def test_calibrate_scales_what_is_written_and_says_by_how_much(command, tmp_path
     assert re.search(r"^conv1 +64x3x3x3 +skipped +excluded$", out, re.M)
 
 
+def test_weights_are_drawn_where_a_models_code_lets_the_functions_of_torch_do_nothing(tmp_path):
+    nothing = (
+        "for name in ('kaiming_uniform_', 'orthogonal_'):\n    setattr(nn.init, name, lambda weight, **_: weight)\n"
+    )
+    network = "def net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3))\n"
+    lines = []
+    for name, code in (("plain", network), ("fast", nothing + network)):
+        (tmp_path / f"{name}.py").write_text(f"from torch import nn\n{code}")
+        done = run_process(f"{name}.py:net", "--base", "orthogonal", cwd=tmp_path)  # a process that never drew
+        lines.append(done[1].splitlines()[:2])
+        assert done[::2] == (0, "")
+    assert lines[0] == lines[1]
+
+
 def test_calibrate_says_what_it_did_not_scale(command):
     Path("own.py").write_text(
         "from torch import nn\nfrom torch.nn.utils.parametrizations import spectral_norm\n\n\ndef net():\n"

@@ -168,3 +168,15 @@ def test_a_state_dict_is_drawn_in_place():
     before = {key: value.clone() for key, value in state.items()}
     assert ci.draw_base_(state, "kaiming_normal") == ["0"]
     assert {key for key in state if not torch.equal(state[key], before[key])} == {"0.weight"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_function_that_draws_nothing_is_refused(scheme, monkeypatch):
+    monkeypatch.setattr(nn.init, "orthogonal_", lambda weight, **_: weight)
+    if scheme != "delta_orthogonal":  # which calls that
+        monkeypatch.setitem(DRAWS, scheme, lambda weight, **_: weight)
+    model = nn.Conv2d(3, 8, 3)
+    before = model.weight.detach().clone()
+    with pytest.raises(ci.InputError, match=f"expected {scheme} of torch.nn.init to draw"):
+        ci.draw_base_(model, scheme)
+    assert torch.equal(model.weight, before)
