@@ -165,7 +165,7 @@ def load(spec: str, how: ModelOptions) -> Loaded:
     from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.layers import tree
     from convsim_init.layers.names import bare_name
-    from convsim_init.models.patching import noting_loaded
+    from convsim_init.tracking.patching import noting_loaded
 
     found = resolve(how.like if how.like is not None and is_file(spec) else spec)
     name, remarks = found.text, [found.remark] if found.remark else []

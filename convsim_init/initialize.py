@@ -32,7 +32,6 @@ from convsim_init.layers.remarks import model_remarks, watch_copies
 from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import RefusedError, Weight
 from convsim_init.metrics.measure import measure_bank
-from convsim_init.models.copies import HISTORIES, History, sample_layer
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
@@ -40,6 +39,7 @@ from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.report.text import error_text
 from convsim_init.settings import Settings, check_settings
+from convsim_init.tracking.history import HISTORIES, History, sample_layer
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
 NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype

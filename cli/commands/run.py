@@ -68,7 +68,7 @@ def run(
     program = Script(script, arguments, is_module=is_module)
     with exit_on_signal():
         from convsim_init.context import initializing
-        from convsim_init.models.construction import UnmatchedError
+        from convsim_init.tracking.construction import UnmatchedError
 
     def tell(report: Report) -> None:
         if not quiet and launched().leads:
@@ -104,7 +104,7 @@ def run(
 
 def _left(report: Report) -> Iterator[str]:
     """Why layers were left alone, with how many of them there are of each reason, the most frequent one first."""
-    from convsim_init.models.copies import BEFORE
+    from convsim_init.tracking.history import BEFORE
 
     others = defaultdict[tuple[str, str, str], list[str]](list)
     for one in report.layers:

@@ -201,7 +201,7 @@ LEVELS = [  # a folder, or a file at the top of the package, may import itself a
     {"functional"},
     {"report"},
     {"backends", "layers"},
-    {"models", "parallel", "checkpoint", "schemes"},
+    {"models", "tracking", "parallel", "checkpoint", "schemes"},
     {"optim", "metrics", "regularizer"},
     {"initialize", "plotting", "devices"},
     {"context"},
@@ -268,7 +268,7 @@ def test_imports_do_not_go_in_circles():
         pytest.param(
             "torch.nn",
             {"layers", "parallel", "metrics", "models", "checkpoint", "schemes", "optim", "regularizer", "initialize"}
-            | {"context", "plotting"},
+            | {"tracking", "context", "plotting"},
             id="modules-of-torch",
         ),
         pytest.param("matplotlib", {"plotting"}, id="matplotlib"),

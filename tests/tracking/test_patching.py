@@ -4,7 +4,7 @@ from functools import partial
 from threading import Thread
 from types import SimpleNamespace
 
-from convsim_init.models.patching import observed
+from convsim_init.tracking.patching import observed
 
 
 def noting(owner, letter):

@@ -20,8 +20,8 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import is_running
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.owners import find_call
-from convsim_init.models.patching import noting_loaded, observed
-from convsim_init.models.window import before_first_pass, drop_hooks
+from convsim_init.tracking.patching import noting_loaded, observed
+from convsim_init.tracking.window import before_first_pass, drop_hooks
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
 ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import RUNNING
-from convsim_init.models.patching import nothing, observed
+from convsim_init.tracking.patching import nothing, observed
 
 
 @contextmanager
