@@ -39,7 +39,7 @@ from convsim_init.version import __version__
 
 
 def save_checkpoint(
-    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    model: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],
     *,
     report: Report | None = None,
@@ -56,7 +56,7 @@ def save_checkpoint(
     the same arguments give the same bytes. If the path is a symbolic link, the file it points to is written.
 
     Args:
-        model_or_state_dict: Model or state dict to write.
+        model: Model, or its state dict, to write.
         path: Ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file of `torch.save`.
         report: Report of the run that made the weights; its model, seed, settings and totals go into the metadata.
         prefix: Text that ends in a dot, to put before every key, for instance ``"model."``.
@@ -82,7 +82,7 @@ def save_checkpoint(
     """
     check_target(path, overwrite=overwrite)
     contents = checkpoint_contents(
-        model_or_state_dict, report=report, prefix=prefix, convs_only=convs_only, exclude=exclude, dtype=dtype
+        model, report=report, prefix=prefix, convs_only=convs_only, exclude=exclude, dtype=dtype
     )
     for remark in contents.remarks:
         warnings.warn(remark, stacklevel=2)
@@ -100,7 +100,7 @@ class Contents:
 
 
 def checkpoint_contents(
-    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    model: nn.Module | Mapping[str, Tensor],
     *,
     report: Report | None = None,
     prefix: str = "",
@@ -112,7 +112,7 @@ def checkpoint_contents(
     check_prefix(prefix)
     if report is not None:
         check_type("report", report, Report, "pass what initialize_ returned, or leave it out")
-    entries = state_entries(model_or_state_dict)
+    entries = state_entries(model)
     kept = without_keys(entries, exclude)
     if convs_only:
         changed = changed_entries(entries, report)
@@ -121,7 +121,7 @@ def checkpoint_contents(
             raise InputError("convs_only: expected a changed convolution to write, got all of them excluded")
     plain = plain_tensors(kept, dtype)
     tensors = {prefix + key: tensor for key, tensor in plain.items()}
-    versions = module_versions(model_or_state_dict, prefix)
+    versions = module_versions(model, prefix)
     return Contents(tensors, versions, _metadata(report), faded_remarks(kept, plain))
 
 

@@ -36,7 +36,7 @@ from convsim_init.report.report import LayerReport, Measures, Outcome, Report
 from convsim_init.settings import Channels, Settings
 
 
-def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
+def measure(model: nn.Module | Mapping[str, object]) -> Report:
     """How redundant the filters of every convolution are; nothing is changed.
 
     Measured are, over the pairs of filters within a group, ``similarity`` (raw) and ``normalized_similarity`` (blind to
@@ -51,7 +51,7 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
     for. Pass the model wherever you have it.
 
     Args:
-        model_or_state_dict: Any module, wrapped or not, its frozen layers included; or a state dict.
+        model: Any module, wrapped or not, its frozen layers included; or a state dict.
 
     Returns:
         A report with one layer per convolution: ``measured``, with the measures in ``before``; ``skipped`` without a
@@ -65,7 +65,7 @@ def measure(model_or_state_dict: nn.Module | Mapping[str, object]) -> Report:
         >>> 0 < report.layers[0].before["feature_correlation_natural"] < 1
         True
     """
-    return measure_and_find(model_or_state_dict)[0]
+    return measure_and_find(model)[0]
 
 
 def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, Layers]:
