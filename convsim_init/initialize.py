@@ -24,7 +24,7 @@ from convsim_init.functional.bank import (
     full_precision,
 )
 from convsim_init.layers.find import find_layers, pair_obstacle
-from convsim_init.layers.forward.isolation import LIVE
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
@@ -277,7 +277,7 @@ def _lower(
     if descent.stop is Stop.NON_FINITE:
         return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
     weight = bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed)
-    with LIVE:
+    with holding_weights_lock():
         put_back = layer.weight.backup()
         try:
             difference = layer.weight.write(weight)
@@ -302,7 +302,7 @@ def _lower(
         counting.remove("similarity")  # which falls with the norms
     # Either will do: with free norms the one blind to scale may rise while the raw one falls.
     if not any(after[name] < before[name] for name in counting):
-        with LIVE:
+        with holding_weights_lock():
             put_back()
         cause = f"{difference} and" if difference else "the new weight"
         return replace(report, reason=f"left as it was: {cause} is no better")

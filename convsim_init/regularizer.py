@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import count_obstacle, find_convolutions, find_layers
-from convsim_init.layers.forward.isolation import LIVE
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.owners import used_weight
 from convsim_init.report.text import layer_name
@@ -65,7 +65,7 @@ class ConvolutionalSimilarity:
         if not isinstance(model, nn.Module):
             raise InputError(f"expected a module to regularize, got {type(model).__name__}")
         self.skipped: dict[str, str] = {}
-        with LIVE:
+        with holding_weights_lock():
             convolutions = dict(find_convolutions(model))
         self._modules: dict[str, _ConvNd] = {}
         self._layouts: list[Layout] = []
@@ -112,6 +112,6 @@ class ConvolutionalSimilarity:
         return total
 
     def _sum(self) -> Tensor:
-        with LIVE:
+        with holding_weights_lock():
             weights = [used_weight(module).compute() for module in self._modules.values()]
         return summed_similarity(weights, self._layouts, self._pairs, self._channels, normalized=self._normalized)

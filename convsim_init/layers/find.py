@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
-from convsim_init.layers.forward.isolation import one_at_a_time
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
@@ -57,7 +57,7 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-@one_at_a_time()
+@holding_weights_lock()
 def find_layers(
     source: nn.Module | Mapping[str, object],
     include: Sequence[str] = (),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.functional.bank import computing_bank
-from convsim_init.layers.forward.isolation import LIVE
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.symbolic.follow import Followed
 from convsim_init.layers.symbolic.uses import find_uses
 from convsim_init.layers.weights import Weight
@@ -59,7 +59,7 @@ class Layer:
 
     def bank(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor:
         """The weight that is used as a filter bank ``[G, M, C, *kernel_size]`` to compute with; not to be changed."""
-        with LIVE:
+        with holding_weights_lock():
             weight = self.weight.read().to(device)
         return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
 

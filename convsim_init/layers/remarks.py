@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.functional.dtypes import converts
 from convsim_init.layers import tree
 from convsim_init.layers.find import UNSELECTED, is_quantized
-from convsim_init.layers.forward.isolation import one_at_a_time
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap
@@ -33,7 +33,7 @@ NEAR = 2  # containers and objects within each other that copies are looked for 
 COPIES = ("frozen", "loaded", *UNSELECTED)  # what the obstacle of a copy begins with
 
 
-@one_at_a_time()
+@holding_weights_lock()
 def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> list[str]:
     """Remarks on a model, or a state dict, that its layers' reports do not make."""
     if not isinstance(model, nn.Module) or layers.followed is None:
@@ -179,7 +179,7 @@ def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Ite
         yield f"in the memory of weights of layers, and change with them: {some(found)}"
 
 
-@one_at_a_time()
+@holding_weights_lock()
 @torch.no_grad()
 def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> Callable[[], list[str]]:
     """A function that remarks, once layers are treated, on copies of their weights that are no longer equal to them.

@@ -17,7 +17,7 @@ from convsim_init.functional.bank import full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy
 from convsim_init.layers.forward.calls import convolution_outputs
-from convsim_init.layers.forward.isolation import LIVE, isolated
+from convsim_init.layers.forward.isolation import holding_weights_lock, isolated
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import is_wrapper, memories
 from convsim_init.layers.names import unwrap
@@ -128,7 +128,7 @@ def scale_layers(
     scaled = [(name, module) for key, module in modules.items() if (name := owner.get(key)) is not None]
     called = set[str]()
     factors = _find_factors(model, scaled, images, called)
-    with LIVE, torch.no_grad():
+    with holding_weights_lock(), torch.no_grad():
         for layer in layers:
             if layer.name in factors:
                 layer.weight.write(layer.weight.read() * factors[layer.name])
@@ -236,7 +236,7 @@ def _is_scalable(layer: Layer) -> bool:
     """Whether twice its weight can be set; it is left as it was."""
     if type(layer.weight) is Weight:
         return True
-    with LIVE, torch.no_grad():
+    with holding_weights_lock(), torch.no_grad():
         put_back = layer.weight.backup()
         try:
             return layer.weight.write(2 * layer.weight.read()) is None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import bank_weight
 from convsim_init.layers.find import find_layers
-from convsim_init.layers.forward.isolation import one_at_a_time
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.weights import RefusedError
 from convsim_init.report.text import layer_name
@@ -90,7 +90,7 @@ def draw_base_(
     ]
 
 
-@one_at_a_time()
+@holding_weights_lock()
 def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, generator: torch.Generator) -> bool:
     if layer.obstacle is not None:
         return False

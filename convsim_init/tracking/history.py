@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.layers.find import UNSELECTED
-from convsim_init.layers.forward.isolation import LIVE
+from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.remarks import COPIES, copies_remark
 from convsim_init.report.report import Report
@@ -121,7 +121,7 @@ def sample_layer(layer: Layer) -> Sample | None:
     """Some sums of a layer's weight; None where it cannot be read."""
     if layer.weight.obstacle(read_only=True) is not None:
         return None
-    with LIVE:
+    with holding_weights_lock():
         values = layer.weight.read().flatten().float().cpu()
     rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
     # The same signs for all weights of a shape, whose sums would not be comparable otherwise.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.isolation import RUNNING
+from convsim_init.layers.forward.isolation import is_running
 from convsim_init.tracking.patching import nothing, observed
 
 
@@ -30,7 +30,7 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
         transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
         if tracing or transformed or torch.compiler.is_compiling():
             return
-        if not RUNNING and any(id(part) in parts for part in tree.modules(module)):
+        if not is_running(in_any_thread=True) and any(id(part) in parts for part in tree.modules(module)):
             act()
 
     def before_compiling(model: object = None, **_: object) -> None:

@@ -26,16 +26,16 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes
 from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
-LIVE = threading.RLock()  # of all that reads, tries or writes the weights of live modules
-RUNNING: list[tuple[int, frozenset[int]]] = []  # the threads in which passes of our own run, and of what, by ids
-FREE = threading.Condition()  # for those that wait until theirs run in no other thread
-FOUND: list[ExitStack] = []  # what puts back how compiled code ran before the first of them
+_weights_lock = threading.RLock()
+_running_passes: list[tuple[int, frozenset[int]]] = []  # of each: its thread, and the ids of the modules that it runs
+_passes_changed = threading.Condition()  # guards the list, and is notified when a pass leaves it
+_eager_stance: list[ExitStack] = []  # at most one, which ends the stance that the first of the passes has set
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Context, also for a function, that waits for other threads that read, try or write weights of live modules."""
-    with LIVE:
+def holding_weights_lock() -> Iterator[None]:
+    """Context, and decorator, in which no other thread reads, tries or writes weights of live modules."""
+    with _weights_lock:
         yield
 
 
@@ -47,7 +47,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """
     parts = list(tree.modules(module))
     # Lists and dicts need not be put back: what attributes hold in here are copies of them.
-    with LIVE, not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
+    with holding_weights_lock(), not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
         # Modules and tensors stay themselves: hooks know them, and trials write to them.
         memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
@@ -106,28 +106,31 @@ def running(parts: Sequence[nn.Module]) -> Iterator[None]:
     each would put back what it found: the last one out does.
     """
     own = threading.get_ident(), frozenset(map(id, parts))
-    with FREE:
+    with _passes_changed:
         # A thread that is in such a context already would wait for itself, for ever.
-        FREE.wait_for(lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in RUNNING))
+        _passes_changed.wait_for(
+            lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in _running_passes)
+        )
         # Setting it imports that, which takes seconds; before it is imported nothing is compiled.
-        if not FOUND and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
-            FOUND.append(ExitStack())
-            FOUND[0].enter_context(torch.compiler.set_stance("force_eager"))
-        RUNNING.append(own)
+        has_stances = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # since PyTorch 2.6
+        if has_stances and not _eager_stance:
+            _eager_stance.append(ExitStack())
+            _eager_stance[0].enter_context(torch.compiler.set_stance("force_eager"))
+        _running_passes.append(own)
     try:
         yield
     finally:
-        with FREE:
-            RUNNING.remove(own)
-            FREE.notify_all()
-            if FOUND and not RUNNING:
-                FOUND.pop().close()
+        with _passes_changed:
+            _running_passes.remove(own)
+            _passes_changed.notify_all()
+            if _eager_stance and not _running_passes:
+                _eager_stance.pop().close()
 
 
-def is_running() -> bool:
-    """Whether this thread runs passes of our own, in which nothing that code builds or copies is the user's."""
-    with FREE:  # else a pass that ends in another thread meanwhile would have one be passed over
-        return any(thread == threading.get_ident() for thread, _ in RUNNING)
+def is_running(*, in_any_thread: bool = False) -> bool:
+    """Whether this thread, or any, runs passes of our own: what code builds or copies in those is not the user's."""
+    with _passes_changed:  # a pass that ends in another thread meanwhile would make the loop skip an entry
+        return any(in_any_thread or thread == threading.get_ident() for thread, _ in _running_passes)
 
 
 def put_content_back(live: Any, before: Any) -> None:

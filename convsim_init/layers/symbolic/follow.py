@@ -25,14 +25,14 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import is_librarys
-from convsim_init.layers.forward.isolation import LIVE, random_states, running
+from convsim_init.layers.forward.isolation import holding_weights_lock, random_states, running
 from convsim_init.layers.symbolic.clone import on_meta
 from convsim_init.layers.symbolic.kept import without_unknown_values
 from convsim_init.layers.symbolic.kinds import SHAPES, USING
 from convsim_init.layers.symbolic.passes import SAMPLE, SymbolicPass
 from convsim_init.layers.symbolic.symbols import Node
 
-FOLLOWING: list[nn.Module] = []  # the model whose forward passes run, in the thread that has `LIVE`
+_following: list[nn.Module] = []  # the model whose forward passes run now, if any; only the lock's holder looks
 
 
 @dataclass
@@ -74,6 +74,7 @@ def kernels(node: Node) -> set[int]:
     return set().union(*(one.learned for one in made_of))
 
 
+@holding_weights_lock()
 def follow(model: nn.Module) -> Followed:
     """Run the forward passes of a model without wrappers, which is left as it was, as are the random states.
 
@@ -81,18 +82,18 @@ def follow(model: nn.Module) -> Followed:
     """
     followed = Followed(dict(tree.named_modules(model)))
     # What is printed tells of values that are not there.
-    with LIVE, torch.no_grad(), random_states(()), redirect_stdout(_Muted(sys.stdout)), warnings.catch_warnings():
+    with torch.no_grad(), random_states(()), redirect_stdout(_Muted(sys.stdout)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if FOLLOWING:
+        if _following:
             return followed
-        FOLLOWING.append(model)
+        _following.append(model)
         try:
             with running(()), without_unknown_values(list(tree.modules(model))):  # of a copy that is yet to be made
                 _follow(model, followed)
         except Exception:  # of any kind: what cannot be copied
             followed.failed = {name for name, module in followed.modules.items() if _has_forward(module)}
         finally:
-            FOLLOWING.pop()
+            _following.pop()
     return followed
 
 
