@@ -12,7 +12,7 @@ from convsim_init.cli.plan import Run
 from convsim_init.report.record import run_record
 from convsim_init.report.report import Outcome, Report
 from convsim_init.report.table import report_cells
-from convsim_init.report.text import PATH, layer_name, printable, quoted, shown, some
+from convsim_init.report.text import PATH, layer_name, printable, quoted_layer, shown, some
 
 if TYPE_CHECKING:
     from convsim_init.checkpoint.save import Contents
@@ -98,6 +98,6 @@ def failure(report: Report) -> str | None:
     failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
     if not failed:
         return None
-    names = some([quoted(layer.name) if layer.name else layer_name("") for layer in failed], 1)
+    names = some([quoted_layer(layer.name) for layer in failed], 1)
     advice = "--base draws layers anew, --exclude leaves them alone, --without leaves them out of the file"
     return f"layer {names} failed, {failed[0].reason}; nothing was written; {advice}"

@@ -16,7 +16,8 @@ from convsim_init.layers.find import find_layers, pair_obstacle, unselected
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.parallel.processes import of_several_processes
-from convsim_init.report.report import Report, check_list, check_patterns
+from convsim_init.report.patterns import check_list, check_patterns
+from convsim_init.report.report import Report
 from convsim_init.settings import Settings, check_settings, check_type
 from convsim_init.tracking.construction import LOADED, Construction, Moment, UnmatchedError, left_alone
 from convsim_init.tracking.history import HISTORIES, History

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from convsim_init.functional.dtypes import converts, name_of, narrows
 from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
-from convsim_init.report.report import Report, check_patterns
+from convsim_init.report.patterns import check_patterns, matches
+from convsim_init.report.report import Report
 from convsim_init.report.text import has_surrogates, quoted, shown, some
 
 OF_A_WEIGHT = re.compile(
@@ -67,8 +67,8 @@ def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[
     Raises:
         InputError: If a pattern matches no key, or no key is left.
     """
-    check_patterns("exclude", exclude, entries, "expected a pattern that a key matches, got")
-    kept = {key: value for key, value in entries.items() if not any(fnmatchcase(key, one) for one in exclude)}
+    check_patterns("exclude", exclude, entries, kind="key", refusal="expected a pattern that a key matches, got")
+    kept = {key: value for key, value in entries.items() if not matches(key, exclude)}
     if entries and not kept:
         raise InputError(f"expected patterns that leave a key, got {', '.join(map(quoted, exclude))}: all keys match")
     return kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -21,7 +20,7 @@ from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.owners import find_call, try_unknown, used_weight
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import owner_of
-from convsim_init.report.report import check_patterns
+from convsim_init.report.patterns import check_patterns, matches
 from convsim_init.report.text import shown
 
 UNSELECTED = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
@@ -203,6 +202,6 @@ def _module_layers(model: nn.Module) -> Layers:
 
 def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """Why a layer of that name is not chosen by these patterns; None if it is."""
-    if include and not any(fnmatchcase(name, pattern) for pattern in include):
+    if include and not matches(name, include):
         return NOT_INCLUDED
-    return EXCLUDED if any(fnmatchcase(name, pattern) for pattern in exclude) else None
+    return EXCLUDED if matches(name, exclude) else None

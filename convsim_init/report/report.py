@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from fnmatch import fnmatchcase
 from statistics import fmean
 from typing import Any
 
-from convsim_init.errors import InputError
+from convsim_init.report.patterns import check_patterns, matches
 from convsim_init.report.table import Table, report_table, shape_text
-from convsim_init.report.text import alternatives, quoted, shown
 from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
@@ -172,7 +170,7 @@ class Report:
     def select(self, include: Sequence[str]) -> Report:
         """The report of the layers that match one of these shell patterns, if there are any; each has to match one."""
         check_patterns("include", include, [layer.name for layer in self.layers])
-        chosen = [layer for layer in self.layers if any(fnmatchcase(layer.name, pattern) for pattern in include)]
+        chosen = [layer for layer in self.layers if matches(layer.name, include)]
         return replace(self, layers=chosen) if include else self
 
     def sorted_by(self, measure: str) -> Report:
@@ -225,27 +223,3 @@ def _combine(measures: list[Measures]) -> Measures:
     names = dict.fromkeys(name for one in measures for name in one)
     values = {name: [one[name] for one in measures if name in one] for name in names}
     return {name: sum(values[name]) if name == "similarity" else fmean(values[name]) for name in names}
-
-
-def check_patterns(option: str, patterns: Sequence[str], names: Collection[str], refusal: str | None = None) -> None:
-    """Refuse a shell pattern that matches no name, those of layers by default, and what is no list of patterns.
-
-    It is refused with some of the names that there are, and the nearest; a module's name with the pattern of what is in
-    it.
-    """
-    check_list(option, patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            inside = f"{pattern}.*"
-            within = any(fnmatchcase(name, inside) for name in names)
-            nearest = f"did you mean {quoted(inside)}?" if within else alternatives(pattern, names)
-            raise InputError(f"{refusal or f'{option}: no convolution matches'} {quoted(pattern)}; {nearest}")
-
-
-def check_list(option: str, patterns: Sequence[str]) -> None:
-    """Refuse what is no list of patterns."""
-    # A text is a sequence of patterns, too, of one letter each.
-    if isinstance(patterns, str):
-        raise InputError(f"{option}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    if not isinstance(patterns, Collection) or not all(isinstance(one, str) for one in patterns):
-        raise InputError(f"{option}: expected a list of patterns such as ['layer4.*'], got {shown(repr(patterns))}")

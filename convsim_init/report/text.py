@@ -50,6 +50,11 @@ def layer_name(name: str) -> str:
     return shown(name) if name else "(the model itself)"
 
 
+def quoted_layer(name: str) -> str:
+    """The name of a layer in quotation marks, without which ``0`` would read as a number; see `layer_name`."""
+    return quoted(name) if name else layer_name(name)
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first few of several names, already `shown`: ``a, b and 3 more``."""
     names = list(names)
@@ -64,6 +69,10 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {' or '.join(prefix + one for one in alike)}?" if alike else ""
 
 
-def alternatives(name: str, known: Collection[str]) -> str:
-    """The end of a message that refuses a layer's name: some that there are, and the nearest."""
-    return f"there are {some(map(layer_name, known))}{did_you_mean(name, known)}"
+def alternatives(name: str, known: Collection[str], kind: str = "convolution") -> str:
+    """The end of a message that refuses the name of a layer, or of another kind: some that there are, and the nearest.
+
+    An example is ``the convolutions are 'conv1', 'head': did you mean head?``.
+    """
+    subject = f"{kind} is" if len(known) == 1 else f"{kind}s are"
+    return f"the {subject} {some(map(quoted_layer, known))}{did_you_mean(name, known)}"

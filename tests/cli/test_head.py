@@ -58,4 +58,4 @@ def test_a_head_that_cannot_be_found_is_named_by_the_user(command, tmp_path):
     assert (status, "a file alone does not say which entries are its classifier" in err) == (2, True)
     status, _, err = command("nets.py:net", "--without", "2.*", "--out", "again.pt")
     assert status == 2
-    assert "expected a pattern that a key matches, got '2.*'; there are 0.weight, 0.bias" in err
+    assert "expected a pattern that a key matches, got '2.*'; the keys are '0.weight', '0.bias'" in err

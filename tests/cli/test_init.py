@@ -732,20 +732,21 @@ def test_an_unknown_option_is_refused(command):
     [
         pytest.param(
             ["--include", "layer9.*"],
-            "include: no convolution matches 'layer9.*'; there are conv1, layer1.0.conv1, layer1.0.conv2, "
-            "layer1.1.conv1 and 16 more",
+            "include: no convolution matches 'layer9.*'; the convolutions are 'conv1', 'layer1.0.conv1', "
+            "'layer1.0.conv2', 'layer1.1.conv1' and 16 more",
             id="include-nothing",
         ),
         pytest.param(
             ["--exclude", "fc"],
-            "exclude: no convolution matches 'fc'; there are conv1, layer1.0.conv1, layer1.0.conv2, layer1.1.conv1 "
-            "and 16 more",
+            "exclude: no convolution matches 'fc'; the convolutions are 'conv1', 'layer1.0.conv1', 'layer1.0.conv2', "
+            "'layer1.1.conv1' and 16 more",
             id="exclude-nothing",
         ),
         pytest.param(
             ["--exclude", "layer1.0.cnv1"],
-            "exclude: no convolution matches 'layer1.0.cnv1'; there are conv1, layer1.0.conv1, layer1.0.conv2, "
-            "layer1.1.conv1 and 16 more: did you mean layer1.0.conv1 or layer4.0.conv1 or layer3.0.conv1?",
+            "exclude: no convolution matches 'layer1.0.cnv1'; the convolutions are 'conv1', 'layer1.0.conv1', "
+            "'layer1.0.conv2', 'layer1.1.conv1' and 16 more: did you mean layer1.0.conv1 or layer4.0.conv1 "
+            "or layer3.0.conv1?",
             id="exclude-mistyped",
         ),
         pytest.param(
@@ -899,7 +900,7 @@ def test_what_is_advised_for_a_layer_that_fails_helps(remedy, build, command, tm
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["nope.*"], "expected a pattern that a key matches, got 'nope.*'; there are "),
+        (["nope.*"], "expected a pattern that a key matches, got 'nope.*'; the keys are '"),
         (["head"], "expected a pattern that a key matches, got 'head'; did you mean 'head.*'?"),
         (["*.weight", "*"], "expected patterns that leave a key, got '*.weight', '*': all keys match"),
     ],

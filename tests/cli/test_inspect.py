@@ -440,10 +440,16 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, co
     [
         (["inspect", "bad.pt"], "expected a file written by torch.save, got 'bad.pt'"),
         (["inspect", "head.pt"], "of rank 3 to 5, got 'head.pt', none of whose 1 tensors is one: name"),
-        (["inspect", "cifar_resnet18", "--include", "x*"], "include: no convolution matches 'x*'; there are conv1"),
+        (
+            ["inspect", "cifar_resnet18", "--include", "x*"],
+            "include: no convolution matches 'x*'; the convolutions are 'conv1'",
+        ),
         (["inspect", "cifar_resnet18", "--plot", "a.png", "--plot-layer", "fc"], "expected a layer to draw, got 'fc'"),
         (["compare", "cifar_resnet18", "head.pt"], "expected a file with convolution weights"),
-        ([*QUICK, "--plot", "a.png", "--plot-layer", "fc"], "expected a layer to draw, got 'fc': there are conv1"),
+        (
+            [*QUICK, "--plot", "a.png", "--plot-layer", "fc"],
+            "expected a layer to draw, got 'fc': the convolutions are 'conv1'",
+        ),
         ([*QUICK, "--plot", "a.png", "--plot-layer", "convl"], "and 16 more: did you mean conv1?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

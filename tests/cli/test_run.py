@@ -182,7 +182,10 @@ def test_a_script_that_makes_no_optimizer_is_told(run):
     ("arguments", "message"),
     [
         (["missing.py"], "expected a Python file to run, got 'missing.py'"),
-        (["--exclude", "stem", "code/train.py", "exit", "0"], "exclude: no convolution matches 'stem'; there are 0, 2"),
+        (
+            ["--exclude", "stem", "code/train.py", "exit", "0"],
+            "exclude: no convolution matches 'stem'; the convolutions are '0', '2'",
+        ),
         ([], "Missing argument 'SCRIPT'"),
         (["--stepps", "code/train.py", "--steps", "1"], "No such option '--stepps'. Did you mean "),
         (["-m", "nothere"], "expected a script or module to run, got 'nothere': No module named nothere: check"),

@@ -2,7 +2,18 @@
 
 import pytest
 
-from convsim_init.report.text import did_you_mean, error_text, layer_name, printable, quoted, shortened, shown, some
+from convsim_init.report.text import (
+    alternatives,
+    did_you_mean,
+    error_text,
+    layer_name,
+    printable,
+    quoted,
+    quoted_layer,
+    shortened,
+    shown,
+    some,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +54,7 @@ def test_a_name_is_shown_in_one_short_piece():
     assert shown("a\n" * 3000, 30) == r"a\na\na\na\na\...na\na\na\na\n"
     assert shown(shown("\x1b" * 3000)) == shown("\x1b" * 3000)
     assert (layer_name(""), layer_name("\n")) == ("(the model itself)", r"\n")
+    assert (quoted_layer(""), quoted_layer("0")) == ("(the model itself)", "'0'")
     assert (quoted("a\n"), quoted(3), len(quoted("x" * 3000))) == (r"'a\n'", "3", 80)
 
 
@@ -73,6 +85,19 @@ def test_the_nearest_names_are_offered():
     assert did_you_mean("layer1.0.cnv1", known) == ": did you mean layer1.0.conv1?"
     assert did_you_mean("xyz", known) == did_you_mean("xyz", []) == ""
     assert did_you_mean("hea\n", ["hea\n\x1b"]) == r": did you mean hea\n\x1b?"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["0"], "the convolution is '0'"),
+        (["", "2"], "the convolutions are (the model itself), '2'"),
+        (list("012345"), "the convolutions are '0', '1', '2', '3' and 2 more"),
+    ],
+)
+def test_layers_are_offered_in_quotation_marks(names, text):
+    assert alternatives("0.weight", names) == text
+    assert alternatives("0.weight", names, "key") == text.replace("convolution", "key")
 
 
 def test_names_without_end_are_compared_in_no_time():

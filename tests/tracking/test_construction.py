@@ -684,7 +684,7 @@ def test_patterns_and_several_models():
     assert seen == reports
     assert [[layer.reason for layer in report.layers] for report in reports] == [["excluded", None], [None, None]]
     assert len(models) == 3
-    with pytest.raises(ci.InputError, match="include: no convolution matches 'stem'; there are 0, 2"):
+    with pytest.raises(ci.InputError, match="include: no convolution matches 'stem'; the convolutions are '0', '2'"):
         build_within(include=["stem"])
     with ci.initializing(include=["stem"]) as reports:
         nn.Linear(2, 2)
