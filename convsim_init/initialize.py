@@ -30,7 +30,7 @@ from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.remarks import model_remarks, watch_copies
 from convsim_init.layers.symbolic.normalized import decide_channels
-from convsim_init.layers.weights import RefusedError, Weight
+from convsim_init.layers.weights import RefusedError, StoredWeight
 from convsim_init.metrics.measure import measure_bank
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
@@ -83,7 +83,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         raise InputError(
             f"expected a convolution's weight, got {type(weight).__name__}: pass a tensor like conv.weight"
         )
-    obstacle = Weight(weight, trained=False).obstacle(read_only=False)
+    obstacle = StoredWeight(weight, trained=False).obstacle(read_only=False)
     if obstacle is not None:
         raise InputError(f"expected a convolution's weight that can be changed, got one that cannot: {obstacle}")
     # A slice of a parameter has a grad_fn, too, although writing to it reaches the parameter.
@@ -297,7 +297,7 @@ def _lower(
     counting = list(before)
     dtype = layer.weight.sources[0].dtype
     if change > NORM_CHANGE + torch.finfo(dtype).eps:
-        cause = f"the range of {dtype}" if type(layer.weight) is Weight else "its forward pass"
+        cause = f"the range of {dtype}" if isinstance(layer.weight, StoredWeight) else "its forward pass"
         difference = difference or f"{cause} changes the norms of filters by up to {change:.1%}"
         counting.remove("similarity")  # which falls with the norms
     # Either will do: with free norms the one blind to scale may rise while the raw one falls.

@@ -99,8 +99,8 @@ def find_layers(
             unselected(layer.name, include, exclude) or obstacle(layer) or layer.weight.obstacle(read_only=read_only)
         )
         # Only now, as `obstacle` makes the trial passes that see the call.
-        if layer.weight.call is not None:  # which counts, whatever the attributes of the module are
-            _, layer.groups, layer.transposed, layer.strides, _ = layer.weight.call
+        if (call := layer.weight.call) is not None:  # which counts, whatever the attributes of the module are
+            layer.groups, layer.transposed, layer.strides = call.groups, call.transposed, call.strides
         if layer.obstacle is None and layer.shape[0] % layer.groups:
             layer.obstacle = f"its {layer.groups} groups do not divide dimension 0 of its weight, {layer.shape[0]}"
     _leave_shared(layers, read_only=read_only)

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name
-from convsim_init.layers.weights import ComputedWeight, Weight
+from convsim_init.layers.weights import ComputedWeight, StoredWeight, Weight
 
 CALLS = re.compile(r"aten::conv(_transpose)?[123]d|aten::_?convolution(_mode)?|prim::mkldnn_convolution")
 WEIGHT = 1  # position among the arguments of all of them
@@ -76,9 +76,9 @@ def _parameter(module: nn.Module, source: Any, look: Callable[[Any], tuple[str, 
         if path.rpartition(".")[2] == "weight":
             tensor: Any = reduce(getattr, path.split("."), module)
             reason = "its graph computes the weight: initialize the model that the graph was made from"
-            return path, Weight(tensor) if node is source else ComputedWeight(tensor, None, reason)
+            return path, StoredWeight(tensor) if node is source else ComputedWeight(tensor, None, reason)
         pending += [one for one in inputs if one not in pending]
-    return "", Weight(torch.empty(()))
+    return "", StoredWeight(torch.empty(()))
 
 
 def _constant(node: Any) -> tuple[str, Weight] | None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter, is_lazy
 
 from convsim_init.functional.dtypes import converts
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, Weight
+from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, StoredWeight, Weight
 from convsim_init.report.text import shown
 
 COMPUTED = {  # the key's ending of what a weight is computed from, and the entry that it is multiplied by
@@ -71,7 +71,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
         near = [*beside[name], *filter(None, [masks.get(key)])]
         # Pruning's own mask is the factor already, and would be multiplied by twice.
         mask = next((one for one in near if state[one] is not factor and _masks(state[one], value)), "")
-        weight = Weight(value, trained=False)
+        weight: Weight = StoredWeight(value, trained=False)
         if mask or ending in COMPUTED:
             compute = _computation(value, ending, factor, [state[mask]] if mask else [])
             weight = ComputedWeight(value, compute, MASKED if mask else PARAMETRIZED)

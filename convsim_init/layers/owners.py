@@ -19,7 +19,7 @@ from convsim_init.layers.memory import is_sharded
 from convsim_init.layers.stored import has_unknown_hook, stored_weight
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.uses import CALLED, CHANGED, REPLACED, UNKNOWN, Use, Uses, owner_of
-from convsim_init.layers.weights import KERNEL_RANKS, Weight
+from convsim_init.layers.weights import KERNEL_RANKS, StoredWeight, Weight
 
 MAX_ENTRIES = 3  # inputs of other convolutions that are tried
 
@@ -55,7 +55,7 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collectio
     # Hooks on all modules run before this one's, and may change its weight as its own may.
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
     # Without an inverse the stored weight is the original: a pass tells what is made of it.
-    one_way = type(weight) is Weight and is_parametrized(module, "weight")
+    one_way = isinstance(weight, StoredWeight) and is_parametrized(module, "weight")
     needs_trial = has_forward_of_its_own(module) or hooked or one_way
     return ForwardWeight(module, weight) if needs_trial else weight
 

@@ -17,7 +17,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers, isolated, not_cached, random_states
 from convsim_init.layers.forward.trial import leaves
 from convsim_init.layers.memory import has_no_data
-from convsim_init.layers.weights import ComputedWeight, RefusedError, Weight, describe_mismatch, is_random
+from convsim_init.layers.weights import ComputedWeight, RefusedError, StoredWeight, Weight, describe_mismatch, is_random
 from convsim_init.report.text import error_text
 
 SPECTRAL_NORM = getattr(parametrizations, "_SpectralNorm", ())
@@ -193,13 +193,13 @@ def stored_weight(module: Any) -> Weight:
         if not list(module.parametrizations["weight"].parameters(recurse=False)):
             return ComputedWeight(torch.empty(()), None, "parametrized without a parameter of its own")
         computed = ParametrizedWeight(module)
-        return computed if computed.can_be_assigned() else Weight(*computed.sources)
+        return computed if computed.can_be_assigned() else StoredWeight(*computed.sources)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
     # A class may compute the attribute of a parameter of that name: then it is not the same object.
     if module._parameters.get("weight") is weight:
-        return Weight(weight)
+        return StoredWeight(weight)
     compute = partial(getattr, module, "weight")
     for hook in module._forward_pre_hooks.values():
         # A hook may be there for another parameter of the module, such as its bias.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -20,8 +21,8 @@ class RefusedError(RuntimeError):
     """The storage of a weight refuses to be assigned to."""
 
 
-class Weight:
-    """A weight that is used as it stands.
+class Weight(ABC):
+    """The weight of a convolution: what its forward pass uses, and the tensors that this is stored in.
 
     Args:
         sources: Tensors that it is stored in or computed from.
@@ -45,14 +46,8 @@ class Weight:
 
     @property
     def mask(self) -> Tensor | None:
-        """Where the weight that is used may differ from zero, of its shape; None for everywhere.
-
-        Zeros of a parameter with a hook on its gradient are taken for one: such a hook keeps them in training.
-        """
-        if type(self) is not Weight or not any(gradient_hooks(self.sources[0])):
-            return None
-        mask = self.sources[0].detach() != 0
-        return None if mask.all() else mask
+        """Where the weight that is used may differ from zero, of its shape; None for everywhere."""
+        return None
 
     def obstacle(self, *, read_only: bool) -> str | None:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
@@ -75,9 +70,9 @@ class Weight:
             return f"its dtype {self.sources[0].dtype} is not treated"
         return "its weight is empty" if 0 in self.shape else None
 
+    @abstractmethod
     def compute(self) -> Tensor:
         """The weight that is used, differentiable by the sources."""
-        return self.sources[0]
 
     def read(self) -> Tensor:
         """The weight that is used, detached; it may share memory with the sources."""
@@ -113,6 +108,22 @@ class Weight:
     def storage(self) -> dict[str, Tensor]:
         """The tensors that a `write` may change, by names."""
         return {str(position): source for position, source in enumerate(self.sources)}
+
+
+class StoredWeight(Weight):
+    """A weight that is used as it is stored."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The entries that are not zero, if a hook on the gradient keeps zeros in training; None for all entries."""
+        if not any(gradient_hooks(self.sources[0])):
+            return None
+        mask = self.sources[0].detach() != 0
+        return None if mask.all() else mask
+
+    def compute(self) -> Tensor:
+        """The stored tensor."""
+        return self.sources[0]
 
 
 class ComputedWeight(Weight):

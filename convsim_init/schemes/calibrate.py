@@ -21,7 +21,7 @@ from convsim_init.layers.forward.isolation import holding_weights_lock, isolated
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import is_wrapper, memories
 from convsim_init.layers.names import unwrap
-from convsim_init.layers.weights import RefusedError, Weight
+from convsim_init.layers.weights import RefusedError, StoredWeight
 from convsim_init.report.text import error_text, layer_name, some
 from convsim_init.settings import MAX_SEED, check_whole
 
@@ -234,7 +234,7 @@ def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _is_scalable(layer: Layer) -> bool:
     """Whether twice its weight can be set; it is left as it was."""
-    if type(layer.weight) is Weight:
+    if isinstance(layer.weight, StoredWeight):
         return True
     with holding_weights_lock(), torch.no_grad():
         put_back = layer.weight.backup()

@@ -19,7 +19,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
 from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_call, convolution_calls, leaves
-from convsim_init.layers.weights import Weight, describe_mismatch, is_random, to_float64
+from convsim_init.layers.weights import StoredWeight, Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
 
 SIDE = 16  # of an input for another convolution than its own: something is left of it for those that follow
@@ -120,7 +120,7 @@ class ForwardWeight(Weight):
             (used := leaves(call.weight)) & own
             and (call.fed or not self._fed or used - self.made_of)
             and call is not chosen
-            and not (call[1:3] == chosen[1:3] and torch.equal(call.weight, chosen.weight))
+            and not _same_convolution(call, chosen)
             for call in calls
         )
         if not to_the_end:  # perhaps it would have come to them: complex convolutions want a complex input
@@ -135,7 +135,7 @@ class ForwardWeight(Weight):
         self.choose_call()
         stored = self._stored.read()
         probes = (*probes_like(stored), stored)
-        return type(self._stored) is Weight and all(torch.equal(self._given_of(one), one) for one in probes)
+        return isinstance(self._stored, StoredWeight) and all(torch.equal(self._given_of(one), one) for one in probes)
 
     def compute(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
         """The weight that a forward pass gives to the convolution, after what is done right before it."""
@@ -232,7 +232,7 @@ class ForwardWeight(Weight):
 
     def _find_mask(self, stored: Tensor) -> Tensor | None:
         """Where zeros are imposed on any weight, by what becomes of one without zeros; None if nowhere."""
-        if self._stored.mask is not None or type(self._stored) is not Weight:
+        if self._stored.mask is not None or not isinstance(self._stored, StoredWeight):
             return self._stored.mask
         _, probe = probes_like(stored)
         used, opposite = self._given_of(probe), self._given_of(-probe)
@@ -245,6 +245,10 @@ class ForwardWeight(Weight):
         """What of a weight ``[M, ...]`` its class makes use of, in the widest dtype."""
         weight = to_float64(weight) * (1 if self._mask is None else self._mask)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
+
+
+def _same_convolution(a: Call, b: Call) -> bool:
+    return (a.groups, a.transposed) == (b.groups, b.transposed) and torch.equal(a.weight, b.weight)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
