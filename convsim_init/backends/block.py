@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,10 +12,8 @@ from convsim_init.backends import compiled, gpu
 from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.functional.fourier import Fourier, Part
+from convsim_init.functional.similarity import weights_at_once
 from convsim_init.settings import Settings
-
-if TYPE_CHECKING:
-    from convsim_init.backends.fused import FusedBlock
 
 
 class Block(Protocol):
@@ -23,9 +21,27 @@ class Block(Protocol):
 
     Tensors per filter are ``[g, 1, M]``, for g groups of M filters. Results live until the next
     call.
+
+    Attributes:
+        max_weights: Weights of a block, about, where a bank is cut into several.
+        part: Index of the block's weights in the bank.
     """
 
+    max_weights: int
     part: Part
+
+    def __init__(
+        self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
+    ) -> None:
+        """The block at its weights, with a direction of zeros; implementations take what they need of the arguments.
+
+        Args:
+            part: Index of the block's weights in the bank.
+            weights: The weights ``[T, g, c, M]``, in the coordinates of ``fourier``; the block may write to them.
+            fourier: The transforms of kernels of this size, on the device of the weights.
+            settings: The pairs of filters and the channels that are compared.
+            memory: Where scratch memory is kept that blocks share which one thread works on.
+        """
 
     @property
     def weights(self) -> Tensor:
@@ -77,18 +93,18 @@ def cut_into_blocks(
     """
     # Neither step.c nor the fused kernels project a gradient to the taps of a mask.
     kind = _kind(bank, settings) if mask is None else TorchBlock
-    # Over all channels the loss is <sum_c P_c, Q sum_d P_d>: no sum over parts of the channels.
-    whole = settings.channels == "all" or bank.device.type != "cpu"
+    max_weights = weights_at_once(bank, settings.compared_channels, kind.max_weights)
     # Blocks share the scratch memory of the thread that works on them; two threads share none.
     memory = threading.local()
-    for part, weights in fourier.blocks(bank, scale, bank.numel() if whole else kind.max_weights):
-        block = kind(part, weights, fourier, settings, memory)
-        if isinstance(block, TorchBlock) and mask is not None:
-            block.mask = mask.flatten(3)[part].permute(3, 0, 2, 1).to(weights)
-        yield block
+    for part, weights in fourier.blocks(bank, scale, max_weights):
+        if mask is None:
+            yield kind(part, weights, fourier, settings, memory)
+        else:
+            taps = mask.flatten(3)[part].permute(3, 0, 2, 1).to(weights)
+            yield TorchBlock(part, weights, fourier, settings, memory, mask=taps)
 
 
-def _kind(bank: Tensor, settings: Settings) -> type[CompiledBlock | FusedBlock | TorchBlock]:
+def _kind(bank: Tensor, settings: Settings) -> type[Block]:
     if compiled.fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels):
         return CompiledBlock
     if gpu.fits(bank.shape, bank.dtype, bank.device, settings.pairs, settings.compared_channels):

@@ -13,27 +13,32 @@ from torch import Tensor
 
 from convsim_init.functional.bank import count_pairs, nonzero
 from convsim_init.functional.fourier import CACHED, Fourier, Halves, Part, cuts, real_fourier_basis
-from convsim_init.functional.similarity import partner_power, power_spectrum
+from convsim_init.functional.similarity import partner_power, power_spectrum, weights_at_once
 from convsim_init.settings import Channels, Pairs, Settings
 
 
 class TorchBlock:
-    """A `Block` on any device, of any dtype, for all settings; blocks of a layer share ``memory``.
+    """A `Block` on any device, of any dtype, for all settings.
 
-    Attributes:
-        mask: 1 for taps that are there and 0 for those that are zero and stay so, ``[T, g, c, M]``, in the order of the
-            kernel and not in the coordinates of `Fourier`; None for all taps. The gradient is projected to those that
-            are there: directions are then in that subspace too, and the filters never leave it.
+    It alone takes a mask: 1 for taps that are there and 0 for those that are zero and stay so, ``[T, g, c, M]``, in the
+    order of the kernel and not in the coordinates of `Fourier`. The gradient is projected to those that are there:
+    directions are then in that subspace too, and the filters never leave it.
     """
 
     max_weights = CACHED  # each operation passes over all of them
-    mask: Tensor | None = None
 
     def __init__(
-        self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
+        self,
+        part: Part,
+        weights: Tensor,
+        fourier: Fourier,
+        settings: Settings,
+        memory: threading.local,
+        *,
+        mask: Tensor | None = None,
     ) -> None:
         self.part = part
-        self._memory = memory
+        self._memory, self._mask = memory, mask
         self._fourier, self._pairs, self._channels = fourier, settings.pairs, settings.compared_channels
         self._weights = Halves(weights)
         self._direction, self._gradient, self._previous = (Halves(torch.zeros_like(weights)) for _ in range(3))
@@ -58,9 +63,9 @@ class TorchBlock:
         here.spectrum.first.mul_(partners)
         here.spectrum.second.mul_(partners[1:])
         self._fourier.full.twice_adjoint(here.spectrum, out=self._gradient)
-        if self.mask is not None:
+        if self._mask is not None:
             rotation, coordinates = self._fourier.rotation, gradient.flatten(1)
-            taps = torch.mm(rotation.T, coordinates).mul_(self.mask.flatten(1))
+            taps = torch.mm(rotation.T, coordinates).mul_(self._mask.flatten(1))
             torch.mm(rotation, taps, out=coordinates)
         factors = ((gradient, weights), (gradient, gradient), (gradient, direction), (weights, weights))
         sums = torch.stack([here.inner(a, b) for a, b in factors])
@@ -151,12 +156,12 @@ def _raw(kernels: Tensor, shape: Sequence[int], pairs: Pairs, channels: Channels
     """Raw similarity of kernels ``[G M C, T]`` and its gradient."""
     basis = real_fourier_basis(shape[3:], kernels.dtype, kernels.device)  # [N, T]
     bank = kernels.view(*shape[:3], -1)
-    # As in `cut_into_blocks`: the loss over all channels is no sum over parts of them.
-    if channels == "all" or kernels.device.type != "cpu":
+    max_weights = weights_at_once(bank, channels, CACHED)
+    if max_weights >= bank.numel():
         value, gradients = _raw_block(bank, basis, pairs, channels)
         return value, gradients.view_as(kernels)
     values, gradients = list[Tensor](), torch.empty_like(bank)
-    for part in cuts(shape, CACHED):
+    for part in cuts(shape, max_weights):
         value, gradients[part] = _raw_block(bank[part], basis, pairs, channels)
         values.append(value)
     return torch.stack(values).sum(), gradients.view_as(kernels)

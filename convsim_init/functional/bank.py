@@ -83,6 +83,11 @@ def filter_norms(bank: Tensor) -> Tensor:
     return exact
 
 
+def unit_filters(bank: Tensor, norms: Tensor) -> Tensor:
+    """A bank ``[G, M, C, *kernel_size]`` over its `filter_norms`, in its own dtype; filters that are zero stay zero."""
+    return (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor that is not empty holds neither infinities nor NaN; one pass, nothing allocated."""
     # aminmax hands NaN on, so that its two numbers tell of all.

@@ -153,6 +153,12 @@ class Basis:
         torch.mm(self._twice_second, spectrum.second_rows, out=out.second_rows)
 
 
+def squared_frequencies(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """|f|^2 ``[*sizes]`` of all frequencies f of the Fourier transform on a periodic lattice of these sides."""
+    axes = [torch.fft.fftfreq(size, dtype=dtype, device="cpu") for size in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
+
+
 def _parity_rotation(taps: int) -> Tensor:
     """Orthogonal ``[T, T]``: sums of opposite taps (the middle one alone), then their differences."""
     identity = torch.eye(taps, dtype=torch.float64, device="cpu")

@@ -15,8 +15,7 @@ from convsim_init.functional.bank import (
     filter_bank,
     filter_norms,
     full_precision,
-    nonzero,
-    per_filter,
+    unit_filters,
 )
 from convsim_init.functional.fourier import real_fourier_basis
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
@@ -75,9 +74,8 @@ def convolutional_similarity(
         if not normalized:
             return bank_similarity(bank, pairs, channels)
         norms = filter_norms(bank)  # [G, M]
-        # Norms may come in float64 (see `filter_norms`), and would make all that follows so.
-        unit = (bank / per_filter(nonzero(norms), bank)).to(bank.dtype)
-        return bank_similarity(unit, pairs, channels) / count_pairs(norms > 0, pairs).clamp(min=1)
+        similarity = bank_similarity(unit_filters(bank, norms), pairs, channels)
+        return similarity / count_pairs(norms > 0, pairs).clamp(min=1)
 
 
 def bank_similarity(bank: Tensor, pairs: Pairs, channels: Channels) -> Tensor:
@@ -113,3 +111,12 @@ def partner_power(power: Tensor, pairs: Pairs, *, out: Tensor | None = None) -> 
     partners[..., 1:].add_(power[..., :-1])
     partners[..., :-1].add_(power[..., 1:])
     return partners
+
+
+def weights_at_once(bank: Tensor, channels: Channels, max_weights: int) -> int:
+    """How many weights of a bank a pass over parts of it takes at once: ``max_weights``, or where it must be whole all.
+
+    Over all channels similarity is ``<sum_c P_c, Q sum_d P_d>``, with P the power and Q the sum over partners: no sum
+    over parts of the channels. On an accelerator one large operation is faster than several.
+    """
+    return bank.numel() if channels == "all" or bank.device.type != "cpu" else max_weights

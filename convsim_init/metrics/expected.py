@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convsim_init.functional.bank import count_pairs, filter_norms, nonzero, per_filter
+from convsim_init.functional.bank import count_pairs, filter_norms, unit_filters
+from convsim_init.functional.fourier import squared_frequencies
 
 Spectrum = Literal["white", "natural"]
 SPECTRA: tuple[Spectrum, ...] = ("white", "natural")
@@ -39,14 +40,9 @@ def expected_correlation(bank: Tensor, spectrum: Spectrum = "natural") -> Tensor
         ``[G M, G M]``, from -1 to 1. The rows and columns of filters that answer to no input, those that are zero, are
         zero.
     """
-    rows, _ = directions(covariance_rows(unit_filters(bank), spectrum))
+    rows, _ = directions(covariance_rows(unit_filters(bank, filter_norms(bank)), spectrum))
     correlation: Tensor = torch.block_diag(*(rows @ rows.mT))  # type: ignore[no-untyped-call]
     return correlation
-
-
-def unit_filters(bank: Tensor) -> Tensor:
-    """The bank ``[G, M, C, *kernel_size]`` with every filter of norm 1, or zero."""
-    return (bank / per_filter(nonzero(filter_norms(bank)), bank)).to(bank.dtype)
 
 
 def covariance_rows(bank: Tensor, spectrum: Spectrum, *, grid: int = GRID) -> Tensor:
@@ -115,8 +111,7 @@ def _natural_factor(kernel_size: tuple[int, ...], grid: int) -> Tensor:
     """L of ``R = L L^T``, both ``[T, T]``, by eigenvalues: R is singular where the kernel fills the grid."""
     cpu = torch.device("cpu")
     sides = [max(grid, k) for k in kernel_size]
-    axes = [torch.fft.fftfreq(side, dtype=torch.float64, device=cpu) for side in sides]
-    squares = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)  # |f|^2 [*sides]
+    squares = squared_frequencies(sides, torch.float64)  # [*sides]
     power = torch.where(squares > 0, 1 / squares, 0)
     autocorrelation = torch.fft.ifftn(power).real
     autocorrelation = autocorrelation / autocorrelation.flatten()[0]

@@ -16,9 +16,10 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
     nonzero,
+    unit_filters,
 )
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
-from convsim_init.functional.similarity import partner_power, power_spectrum
+from convsim_init.functional.similarity import partner_power, power_spectrum, weights_at_once
 from convsim_init.layers.find import find_layers, pair_obstacle
 from convsim_init.layers.layer import Layer, Layers, largest_first
 from convsim_init.layers.remarks import model_remarks
@@ -29,7 +30,6 @@ from convsim_init.metrics.expected import (
     directions,
     effective_rank,
     mean_correlation,
-    unit_filters,
 )
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Measures, Outcome, Report
@@ -93,8 +93,7 @@ def measure_bank(bank: Tensor, channels: Channels = "matched") -> Measures:
     energies = (norms / size).square().to(bank.dtype)[:, None]  # [G, 1, M]
     basis = real_fourier_basis(bank.shape[3:], bank.dtype, bank.device)  # [N, T]
     raw = normalized = 0.0
-    whole = channels == "all" or bank.device.type != "cpu"
-    for part in cuts(bank.shape, max_weights=bank.numel() if whole else CACHED):
+    for part in cuts(bank.shape, weights_at_once(bank, channels, CACHED)):
         kernels = (flat[part] / lengths[part.groups]).to(bank.dtype)  # [g, M, c, T]
         spectrum = torch.mm(basis, kernels.reshape(-1, kernels.shape[-1]).T).view(-1, *kernels.shape[:-1])
         power = power_spectrum(spectrum.transpose(2, 3), channels)  # [F, g, c, M]
@@ -118,7 +117,7 @@ def measure_features(bank: Tensor) -> Measures:
     """
     norms = filter_norms(bank)  # [G, M]
     relative = (norms / nonzero(norms.max())).to(bank.dtype)
-    unit = unit_filters(bank)
+    unit = unit_filters(bank, norms)
     found: dict[Spectrum, tuple[float, float]] = {}
     for spectrum in SPECTRA:
         if found and math.prod(bank.shape[3:]) == 1:  # a kernel of one tap answers to every spectrum alike

@@ -194,8 +194,8 @@ class ConjugateGradient:
             The step length, equation (7); 0 where there is nowhere to go.
         """
         step, radial, dir_sq_norm = self._step, self._radial, self._dir_sq_norm
-        # Where norms are free, nothing is radial: `radial` is zero then, and serves for q.
-        dir_radial = transported_radial(step, dir_sq_norm) if self._preserve else radial
+        # q, which is zero where norms are free, as r is: nothing is radial there.
+        dir_radial = transported_radial(step, dir_sq_norm) if self._preserve else np.zeros_like(radial)
         grad_sq_norm = tangent_sq_norm(self._grad_sq_norm, radial)
         grad_dot_dir = self._grad_dot_dir + dir_radial * radial
         total = float(grad_sq_norm.sum())
@@ -210,13 +210,14 @@ class ConjugateGradient:
         beta = polak_ribiere(total, overlap, self._prev_grad_sq_norm)
         # 1.01: a step of just 45 degrees, which the line search takes where it finds no minimum, is no reason.
         turned_far = self._preserve and step**2 * float(dir_sq_norm.max()) > 1.01 * MAX_TANGENT**2
-        # <grad, d_new> = sum |grad|^2 + beta sum <grad, T d>; at 0 or below d_new does not ascend.
-        descends = total + beta * float(grad_dot_dir.sum()) <= 0
-        if restart or turned_far or descends:
+        # <grad, d_new> = sum |grad|^2 + beta sum <grad, T d> is the slope along d_new, which has to ascend.
+        no_ascent = total + beta * float(grad_dot_dir.sum()) <= 0
+        if restart or turned_far or no_ascent:
             beta = 0.0
         transported_sq_norm = dir_sq_norm - dir_radial**2
-        dir_sq_norm = direction_sq_norm(grad_sq_norm, grad_dot_dir, transported_sq_norm, beta)
-        weight_coefficient, curvature = self._tensors(beta * dir_radial - radial, -dir_sq_norm * self._preserve)
+        new_sq_norm = direction_sq_norm(grad_sq_norm, grad_dot_dir, transported_sq_norm, beta)  # |d_new|^2
+        retraction = -new_sq_norm if self._preserve else np.zeros_like(new_sq_norm)  # its part of P2
+        weight_coefficient, curvature = self._tensors(beta * dir_radial - radial, retraction)
 
         def turn(block: Block) -> Tensor:
             groups = block.part.groups
@@ -228,11 +229,11 @@ class ConjugateGradient:
         # For (4), when the gradient stored now is g_prev: <w, g_prev> is what the shift left of r,
         # and <d, g_prev> = <d_new, grad>, since d_new is tangent.
         self._prev_dot_w, self._prev_dot_dir = radial, grad_sq_norm + beta * grad_dot_dir
-        self._dir_sq_norm, self._prev_grad_sq_norm = dir_sq_norm, total
+        self._dir_sq_norm, self._prev_grad_sq_norm = new_sq_norm, total
         self._shift, self._step = full_radial, 0.0
         # |grad|^2 is a difference and may be more than there is to follow: then the direction is rounding.
-        fastest = float(dir_sq_norm.max())
-        if float(dir_sq_norm.sum()) <= rounding or not fastest:
+        fastest = float(new_sq_norm.max())
+        if float(new_sq_norm.sum()) <= rounding or not fastest:
             return 0.0
         # Where the expansion falls for ever, turn the fastest filter by 45 degrees and see.
         return first_minimum(*slope_coefficients(coefficients), otherwise=MAX_TANGENT / math.sqrt(fastest))

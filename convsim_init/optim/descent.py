@@ -89,7 +89,8 @@ class StoppingRule:
         self.losses.append(loss)
         if not math.isfinite(loss):
             return Stop.NON_FINITE
-        start, gain = self.losses[0], self.losses[-2] - loss if len(self.losses) > 1 else math.inf
+        start = self.losses[0]
+        gain = self.losses[-2] - loss if len(self.losses) > 1 else math.inf
         # Wide layers start on a plateau: some steps gain nearly nothing, and the steps after them much.
         on_plateau = loss > PLATEAU_SHARE * start and len(self.losses) <= PLATEAU_LOSSES
         idle = gain < self._settings.tolerance * start and not on_plateau

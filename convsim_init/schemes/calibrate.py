@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import full_precision
+from convsim_init.functional.fourier import squared_frequencies
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, find_layers, refuse_lazy
 from convsim_init.layers.forward.calls import convolution_outputs
@@ -69,8 +70,8 @@ def calibrate_(
         exclude: Shell patterns of layer names to leave alone.
 
     Returns:
-        The factor on each weight that was scaled by its layer's name, of four significant digits, so that it does not
-        depend on how a machine rounds.
+        The factors on the weights that were scaled, by the names of their layers. They have four significant digits, so
+        that they do not depend on how a machine rounds.
 
     Raises:
         InputError: If not just one of ``images`` and ``input_shape`` is given, the images are none or not finite, a
@@ -156,8 +157,7 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
             f"expected an input shape of which {IMAGES} fit in memory, got {shape!r}: choose smaller sizes"
         ) from error
     axes = tuple(range(2, white.dim()))
-    grids = torch.meshgrid(*(torch.fft.fftfreq(size, dtype=kind, device="cpu") for size in sizes[1:]), indexing="ij")
-    frequencies = torch.stack(grids).square().sum(0).sqrt()  # [*shape[1:]]
+    frequencies = squared_frequencies(sizes[1:], kind).sqrt()  # [*shape[1:]]
     amplitudes = torch.where(frequencies > 0, 1 / frequencies, 0)
     noise: Tensor = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) * amplitudes, dim=axes).real
     noise /= noise.std()
