@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convsim_init.cli.arguments import OWN, parse_arguments
 from convsim_init.errors import InputError
 from convsim_init.files.sources import CHECKPOINT, FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
 from convsim_init.models.build import build_model, check_model, find_model
@@ -22,6 +21,7 @@ from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.text import PATH, quoted, shown, some
 
+from .arguments import OWN, parse_arguments
 from .completion import complete_layers, complete_models
 from .config import is_by_hand
 from .signals import exit_on_signal

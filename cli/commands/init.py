@@ -14,9 +14,7 @@ from typing import Any
 
 import click
 
-from convsim_init.cli.plan import Run, parse_seeds, plan_runs
-from convsim_init.cli.results import notes
-from convsim_init.devices import check_device_name, describe_environment, find_device
+from convsim_init.devices import describe_environment
 from convsim_init.errors import RunError
 from convsim_init.files.writing import STDOUT, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
@@ -31,10 +29,13 @@ from convsim_init.settings import Preset, Settings
 
 from ..completion import complete_models
 from ..config import config_option, is_by_hand, origins
+from ..devices import check_device_name, find_device
 from ..options import ModelOptions, check_found, check_sources, is_file
-from ..run import UNTREATED, Choices, make, write
+from ..runs.plan import Run, parse_seeds, plan_runs
+from ..runs.results import notes
+from ..runs.run import UNTREATED, Choices, make, write
+from ..runs.sweep import check_kept, sweep
 from ..signals import exit_on_signal
-from ..sweep import check_kept, sweep
 from ..terminal import show_json, show_table, tell
 from .init_options import init_options
 

@@ -21,8 +21,9 @@ from folders import OLD, names
 from torch import nn
 
 import convsim_init
-from convsim_init.cli.run import UNTREATED
-from convsim_init.devices import MPS, available_devices, find_device
+from convsim_init.cli.devices import MPS_REMARK, find_device
+from convsim_init.cli.runs.run import UNTREATED
+from convsim_init.devices import available_devices
 from convsim_init.errors import InputError
 from convsim_init.models.build import build_model
 from convsim_init.models.zoo import catalog
@@ -843,7 +844,7 @@ def test_mps_is_the_cpu_and_the_run_says_so(command, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     report = json.loads(command(*QUICK, "--device", "mps", "--json")[1])
     assert report["device"] == "cpu"
-    assert report["remarks"] == [MPS]
+    assert report["remarks"] == [MPS_REMARK]
     assert json.loads(command(*QUICK, "--json")[1])["remarks"] == []
 
 

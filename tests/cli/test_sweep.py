@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convsim_init.cli.plan import file_safe, fill, parse_seeds
+from convsim_init.cli.runs.plan import file_safe, fill, parse_seeds
 from convsim_init.errors import InputError
 
 SOURCE = import_module("convsim_init.cli.options")

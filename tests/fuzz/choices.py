@@ -17,7 +17,7 @@ import atheris
 
 with atheris.instrument_imports(include=["convsim_init", "fnmatch"]):
     from convsim_init.cli.arguments import parse_arguments
-    from convsim_init.cli.plan import fill, parse_seeds
+    from convsim_init.cli.runs.plan import fill, parse_seeds
     from convsim_init.errors import InputError
     from convsim_init.files.sources import check_source
     from convsim_init.files.writing import check_target

@@ -17,7 +17,7 @@ import torch
 from benchmarks.speed import scale_model
 from benchmarks.speed.scale_model import Count, network
 from convsim_init import InputError
-from convsim_init.devices import find_device
+from convsim_init.cli.devices import find_device
 from convsim_init.parallel.launch import Launch, launched
 from convsim_init.parallel.partition import deal
 

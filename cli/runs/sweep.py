@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convsim_init.cli.plan import Run
-from convsim_init.cli.results import Result, Status, failures, notes, summary
 from convsim_init.errors import InputError, RunError
 from convsim_init.files.sources import folder_file
 from convsim_init.files.writing import ExistsError
@@ -22,10 +20,12 @@ from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.record import json_text, read_record
 from convsim_init.report.text import PATH, quoted, shown, some
 
-from .options import check_found, is_file
+from ..options import check_found, is_file
+from ..signals import FAILED, exit_on_signal, fail
+from ..terminal import error_line, reader_has_left, tell
+from .plan import Run
+from .results import Result, Status, failures, notes, summary
 from .run import Choices, make, write
-from .signals import FAILED, exit_on_signal, fail
-from .terminal import error_line, reader_has_left, tell
 
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks

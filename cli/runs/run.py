@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from convsim_init.cli.plan import Run
-from convsim_init.cli.results import Result, Status, failure
-from convsim_init.devices import MPS, cuda_errors, find_device
 from convsim_init.errors import InputError
 from convsim_init.files.writing import STDOUT
 from convsim_init.models.classifier import classifier_keys, pointwise_convolutions
@@ -23,10 +20,13 @@ from convsim_init.report.report import Outcome, Report
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
-from .arguments import OWN
-from .options import Loaded, ModelOptions, is_file, load
-from .signals import exit_on_signal
-from .terminal import stdout_for_results
+from ..arguments import OWN
+from ..devices import MPS_REMARK, cuda_errors, find_device
+from ..options import Loaded, ModelOptions, is_file, load
+from ..signals import exit_on_signal
+from ..terminal import stdout_for_results
+from .plan import Run
+from .results import Result, Status, failure
 
 UNTREATED = "no convolution was treated: the weights are as they were"
 
@@ -128,7 +128,9 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
         raise InputError(f"--calibrate: {run.model!r} is a file of weights: name their model with --like")
     report, snapshots = _treat(run, network, choices, head_layers, device, progress=progress, group=group)
     report.model, report.seed, report.base, report.options = start.name, run.seed, choices.base, choices.of_files
-    report.remarks += start.remarks + head_remarks + list(choices.origins) + ([MPS] if choices.device == "mps" else [])
+    report.remarks += [*start.remarks, *head_remarks, *choices.origins]
+    if choices.device == "mps":
+        report.remarks.append(MPS_REMARK)
     report.remarks += _filled_remarks(report, start, choices)
     # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.
     complete = report if snapshots is None else report.with_measures(*(snapshot.report for snapshot in snapshots))

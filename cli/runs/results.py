@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from convsim_init.cli.plan import Run
 from convsim_init.report.record import run_record
 from convsim_init.report.report import Outcome, Report
 from convsim_init.report.table import report_cells
 from convsim_init.report.text import PATH, layer_name, printable, quoted_layer, shown, some
+
+from .plan import Run
 
 if TYPE_CHECKING:
     from convsim_init.checkpoint.save import Contents

@@ -1,0 +1,73 @@
+"""The device of ``--device``, and errors of CUDA in words of the command. torch is imported when it is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from convsim_init.devices import available_devices
+from convsim_init.errors import InputError, RunError
+from convsim_init.parallel.launch import launched
+
+if TYPE_CHECKING:
+    import torch
+
+MPS_REMARK = "--device mps: computed on the CPU, because MPS has no float64; the weights are the same"
+
+
+def check_device_name(name: str) -> str:
+    """The name, if a device can be called that: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        InputError: If not. Whether there is such a device here, `find_device` says.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", name):
+        raise InputError(f"expected the device to be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    return name
+
+
+def find_device(name: str) -> torch.device:
+    """The device to compute on; ``auto`` is the CPU: no GPU has been measured to be faster.
+
+    Of several processes that torchrun started on this machine, each gets a CUDA device of its own
+    for ``cuda``; where they see one each, all by the same name, that one.
+    In place of ``mps`` it is the CPU, as `MPS_REMARK` says.
+
+    Raises:
+        InputError: If there is no such device here, or not one for each process.
+    """
+    import torch
+
+    launch = launched()
+    present = available_devices()
+    if check_device_name(name) == "auto":
+        name = "cpu"
+    if name == "cuda" and name in present and launch.size > 1:
+        cards = torch.cuda.device_count()
+        if cards == 1:  # CUDA_VISIBLE_DEVICES gives each process another, or all share it
+            return torch.device("cuda", 0)
+        if launch.local_size > cards:
+            raise InputError(
+                f"expected no more processes on this machine than its {cards} CUDA devices, got {launch.local_size}: "
+                f"torchrun --nproc-per-node {cards}, or --device cpu"
+            )
+        return torch.device("cuda", launch.local_rank)
+    if name in present:
+        return torch.device("cpu" if name == "mps" else name)
+    raise InputError(f"expected a device that is here ({', '.join(present)}) or auto, got {name!r}: choose another")
+
+
+@contextmanager
+def cuda_errors() -> Iterator[None]:
+    """Context in which an error of CUDA becomes a `RunError` of one line that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = re.search(r".*(CUDA|cusolver).*", str(error))  # a line; the others are for developers
+        # RunError is a RuntimeError, too: one that has been told in a line already.
+        if cause is None or isinstance(error, RunError):
+            raise
+        sentence = cause[0].split(". ")[0]
+        raise RunError(f"the GPU cannot compute this: {sentence}; --device cpu computes it without one") from error
