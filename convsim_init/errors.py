@@ -5,10 +5,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used: says what was expected, what came and what to do.
 
     Examples:
-        >>> ci.Settings(steps=0)
+        >>> ci.Settings(tolerance=2)
         Traceback (most recent call last):
             ...
-        convsim_init.errors.InputError: expected steps to be a whole number of at least 1, got 0
+        convsim_init.errors.InputError: expected tolerance to be at least 0 and less than 1, got 2
     """
 
 

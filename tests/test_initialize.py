@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import json
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -200,10 +202,12 @@ def test_layers_are_chosen_by_patterns(include, exclude, treated):
         (lambda: ci.ConvolutionalSimilarity(torch.ones(3, 3, 3, 3)), "expected a module to regularize, got Tensor"),
         (lambda: ci.convsim_(torch.full((3, 3, 3, 3), math.nan)), "infinities or NaN"),
         (lambda: ci.convsim_(torch.ones(3, 3, 3, 3, dtype=torch.int8)), "torch.int8"),
-        (lambda: ci.Settings(steps=0), "steps to be a whole number of at least 1, got 0"),
-        (lambda: ci.Settings(steps=True), "steps to be a whole number"),
+        (lambda: ci.Settings(steps=0), "steps: expected a whole number of at least 1, got 0"),
+        (lambda: ci.Settings(steps=True), "steps: expected a whole number of at least 1, got type bool"),
         (lambda: ci.Settings(tolerance=-1), "tolerance"),
         (lambda: ci.Settings(tolerance=math.nan), "tolerance"),
+        (lambda: ci.Settings(tolerance=False), "tolerance"),
+        (lambda: ci.Settings(learning_rate="fast"), "learning_rate to be positive and finite, got 'fast'"),
         (lambda: ci.Settings(learning_rate=0), "learning_rate"),
         (lambda: ci.Settings(norm="keep"), "norm to be one of preserve, free, got 'keep'"),
         (lambda: ci.Settings.preset("best"), "preset to be one of convsim, paper"),
@@ -212,6 +216,13 @@ def test_layers_are_chosen_by_patterns(include, exclude, treated):
 def test_bad_input(call, message):
     with pytest.raises(ci.InputError, match=message):
         call()
+
+
+def test_settings_of_numpys_numbers_are_pythons_in_a_report():
+    settings = ci.Settings(steps=np.int64(2), tolerance=np.float32(0.5), learning_rate=np.float64(1))
+    report = ci.initialize_(nn.Conv2d(3, 8, 3), settings=settings)
+    found = json.loads(json.dumps(report.to_dict()))["settings"]
+    assert (found["steps"], found["tolerance"], found["learning_rate"]) == (2, 0.5, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
