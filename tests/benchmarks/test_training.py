@@ -90,9 +90,9 @@ def test_what_is_no_cifar_is_refused(tmp_path):
 
 
 def numbered_photograph(rows, columns):
-    """A photograph no two pixels of which are alike."""
-    pixels = torch.arange(rows * columns * photos.CELL**2, dtype=torch.float32)
-    return pixels.view(rows * photos.CELL, columns * photos.CELL)
+    """A photograph in colour, no two values of which are alike."""
+    values = torch.arange(3 * rows * columns * photos.CELL**2, dtype=torch.float32)
+    return values.view(3, rows * photos.CELL, columns * photos.CELL)
 
 
 def test_no_pixel_of_a_photograph_is_in_training_and_test():
@@ -100,15 +100,18 @@ def test_no_pixel_of_a_photograph_is_in_training_and_test():
     white, black = photos.checkerboard(photograph)
     assert (len(white), len(black)) == (8, 7)
     assert torch.equal(torch.cat([white, black]).flatten().sort().values, photograph.flatten())
-    assert white[1, 0, 0, 0] == photograph[0, 2 * photos.CELL]  # the second cell of the first row is black
+    assert torch.equal(
+        white[1, :, 0, 0], photograph[:, 0, 2 * photos.CELL]
+    )  # the second cell of the first row is black
 
 
 def test_a_crop_is_a_patch_of_its_cell_mirrored_half_of_the_time(monkeypatch):
     monkeypatch.setattr(photos, "contrast_normalized", lambda images: images)
     cells = photos.checkerboard(numbered_photograph(20, 20))[0]
     patches = photos.crop(cells, torch.Generator().manual_seed(0))
-    assert patches.shape == (200, 1, 16, 16)
+    assert patches.shape == (200, 3, 16, 16)
     assert all(torch.isin(patch, cell).all() for patch, cell in zip(patches, cells, strict=True))
+    assert (patches.diff(dim=1) == 400 * photos.CELL**2).all()  # of one place, whatever the channel
     steps = patches[:, 0, 0].diff(dim=1)
     assert (steps.abs() == 1).all()
     assert 0.3 < (steps[:, 0] < 0).float().mean() < 0.7
@@ -118,7 +121,7 @@ def test_a_crop_is_a_patch_of_its_cell_mirrored_half_of_the_time(monkeypatch):
 
 def test_photographs_give_as_many_test_patches_of_each_and_depend_on_the_seed():
     rng = np.random.default_rng(0)
-    sources = [rng.random((64, 96), dtype=np.float32), rng.random((96, 128), dtype=np.float32)]
+    sources = [rng.random((1, 64, 96), dtype=np.float32), rng.random((1, 96, 128), dtype=np.float32)]
     data, again, other = (photos.patches_of(sources, seed, test=40) for seed in (0, 0, 1))
     assert data.images.shape == (3 + 6, 1, 32, 32)
     assert torch.bincount(data.labels).tolist() == [3, 6]

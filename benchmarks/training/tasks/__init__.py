@@ -37,6 +37,7 @@ TASKS = {
     "patches": Task(patches, steps=190, batch=64),
     "textures": Task(textures, steps=140, batch=64),
     "photos": Task(photos, steps=1500, batch=64),
+    "colour-photos": Task(partial(photos, mode="RGB"), steps=1500, batch=64),
     "glyphs": Task(glyphs, steps=1500, batch=64),
 }
 

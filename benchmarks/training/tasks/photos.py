@@ -4,16 +4,17 @@
     apt-get install --no-install-recommends lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds \
         plasma-workspace-wallpapers
 
-Every photograph is made grey, brought to a height of 512 pixels and cut into cells of 32 × 32 pixels. The cells are
-coloured like a checkerboard's: patches for training are cut from the white ones, patches for the test from the black
-ones, so that no pixel is in both. A patch has zero mean and unit variance, so that neither brightness nor contrast
-tells its source.
+Every photograph is made grey, or left in colour, brought to a height of 512 pixels and cut into cells of 32 × 32
+pixels. The cells are those of a checkerboard: patches for training are cut from the white ones, patches for the test
+from the black ones, so that no pixel is in both. A patch has zero mean and unit variance, in colour over its three
+channels together, so that neither brightness nor contrast tells its source; its colours may.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,17 +49,17 @@ FILES = (
 )
 
 
-def photos(seed: int) -> Data:
-    """Cells of every photograph for training, cropped and mirrored anew in every batch; and test patches.
+def photos(seed: int, mode: Literal["L", "RGB"] = "L") -> Data:
+    """Cells of every photograph for training, grey or in colour, cropped and mirrored anew in every batch; and a test.
 
     Raises:
         ci.InputError: If a photograph is missing; it names the packages.
     """
-    return patches_of(_photographs(), seed)
+    return patches_of(_photographs(mode), seed)
 
 
 def patches_of(photographs: list[np.ndarray], seed: int, test: int = TEST) -> Data:
-    """The task made of any grey photographs, `[H, W]` from 0 to 1: as many test patches of each as of the others."""
+    """The task made of any photographs, `[C, H, W]` from 0 to 1: as many test patches of each as of the others."""
     generator = torch.Generator().manual_seed(seed)
     both = [checkerboard(torch.from_numpy(photograph)) for photograph in photographs]
     labels = torch.cat([torch.full((len(white),), label) for label, (white, _) in enumerate(both)])
@@ -77,24 +78,24 @@ def patches_of(photographs: list[np.ndarray], seed: int, test: int = TEST) -> Da
 
 
 def checkerboard(photograph: Tensor) -> tuple[Tensor, Tensor]:
-    """The white and the black cells of a photograph `[H, W]`, `[N, 1, 32, 32]` each."""
-    cells = photograph.unfold(0, CELL, CELL).unfold(1, CELL, CELL)  # [rows, columns, 32, 32]
+    """The white and the black cells of a photograph `[C, H, W]`, `[N, C, 32, 32]` each."""
+    cells = photograph.unfold(1, CELL, CELL).unfold(2, CELL, CELL).movedim(0, 2)  # [rows, columns, C, 32, 32]
     rows, columns = cells.shape[:2]
     white = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 0
-    return cells[white][:, None], cells[~white][:, None]
+    return cells[white], cells[~white]
 
 
 def crop(cells: Tensor, generator: torch.Generator) -> Tensor:
-    """A patch `[N, 1, 16, 16]` from a random place of each cell, mirrored or not."""
+    """A patch `[N, C, 16, 16]` from a random place of each cell, mirrored or not."""
     top, left = torch.randint(CELL - PATCH + 1, (2, len(cells)), generator=generator)
     mirrored = torch.randint(2, (len(cells), 1, 1, 1), generator=generator).bool()
-    windows = cells[:, 0].unfold(1, PATCH, 1).unfold(2, PATCH, 1)  # [N, 17, 17, 16, 16]
-    patches = windows[torch.arange(len(cells)), top, left][:, None]
+    windows = cells.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # [N, C, 17, 17, 16, 16]
+    patches = windows[torch.arange(len(cells)), :, top, left]
     return contrast_normalized(torch.where(mirrored, patches.flip(3), patches))
 
 
 @lru_cache(maxsize=1)
-def _photographs() -> list[np.ndarray]:
+def _photographs(mode: str) -> list[np.ndarray]:
     missing = [str(path) for path in FILES if not path.exists()]
     if missing:
         raise ci.InputError(
@@ -106,10 +107,13 @@ def _photographs() -> list[np.ndarray]:
     from sklearn.datasets import load_sample_images
 
     in_wheels = [getattr(wheel, name)() for name in IN_SCIKIT_IMAGE] + load_sample_images().images
-    return [_grey(Image.fromarray(image)) for image in in_wheels] + [_grey(Image.open(path)) for path in FILES]
+    images = [*map(Image.fromarray, in_wheels), *map(Image.open, FILES)]
+    return [_pixels(image, mode) for image in images]
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def _pixels(image: Image.Image, mode: str) -> np.ndarray:
+    """A photograph ``[C, H, W]`` from 0 to 1, grey or in colour."""
     width = round(image.width * HEIGHT / image.height)
-    grey = image.convert("L").resize((width, HEIGHT), Image.Resampling.LANCZOS)
-    return np.asarray(grey, dtype=np.float32) / 255
+    resized = image.convert(mode).resize((width, HEIGHT), Image.Resampling.LANCZOS)
+    pixels = np.asarray(resized, dtype=np.float32) / 255
+    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
