@@ -30,7 +30,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
         found = [key for key, value in content.items() if isinstance(key, str) and id(value) in holding]
         if wanted is not None:
             texts = [key for key in content if isinstance(key, str)]
-            wrapper = next((key for key in texts if f"{wanted}.".startswith(f"{key}.")), None)
+            wrapper = max((key for key in texts if f"{wanted}.".startswith(f"{key}.")), key=len, default=None)
             part = {key[len(wanted) + 1 :]: content[key] for key in texts if key.startswith(f"{wanted}.")}
             if wrapper is None and part:
                 content = part

@@ -48,6 +48,14 @@ def test_of_several_state_dicts_one_is_chosen_by_key(tmp_path):
         read_checkpoint(tmp_path / "gan.pth", "encoder")
 
 
+def test_a_key_with_a_dot_is_found_beside_one_that_is_its_beginning(tmp_path):
+    other = {"a.weight": torch.zeros(1)}
+    torch.save({"net": TENSORS, "net.ema": other}, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt").others == ("net.ema",)
+    torch.testing.assert_close(read_checkpoint(tmp_path / "a.pt", "net.ema").tensors, other)
+    torch.testing.assert_close(read_checkpoint(tmp_path / "a.pt", "net").tensors, TENSORS)
+
+
 def test_which_one_was_read_and_which_others_there_are_is_said(tmp_path):
     torch.save({"state_dict_ema": TENSORS, "state_dict": TENSORS}, tmp_path / "a.pth")
     found = read_checkpoint(tmp_path / "a.pth")
