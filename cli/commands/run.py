@@ -13,7 +13,6 @@ import click
 from convsim_init.errors import InputError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.report import Report
-from convsim_init.report.table import report_cells
 from convsim_init.report.text import printable, shown, some
 from convsim_init.settings import PRESETS, Preset, Settings
 
@@ -72,7 +71,7 @@ def run(
 
     def tell(report: Report) -> None:
         if not quiet and launched().leads:
-            cells = ", ".join(" ".join(cell.split()) for cell in report_cells(report.to_dict()))
+            cells = ", ".join(" ".join(cell.split()) for cell in report.cells)
             line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
             for text in (line, *_left(report), *report.remarks):
                 print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from convsim_init.report.record import run_record
 from convsim_init.report.report import Outcome, Report
-from convsim_init.report.table import report_cells
 from convsim_init.report.text import PATH, layer_name, printable, quoted_layer, shown, some
 
 from .plan import Run
@@ -55,7 +54,7 @@ class Result:
         if self.report is None or self.error is not None:
             cells += [": ".join(filter(None, [self.status.value, self.error]))]
         else:
-            cells += report_cells(self.report.to_dict())
+            cells += self.report.cells
         if self.error is None:
             cells += [shown(str(path), PATH) for path in self.run.files.values()]
         return printable("  ".join(cells))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 from convsim_init.files.sources import MAX_HEADER, METADATA_KEY, TORCH_SUFFIXES, folder_file, safetensors_header
 from convsim_init.files.writing import write_text
-from convsim_init.report.report import Report
+from convsim_init.report.report import Report, json_ready
 from convsim_init.version import __version__, installed_version
 
 FORMAT_VERSION = 1
@@ -52,15 +50,4 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def json_text(data: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Plain data as JSON; numbers that are not finite, which it does not have, are null."""
-    return json.dumps(_plain(data), indent=indent, sort_keys=sort_keys, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, int) or not isinstance(value, Real):
-        return value
-    number = int(value) if isinstance(value, Integral) else float(value)  # of NumPy, whose numbers JSON does not know
-    return number if math.isfinite(number) else None
+    return json.dumps(json_ready(data), indent=indent, sort_keys=sort_keys, allow_nan=False)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from numbers import Integral, Real
 from statistics import fmean
 from typing import Any
 
 from convsim_init.report.patterns import check_patterns, matches
-from convsim_init.report.table import Table, report_table, shape_text
+from convsim_init.report.table import Table, report_cells, report_table, shape_text
 from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
@@ -145,7 +147,10 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, ready for JSON."""
+        """The report as plain data, ready for JSON; numbers that are not finite, which it does not have, are None."""
+        return json_ready(self._data())  # type: ignore[no-any-return]
+
+    def _data(self) -> dict[str, Any]:
         layers = [layer.to_dict() for layer in self.layers]
         # Without the layers, of which asdict would copy every loss.
         data = asdict(replace(self, layers=[])) | {"layers": layers, "totals": self.totals}
@@ -208,7 +213,12 @@ class Report:
     @property
     def table(self) -> Table:
         """The report as people read it."""
-        return report_table(self.to_dict())
+        return report_table(self._data())
+
+    @property
+    def cells(self) -> list[str]:
+        """The report in a few words, one text each: outcomes, changes of the normalized similarity, time."""
+        return report_cells(self._data())
 
     def __str__(self) -> str:
         return self.table.text()
@@ -217,6 +227,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         return self.table.html()
+
+
+def json_ready(value: Any) -> Any:
+    """Plain data with NumPy's numbers as Python's, and with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: json_ready(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [json_ready(inner) for inner in value]
+    if isinstance(value, int) or not isinstance(value, Real):
+        return value
+    number = int(value) if isinstance(value, Integral) else float(value)
+    return number if math.isfinite(number) else None
 
 
 def _combine(measures: list[Measures]) -> Measures:

@@ -80,7 +80,7 @@ class Table:
 
 
 def report_table(data: Mapping[str, Any]) -> Table:
-    """One row a convolution, then the totals, of what `Report.to_dict` returns.
+    """One row a convolution, then the totals, of a report as plain data, before what is not finite is taken out.
 
     Similarity is the normalized one: blind to scale. The last line of the summary has the time and the file.
     """
@@ -107,7 +107,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
-    """`Report.to_dict` in a few words: outcomes, changes of the normalized similarity, time."""
+    """The same data in a few words: outcomes, changes of the normalized similarity, time."""
     changes = [cell for kind, *change in _mean_changes(data) for cell in (*([kind] if kind else []), *change)]
     return [_outcomes(data["totals"]), *changes, f"{data['seconds']:.2f} s"]
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from page import Page
@@ -18,7 +19,7 @@ from torch import nn
 import convsim_init
 from convsim_init import InputError, LayerReport, Outcome, Report, Settings, initialize_, measure
 from convsim_init.report.record import run_record, save_record
-from convsim_init.report.table import as_csv, report_cells
+from convsim_init.report.table import as_csv
 from convsim_init.report.text import printable
 
 MEASURED = {"similarity": 4.0, "normalized_similarity": 0.25, "effective_rank_natural": 0.5}
@@ -86,7 +87,7 @@ def test_means_of_matched_and_of_all_channels_are_told_apart():
         "mean normalized similarity of 1 with channels matched 5.000e-01 -> 1.250e-01 (25.0%)",
         "mean normalized similarity of 1 with channels all 5.000e-01 -> 5.000e-01 (100.0%)",
     ]
-    assert report_cells(report.to_dict())[1:3] == ["1 with channels matched", "5.000e-01 -> 1.250e-01"]
+    assert report.cells[1:3] == ["1 with channels matched", "5.000e-01 -> 1.250e-01"]
 
 
 def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
@@ -377,6 +378,15 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     data = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)
     assert data["layers"][0]["before"] == {"similarity": None}
     assert data["layers"][0]["losses"] == [None, 1.0]
+
+
+def test_plain_data_are_ready_for_json_and_the_table_shows_all_numbers():
+    report = measured(math.inf, np.float32(0.5))
+    report.seed = np.int64(3)
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [one["before"].get("normalized_similarity") for one in data["layers"]] == [None, 0.5, None]
+    assert data["seed"] == 3
+    assert re.search(r"layer0 .* inf ", str(report))
 
 
 def test_a_report_can_be_copied_and_compared():
