@@ -31,7 +31,7 @@ def test_equal_seeds_draw_equal_modules_of_many_kinds():
 @pytest.mark.parametrize("fault", ["not put back", "other figures", "others change"])
 def test_a_fault_is_found(fault, monkeypatch):
     if fault == "not put back":
-        monkeypatch.setattr(isolation, "noted", lambda tensor, copy: lambda: None)
+        monkeypatch.setattr(isolation, "backup_tensor", lambda tensor, copy: lambda: None)
     elif fault == "other figures":
         monkeypatch.setattr(ci, "measure", lambda model: _with_figures(MEASURE(model), 0.9))
     else:

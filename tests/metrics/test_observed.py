@@ -427,6 +427,20 @@ def test_a_sparse_buffer_is_no_obstacle():
     assert torch.equal(model.sparse.to_dense(), torch.eye(3))
 
 
+@pytest.mark.parametrize("name", ["float4_e2m1fn_x2", "bits8"])
+def test_a_packed_buffer_is_no_obstacle_and_is_put_back(name):
+    class Packed(nn.Sequential):
+        def forward(self, x):
+            self.packed.view(torch.uint8).add_(1)
+            return super().forward(x)
+
+    model = Packed(nn.Conv2d(3, 8, 3))
+    dtype = getattr(torch, name, None) or pytest.skip("a dtype of newer versions of PyTorch")
+    model.register_buffer("packed", torch.arange(4, dtype=torch.uint8).view(dtype))
+    assert ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9)).keys() == {"0"}
+    assert model.packed.view(torch.uint8).tolist() == [0, 1, 2, 3]
+
+
 def test_a_trial_of_another_thread_that_ends_meanwhile_changes_nothing():
     begun, ended = threading.Event(), threading.Event()
 

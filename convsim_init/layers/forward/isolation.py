@@ -1,7 +1,7 @@
-"""A live module runs, and whatever that changes is put back: what trial passes and measures on data are made in.
+"""Contexts in which a live module runs and after which it is as before: for trial passes and for measures on data.
 
-Parameters, buffers, attributes, modes and random states are those of before, to the bit, whether they were changed in
-place or by assignment.
+Parameters, buffers, attributes, modes and random states are restored to the bit, whether they were changed in place or
+by assignment.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ def holding_weights_lock() -> Iterator[None]:
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
-    """Context in which a module can run in evaluation mode and nothing of what that changes remains.
+    """Context in which a module can run in evaluation mode, and which undoes all changes at the end.
 
-    What attributes hold is a copy meanwhile, but for `heavy_attributes`. One thread at a time.
+    Meanwhile attributes hold copies of their values, except for `heavy_attributes`. One thread at a time can be in it.
     """
     parts = list(tree.modules(module))
-    # Lists and dicts need not be put back: what attributes hold in here are copies of them.
+    # Lists and dicts need not be restored: inside the context attributes hold copies of them.
     with holding_weights_lock(), not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its code says of an input that is not what it is made for
-        # Modules and tensors stay themselves: hooks know them, and trials write to them.
-        memo: dict[int, Any] = {id(one): one for one in (*parts, *(one for part in parts for one in tensors_of(part)))}
+        warnings.simplefilter("ignore")  # the module's code may warn of the unusual input
+        # Modules and tensors are not copied: hooks refer to them, and trials write to them.
+        memo: dict[int, Any] = {id(part): part for part in parts}
+        memo |= {id(tensor): tensor for part in parts for tensor in tensors_of(part)}
         for part in parts:
             heavy = heavy_attributes(part, parts)
             used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
-            # Not by `eval`, which a class may have overridden.
+            # `eval` is not called, because a class may override it.
             vars(part).update(used | {"training": False})
-        later = {"_forward_hooks", "_backward_hooks", "_backward_pre_hooks"}  # called after all convolutions
-        for name in vars(module).keys() & later:
+        after_forward = {"_forward_hooks", "_backward_hooks", "_backward_pre_hooks"}  # run after all convolutions
+        for name in vars(module).keys() & after_forward:
             vars(module)[name] = type(vars(module)[name])()
         yield
 
@@ -66,52 +67,54 @@ def isolated(module: nn.Module) -> Iterator[None]:
 def undisturbed(
     module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True, containers: bool = True
 ) -> Iterator[None]:
-    """Context in which a module may run in whatever mode it is, and nothing of what that changes remains.
+    """Context in which a module may run in its present mode, and which undoes changes at the end.
 
-    It runs where it is, because hooks and closures may know its tensors and their memory: values, attributes, gradients
-    and hooks are noted before, and put back in place at the end. What is changed deep within objects that attributes
-    hold stays. Threads that run one model like that wait for each other.
+    The module itself runs and no copy, because hooks and closures may refer to its tensors and their memory. Values,
+    attributes, gradients and hooks are saved first and restored in place. Changes deep within objects that attributes
+    hold are not undone. Threads that want to run the same modules wait for each other.
 
     Args:
         module: The module.
-        copy: Of which tensors the values are kept too. Default: of all.
-        containers: Whether what lists and dicts hold that are attributes is put back too, as that of hooks is.
+        copy: Whether the values of a tensor are saved too. Default: of all tensors.
+        containers: Whether to restore the content of lists and dicts that are attributes; that of hooks always is.
     """
     parts = list(tree.modules(module))
     with running(parts):
         attributes = [vars(part) for part in parts]
-        values = [value for one in attributes for value in one.values()]
-        held: list[Any] = [*attributes]
-        held += [d for one in attributes for name, d in one.items() if "hooks" in name and isinstance(d, dict)]
-        held += [one for one in values if containers and type(one) in (dict, OrderedDict, list)]
+        values = [value for names in attributes for value in names.values()]
+        saved: list[Any] = [*attributes]
+        hooks = (value for names in attributes for key, value in names.items() if "hooks" in key)
+        saved += [value for value in hooks if isinstance(value, dict)]
+        saved += [value for value in values if containers and type(value) in (dict, OrderedDict, list)]
         undo: list[Callable[[], object]]
-        undo = [partial(put_content_back, one, list(one) if isinstance(one, list) else dict(one)) for one in held]
-        others = (one for one in values if type(one) not in (*ATOMS, *CONTAINERS))  # to ask these takes its time
-        undo += [partial(one.set_state, one.get_state()) for one in others if isinstance(one, torch.Generator)]
-        tensors = list({id(one): one for part in parts for one in tensors_of(part)}.values())
-        undo += [noted(one, copy=copy(one)) for one in tensors]
+        undo = [partial(restore_content, live, list(live) if isinstance(live, list) else dict(live)) for live in saved]
+        # Asking whether a value is a generator is slow, so the commonest types are sorted out first.
+        others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))
+        undo += [partial(value.set_state, value.get_state()) for value in others if isinstance(value, torch.Generator)]
+        tensors = list({id(tensor): tensor for part in parts for tensor in tensors_of(part)}.values())
+        undo += [backup_tensor(tensor, copy=copy(tensor)) for tensor in tensors]
         with random_states(tensors):
             try:
                 yield
             finally:
-                for put_back in undo:
-                    put_back()
+                for restore in undo:
+                    restore()
 
 
 @contextmanager
 def running(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Context for passes of our own, in which these modules run in no other thread that is in such a context.
+    """Context for passes of our own: it waits until no other thread is in such a context with one of these modules.
 
-    What is compiled runs as it is, for what looks on asks for values. PyTorch has one such setting for all threads, and
-    each would put back what it found: the last one out does.
+    Compiled modules run eagerly, because our function modes need values. PyTorch has a single stance for all threads:
+    the first thread that enters sets it, and the last one that leaves resets it.
     """
     own = threading.get_ident(), frozenset(map(id, parts))
     with _passes_changed:
-        # A thread that is in such a context already would wait for itself, for ever.
+        # Entries of this thread are skipped: it would wait for itself for ever.
         _passes_changed.wait_for(
             lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in _running_passes)
         )
-        # Setting it imports that, which takes seconds; before it is imported nothing is compiled.
+        # Setting the stance imports Dynamo, which takes seconds. Until Dynamo is imported nothing is compiled.
         has_stances = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # since PyTorch 2.6
         if has_stances and not _eager_stance:
             _eager_stance.append(ExitStack())
@@ -133,35 +136,36 @@ def is_running(*, in_any_thread: bool = False) -> bool:
         return any(in_any_thread or thread == threading.get_ident() for thread, _ in _running_passes)
 
 
-def put_content_back(live: Any, before: Any) -> None:
-    """Give a list or a dict its content back; what did not change others may be reading."""
-    # By identity, as `==` of tensors is a tensor, which has no truth unless it is of one entry.
-    alike = len(live) == len(before) and all(map(operator.is_, live, before))  # but for the values of a dict
+def restore_content(live: Any, before: Any) -> None:
+    """Restore the content of a list or a dict; an unchanged one is not written, because others may be reading it."""
+    # Compared by identity: `==` of tensors gives a tensor, whose truth is an error unless it has one entry.
+    same_items = len(live) == len(before) and all(map(operator.is_, live, before))  # of a dict the keys
     if isinstance(live, list):
-        if not alike:
+        if not same_items:
             live[:] = before
-    elif not (alike and all(map(operator.is_, live.values(), before.values()))):
-        if type(live) is not dict or not alike:  # else all of it is there meanwhile too; a Counter would count
+    elif not (same_items and all(map(operator.is_, live.values(), before.values()))):
+        # A plain dict with the same keys is never empty meanwhile. The update of a Counter would add to its counts.
+        if type(live) is not dict or not same_items:
             live.clear()
         live.update(before)
 
 
-def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
-    """What gives a tensor its memory, values (if copied), gradient and flag back; it writes what changed alone."""
-    # PyTorch warns where a tensor that is no leaf is asked for its gradient.
+def backup_tensor(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
+    """A function that restores a tensor's memory, values (if copied), gradient and flag, and writes only changes."""
+    # PyTorch warns when a tensor that is no leaf is asked for its gradient.
     data, grad, required = tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad
     wrapper = is_wrapper(data)
-    strided = data.layout is torch.strided and not wrapper  # others have no memory that could be compared
+    strided = data.layout is torch.strided and not wrapper  # the memory of others cannot be compared
     values = data.clone() if copy and not (data.is_meta or wrapper) else None
     hooks = list(map(dict, gradient_hooks(tensor)))
 
-    def put_back() -> None:
+    def restore() -> None:
         if not strided:
             tensor.data = data if values is None else values
         else:
             if _place(tensor.data) != _place(data):
                 tensor.data = data
-            if values is not None and not torch.equal(data, values):
+            if values is not None and not _surely_equal(data, values):
                 data.copy_(values)
         if tensor.is_leaf:
             if tensor.requires_grad != required:
@@ -169,9 +173,16 @@ def noted(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
             if tensor.grad is not grad:
                 tensor.grad = grad
             for live, before in zip(gradient_hooks(tensor), hooks, strict=True):
-                put_content_back(live, before)
+                restore_content(live, before)
 
-    return put_back
+    return restore
+
+
+def _surely_equal(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except NotImplementedError:  # for packed dtypes, such as float4
+        return False
 
 
 def _place(data: Tensor) -> tuple[object, ...]:
@@ -179,7 +190,7 @@ def _place(data: Tensor) -> tuple[object, ...]:
 
 
 def tensors_of(part: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and tensors that are plain attributes of a module itself."""
+    """Parameters, buffers and tensors in plain attributes of a module, without those of its children."""
     for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
         if isinstance(value, Tensor):
             yield value
@@ -187,11 +198,11 @@ def tensors_of(part: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context that leaves the random states of torch, Python and NumPy as they were."""
+    """Context that restores the random states of torch, Python and NumPy, of the devices of these tensors too."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # By default fork_rng takes the states of all cards, and warns where there are several.
-    cards = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(cards):
+    # By default fork_rng saves the states of all GPUs, and warns if there are several.
+    gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(gpus):
         try:
             yield
         finally:
@@ -200,13 +211,13 @@ def random_states(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def draw_numbers(device: torch.device) -> None:
-    """Move the random states on."""
+    """Advance the random states, so that what is drawn next differs."""
     random.random(), np.random.random(), torch.rand(1, device=device)
 
 
 @contextmanager
 def not_cached() -> Iterator[None]:
-    """Context in which what `parametrize.cached` keeps, of the weights of before perhaps, counts for nothing."""
+    """Context without the cache of `parametrize.cached`, which may hold what was computed from earlier weights."""
     enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield

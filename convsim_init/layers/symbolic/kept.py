@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convsim_init.layers.forward.copies import CODE, MANY, code_in
-from convsim_init.layers.forward.isolation import put_content_back
+from convsim_init.layers.forward.isolation import restore_content
 from convsim_init.layers.symbolic.symbols import Symbol, tensors_in
 
 NEAR = 2  # containers and objects within each other that are looked into
@@ -29,7 +29,7 @@ def without_unknown_values(parts: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for live, content in before:
             if _holds_unknown(list(now.values()) if isinstance(now := _content(live), dict) else now):
-                put_content_back(live, content)
+                restore_content(live, content)
         for cache in (one for one in known if isinstance(one, _lru_cache_wrapper)):
             if _holds_unknown(gc.get_referents(cache), NEAR + 2):  # what was returned, or a dict of it
                 cache.cache_clear()
