@@ -1,4 +1,4 @@
-"""The functions of PyTorch that convolve, what they are given, what they give, and who calls them as they stand."""
+"""The functions of PyTorch that convolve, their arguments and outputs, and the modules that may call them otherwise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 
 def _called(*names: str) -> set[Callable[..., Any]]:
-    """The functions of those names, as of `torch.nn.functional`, and the operators that code may call instead."""
+    """The functions of these names, and the operators of ``torch.ops`` that code may call instead."""
     operators = [getattr(torch.ops.aten, name) for name in names]
-    overloads = (getattr(one, overload) for one in operators for overload in one.overloads())
+    overloads = (getattr(operator, overload) for operator in operators for overload in operator.overloads())
     return {*(getattr(torch, name) for name in names), *operators, *overloads}
 
 
-EITHER = _called("convolution", "_convolution")  # transposed or not, as an argument says
+EITHER = _called("convolution", "_convolution")  # an argument says whether they are transposed
 TRANSPOSED = _called("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 CONVOLUTIONS = _called("conv1d", "conv2d", "conv3d") | TRANSPOSED | EITHER
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,16 +30,16 @@ Change = Callable[[str, Tensor, Tensor | None], Tensor | None]
 
 
 def has_forward_of_its_own(module: _ConvNd) -> bool:
-    """Whether its class, or the module itself, may use another weight than PyTorch's convolutions do."""
+    """Whether the class of a convolution, or the module itself, replaces methods that decide which weight is used."""
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
-    # A `forward` that is set on the module itself, as by a patch, goes before its class's.
+    # A method that is set on the module itself, as by a patch, takes precedence over that of its class.
     return base is None or any(
         name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None) for name in METHODS
     )
 
 
 class Convolution(NamedTuple):
-    """What a function that convolves is given."""
+    """The arguments of a call of a function that convolves."""
 
     x: Any
     weight: Any
@@ -50,7 +50,7 @@ class Convolution(NamedTuple):
 
 
 def convolution_arguments(func: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Convolution:
-    """The arguments of a convolution, by whichever function."""
+    """The arguments of a convolution by name, from the call of any of `CONVOLUTIONS`."""
 
     def argument(name: str, position: int, default: Any = None) -> Any:
         return args[position] if len(args) > position else kwargs.get(name, default)
@@ -64,18 +64,22 @@ def convolution_arguments(func: Callable[..., object], args: Sequence[Any], kwar
 
 @contextmanager
 def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) -> Iterator[None]:
-    """Context in which a function is called with each output of convolutions, and may return another one.
+    """Context in which the outputs of convolutions can be changed.
 
-    Where a class calls a convolution and then normalizes or activates what comes out, or adds its bias, it is what
-    comes out; where no call is seen, it is what the module returns. The function is given the name of the convolution,
-    the output and the bias that is in it; None leaves the output as it is.
+    If the class of a module calls a convolution and then normalizes, activates or adds its bias, the output of that
+    call counts; if no call is seen, the output of the module.
+
+    Args:
+        modules: Names and convolutions.
+        change: Function of a convolution's name, its output and the bias in it; it returns the new output, or None to
+            leave it as it is.
     """
     own, calls = {module for _, module in modules if has_forward_of_its_own(module)}, _Calls(change)
     with ExitStack() as stack:
         for name, module in modules:
             if module in own:
                 stack.callback(module.register_forward_pre_hook(partial(calls.enter, name)).remove)
-            # Also after an error that others handle: else later calls would count as its own.
+            # The hook has to run after an error too, or later calls would count as calls of this module.
             hook = partial(calls.leave if module in own else calls.change_output, name)
             stack.callback(module.register_forward_hook(hook, always_call=module in own).remove)
         if own:
@@ -84,26 +88,26 @@ def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) 
 
 
 class _Calls(TorchFunctionMode):
-    """Context in which the convolutions that some modules call are seen."""
+    """Context that sees the convolutions which some modules call in their forward passes."""
 
     def __init__(self, change: Change) -> None:
         super().__init__()
         self._change = change
         self._running: list[tuple[str, _ConvNd]] = []
-        self._seen: list[bool] = []  # whether those that run have called a convolution
+        self._seen: list[bool] = []  # for each running module, whether it has called a convolution
 
     def enter(self, name: str, module: _ConvNd, inputs: object) -> None:
-        """Hook before the forward pass of such a module."""
+        """Note, as a hook before the forward pass, that a module runs."""
         self._running.append((name, module))
         self._seen.append(False)
 
     def leave(self, name: str, module: _ConvNd, inputs: object, output: object) -> Tensor | None:
-        """Hook after it."""
+        """Change, as a hook after the forward pass, the module's output if no call of a convolution was seen."""
         self._running.pop()
         return None if self._seen.pop() else self.change_output(name, module, inputs, output)
 
     def change_output(self, name: str, module: _ConvNd, inputs: object, output: object) -> Tensor | None:
-        """Hook after the forward pass of a module that returns what its convolution gives."""
+        """Change, as a hook after the forward pass, the output of a module that returns what its convolution does."""
         return self._change(name, output, getattr(module, "bias", None)) if isinstance(output, Tensor) else None
 
     def __torch_function__(
@@ -113,13 +117,14 @@ class _Calls(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func not in CONVOLUTIONS or not self._running:
             return output
-        # A module within another is the one that calls, however many run around it.
+        # The innermost of the running modules is the one that calls.
         name, module = self._running[-1]
-        _, weight, bias, *_ = convolution_arguments(func, args, kwargs)
-        stored = module._parameters.get("weight")  # what is computed is not computed for this
-        others = (*vars(module).values(), *(one for key, one in module._buffers.items() if key != "weight"))
-        if (stored is not None and weight.shape != stored.shape) or any(weight is one for one in others):
-            return output  # such as one that counts what a mask covers
+        given = convolution_arguments(func, args, kwargs)
+        stored = module._parameters.get("weight")  # the attribute might have to be computed
+        others = (*vars(module).values(), *(buffer for key, buffer in module._buffers.items() if key != "weight"))
+        other_shape = stored is not None and given.weight.shape != stored.shape
+        if other_shape or any(given.weight is other for other in others):
+            return output  # an auxiliary convolution, such as one that counts the inputs a mask covers
         self._seen[-1] = True
-        changed = self._change(name, output, bias)
+        changed = self._change(name, output, given.bias)
         return output if changed is None else changed

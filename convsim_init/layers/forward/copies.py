@@ -1,4 +1,4 @@
-"""Copies of what the attributes of modules hold, as far as it can be copied and is not too heavy."""
+"""Copies of the attributes of modules, except for those that cannot be copied or are too heavy."""
 
 from __future__ import annotations
 
@@ -19,50 +19,58 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-ORIGINAL = "_copied_from"  # an attribute of a parameter's copy: the id of what it is a copy of
+ORIGINAL = "_copied_from"  # attribute of a parameter's copy: the id of the original
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 ATOMS = (bool, int, float, str, type(None))
-CODE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # is not looked through
+CODE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # types whose attributes are not searched
 CONTAINERS = (tuple, list, set, dict, OrderedDict)
-HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and objects, that are not copied for a trial
+HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and number of objects, above which an attribute is not copied
 
 
 def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
-    """Attributes of a module that no forward pass of the parts names and a copy of which might fill the memory.
+    """The attributes of a module that no forward pass names and whose copies might fill the memory.
 
-    Such as a trainer, or a data set.
+    Examples are a trainer or a data set. The parts are the modules whose forward passes count.
     """
     found = {name for name, value in vars(part).items() if is_heavy(value)}
     return found - names_of(parts) if found else found
 
 
 def names_of(parts: Iterable[nn.Module]) -> set[str]:
-    """The names in the code of forward passes, and in that of the methods and functions that these name."""
+    """The names in the code of forward passes, and in the methods and functions that this code names."""
     code = {(type(part), vars(part).get("forward")) for part in parts}
     return set().union(*(names_in(kind, forward) for kind, forward in code))
 
 
 def names_in(kind: Any, code: Any = None) -> set[str]:
-    """The names in the code of a function, or of the forward pass of a class, and in that of what these name."""
+    """The names in the code that `code_in` finds, and the strings in it."""
     codes, _ = code_in(kind, code)
-    # The strings too, as an attribute may be named by one: `getattr(self, "scale")`.
-    consts = ({one for one in inner.co_consts if isinstance(one, str)} for inner in codes)
+    # A string may name an attribute: `getattr(self, "scale")`.
+    consts = ({const for const in inner.co_consts if isinstance(const, str)} for inner in codes)
     return set().union(*(inner.co_names for inner in codes), *consts)
 
 
 def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
-    """The code of a function, or of a class's forward pass, and of what these name; and all that is named."""
+    """Code of a class's forward pass, and of the methods and functions that it names, directly or through others.
+
+    Args:
+        kind: The class, in which names are looked up first.
+        code: Function to begin with instead of the forward pass of the class.
+
+    Returns:
+        The code objects, and all objects that they name.
+    """
     named: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
     found = dict[CodeType, None]()
-    for one in named:
-        function = inspect.unwrap(getattr(one, "__func__", getattr(one, "fget", one)))
+    for value in named:  # grows in the loop
+        function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)))
         own = getattr(function, "__code__", None)
         codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_librarys(function) else []
-        # Functions call themselves and each other: the same ones would come back for ever.
+        # Functions may call themselves and each other, so each is looked at once.
         codes = codes if found.keys().isdisjoint(codes[:1]) else []
         found |= dict.fromkeys(codes)
         for cell in function.__closure__ or () if codes else ():
-            with suppress(ValueError):  # empty yet
+            with suppress(ValueError):  # raised by a cell that is still empty
                 named.append(cell.cell_contents)
         for inner in codes:
             named += [getattr_static(kind, name, None) for name in inner.co_names]
@@ -71,7 +79,7 @@ def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function, and that of those within it."""
+    """The code of a function, and that of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -79,29 +87,29 @@ def codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 def is_heavy(value: object, *, tensors: bool = True) -> bool:
-    """Whether an object leads to many others or to large tensors, where those count, and arrays."""
+    """Whether an object leads to many others, or to large arrays or, where they count, large tensors."""
     if isinstance(value, (*ATOMS, Tensor, dict, list, tuple, set)):
         return False
     size, known, pending = 0, set[int](), list[object]([value])
-    for one in pending:
-        if id(one) in known:
+    for item in pending:
+        if id(item) in known:
             continue
-        known.add(id(one))
-        with suppress(Exception):  # its own code may say what it holds
-            if isinstance(one, Tensor):
-                size += one.nbytes if tensors and one.layout is torch.strided else 0
-            elif isinstance(one, np.ndarray):
-                size += one.nbytes
-            elif isinstance(one, dict) or not isinstance(one, Mapping):  # others may load what they hold
-                pending += one if isinstance(one, deque) else inside(one)
+        known.add(id(item))
+        with suppress(Exception):  # of any kind, from code of the object's own class
+            if isinstance(item, Tensor):
+                size += item.nbytes if tensors and item.layout is torch.strided else 0
+            elif isinstance(item, np.ndarray):
+                size += item.nbytes
+            elif isinstance(item, dict) or not isinstance(item, Mapping):  # other mappings may load their values
+                pending += item if isinstance(item, deque) else inside(item)
         if size > HEAVY or len(pending) > MANY:
             return True
     return False
 
 
 def inside(value: object) -> Iterable[object]:
-    """What an object holds that is a container or of somebody's own class."""
-    with suppress(Exception):  # its own code may say what it holds
+    """The items of a container, or the values of an object's attributes; nothing for modules and code."""
+    with suppress(Exception):  # of any kind, from code of the object's own class
         if isinstance(value, slice):
             return value.start, value.stop, value.step
         if isinstance(value, Mapping):
@@ -113,14 +121,17 @@ def inside(value: object) -> Iterable[object]:
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an attribute, but for the modules and tensors in the memo and for what cannot be copied."""
+    """A copy of an attribute's value, with values in the memo replaced by their copies; itself if it has none.
+
+    The memo is that of deepcopy, by the ids of the originals, and the new copies are added to it.
+    """
     if isinstance(value, ATOMS):
         return value
     if id(value) in memo:
         return memo[id(value)]
-    held = chain(value, dict.values(value)) if isinstance(value, dict) else value
-    if type(value) in CONTAINERS and all(type(one) in ATOMS or memo.get(id(one)) is one for one in held):
-        # As most are; deepcopy takes its time.
+    items = chain(value, dict.values(value)) if isinstance(value, dict) else value
+    if type(value) in CONTAINERS and all(type(item) in ATOMS or memo.get(id(item)) is item for item in items):
+        # The usual case: a shallow copy will do, and deepcopy is slow.
         return memo.setdefault(id(value), value if isinstance(value, tuple) else type(value)(value))
     if isinstance(value, torch.Generator):
         return value.clone_state()
@@ -128,40 +139,40 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     known = ChainMap(new, memo)
     try:
         with Copying(_cloned):
-            # The memo is only read: half a copy leaves nothing in it, and `new` has copies alone.
+            # New entries go to `new`, so that a copy that fails half-way leaves nothing in the memo.
             twin = copy.deepcopy(value, known)  # type: ignore[arg-type]
     except Exception:  # of any kind: a lock, an open file
         return _copied_in_part(value, memo)
-    # What deepcopy keeps alive, under the id of its memo, lest an id be that of another object soon.
+    # Under the id of its memo deepcopy keeps temporary objects alive, whose ids others would take over.
     memo.setdefault(id(memo), []).extend(new.pop(id(known), ()))
-    for original, one in new.items():
-        if isinstance(one, nn.Parameter) and original != id(one):
-            vars(one)[ORIGINAL] = original
+    for original, new_value in new.items():
+        if isinstance(new_value, nn.Parameter) and original != id(new_value):
+            vars(new_value)[ORIGINAL] = original
     memo |= new  # another attribute may hold the same object
     return twin
 
 
 def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an object of somebody's own, or of a container, by its parts; anything else itself.
+    """A copy of a list, tuple, dict or plain object, item by item; any other value itself.
 
-    What other threads may wait for, such as a queue, has to stay the same.
+    A queue, for one, has to stay the same object, because other threads may wait for it.
     """
     if type(value) in (list, tuple):
-        return type(value)(copied(one, memo) for one in value)
-    # A copy's finalizer would run after the trial, and may close what the original still uses.
+        return type(value)(copied(item, memo) for item in value)
+    # The finalizer of a copy would run after the trial, and might close a resource of the original.
     if isinstance(value, dict) or (is_plain(value) and not hasattr(type(value), "__del__")):
         with suppress(Exception):  # of any kind
             twin = copy.copy(value)
             parts = twin if isinstance(value, dict) else vars(twin)
-            # Before its parts are copied, as one of them may lead back to it.
+            # The memo needs the copy before its parts are copied, because they may lead back to it.
             memo[id(value)] = twin
-            parts.update({name: copied(one, memo) for name, one in parts.items()})
+            parts.update({name: copied(part, memo) for name, part in parts.items()})
             return twin
     return value
 
 
 class Copying(TorchFunctionMode):
-    """Context in which tensors that are copied are what a function makes of them, or if that is None as ever."""
+    """Context in which deepcopying or cloning a tensor returns `make(tensor)`, or a normal copy where that is None."""
 
     def __init__(self, make: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
@@ -175,17 +186,17 @@ class Copying(TorchFunctionMode):
 
 
 def _cloned(tensor: Tensor) -> Tensor | None:
-    """A copy of a tensor that was computed, which deepcopy refuses; it depends on what that does."""
+    """A copy of a tensor that is no leaf, which deepcopy refuses; None for a leaf. Derivatives pass through it."""
     with torch.enable_grad():
         return None if tensor.is_leaf else tensor.clone()
 
 
 def is_plain(value: object) -> bool:
-    """Whether it is an object of somebody's own class that is no module, such as one that changes modules."""
+    """Whether it is an ordinary object with attributes, of a class that belongs to no library, and no module."""
     kind = type(value)
     return not isinstance(value, (*CODE, partial, Tensor)) and kind.__dictoffset__ != 0 and not is_librarys(kind)
 
 
 def is_librarys(what: FunctionType | type) -> bool:
-    """Whether it is one of torch's or of Python's own, whose names say nothing of a model."""
+    """Whether a function or class belongs to torch or Python itself, so that its names say nothing of a model."""
     return what.__module__ is None or what.__module__.partition(".")[0] in LIBRARIES

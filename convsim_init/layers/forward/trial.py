@@ -1,4 +1,4 @@
-"""A trial pass: a module's forward pass runs as far as it is needed, and what it gives to convolutions is kept."""
+"""Trial passes: a module's forward pass runs as far as needed, and its calls of convolutions are recorded."""
 
 from __future__ import annotations
 
@@ -25,28 +25,33 @@ class NoConvolutionError(RuntimeError):
 
 
 class Call(NamedTuple):
-    """What a forward pass gives to a convolution."""
+    """A call of a convolution in a forward pass."""
 
-    weight: Tensor  # at that moment; it shares no memory with the module
+    weight: Tensor  # a copy, made at the call
     groups: int
     transposed: bool
-    strides: int  # their product
-    fed: bool  # whether its input is computed from that of the pass, as far as derivatives tell
+    strides: int  # product of the strides
+    fed: bool  # whether its input is computed from that of the pass, as far as derivatives show
 
 
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
-    """All that a module's forward pass gives to convolutions, from an input, but for weights at other addresses.
+    """All calls of convolutions in a module's forward pass, in evaluation mode.
 
     The weights are differentiable by the parameters that they are made of, frozen ones too.
 
+    Args:
+        module: Module that calls convolutions.
+        x: Input of the pass.
+        others: Addresses of weights that do not count.
+
     Returns:
-        The calls, and whether the pass came to its end: an error after a call is none here.
+        The calls, and whether the pass came to its end. An error after the first call only ends it.
 
     Raises:
         Exception: Whatever the module's own code raises before the first call.
     """
     calls, to_the_end = list[Call](), False
-    with suppress(Exception):  # also that of code which refuses an input with a gradient
+    with suppress(Exception):  # such as that of code which refuses an input with a gradient
         calls, to_the_end = _calls(module, x, others, gradient=True)
     if to_the_end:
         return calls, to_the_end
@@ -57,7 +62,7 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
 def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, gradient: bool) -> tuple[list[Call], bool]:
     def train_all() -> None:
         for parameter in tree.parameters(module):
-            # PyTorch raises an error where either of the others is to have a gradient.
+            # PyTorch lets no other parameter require a gradient.
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
 
@@ -81,7 +86,7 @@ def convolution_call(
     fed: bool = False,
     prepare: Callable[[], object] = lambda: None,
 ) -> Call:
-    """What a module's forward pass, in evaluation mode, gives to a convolution with a weight of that shape.
+    """The call of a convolution with a weight of that shape in a module's forward pass, in evaluation mode.
 
     The weight is differentiable by the module's parameters.
 
@@ -91,80 +96,81 @@ def convolution_call(
         x: Input of the pass.
         others: Addresses of weights that do not count.
         index: Position among the calls that count.
-        fed: Whether only those count whose input is computed from x.
-        prepare: What is done right before the pass and undone after it, as the rest.
+        fed: Whether only calls count whose input is computed from x.
+        prepare: Function that is called right before the pass; its changes to the module are undone after it.
 
     Raises:
         NoConvolutionError: If there is none.
         Exception: Whatever the module's own code raises.
     """
     capture = _Capture(others, shape=torch.Size(shape), fed=fed, last=index)
-    _run(module, x, capture, prepare, gradient=fed)  # which code might refuse
-    if len(capture.calls) <= index:  # also where the module's code swallowed what ends the pass
+    _run(module, x, capture, prepare, gradient=fed)  # a gradient only if needed, because code might refuse it
+    if len(capture.calls) <= index:
         raise NoConvolutionError
     return capture.calls[index]
 
 
 def _run(module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], object], *, gradient: bool) -> None:
-    """Run a forward pass; derivatives can be had also in inference mode, unless the module was made there."""
-    differentiable = not any(one.is_inference() for one in (*tree.parameters(module), *tree.buffers(module)))
+    """Run a forward pass, with derivatives also in inference mode, unless the module was made in that mode."""
+    tensors = (*tree.parameters(module), *tree.buffers(module))
+    differentiable = not any(tensor.is_inference() for tensor in tensors)
     with torch.inference_mode(False) if differentiable else nullcontext():
         leaf = x.detach().clone().requires_grad_(gradient and differentiable and x.is_floating_point())
         capture.leaf = leaf
         with isolated(module), capture, torch.enable_grad(), suppress(_CapturedError):
             prepare()
             try:
-                # A clone, as PyTorch lets nothing in place happen to a leaf with a gradient.
+                # PyTorch refuses to change a leaf with a gradient in place, so the module is given a clone.
                 module(leaf.clone())
-            except SystemExit as error:  # of code that wants another input
+            except SystemExit as error:  # code may end the program at an input that it does not expect
                 raise RuntimeError("its own code ended the program") from error
 
 
 def leaves(tensor: Tensor) -> set[int]:
-    """The leaves that a tensor is computed from, by their ids; for the copies of a trial those of the originals."""
+    """The ids of the leaves that a tensor is computed from; for copies that a trial made, the ids of the originals."""
     variables = [node.variable for node in _behind(tensor.grad_fn) if hasattr(node, "variable")]
-    return {getattr(one, ORIGINAL, id(one)) for one in variables}
+    return {getattr(variable, ORIGINAL, id(variable)) for variable in variables}
 
 
 def _behind(start: Any, known: Collection[Any] = ()) -> Iterator[Any]:
-    """A node of derivatives and those that it leads to, but for what lies behind those that are known."""
+    """A node of the autograd graph and all nodes that it leads to; known nodes are not followed further."""
     found, pending = {start}, [start]
-    for node in pending:
+    for node in pending:  # grows in the loop
         yield node
         following = () if node in known else getattr(node, "next_functions", ())
-        new = {one for one, _ in following} - found
+        new = {following_node for following_node, _ in following} - found
         found |= new
         pending += new
 
 
 def is_parameter(weight: Tensor) -> bool:
-    """Whether the weight of a call is a parameter as it stands."""
-    # The weight of a call is a clone, and what a clone is of is one step back.
+    """Whether the weight of a call is an unchanged parameter."""
+    # The weight of a call is a clone, and its original is one step back.
     ((before, _),) = weight.grad_fn.next_functions if weight.grad_fn else ((None, 0),)
     parameter = getattr(before, "variable", None)
     return parameter is not None and torch.equal(parameter, weight)
 
 
 class _CapturedError(BaseException):
-    """Ends a forward pass where it gives a weight to a convolution; no handler of exceptions stops it."""
+    """Ends a forward pass at a call of a convolution; no handler of an `Exception` stops it."""
 
 
 class _Capture(TorchFunctionMode):
-    """Context that keeps what is given to convolutions."""
+    """Context that records the calls of convolutions."""
 
     def __init__(
         self,
         others: Collection[int],  # addresses of weights that do not count
         *,
-        shape: torch.Size | None = None,  # of the weights that count, if not any
+        shape: torch.Size | None = None,  # of the weights that count; None for any
         fed: bool = False,  # whether only calls count whose input is computed from that of the pass
-        last: int | None = None,  # position of the call that ends the pass, if one does
+        last: int | None = None,  # position of the call that ends the pass; None for no such call
     ) -> None:
         super().__init__()
         self._others, self._shape, self._fed, self._last = others, shape, fed, last
-        self.leaf: object = None  # what the input of the pass is a copy of
+        self.leaf: object = None  # the leaf that the input of the pass is a clone of
         self.calls: list[Call] = []
-        self._known: dict[Any, bool] = {None: False}  # whether a node of derivatives leads to the leaf
+        self._known: dict[Any, bool] = {None: False}  # whether a node of the autograd graph leads to the leaf
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -177,25 +183,25 @@ class _Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_fed(self, start: Any) -> bool:
-        """Whether a node of derivatives leads to the leaf; what is known of others is not looked at again."""
+        """Whether a node of the autograd graph leads to the leaf; known nodes are not searched again."""
         found = list[Any]()
         for node in _behind(start, self._known):
             if self._known.get(node) or getattr(node, "variable", None) is self.leaf:
                 self._known[start] = True
                 return True
             found.append(node)
-        # None of these leads there, or the loop would have come to it.
+        # Nor does any of the nodes that were found lead there.
         self._known |= dict.fromkeys(found, False)
         return False
 
     def _note(self, given: Convolution) -> None:
         weight, strides = given.weight, given.strides
-        if isinstance(weight, tuple):  # what stands for a quantized one has its scale and more beside it
-            weight = next((one for one in weight if isinstance(one, Tensor)), torch.empty(()))
+        if isinstance(weight, tuple):  # a quantized weight, with its scale and more
+            weight = next((part for part in weight if isinstance(part, Tensor)), torch.empty(()))
         if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
             fed = isinstance(given.x, Tensor) and self._is_fed(given.x.grad_fn)
             if fed or not self._fed:
                 # A single stride counts along each axis of the kernel.
                 steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
-                copy = weight.clone()  # before its memory is put back
+                copy = weight.clone()  # its memory will be restored after the pass
                 self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))
