@@ -91,6 +91,7 @@ ARMS: dict[str, Arm] = {
     "base, a tenth of the decay": Arm("weight decay of 0.005 with AdamW", decay=0.1),
     "base, ten times the decay": Arm("weight decay of 0.5 with AdamW", decay=10),
     "PyTorch's default": Arm("about norms: what `nn.Conv2d` draws", pytorch_default),
+    "convsim, PyTorch's default": Arm("about norms: convsim from there", in_turn(pytorch_default, convsim)),
     "fan in": Arm("about norms: He's distribution, fan in", partial(he, fan="fan_in")),
     "fan out": Arm("about norms: He's distribution, fan out, as in torchvision's ResNets", partial(he, fan="fan_out")),
     "unit variance": Arm("about norms: the base, each layer scaled on inputs", unit_variance),
