@@ -222,7 +222,7 @@ class ForwardWeight(Weight):
         return x + torch.linspace(-1, 2, x.numel(), device=x.device).view_as(x).to(x)
 
     def _input(self, times: int = 1) -> Tensor:
-        """Zeros as an input for `entry`: so many samples, with as many times the channels if their number is a guess."""
+        """Zeros as an input for `entry`, of so many samples, and as many times the channels if these are a guess."""
         inner, shape = self.entry, self.shape
         if isinstance(inner, _ConvNd):
             steps = zip(inner.dilation, inner.kernel_size, strict=True)
