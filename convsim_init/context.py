@@ -15,15 +15,16 @@ from convsim_init.layers import tree
 from convsim_init.layers.find import find_layers, pair_obstacle, unselected
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.names import bare_name, unwrap
+from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.parallel.processes import of_several_processes
 from convsim_init.report.patterns import check_list, check_patterns
 from convsim_init.report.report import Report
 from convsim_init.settings import Settings, check_settings, check_type
-from convsim_init.tracking.construction import LOADED, Construction, Moment, UnmatchedError, left_alone
+from convsim_init.tracking.construction import Construction, Moment, UnmatchedError, left_alone
 from convsim_init.tracking.history import HISTORIES, History
 
 CHANGED = "changed after the optimizer was made, and treated as if it was drawn anew: exclude it if it was trained"
-RECEIVED = "changed after the optimizer was made, in this process or by another one"
+RECEIVED = Obstacle("changed after the optimizer was made, in this process or by another one", Cause.RECEIVED)
 
 
 @contextmanager
@@ -88,10 +89,10 @@ def initializing(
     checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
     before: dict[int, set[str]] = {}  # what was treated at last, by the ids of the models
 
-    def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> str | None:
+    def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> Obstacle | None:
         why = left_alone(parts.get(layer.name))
-        if why == LOADED and history.began_with(layer):  # put back as it was drawn, as for another fold
-            why = None
+        if why is not None and why.cause is Cause.LOADED and history.began_with(layer):
+            why = None  # put back as it was drawn, as for another fold of a cross-validation
         return unselected(layer.name, include, exclude) or history.obstacle(layer) or why
 
     def treat(models: Sequence[nn.Module], moment: Moment) -> None:
@@ -108,7 +109,7 @@ def initializing(
             parts = {bare_name(name): part for name, part in tree.named_modules(unwrap(model))}
             layers = find_layers(model, obstacle=partial(obstacle, parts))
             drawn = [layer for layer in layers if layer.obstacle is None]
-            if again and not drawn and all(layer.obstacle != LOADED for layer in layers):
+            if again and not drawn and not any(layer.is_left_for(Cause.LOADED) for layer in layers):
                 continue
             if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
                 # Without a pair of filters a layer would be left anyway, and says so itself.
@@ -116,9 +117,9 @@ def initializing(
                     layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
             report = initialize_layers(model, layers, checked, device, within=history)
             # The report that was there before says it all.
-            if again and not any(layer.after or layer.reason in (RECEIVED, LOADED) for layer in report.layers):
-                continue
             treated = {layer.name for layer in report.layers if layer.after}
+            if again and not treated and not any(layer.is_left_for(Cause.RECEIVED, Cause.LOADED) for layer in layers):
+                continue
             if again and treated & before.get(id(model), set()):
                 report.remarks.insert(0, CHANGED)
             before[id(model)] = treated

@@ -85,7 +85,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         )
     obstacle = StoredWeight(weight, trained=False).obstacle(read_only=False)
     if obstacle is not None:
-        raise InputError(f"expected a convolution's weight that can be changed, got one that cannot: {obstacle}")
+        raise InputError(f"expected a convolution's weight that can be changed, got one that cannot: {obstacle.text}")
     # A slice of a parameter has a grad_fn, too, although writing to it reaches the parameter.
     owner = weight._base if weight._is_view() and weight._base is not None else weight
     if owner.grad_fn is not None:
@@ -246,7 +246,8 @@ def _treat(
     Without `on_step` report what would be treated, and do nothing.
     """
     started = time.perf_counter()
-    report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, layer.obstacle)
+    text, twin = (layer.obstacle.text, layer.obstacle.twin) if layer.obstacle else (None, "")
+    report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, text, twin=twin)
     if layer.obstacle is None:
         with full_precision(computing_device(torch.device(device or layer.device))):
             report = _lower(layer, report, *decided[layer.name], device, on_step)

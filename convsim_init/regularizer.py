@@ -77,13 +77,14 @@ class ConvolutionalSimilarity:
                     "graph was made from"
                 )
                 continue
+            obstacle = layer.obstacle and layer.obstacle.text
             if isinstance(layer.weight, ForwardWeight) and layer.weight.module is not module:
-                layer.obstacle = layer.obstacle or "the module around it uses another weight, which does not count here"
+                obstacle = obstacle or "the module around it uses another weight, which does not count here"
             if not layer.weight.made_of:
-                layer.obstacle = layer.obstacle or "no gradient leads from the weight that is used to a parameter"
+                obstacle = obstacle or "no gradient leads from the weight that is used to a parameter"
             # Over all channels filters of different groups are pairs, too.
             count = 1 if channels == "matched" else layer.groups
-            reason = layer.obstacle or count_obstacle(layer.filters * count, layer.groups)
+            reason = obstacle or count_obstacle(layer.filters * count, layer.groups)
             if reason is not None:
                 self.skipped[layer.name] = reason
             else:

@@ -103,13 +103,9 @@ def run(
 
 def _left(report: Report) -> Iterator[str]:
     """Why layers were left alone, with how many of them there are of each reason, the most frequent one first."""
-    from convsim_init.tracking.history import BEFORE
-
-    others = defaultdict[tuple[str, str, str], list[str]](list)
-    for one in report.layers:
-        if not one.after:
-            # Of a layer that was treated before, the reason ends with its name then.
-            reason, before, name = (one.reason or "").partition(BEFORE)
-            others[one.outcome.value, reason, before].append(name)
-    for (outcome, reason, before), names in sorted(others.items(), key=lambda item: -len(item[1])):
-        yield f"{len(names)} {outcome}: {reason}{before}{some(names) if before else ''}"
+    twins = defaultdict[tuple[str, str], list[str]](list)
+    for layer in report.layers:
+        if not layer.after:
+            twins[layer.outcome.value, (layer.reason or "").removesuffix(layer.twin)].append(layer.twin)
+    for (outcome, reason), names in sorted(twins.items(), key=lambda item: -len(item[1])):
+        yield f"{len(names)} {outcome}: {reason}{some(filter(None, names))}"

@@ -17,13 +17,13 @@ from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
+from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.layers.owners import find_call, try_unknown, used_weight
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import owner_of
 from convsim_init.report.patterns import check_patterns, matches
 from convsim_init.report.text import shown
 
-UNSELECTED = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 LARGEST_BASIS = 2**24  # numbers: a kernel of 45x45 taps, or of 2896
 
 
@@ -63,7 +63,7 @@ def find_layers(
     exclude: Sequence[str] = (),
     *,
     read_only: bool = False,
-    obstacle: Callable[[Layer], str | None] = lambda _: None,
+    obstacle: Callable[[Layer], Obstacle | None] = lambda _: None,
 ) -> Layers:
     """Every convolution, once each, in the order of the model's modules or of the state dict's keys.
 
@@ -102,7 +102,8 @@ def find_layers(
         if (call := layer.weight.call) is not None:  # which counts, whatever the attributes of the module are
             layer.groups, layer.transposed, layer.strides = call.groups, call.transposed, call.strides
         if layer.obstacle is None and layer.shape[0] % layer.groups:
-            layer.obstacle = f"its {layer.groups} groups do not divide dimension 0 of its weight, {layer.shape[0]}"
+            text = f"its {layer.groups} groups do not divide dimension 0 of its weight, {layer.shape[0]}"
+            layer.obstacle = Obstacle(text)
     _leave_shared(layers, read_only=read_only)
     return layers
 
@@ -110,7 +111,7 @@ def find_layers(
 def _leave_shared(layers: Layers, *, read_only: bool) -> None:
     """Note as an obstacle that a layer shares the memory of its weight with one before, or with one left alone."""
     taken = [  # what is left alone comes first: a layer that shares its memory would change it
-        (one, f"{shown(layer.name)}, left alone: {layer.obstacle.partition(':')[0]}")
+        (one, f"{shown(layer.name)}, left alone: {layer.obstacle.text.partition(':')[0]}")
         for layer in layers
         if layer.obstacle is not None and not read_only
         for one in memories(layer.weight.sources)
@@ -129,14 +130,14 @@ def _leave_shared(layers: Layers, *, read_only: bool) -> None:
             and (not read_only or parts == first.weight.made_of)
             and pair_obstacle(first.bank("matched")) is None
         ):
-            layer.obstacle = f"used together with {shown(first.name)}, as one weight"
+            layer.obstacle = Obstacle(f"used together with {shown(first.name)}, as one weight")
             continue
         own = memories(layer.weight.sources)
         owner = next((name for other, name in taken if any(overlap(one, other) for one in own)), None)
         # Also of a layer that is left alone for it: a third one may overlap with this one only.
         taken += [(one, shown(layer.name)) for one in own]
         if owner is not None:
-            layer.obstacle = f"shares its weight with {owner}"
+            layer.obstacle = Obstacle(f"shares its weight with {owner}")
             continue
         stored |= dict.fromkeys(sources, layer)
         for part in parts:
@@ -200,8 +201,8 @@ def _module_layers(model: nn.Module) -> Layers:
     return layers
 
 
-def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> Obstacle | None:
     """Why a layer of that name is not chosen by these patterns; None if it is."""
     if include and not matches(name, include):
-        return NOT_INCLUDED
-    return EXCLUDED if matches(name, exclude) else None
+        return Obstacle("not included", Cause.UNSELECTED)
+    return Obstacle("excluded", Cause.UNSELECTED) if matches(name, exclude) else None

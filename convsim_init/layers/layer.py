@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convsim_init.functional.bank import computing_bank
 from convsim_init.layers.forward.isolation import holding_weights_lock
+from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.layers.symbolic.follow import Followed
 from convsim_init.layers.symbolic.uses import find_uses
 from convsim_init.layers.weights import Weight
@@ -39,7 +40,7 @@ class Layer:
     transposed: bool = False
     note: str | None = None
     strides: int = 1
-    obstacle: str | None = None
+    obstacle: Obstacle | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -71,6 +72,10 @@ class Layer:
         # A bank is made of floating numbers alone: of a mask of truths it is refused.
         ones = mask.to(device, torch.float32)
         return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
+
+    def is_left_for(self, *causes: Cause) -> bool:
+        """Whether it is left alone for one of these causes."""
+        return self.obstacle is not None and self.obstacle.cause in causes
 
     def explained(self, reason: str | None) -> str | None:
         """The reason of an outcome, with what its weight is and what it was taken for, inferred from little."""

@@ -15,12 +15,13 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.functional.dtypes import converts
 from convsim_init.layers import tree
-from convsim_init.layers.find import UNSELECTED, is_quantized
+from convsim_init.layers.find import is_quantized
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
+from convsim_init.layers.obstacle import KEPT
 from convsim_init.layers.owners import used_weight
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.symbols import tensors_in
@@ -30,7 +31,6 @@ from convsim_init.report.text import layer_name, shown, some
 
 USUAL = frozenset(vars(nn.Module()))  # attributes of every module
 NEAR = 2  # containers and objects within each other that copies are looked for in
-COPIES = ("frozen", "loaded", *UNSELECTED)  # what the obstacle of a copy begins with
 
 
 @holding_weights_lock()
@@ -194,7 +194,7 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
         if layer.obstacle is None:
             treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
             copies.append((layer_name(layer.name), source))
-        elif layer.obstacle.startswith(COPIES) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
+        elif layer.is_left_for(*KEPT) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
     known = {id(one) for layer in layers for one in layer.weight.storage().values()}
     for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():

@@ -17,6 +17,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers, isolated, not_cached, random_states
 from convsim_init.layers.forward.trial import leaves
 from convsim_init.layers.memory import has_no_data
+from convsim_init.layers.obstacle import Obstacle
 from convsim_init.layers.weights import ComputedWeight, RefusedError, StoredWeight, Weight, describe_mismatch, is_random
 from convsim_init.report.text import error_text
 
@@ -47,13 +48,13 @@ class ParametrizedWeight(Weight):
         follows = any(isinstance(part, SPECTRAL_NORM) for part in parts)  # by vectors that are to be set too
         return not single or follows or all(hasattr(part, "right_inverse") for part in parts)
 
-    def obstacle(self, *, read_only: bool) -> str | None:
+    def obstacle(self, *, read_only: bool) -> Obstacle | None:
         """As of a plain weight; also what its own code raised."""
         if self._error:
-            return f"its parametrization ended with {self._error}"
+            return Obstacle(f"its parametrization ended with {self._error}")
         obstacle = super().obstacle(read_only=read_only)
         if obstacle is None and is_random(self.read(), self.compute(redraw=True).detach()):
-            return "the weight that its parametrization computes is random, in evaluation mode too"
+            return Obstacle("the weight that its parametrization computes is random, in evaluation mode too")
         return obstacle
 
     def compute(self, *, redraw: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.trial import Call
 from convsim_init.layers.memory import gradient_hooks, overlaps_itself, why_without_memory
+from convsim_init.layers.obstacle import Cause, Obstacle
 
 KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
 LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
@@ -49,26 +50,26 @@ class Weight(ABC):
         """Where the weight that is used may differ from zero, of its shape; None for everywhere."""
         return None
 
-    def obstacle(self, *, read_only: bool) -> str | None:
+    def obstacle(self, *, read_only: bool) -> Obstacle | None:
         """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
         # First, as other reasons would be wrong of it: a lazy weight, for one, has no rank yet.
         for source in self.sources:
             if (reason := why_without_memory(source)) is not None:
-                return reason
+                return Obstacle(reason)
         if len(self.shape) not in KERNEL_RANKS:
-            return f"its weight is of rank {len(self.shape)}, without kernels"
+            return Obstacle(f"its weight is of rank {len(self.shape)}, without kernels")
         if not read_only and any(map(overlaps_itself, self.sources)):
-            return "its entries share memory, as after expand(): clone it first"
+            return Obstacle("its entries share memory, as after expand(): clone it first")
         inference = not torch.is_inference_mode_enabled() and any(s.is_inference() for s in self.storage().values())
         if not read_only and inference:
-            return "made under torch.inference_mode, and cannot be changed outside of it: make it outside"
+            return Obstacle("made under torch.inference_mode, and cannot be changed outside of it: make it outside")
         frozen = [source for source in self.sources if not source.requires_grad]
         if self._trained and not read_only and frozen:
             part = "" if len(frozen) == len(self.sources) else " of a part of its weight"
-            return f"frozen: requires_grad{part} is False"
+            return Obstacle(f"frozen: requires_grad{part} is False", Cause.FROZEN)
         if any(source.dtype not in TREATED_DTYPES for source in self.sources):
-            return f"its dtype {self.sources[0].dtype} is not treated"
-        return "its weight is empty" if 0 in self.shape else None
+            return Obstacle(f"its dtype {self.sources[0].dtype} is not treated")
+        return Obstacle("its weight is empty") if 0 in self.shape else None
 
     @abstractmethod
     def compute(self) -> Tensor:
@@ -139,10 +140,10 @@ class ComputedWeight(Weight):
         super().__init__(source)
         self._compute, self._reason = compute, reason
 
-    def obstacle(self, *, read_only: bool) -> str | None:
+    def obstacle(self, *, read_only: bool) -> Obstacle | None:
         """Why it is left alone."""
         if self._compute is None or not read_only:
-            return self._reason
+            return Obstacle(self._reason)
         return super().obstacle(read_only=True)
 
     def compute(self) -> Tensor:

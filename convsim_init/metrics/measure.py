@@ -132,7 +132,7 @@ def measure_features(bank: Tensor) -> Measures:
 @torch.no_grad()
 def _measure(layer: Layer) -> LayerReport:
     started = time.perf_counter()
-    outcome, reason, measures = Outcome.SKIPPED, layer.obstacle, Measures()
+    outcome, reason, measures = Outcome.SKIPPED, layer.obstacle and layer.obstacle.text, Measures()
     if reason is None:
         with full_precision(computing_device(layer.device)):
             bank = layer.bank()

@@ -58,6 +58,7 @@ class LayerReport:
         losses: The minimized loss at the start and after each step.
         factor: Factor that its weight was scaled by afterwards, as `calibrate_` does; None if it was not.
         channels: Kernels that were compared: of ``"matched"`` channels or ``"all"``; None if it was not to be treated.
+        twin: Where `initializing` saw its weight before; `reason` then ends with it, and `to_dict` leaves it out.
 
     Examples:
         >>> layer = ci.measure(nn.Sequential(nn.Conv2d(3, 16, 3))).layers[0]
@@ -77,11 +78,12 @@ class LayerReport:
     losses: list[float] = field(default_factory=list, repr=False)
     factor: float | None = None
     channels: Channels | None = None
+    twin: str = field(default="", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, without the losses."""
         data = asdict(self)
-        del data["losses"]
+        del data["losses"], data["twin"]
         return data | {"outcome": self.outcome.value}
 
 

@@ -19,14 +19,18 @@ from convsim_init.errors import InputError
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import is_running
 from convsim_init.layers.memory import has_no_data
+from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.layers.owners import find_call
 from convsim_init.tracking.patching import noting_loaded, observed
 from convsim_init.tracking.window import before_first_pass, drop_hooks
 
 MARK = "_drawn_within"  # an attribute of a module, so that its copies have it too: the context, and why to leave it
-ELSEWHERE = "loaded, or built elsewhere: only what is drawn here is treated"
-LOADED = "loaded in place of what was drawn here"  # after the model was told
-TRAINED = "trained already: it got a gradient before an optimizer was made"
+ELSEWHERE = Obstacle("loaded, or built elsewhere: only what is drawn here is treated", Cause.BUILT_ELSEWHERE)
+LOADED, TRAINED = "loaded", "trained"  # in marks, which a pickled model keeps: no classes of this package
+LEFT = {
+    LOADED: Obstacle("loaded in place of what was drawn here", Cause.LOADED),  # after the model was told
+    TRAINED: Obstacle("trained already: it got a gradient before an optimizer was made"),
+}
 
 
 class Moment(Enum):
@@ -238,12 +242,12 @@ class Construction:
             self._marked.pop(id(part), None)
 
 
-def left_alone(module: nn.Module | None) -> str | None:
+def left_alone(module: nn.Module | None) -> Obstacle | None:
     """Why a module's weight is to stay; None if it was drawn in a `Construction` that is not over."""
     marks = [vars(part).get(MARK) for part in tree.modules(module)] if module is not None else []
     if not marks or marks[0] is None or marks[0][0] not in _OPEN:
         return ELSEWHERE
-    return next((why for _, why in filter(None, marks) if why), None)
+    return next((LEFT[why] for _, why in filter(None, marks) if why), None)
 
 
 def _is_own(optimizer: torch.optim.Optimizer) -> bool:

@@ -10,15 +10,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from convsim_init.layers.find import UNSELECTED
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.remarks import COPIES, copies_remark
+from convsim_init.layers.obstacle import KEPT, Cause, Obstacle
+from convsim_init.layers.remarks import copies_remark
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 
 Fact = TypeVar("Fact")
-BEFORE = " before, as "  # and then a name: of a layer whose weight was seen already
 SAMPLES = 256  # sums of a weight's values with random signs, by which it is recognized: distances are nearly kept
 FEW = 16  # values, of which several weights may have the same direction
 DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
@@ -65,10 +64,10 @@ class History:
 
     def __init__(self) -> None:
         self._before = Known[Named]()
-        self._after = Known[str]()  # directions alone, by why their layers are to be left
+        self._after = Known[Obstacle]()  # directions alone, by why their layers are to be left
         self._left = Known[Named]()  # frozen or loaded
 
-    def obstacle(self, layer: Layer) -> str | None:
+    def obstacle(self, layer: Layer) -> Obstacle | None:
         """That its weight was treated, or chosen to be left, in this model or in another one that has it too.
 
         It is recognized at another scale too, because `calibrate_` may have scaled it since.
@@ -99,13 +98,14 @@ class History:
             own = Named(f"{layer_name(layer.name)} of {shown(model)}", memory)
             if outcome.after:
                 treated.append((own, sample))
-                self._after.add(f"treated{BEFORE}{own.name}", _direction(sample_layer(layer)))
+                self._after.add(_before("treated", own), _direction(sample_layer(layer)))
                 parted += [(twin, own)] if (twin := self._left.find(sample)) else []
             elif layer.obstacle is None:
-                self._after.add(f"left as it was{BEFORE}{own.name}", _direction(sample_layer(layer)))
-            elif layer.obstacle in UNSELECTED and chosen:
-                self._after.add(f"{layer.obstacle}{BEFORE}{own.name}", _direction(sample))
-            elif layer.obstacle.startswith(COPIES):
+                self._after.add(_before("left as it was", own), _direction(sample_layer(layer)))
+            elif layer.obstacle.cause is Cause.UNSELECTED and chosen:
+                obstacle = _before(layer.obstacle.text, own, Cause.UNSELECTED_BEFORE)
+                self._after.add(obstacle, _direction(sample))
+            elif layer.is_left_for(*KEPT):
                 left.append((own, sample))
                 parted += [(own, twin)] if (twin := self._before.find(sample)) else []
         for known, new in ((self._before, treated), (self._left, left)):  # copies within the model are not parted
@@ -115,6 +115,11 @@ class History:
 
 
 HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
+
+
+def _before(text: str, seen: Named, cause: Cause = Cause.UNTREATABLE) -> Obstacle:
+    """That the same happened to the weight before, where it was seen."""
+    return Obstacle(f"{text} before, as {seen.name}", cause, seen.name)
 
 
 def sample_layer(layer: Layer) -> Sample | None:

@@ -5,6 +5,7 @@ import torch
 from random_trainings import draw, violations
 
 from convsim_init import context
+from convsim_init.layers.obstacle import Obstacle
 
 SEEDS = range(10**6, 10**6 + 48)
 
@@ -22,7 +23,7 @@ def test_a_fault_is_found(fault, monkeypatch):
     if fault == "others change":
         monkeypatch.setattr(context, "initialize_layers", _spoiling(context.initialize_layers))
     else:
-        reason = "left" if fault.startswith("everything") else None
+        reason = Obstacle("left") if fault.startswith("everything") else None
         monkeypatch.setattr(context, "left_alone", lambda part: reason)
     expected = {
         "nothing is left alone": "loaded, and treated",

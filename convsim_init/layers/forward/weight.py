@@ -19,6 +19,7 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
 from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_call, convolution_calls, leaves
+from convsim_init.layers.obstacle import Obstacle
 from convsim_init.layers.weights import StoredWeight, Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
 
@@ -64,14 +65,14 @@ class ForwardWeight(Weight):
         return self._mask
 
     @torch.no_grad()
-    def obstacle(self, *, read_only: bool) -> str | None:
+    def obstacle(self, *, read_only: bool) -> Obstacle | None:
         """Why the stored weight cannot be treated, or why it is unclear which weight is used; None if all is well."""
         obstacle = self._stored.obstacle(read_only=read_only) or self._find_model()
         if obstacle is not None:
             self.note = None
         return obstacle
 
-    def _find_model(self) -> str | None:
+    def _find_model(self) -> Obstacle | None:
         """Find the mask and whether filters are centred; the reason if it remains unclear which weight is used."""
         kind = type(self.module).__name__
         try:
@@ -80,20 +81,20 @@ class ForwardWeight(Weight):
             other = self._at_another_input()
             random = is_random(used, self.compute(partial(draw_numbers, stored.device)))
         except Exception as error:  # whatever the class's own code raises
-            return f"which weight {kind} uses is not known: a trial pass ended with {error_text(error)}"
+            return Obstacle(f"which weight {kind} uses is not known: a trial pass ended with {error_text(error)}")
         assert self.call is not None
         if other.groups != self.call.groups:
-            return f"the groups that {kind} convolves with depend on its input"
+            return Obstacle(f"the groups that {kind} convolves with depend on its input")
         if not used.isfinite().all() and stored.isfinite().all():
             what = f"the weight that {kind} makes of its finite parameter, at an input of zeros,"
-            return f"{what} holds infinities or NaN: look for a division by zero in its code"
+            return Obstacle(f"{what} holds infinities or NaN: look for a division by zero in its code")
         # Up to rounding, which may differ with the input.
         if describe_mismatch("class", used, other.weight) and not used.isnan().any():
-            return f"the weight that {kind} uses depends on its input"
+            return Obstacle(f"the weight that {kind} uses depends on its input")
         if random:
-            return f"the weight that {kind} uses is random, in evaluation mode too"
+            return Obstacle(f"the weight that {kind} uses is random, in evaluation mode too")
         if not used.any() and stored.any():
-            return f"all weights are zero that {kind} makes of its parameter: its gain is zero"
+            return Obstacle(f"all weights are zero that {kind} makes of its parameter: its gain is zero")
         self._mask = mask
         # Stored filters of zero mean fit both, and count as not centred by the class.
         for self._centred in (False, True):

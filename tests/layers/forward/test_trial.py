@@ -417,7 +417,7 @@ def test_code_that_ends_the_program_ends_the_trial_alone():
             raise SystemExit(1)
 
     (layer,) = find_layers(nn.Sequential(Ending(3, 4, 3)))
-    assert layer.obstacle == (
+    assert layer.obstacle.text == (
         "which weight Ending uses is not known: a trial pass ended with RuntimeError: its own code ended the program"
     )
 
