@@ -129,12 +129,19 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
     states = [{key: x for key, x in state_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
     entries = [_entry(key, [state.get(key) for state in states]) for key in _union(states)]
     by_key = {entry.name: entry for entry in entries}
-    shapes = [{layer.name: layer.shape for layer in snapshot.report.layers} for snapshot in snapshots]
+    known = [{layer.name: layer.shape for layer in snapshot.report.layers} for snapshot in snapshots]
     layers = []
-    for name in _union(shapes):
+    for name in _union(known):
         entry = by_key.get(_weight_key(name))
-        weights = COMPUTED if entry is None else entry.weights
-        layers.append(ComparedEntry(name, [known.get(name) for known in shapes], weights))
+        shapes = [shapes_by_name.get(name) for shapes_by_name in known]
+        if None in shapes:
+            weights = INCOMPLETE
+        # The layer is in all of them, the entry not: where it is missing, the weight is computed from others.
+        elif entry is None or entry.weights == INCOMPLETE:
+            weights = COMPUTED
+        else:
+            weights = entry.weights
+        layers.append(ComparedEntry(name, shapes, weights))
     return Comparison(snapshots, layers, entries)
 
 

@@ -272,6 +272,12 @@ def test_a_parametrized_layer_is_compared_by_its_entries():
     compared = compare([("a", model), ("b", model)])
     assert [layer.weights for layer in compared.layers] == ["computed by a parametrization"]
     assert {entry.weights for entry in compared.entries} == {"identical"}
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3))
+    compared = compare([("a", plain), ("b", model), ("c", nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)))])
+    assert [layer.weights for layer in compared.layers] == ["not in all", "not in all"]
+    compared = compare([("a", plain), ("b", model)])
+    assert [layer.weights for layer in compared.layers] == ["computed by a parametrization"]
+    assert "only in" not in compared.table.rows[1][-1]
 
 
 def test_one_alone_cannot_be_compared():
