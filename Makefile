@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## write init.safetensors: a ResNet-18 to train from
 	$(BIN)/convsim-init resnet18 --out init.safetensors --force
 
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What reads and writes files and parses options, with the oldest packages that pyproject.toml allows.
 test-lowest: $(LOWEST)/.installed
@@ -26,7 +26,7 @@ test-lowest: $(LOWEST)/.installed
 # The kernels for GPUs, without one: by Triton's interpreter, and compiled ahead of time. In a folder of its own, for
 # PyTorch's builds for CUDA bring the Triton that they need.
 test-kernels: $(VENV)/.installed-dev $(TRITON)/.installed
-	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -n auto -p no:cacheprovider tests/backends/test_fused.py
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -n auto --dist worksteal -p no:cacheprovider tests/backends/test_fused.py
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .
