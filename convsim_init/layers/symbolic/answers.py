@@ -1,4 +1,4 @@
-"""What code is told that asks for a truth, a number or a length of an unknown value, and tries again with another."""
+"""Answers to code that asks for the truth, number or length of an unknown value; after an error others are tried."""
 
 from __future__ import annotations
 
@@ -14,55 +14,60 @@ from types import CodeType, FrameType
 import torch
 
 ELSEWHERE = tuple(str(path) + os.sep for path in (Path(__file__).parent, Path(torch.__file__).parent))
-MOST = 64  # dimensions of a tensor of PyTorch
+MAX_DIMENSIONS = 64  # of a tensor of PyTorch
 
 Place = tuple[CodeType, int]  # code, and the position in it
 
 
 class Answers:
-    """What code was answered in one run of it, and may be answered in the next.
+    """The answers that one run of some code was given, and those that are left for its next runs.
 
     Args:
-        proven: The last answers, by the place in the code that asked, with which code came to its end; kept up to date.
+        proven: The last answers with which code came to its end, by the place in it that asked; kept up to date.
     """
 
     def __init__(self, proven: dict[Place, int]) -> None:
         self.proven = proven
-        self._given: list[tuple[Place, list[int]]] = []  # the places and the answers that are left, the present first
-        self._asked = 0
+        self._given: list[tuple[Place, list[int]]] = []  # the places, and the answers left there: the present one first
+        self._asked = 0  # number of questions in this run
         self._ranks: dict[Hashable, int] = {}
 
     def rank(self, value: Hashable, choices: Iterable[int], added: int = 0) -> int:
-        """The number of dimensions of a value, always the same unless the code unpacks another number of sizes.
+        """The number of dimensions of a value: always the same, unless the code unpacks another number of sizes.
 
-        Where some were added to those of another value, that one's number is what is known or answered. As in PyTorch
-        it is an error if there are none left to take away, or too many: loops end, by another answer.
+        Args:
+            value: What the number is remembered for: the value, or another one that it differs from by `added`.
+            choices: The answers.
+            added: How many dimensions the value in question has more than `value`.
+
+        Raises:
+            IndexError: If there are fewer than 0, or too many for PyTorch, so that loops over dimensions end.
         """
         count, more = unpacked(*_place(sys._getframe(1)))
-        # One value is what is told where nothing is unpacked, and a starred name takes any number.
+        # A count of 1 may mean that nothing is unpacked, and a starred name takes any number.
         unpacks = count > 1 and not more
         self._ranks[value] = count - added if unpacks else self._ranks.get(value) or self.give(*choices)
         rank = self._ranks[value] + added
-        if not 0 <= rank <= MOST:
+        if not 0 <= rank <= MAX_DIMENSIONS:
             raise IndexError(f"{rank} dimensions")
         return rank
 
     def give(self, *choices: int) -> int:
         """The answer to the next question."""
         place = _place(sys._getframe(1))
-        # After another answer code may go another way: then what it was asked there is out of date.
-        if [place] != [one for one, _ in self._given[self._asked : self._asked + 1]]:
+        # After another answer code may take another path, and the questions of the old one are dropped.
+        if [place] != [asked for asked, _ in self._given[self._asked : self._asked + 1]]:
             del self._given[self._asked :]
             proven = self.proven.get(place)
-            # False sorts before True: what was proven comes first, the rest in its order.
-            self._given.append((place, sorted(choices, key=lambda one: one != proven)))
+            # False sorts before True: the proven answer comes first, the rest in its order.
+            self._given.append((place, sorted(choices, key=lambda answer: answer != proven)))
         self._asked += 1
         return self._given[self._asked - 1][1][0]
 
     def change(self, error: BaseException) -> bool:
-        """Begin again with another answer; False if none is left.
+        """Prepare the next run, with another answer to one of the questions; False if none is left.
 
-        It is the last question that has one which is changed, of those that the failing function asked if there are.
+        Backtrack to the last question with an untried answer, preferring those asked by the function that raised.
         """
         self._asked = 0
         self._ranks.clear()
@@ -70,7 +75,7 @@ class Answers:
         open_ = [index for index, (_, answers) in enumerate(self._given) if len(answers) > 1]
         if not open_:
             return False
-        index = next((one for one in reversed(open_) if self._given[one][0][0] is code), open_[-1])
+        index = next((position for position in reversed(open_) if self._given[position][0][0] is code), open_[-1])
         del self._given[index][1][0], self._given[index + 1 :]
         return True
 
@@ -80,7 +85,7 @@ class Answers:
 
 
 def _place(frame: FrameType) -> Place:
-    """Where a model's code is that runs in a frame, or has called what does."""
+    """The place in the model's code that runs in a frame or, if that is a library's, has called it."""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ELSEWHERE):
         frame = frame.f_back
     return frame.f_code, frame.f_lasti
@@ -88,16 +93,16 @@ def _place(frame: FrameType) -> Place:
 
 @lru_cache(maxsize=10_000)
 def unpacked(code: CodeType, position: int) -> tuple[int, bool]:
-    """How many values are unpacked at a position or right after it, and whether more may be.
+    """How many values are unpacked at a position or right after it, and whether a starred name takes more.
 
-    They are 2 of ``height, width = x.shape``; 1 where nothing is unpacked.
+    The count is 2 for ``height, width = x.shape``, and 1 where nothing is unpacked.
     """
-    for step in dis.get_instructions(code):
-        if step.offset >= position:
-            if step.opname == "UNPACK_SEQUENCE":
-                return int(step.argval), False
-            if step.opname == "UNPACK_EX":
-                return int(step.argval & 255) + int(step.argval >> 8), True
-            if step.offset > position:
+    for instruction in dis.get_instructions(code):
+        if instruction.offset >= position:
+            if instruction.opname == "UNPACK_SEQUENCE":
+                return int(instruction.argval), False
+            if instruction.opname == "UNPACK_EX":
+                return int(instruction.argval & 255) + int(instruction.argval >> 8), True
+            if instruction.offset > position:
                 break
     return 1, False

@@ -1,4 +1,4 @@
-"""A copy of a model on the meta device, for forward passes that leave the model itself as it is."""
+"""A copy of a model on the meta device, whose forward passes leave the model itself unchanged."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward import copies
 from convsim_init.layers.forward.isolation import tensors_of
 
-DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # what a deep copy of the model copies by itself
+DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # types that deepcopy of the model handles well
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Names in the code of a hook that may change weights.
 TAKING = {"weight", "data", "parameters", "named_parameters", "_parameters", "state_dict", "load_state_dict", "setattr"}
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy whose tensors have no data, with hooks before and after forward passes.
+    """A copy of a model whose tensors have no data, with its hooks before and after forward passes.
 
-    Attributes that cannot be copied, or are too heavy, it shares with the model. What has been copied already is in the
-    memo, by the ids of the originals, and what is copied here is added.
+    It shares with the model attributes that cannot be copied or are too heavy. The memo is that of deepcopy: it holds
+    earlier copies by the ids of the originals, and the new ones are added.
     """
     memo = {} if memo is None else memo
     parts = [part for part in tree.modules(model) if id(part) not in memo]
     with copies.Copying(partial(torch.empty_like, device="meta")):
         for part in parts:
             for name, value in vars(part).items():
-                # Empty until the model is copied: copies of hooks know those of modules.
+                # Hooks are copied after the model, because their copies refer to those of modules.
                 if "hooks" in name and isinstance(value, dict):
                     memo[id(value)] = copy.copy(value) if name in HOOK_OPTIONS else type(value)()
             for tensor in tensors_of(part):
-                # A lazy tensor has no shape yet; and tensors of integers cannot have a gradient.
+                # A lazy tensor has no shape yet, and a tensor of integers cannot require a gradient.
                 empty = tensor if is_lazy(tensor) else torch.empty_like(tensor, device="meta")
                 is_parameter = isinstance(tensor, nn.Parameter) and empty is not tensor
                 memo[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
@@ -52,7 +53,7 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         clone = copy.deepcopy(model, memo)
         own = set(map(id, parts))
         for part in tree.modules(clone):
-            if id(part) in own:  # which the pass would change
+            if id(part) in own:  # forward passes would change the model itself
                 raise TypeError(f"{type(part).__name__} does not let itself be copied")
             vars(part)["training"] = False
         for part, name in product(parts, HOOKS):
@@ -63,14 +64,14 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def _is_librarys(hook: Any) -> bool:
-    """Whether it is PyTorch's, which computes a weight or makes a parameter that is lazy."""
+    """Whether a hook is PyTorch's own: those compute a weight or initialize a lazy parameter."""
     bare = hook.func if isinstance(hook, partial) else hook
     bare = bare.__func__ if isinstance(bare, MethodType) else bare
     return copies.is_librarys(bare if isinstance(bare, FunctionType) else type(bare))
 
 
 def _may_change(hook: Any) -> bool:
-    """Whether a hook names what changes weights: others after a forward pass, which log or keep what is there, rest."""
+    """Whether a hook names anything that changes weights. Others after a forward pass, such as logs, are left out."""
     bare = hook.func if isinstance(hook, partial) else hook
     kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
     names = copies.names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
@@ -78,7 +79,7 @@ def _may_change(hook: Any) -> bool:
 
 
 def _hook(hook: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a hook that changes nothing of what the hook knows; one that fails, where there is none."""
+    """A copy of a hook that refers to copies of modules and objects; a hook that raises if it cannot be copied."""
     try:
         return _twin(hook, memo)
     except Exception:  # of any kind: a module that cannot be copied
@@ -90,7 +91,7 @@ def _unknown(*_: object) -> None:
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a hook, or of what one knows, but for the code and the objects of libraries."""
+    """A copy of a hook or of a value that it refers to; a function of a library is returned itself."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, FunctionType):
@@ -98,11 +99,11 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, MethodType):
         return MethodType(_twin(value.__func__, memo), _twin(value.__self__, memo))
     if isinstance(value, partial):
-        keywords = {name: _twin(one, memo) for name, one in value.keywords.items()}
-        return partial(_twin(value.func, memo), *(_twin(one, memo) for one in value.args), **keywords)
+        keywords = {name: _twin(argument, memo) for name, argument in value.keywords.items()}
+        return partial(_twin(value.func, memo), *(_twin(argument, memo) for argument in value.args), **keywords)
     if isinstance(value, nn.Module):
         return on_meta(value, memo)
-    # Held by an object, as a list or a dict itself never counts as heavy, whatever is in it.
+    # Wrapped in an object, because a list or a dict itself never counts as heavy.
     if copies.is_heavy(SimpleNamespace(value=value), tensors=False):
         raise TypeError(f"{type(value).__name__} is too heavy to be copied")
     memo[id(value)] = twin = copies.copied(value, memo)
@@ -110,14 +111,14 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """A copy of a function that knows copies, by its closure and, but for functions of others, by global names."""
+    """A copy of a function whose closure and globals refer to copies; functions of other modules stay themselves."""
     cells = tuple(CellType() for _ in function.__closure__ or ())
     known = dict(function.__globals__)
     twin = FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
     twin.__kwdefaults__ = function.__kwdefaults__
-    memo[id(function)] = twin  # which may know itself
+    memo[id(function)] = twin  # first, because a function may refer to itself
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # empty yet
+        with suppress(ValueError):  # raised by a cell that is still empty
             cell.cell_contents = _twin(original.cell_contents, memo)
     for name in {name for code in copies.codes_in(function.__code__) for name in code.co_names} & known.keys():
         if getattr(known[name], "__globals__", function.__globals__) is function.__globals__:

@@ -1,4 +1,4 @@
-"""Known numbers that code makes in a pass on unknown values: they are computed, as it may keep them where they stay."""
+"""Tensors with known values in a symbolic pass: they are computed, because code may keep them after the pass."""
 
 from __future__ import annotations
 
@@ -14,31 +14,38 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from convsim_init.layers.forward.copies import HEAVY
 from convsim_init.layers.symbolic.symbols import Symbol, tensors_in
 
-TURNS = 100  # of a loop over what is known
+MAX_TURNS = 100  # of a loop over a tensor with known values
 RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"}
 RANDOM |= {"multinomial", "poisson", "uniform", "random", "exponential", "dropout"}
 
 
 class Constants:
-    """The constants of a pass, each known by its memory, and what those are that something unknown was written into."""
+    """The tensors that a pass has computed, and the symbols for those that unknown values were written into."""
 
     def __init__(self) -> None:
-        self._made = set[Hashable]()
-        self._written: dict[Hashable, Symbol] = {}
+        self._made = set[Hashable]()  # by their memory
+        self._written: dict[Hashable, Symbol] = {}  # by the memory of the tensor
 
     def are_made_by(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether what a function is given is known, not changed unless it was made here, and no large size."""
-        known = all(type(one) is Tensor and not one.is_meta for one in tensors_in((args, kwargs)))
-        # Random numbers would decide which way code goes.
-        if not known or name in RANDOM or any(_memory(one) not in self._made for one in tensors_in(written)):
+        """Whether to compute the result of a function: its arguments are known and small, and others' stay unchanged.
+
+        Args:
+            name: Name of the function.
+            written: Tensors that it changes in place, which this pass has to have made.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+        """
+        known = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors_in((args, kwargs)))
+        # Random numbers would decide which path code takes.
+        if not known or name in RANDOM or any(_memory(tensor) not in self._made for tensor in tensors_in(written)):
             return False
         if name in ("unbind", "tolist") and is_long(args[0]):
             return False
-        # As for zeros of a million rows and columns, which are there to be on another device.
-        return math.prod(one for one in tree_leaves((args, kwargs)) if type(one) is int and one > 1) <= HEAVY
+        # The product bounds sizes such as those of zeros of a million rows and columns, meant for another device.
+        return math.prod(leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is int and leaf > 1) <= HEAVY
 
     def compute(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a function returns; what it is given and was not made here it is given a copy of."""
+        """Call the function, with copies of all tensors that this pass did not create."""
 
         def owned(value: Any) -> Any:
             if isinstance(value, np.ndarray):
@@ -51,13 +58,13 @@ class Constants:
         return output
 
     def note_written(self, written: object, symbol: Symbol) -> None:
-        """Note what became of constants that something unknown was written into."""
-        self._written |= {one: symbol for one in map(_memory, tensors_in(written)) if one in self._made}
+        """Note that a symbol stands for tensors of this pass from now on: something unknown was written to them."""
+        self._written |= {memory: symbol for memory in map(_memory, tensors_in(written)) if memory in self._made}
 
     def as_they_are_now(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments, with what became of constants in their place, perhaps by another name of their memory."""
+        """The arguments, with symbols in place of tensors that something unknown was written to, and of their views."""
         if not self._written:
             return args, kwargs
         now = tree_map_only(Tensor, lambda tensor: self._written.get(_memory(tensor), tensor), (args, kwargs))
@@ -65,13 +72,13 @@ class Constants:
 
 
 def is_long(tensor: Tensor) -> bool:
-    """Whether a loop over it is taken for one over unknown values, which is one turn long, as one over time steps."""
-    return tensor.shape[:1].numel() > TURNS
+    """Whether a loop over the tensor, such as one over time steps, is cut to one turn, as over unknown values."""
+    return tensor.shape[:1].numel() > MAX_TURNS
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    """The memory of a tensor, which its views, `detach` and ``.data`` share; one without any is alone."""
+    """A key for the memory of a tensor, the same for its views, `detach` and ``.data``; its id if it has no memory."""
     try:
         return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    except NotImplementedError:  # as that of a sparse one
+    except NotImplementedError:  # raised by sparse tensors, for one
         return id(tensor)

@@ -1,7 +1,7 @@
-"""Forward passes of a model, or where it cannot run as a whole of its parts, on unknown values: what is called in them.
+"""The calls in symbolic forward passes of a model, or of its parts if it cannot run as a whole.
 
-They are those of a copy on the meta device, so that nothing of the model itself is changed. Hooks run as in a real
-forward pass. Arguments with a default have it, where all convolutions are called so.
+The passes are those of a copy on the meta device, so that the model itself is not changed. Hooks run as in a real
+forward pass. Arguments keep their defaults, unless some convolutions are only called with other values.
 """
 
 from __future__ import annotations
@@ -39,58 +39,59 @@ _following: list[nn.Module] = []  # the model whose forward passes run now, if a
 class Followed:
     """What was called in the forward passes of a model."""
 
-    modules: dict[str, nn.Module] = field(default_factory=dict)  # of the model, by their names
-    names: dict[int, str] = field(default_factory=dict)  # by the ids of modules and parameters, of the copy too
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # of the model, by name
+    names: dict[int, str] = field(default_factory=dict)  # of modules and parameters by id, including those of the copy
     originals: dict[int, int] = field(default_factory=dict)  # ids of the model's parameters, by those of the copy's
     failed: set[str] = field(default_factory=set)  # modules whose code raised errors: how they use others is unknown
-    runs: list[tuple[list[Node], bool]] = field(default_factory=list)  # calls, the last the output; if of the whole
+    runs: list[tuple[list[Node], bool]] = field(default_factory=list)  # calls, the output last; if of the whole model
 
     def layers(self, node: Node) -> set[str]:
-        """The layers that a call is one of, by their names."""
+        """The names of the layers whose module or weight a call uses as a convolution."""
         if isinstance(node.module, _ConvNd):
             return {self.names[id(node.module)]}
-        return {self.names[one] for one in kernels(node) if one in self.names}
+        return {self.names[key] for key in kernels(node) if key in self.names}
 
 
-def origins(node: Node, most: float = math.inf) -> set[Node]:
-    """What a value is computed from by functions, itself among it, back to the modules and arguments that begin it.
+def origins(node: Node, limit: float = math.inf) -> set[Node]:
+    """All calls that a value is computed from by functions, with its own, back to calls of modules and arguments.
 
-    Sizes are not among it, nor what is further back than so many calls.
+    Sizes are left out. The search ends once it has found more calls than the limit.
     """
     found, pending = {node}, [node]
-    for one in pending:
-        if len(found) > most:
+    for call in pending:  # grows in the loop
+        if len(found) > limit:
             break
-        if one.module is None and one.name not in USING | SHAPES:
-            new = {before for before in one.inputs if not before.is_size} - found
+        if call.module is None and call.name not in USING | SHAPES:
+            new = {before for before in call.inputs if not before.is_size} - found
             found |= new
             pending += new
     return found
 
 
 def kernels(node: Node) -> set[int]:
-    """The parameters that the weight of a convolution is made of, by their ids."""
+    """The ids of the parameters that the weight of a convolution is made of."""
     made_of = origins(node.weight) if node.weight else ()
-    return set().union(*(one.learned for one in made_of))
+    return set().union(*(origin.learned for origin in made_of))
 
 
 @holding_weights_lock()
 def follow(model: nn.Module) -> Followed:
-    """Run the forward passes of a model without wrappers, which is left as it was, as are the random states.
+    """Run the forward passes of an unwrapped model symbolically; the model and the random states stay as they are.
 
-    All fails in one that cannot be copied, and nothing is found in what a hook looks at while it is followed itself.
+    If the model cannot be copied, every module counts as failed. A nested call, from a hook, finds nothing.
     """
     followed = Followed(dict(tree.named_modules(model)))
-    # What is printed tells of values that are not there.
+    # Prints of the model's code would show values that do not exist.
     with torch.no_grad(), random_states(()), redirect_stdout(_Muted(sys.stdout)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if _following:
             return followed
         _following.append(model)
         try:
-            with running(()), without_unknown_values(list(tree.modules(model))):  # of a copy that is yet to be made
+            # No modules are locked, because the passes are those of a copy.
+            with running(()), without_unknown_values(list(tree.modules(model))):
                 _follow(model, followed)
-        except Exception:  # of any kind: what cannot be copied
+        except Exception:  # of any kind, from a model that cannot be copied
             followed.failed = {name for name, module in followed.modules.items() if _has_forward(module)}
         finally:
             _following.pop()
@@ -98,7 +99,7 @@ def follow(model: nn.Module) -> Followed:
 
 
 class _Muted:
-    """Standard output without what this thread prints."""
+    """Standard output that drops the prints of the thread that made it."""
 
     def __init__(self, output: Any) -> None:
         self._output, self._thread = output, threading.get_ident()
@@ -107,34 +108,37 @@ class _Muted:
         return getattr(self._output, name)
 
     def write(self, text: str) -> int:
-        """Write what another thread prints."""
+        """Write text of another thread."""
         return len(text) if threading.get_ident() == self._thread else self._output.write(text)
 
 
 def _follow(model: nn.Module, followed: Followed) -> None:
     clone = on_meta(model)
-    for one in (model, clone):
-        followed.names |= _names(one)
-    # A deep copy keeps the order of parameters, and shared ones stay shared: so they pair up.
-    both = zip(tree.parameters(clone), tree.parameters(model), strict=True)
-    followed.originals = {id(twin): id(one) for twin, one in both}
-    # Numbers that code makes for its input, and may keep, are to be of the model's dtype and device.
-    like = next((one for one in tree.parameters(model) if one.is_floating_point()), SAMPLE)
+    followed.names = _names(model) | _names(clone)
+    # A deep copy keeps the order of parameters, and shared ones stay shared, so they pair up.
+    pairs = zip(tree.parameters(clone), tree.parameters(model), strict=True)
+    followed.originals = {id(twin): id(parameter) for twin, parameter in pairs}
+    # Tensors that code creates like its input, and may keep, should have the model's dtype and device.
+    like = next((parameter for parameter in tree.parameters(model) if parameter.is_floating_point()), SAMPLE)
     passes = SymbolicPass(clone, torch.empty(0, 0, dtype=like.dtype, device=like.device))
     _run(passes, clone, followed, set())
-    failed = {followed.names[id(one)] for one in passes.failed}
+    failed = {followed.names[id(module)] for module in passes.failed}
     followed.failed = {name for name in failed if _has_forward(followed.modules[name])}
-    followed.failed |= {followed.names[id(one)] for one in passes.failed_hooks}
+    followed.failed |= {followed.names[id(module)] for module in passes.failed_hooks}
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    # From the last, so that of several modules that hold a parameter the first names it.
+    """The names of modules, by their ids, and for each parameter's id the name of the module that holds it.
+
+    Of several modules that hold a parameter a convolution counts, or else the first.
+    """
+    # The last entry for a key stays, hence the reversed order and the convolutions at the end.
     modules = list(tree.named_modules(model))[::-1]
-    convolutions = [(name, one) for name, one in modules if isinstance(one, _ConvNd)]
+    convolutions = [(name, module) for name, module in modules if isinstance(module, _ConvNd)]
     return {
-        id(one): name.partition(".parametrizations.")[0]
-        for name, module in (*modules, *convolutions)  # the last one that holds a parameter counts
-        for one in (module, *(one for one in module._parameters.values() if one is not None and not is_lazy(one)))
+        id(value): name.partition(".parametrizations.")[0]
+        for name, module in (*modules, *convolutions)
+        for value in (module, *(p for p in module._parameters.values() if p is not None and not is_lazy(p)))
     }
 
 
@@ -154,29 +158,30 @@ def _run(passes: SymbolicPass, part: nn.Module, followed: Followed, seen: set[st
         followed.runs.append((nodes, whole))
         seen |= set().union(*map(followed.layers, nodes))
     for _, child in tree.named_children(part):
-        failed = part in passes.failed or any(one in passes.failed for one in tree.modules(child))
+        failed = part in passes.failed or any(module in passes.failed for module in tree.modules(child))
         if failed or not _convolutions(child, followed) <= seen:
             _run(passes, child, followed, seen, whole=False)
 
 
 def _convolutions(part: nn.Module, followed: Followed) -> set[str]:
-    return {followed.names[id(one)] for one in tree.modules(part) if isinstance(one, _ConvNd)}
+    return {followed.names[id(module)] for module in tree.modules(part) if isinstance(module, _ConvNd)}
 
 
 def _arguments(part: nn.Module) -> Iterator[list[str]]:
-    """Which arguments a forward pass may be given: those without a default; with them others, one, two or all.
+    """The names of arguments to give to a forward pass, in the order to try: at first those without a default.
 
-    Those that it takes besides, as by ``*args``, are given at first only where it has no others without a default.
+    Then others are added: each alone, each with the first of them, and all. Others are arguments that default to None,
+    and ``*args`` unless that is the only argument without a default.
     """
     try:
         parameters = inspect.signature(part.forward).parameters.values()
-    except (TypeError, ValueError):  # a function without one
+    except (TypeError, ValueError):  # raised by a function without a signature
         return
-    named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    without = [one for one in named if one.default is inspect.Parameter.empty]
-    needed = [one.name for one in without if one.kind is not inspect.Parameter.VAR_POSITIONAL]
-    needed = needed or [one.name for one in without]
-    others = [one.name for one in named if one.name not in needed and (one.default is None or one in without)]
-    extras = [[], *([one] for one in others), *([others[0], one] for one in others[1:])]
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    without_default = [p for p in named if p.default is inspect.Parameter.empty]
+    needed = [p.name for p in without_default if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    needed = needed or [p.name for p in without_default]
+    others = [p.name for p in named if p.name not in needed and (p.default is None or p in without_default)]
+    extras = [[], *([name] for name in others), *([others[0], name] for name in others[1:])]
     extras += [others] if len(others) > 1 else []
     yield from ([*needed, *extra] for extra in extras if needed or extra)

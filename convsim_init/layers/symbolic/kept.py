@@ -1,4 +1,4 @@
-"""What code keeps outside of a model, in lists, dicts and caches that it names, across a pass on unknown values."""
+"""Lists, dicts and caches outside of a model, in which its code may keep values of a symbolic pass."""
 
 from __future__ import annotations
 
@@ -15,52 +15,55 @@ from convsim_init.layers.forward.copies import CODE, MANY, code_in
 from convsim_init.layers.forward.isolation import restore_content
 from convsim_init.layers.symbolic.symbols import Symbol, tensors_in
 
-NEAR = 2  # containers and objects within each other that are looked into
+NEAR = 2  # levels of nested containers and objects that are searched
 
 
 @contextmanager
 def without_unknown_values(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Context after which no list, dict or cache that the code of modules names holds unknown values of it."""
-    known = list({id(one): one for one in _named(parts)}.values())
-    held = {id(one): one for value in known for one in _containers(value, NEAR)}.values()
-    before = [(one, _content(one)) for one in held]
+    """Context that leaves no unknown value in any list, dict or cache which the code of the modules names."""
+    named = list({id(value): value for value in _named(parts)}.values())
+    containers = {id(live): live for value in named for live in _containers(value, NEAR)}.values()
+    before = [(live, _content(live)) for live in containers]
     try:
         yield
     finally:
         for live, content in before:
             if _holds_unknown(list(now.values()) if isinstance(now := _content(live), dict) else now):
                 restore_content(live, content)
-        for cache in (one for one in known if isinstance(one, _lru_cache_wrapper)):
-            if _holds_unknown(gc.get_referents(cache), NEAR + 2):  # what was returned, or a dict of it
+        for cache in (value for value in named if isinstance(value, _lru_cache_wrapper)):
+            # A cache refers to the results that it holds, or to a dict of them.
+            if _holds_unknown(gc.get_referents(cache), NEAR + 2):
                 cache.cache_clear()
 
 
 def _named(parts: Sequence[nn.Module]) -> Iterator[Any]:
-    """What the code of forward passes, and that of what it names, knows by its names, or as attributes of classes."""
+    """The objects that the code of forward passes names, directly or through others, and caches in attributes."""
     for kind, forward in {(type(part), vars(part).get("forward")) for part in parts}:
         yield from code_in(kind, forward)[1]
     for part in parts:
-        yield from (one for one in vars(part).values() if isinstance(one, _lru_cache_wrapper))
+        yield from (value for value in vars(part).values() if isinstance(value, _lru_cache_wrapper))
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:
-    """The lists and dicts that a value is or holds, also in attributes."""
+    """The value if it is a list or a dict, the dict of its attributes otherwise, and the containers inside."""
     kind, live = type(value), value
     if not issubclass(kind, (list, dict, *CODE, Tensor)):
-        with suppress(Exception):  # of objects without attributes; code of theirs that tells of others is not run
+        # Not by `vars`, which would run code of the object's own class. Some objects have no attributes.
+        with suppress(Exception):
             live = object.__getattribute__(value, "__dict__")
     if issubclass(type(live), (list, dict)) and len(content := _content(live)) < MANY:
         yield live
-        for one in content.values() if isinstance(content, dict) and depth else ():
-            yield from _containers(one, depth - 1)
+        for inner in content.values() if isinstance(content, dict) and depth else ():
+            yield from _containers(inner, depth - 1)
 
 
 def _content(live: Any) -> Any:
-    """What a list or dict holds, by no code of its own."""
+    """A plain copy of a list or dict, made without code of its own class."""
     if isinstance(live, list):
         return list.copy(live)
-    return dict(live) if type(live) is OrderedDict else dict.copy(live)  # which knows no other order
+    # An OrderedDict has an order of its own, which `dict.copy` does not know.
+    return dict(live) if type(live) is OrderedDict else dict.copy(live)
 
 
 def _holds_unknown(values: Sequence[object], depth: int = NEAR) -> bool:
-    return any(isinstance(one, Symbol) for one in tensors_in(values, depth))
+    return any(isinstance(tensor, Symbol) for tensor in tensors_in(values, depth))

@@ -1,7 +1,9 @@
-"""A forward pass on values of which nothing is known: what is kept is by which functions and modules each is computed.
+"""A symbolic forward pass: its values are unknown, and only the calls that compute each of them are recorded.
 
-It needs no input. Where code asks for a truth, a number or a length, it is given one; if it then raises an error, the
-module whose code that is runs again with another answer, and where none is left it counts as a single call.
+It needs no input. A function mode answers every call of PyTorch with a `Symbol`, and all modules of a copy of the model
+have a forward pass that calls `SymbolicPass`. Where code asks for a truth, a number or a length, it is given an answer.
+If it raises an error later, the innermost module around runs again with another answer. If no answer is left, the call
+of that module counts as a single call, whose inside is unknown.
 """
 
 from __future__ import annotations
@@ -39,16 +41,16 @@ from convsim_init.layers.symbolic.symbols import (
     tensors_in,
 )
 
-LONGEST = 50_000  # calls in a pass, with those that were made in vain
-ATTEMPTS = 30  # of one call of a module
-VAIN = 3  # calls of a module that fail, before it is no longer tried
+MAX_CALLS = 50_000  # in a pass, including those of failed attempts
+ATTEMPTS = 30  # for one call of a module
+MAX_FAILED = 3  # calls of a module, after which it is no longer tried
 OUTPUT = "output"
 RANKS = (4, 3, 5, 2, 6, 1)
 ASKED = {"is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device", "is_inference"}
 SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "len"}
-ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by the exponents
+ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # by exponent of `pow`
 COMPARISONS = {"eq", "ne", "lt", "gt", "le", "ge"}
-VIEWS = {  # of what they are given: what is written into one is in the other
+VIEWS = {  # functions whose result shares memory with their first argument
     *("getitem", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
     *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "data", "detach"),
     *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "diagonal", "unfold", "as_strided", "numpy"),
@@ -56,31 +58,31 @@ VIEWS = {  # of what they are given: what is written into one is in the other
 }
 UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # kinds of arguments
 ORDERED = (*UNNAMED, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-UNWRITTEN = {"requires_grad", "retain_grad", "grad"}  # change no value
-BEFORE, AFTER = "before", "after"  # a forward pass
-RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # seldom true, in code that goes on
-NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # what an unknown value is for PyTorch's parsers
+UNWRITTEN = {"requires_grad", "retain_grad", "grad"}  # in-place methods that change no value
+BEFORE, AFTER = "before", "after"  # hooks before and after a forward pass
+RARE = {*COMPARISONS - {"eq"}, "any", "isnan", "isinf", "logical_not"}  # conditions that are seldom true
+NUMBER = torch.zeros((), dtype=torch.int64, device="meta")  # the tensor of every symbol: argument parsers accept it
 SAMPLE = torch.empty(0, 0, device="cpu")
 
 
 class EndlessError(BaseException):
-    """Ends a pass that is too long; no handler of exceptions stops it."""
+    """Ends a pass that is too long; no handler of an `Exception` stops it."""
 
 
 class FailedError(Exception):
-    """Code that raises an error, whatever it is answered."""
+    """Raised for code that raises an error with every answer."""
 
 
 class SymbolicPass(TorchFunctionMode):
     """Forward passes of a model, or of parts of it, on unknown values.
 
     Args:
-        model: Copy of a model, with its hooks, on the meta device. It is changed and can be used for this alone.
-        sample: What is asked of an unknown value, but for its shape, is asked of this tensor.
+        model: Copy of a model, with its hooks, on the meta device. It is changed, and of no other use afterwards.
+        sample: Tensor whose dtype, device and other properties unknown values seem to have.
 
     Attributes:
-        failed: The modules whose forward passes raised errors, each time that they were called.
-        failed_hooks: The modules whose hooks did once.
+        failed: The modules whose forward passes raised errors in their last calls.
+        failed_hooks: The modules whose hooks raised an error in any call.
     """
 
     def __init__(self, model: nn.Module, sample: Tensor = SAMPLE) -> None:
@@ -90,28 +92,29 @@ class SymbolicPass(TorchFunctionMode):
         for module in list(tree.modules(model)):
             self._named[module] = call_name(module)
             for name, part in module._modules.items() if not isinstance(module, torch.jit.ScriptModule) else ():
-                if isinstance(part, torch.jit.ScriptModule):  # has no forward pass that could be replaced
+                if isinstance(part, torch.jit.ScriptModule):  # its forward pass cannot be replaced
                     module._modules[name] = stand_in = nn.Module()
                     self._named[stand_in] = call_name(part)
-        self._nodes: list[Node] = []
-        self._written: list[tuple[Symbol, Node]] = []  # in place, and what it was
+        self._nodes: list[Node] = []  # the calls so far
+        self._written: list[tuple[Symbol, Node]] = []  # symbols that were changed in place, with their calls before
         self.failed, self.failed_hooks = set[nn.Module](), set[nn.Module]()
-        self._failed = Counter[tuple[nn.Module, bool]]()  # the calls that did, by how truths are answered
+        self._failed = Counter[tuple[nn.Module, bool]]()  # number of failed calls, by module and `usual`
         self._made = 0
         self._usual = True
         self._constants = Constants()
         self._answers = Answers({})
-        self._running: list[tuple[nn.Module, str]] = [(model, "")]
-        convolutions = [one for one in tree.modules(model) if isinstance(one, _ConvNd)]
-        ranks = [len(one.kernel_size) + 2 for one in convolutions]
-        # Of what rank a value is, is guessed from what most convolutions of the model take.
+        self._running: list[tuple[nn.Module, str]] = [(model, "")]  # the modules whose code runs, with the kind of hook
+        convolutions = [module for module in tree.modules(model) if isinstance(module, _ConvNd)]
+        ranks = [len(module.kernel_size) + 2 for module in convolutions]
+        # The first guess for the rank of a value is what most convolutions of the model take.
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
-        self._weights: dict[nn.Module, object] = {one: one._parameters.get("weight") for one in convolutions}
-        self._forward = {one: one.forward for one in tree.modules(model) if not isinstance(one, torch.jit.ScriptModule)}
+        self._weights: dict[nn.Module, object] = {module: module._parameters.get("weight") for module in convolutions}
+        own = [module for module in tree.modules(model) if not isinstance(module, torch.jit.ScriptModule)]
+        self._forward = {module: module.forward for module in own}
         for module, forward in self._forward.items():
             kind = type(module)
             if kind.__call__ is not nn.Module.__call__:
-                # Python looks `__call__` up on the class, and would not see one of the module.
+                # Python looks `__call__` up on the class, not on the module.
                 module.__class__ = type(kind.__name__, (kind,), {"__call__": self._own_call(kind.__call__)})
             vars(module)["forward"] = wraps(forward)(partial(self._call, module))
             for when, hooks in ((BEFORE, module._forward_pre_hooks), (AFTER, module._forward_hooks)):
@@ -119,16 +122,16 @@ class SymbolicPass(TorchFunctionMode):
                     hooks[key] = partial(self._run_hook, hook, module, when)
 
     def __deepcopy__(self, memo: object) -> SymbolicPass:
-        """Itself, which the modules know that code may copy."""
+        """Return the pass itself: code may copy modules, which refer to it."""
         return self
 
     def run(self, part: nn.Module, given: Iterable[str], *, usual: bool = True) -> list[Node]:
-        """The calls of a part's forward pass in order, its output the last; none if it cannot run.
+        """The calls in a forward pass in order, with its output as the last one; none if it cannot run.
 
         Args:
             part: The model or a module of it.
-            given: The names of the arguments that are given; the others have their defaults.
-            usual: Whether truths are answered with what is usual first, and not with the opposite.
+            given: The names of the arguments that are given; the others keep their defaults.
+            usual: Whether the first answer for a truth is the usual one, or else the opposite.
         """
         if part not in self._forward:
             return []
@@ -136,11 +139,11 @@ class SymbolicPass(TorchFunctionMode):
         self._nodes, self._written, self._made, self._answers = [], [], 0, Answers({})
         self._running = [(part, "")]
         unknown = {name: self.symbol() for name in given}
-        kinds = {name: one.kind for name, one in inspect.signature(part.forward).parameters.items()}
+        kinds = {name: parameter.kind for name, parameter in inspect.signature(part.forward).parameters.items()}
         first = list(takewhile(unknown.__contains__, (name for name, kind in kinds.items() if kind in ORDERED)))
-        args = [unknown[name] for name in first]  # in order, as they usually are given and hooks expect them
-        kwargs = {name: one for name, one in unknown.items() if name not in first and kinds[name] not in UNNAMED}
-        with self, running(()):  # also: what ran before may have imported the compiler
+        args = [unknown[name] for name in first]  # by position if possible, because hooks expect that
+        kwargs = {name: value for name, value in unknown.items() if name not in first and kinds[name] not in UNNAMED}
+        with self, running(()):  # code of an earlier pass may have imported the compiler
             try:
                 output = self._attempt(part, args, kwargs)
             except (FailedError, EndlessError):
@@ -151,14 +154,20 @@ class SymbolicPass(TorchFunctionMode):
         return self._nodes
 
     def symbol(self, name: str = "", *given: Any, **more: Any) -> Symbol:
-        """The value of a call that was given these values."""
-        self._limit()
+        """Record a call with these arguments, and return a symbol for its value.
+
+        Args:
+            name: Name of the `Node`.
+            given: The arguments, in which symbols and parameters are searched for.
+            more: Other fields of the node.
+        """
+        self._count_call()
         inputs, learned, tensors = dict[Node, None](), set[int](), list(tensors_in(given))
-        for one in tensors:
-            if isinstance(one, Symbol):
-                inputs[one.node] = None
-            elif isinstance(one, nn.Parameter):
-                learned.add(id(one))
+        for tensor in tensors:
+            if isinstance(tensor, Symbol):
+                inputs[tensor.node] = None
+            elif isinstance(tensor, nn.Parameter):
+                learned.add(id(tensor))
         with torch._C.DisableTorchFunction():
             symbol: Symbol = Tensor._make_subclass(Symbol, NUMBER)
             caller, hook = self._running[-1]
@@ -169,19 +178,19 @@ class SymbolicPass(TorchFunctionMode):
         self._nodes.append(symbol.node)
         return symbol
 
-    def _limit(self) -> None:
+    def _count_call(self) -> None:
         self._made += 1
-        if self._made > LONGEST:
+        if self._made > MAX_CALLS:
             raise EndlessError
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A module's forward pass."""
-        if module not in self._forward:  # a copy that code has made of one
+        """Replace a module's forward pass: follow its code, or record a single call if that is not wanted or fails."""
+        if module not in self._forward:  # a copy of a module, made by the model's code
             return type(module).forward(module, *args, **kwargs)
         name, single = self._named[module]
-        if {one for one, _ in self._running} == {module}:  # with which the pass began
+        if {running_module for running_module, _ in self._running} == {module}:  # the module that the pass is about
             return self._attempt(self._forward[module], args, kwargs, module)
-        if not single and self._failed[module, self._usual] < VAIN:
+        if not single and self._failed[module, self._usual] < MAX_FAILED:
             try:
                 output = self._attempt(self._forward[module], args, kwargs, module)
                 self.failed.discard(module)
@@ -192,12 +201,13 @@ class SymbolicPass(TorchFunctionMode):
         symbol = self.symbol(name, args, kwargs, module=module)
         if module in self._weights:
             weight = module._parameters.get("weight")
-            if weight is not self._weights[module] or isinstance(weight, Symbol):  # as after torch.utils.swap_tensors
+            # The same parameter may have become a symbol by torch.utils.swap_tensors.
+            if weight is not self._weights[module] or isinstance(weight, Symbol):
                 symbol.node.weight = self.symbol("weight", weight).node
         return symbol
 
     def _own_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """What a class does around its forward pass, as a method."""
+        """A method that runs a class's own ``__call__``, which it has instead of PyTorch's."""
 
         def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._attempt(partial(call, module), args, kwargs, module)
@@ -205,7 +215,7 @@ class SymbolicPass(TorchFunctionMode):
         return own_call
 
     def _run_hook(self, hook: Callable[..., Any], module: nn.Module, when: str, *args: Any, **kwargs: Any) -> Any:
-        """A hook before or after the forward pass of a module, which goes on where that fails."""
+        """Run a hook before or after the forward pass of a module; a hook that fails is skipped."""
         try:
             return self._attempt(hook, args, kwargs, module, when)
         except FailedError:
@@ -220,9 +230,16 @@ class SymbolicPass(TorchFunctionMode):
         caller: nn.Module | None = None,
         hook: str = "",
     ) -> Any:
-        """Run code of a module, with other answers to its questions where it fails; a `FailedError` if with all."""
+        """Run code of a module and, if it raises an error, run it again with other answers to its questions.
+
+        The questions of each call are apart from those of the calls around it: only its own answers are changed. Before
+        a new attempt the record is reset to the state at the call, the calls as well as what was written in place.
+
+        Raises:
+            FailedError: If it fails with all answers, or too often.
+        """
         outer, before, unwritten = self._answers, len(self._nodes), len(self._written)
-        self._answers = answers = Answers(outer.proven)  # those of this call are changed alone
+        self._answers = answers = Answers(outer.proven)
         entered = len(self._running)
         self._running += [(caller, hook)] if caller in self._forward else []
         try:
@@ -231,8 +248,7 @@ class SymbolicPass(TorchFunctionMode):
                     output = forward(*args, **kwargs)
                     answers.prove()
                     return output
-                except (Exception, SystemExit) as error:  # of any kind: what code does with values that are not there
-                    # The next attempt begins where this one did: what it noted was in vain.
+                except (Exception, SystemExit) as error:  # of any kind, because the answers may make no sense
                     del self._nodes[before:]
                     for symbol, node in reversed(self._written[unwritten:]):
                         symbol.node = node
@@ -247,20 +263,25 @@ class SymbolicPass(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """What a function of PyTorch returns."""
+        """Handle a call of a function of PyTorch, by the first of these that applies.
+
+        A question about an unknown value is answered; a property of a known tensor is read; a function of known values
+        is computed (see `Constants`); any other call is recorded, and returns a symbol or a tuple of symbols. In-place
+        functions also change the symbol that they write to.
+        """
         kwargs = kwargs or {}
         name, kind = name_of(func), kind_of(func)
         first = args[0] if args else None
         if name == "device":
             return self._sample.device
-        # That of `torch.cond`, which is given code of the model for either case.
+        # The operator of `torch.cond` is given code of the model for both cases, and both are recorded.
         if name == "cond" and isinstance(func, HigherOrderOperator):
-            _, here, there, operands = args
-            with self:  # no mode sees what is called in it
-                there(*operands)
-                return here(*operands)
+            _, if_true, if_false, operands = args
+            with self:  # a mode is off while it handles a call
+                if_false(*operands)
+                return if_true(*operands)
         if not isinstance(first, Symbol):
-            state = first is None and name.startswith(("set_", "is_", "get_"))  # such as whether gradients are kept
+            state = first is None and name.startswith(("set_", "is_", "get_"))  # such as whether gradients are enabled
             if state or (isinstance(first, Tensor) and (kind == "__get__" or name in SIZES | ASKED)):
                 value = func(*args, **kwargs)
                 if not isinstance(value, Tensor):
@@ -272,12 +293,12 @@ class SymbolicPass(TorchFunctionMode):
         args, kwargs = self._constants.as_they_are_now(args, kwargs)
         written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
         if not isinstance(first, Symbol) and self._constants.are_made_by(name, written, args, kwargs):
-            self._limit()
-            with suppress(Exception):  # what cannot be computed here is as good as unknown
+            self._count_call()
+            with suppress(Exception):  # a value that cannot be computed counts as unknown
                 return self._constants.compute(func, args, kwargs)
         if name == "pow" and len(args) > 1 and isinstance(args[1], float):
             name = ROOTS.get(args[1], name)
-        args = args[:1] if name == "deepcopy" else args  # what is copied, and not all that has been
+        args = args[:1] if name == "deepcopy" else args  # without the memo of all earlier copies
         symbol = self.symbol(name, args, kwargs, added=added_dimensions(name, args, kwargs))
         if func in CONVOLUTIONS:
             symbol.node.convolution = convolution_arguments(func, args, kwargs)
@@ -291,19 +312,26 @@ class SymbolicPass(TorchFunctionMode):
         return self._write(written, symbol) if isinstance(written, Symbol) else symbol
 
     def _write(self, written: Symbol, by: Symbol) -> Symbol:
-        """Let a value be what a call makes of it in place, and with it those that it is a view of."""
+        """Let a symbol stand for the result of a call that changed it in place, and update the bases of a view."""
         self._written.append((written, written.node))
         written.node = by.node
-        # What is written into a view is in what it views, and in what that views, in turn.
+        # Writing into a view changes its base too, and the base of that in turn.
         if written.base is not None:
             self._write(written.base, self.symbol("setitem", written.base, by))
         return written
 
     def _answer(self, kind: str, name: str, asked: Symbol, *more: Any) -> Any:
-        """What is told of an unknown value where code needs a value; None where it does not."""
+        """The answer to a question about an unknown value: a truth, a size, a property; None if it is no question.
+
+        Args:
+            kind: `kind_of` the function that asks.
+            name: `name_of` it.
+            asked: The unknown value.
+            more: Other arguments of the function.
+        """
         give = self._answers.give
         if kind == "__bool__" or (name in COMPARISONS and are_sizes([asked, *more])):
-            single = name == "eq" and type(more[0]) is int and more[0] == 1  # such as an image of one pixel
+            single = name == "eq" and type(more[0]) is int and more[0] == 1  # a size of 1 is rare, as of a single pixel
             likely = (not single and (asked.node.name if kind == "__bool__" else name) not in RARE) == self._usual
             return give(likely, not likely)
         if name in ("dim", "ndim", "ndimension") or (name in ("shape", "size") and not more):
@@ -312,7 +340,7 @@ class SymbolicPass(TorchFunctionMode):
                 node, added = node.inputs[0], added + node.added
             rank = self._answers.rank(node, self._ranks, added)
             return rank if "dim" in name else Shape(self.symbol("size", asked) for _ in range(rank))
-        # An imaginary part is a tensor, too, though the sample, which is real, has none.
+        # `imag` is a tensor, but a real sample has no such attribute.
         if (kind == "__get__" and name != "imag") or name in ASKED:
             value = getattr(self._sample, name)
             value = value() if callable(value) else value

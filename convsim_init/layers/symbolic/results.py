@@ -1,4 +1,4 @@
-"""What is known of the result of a function from its arguments, though its values are not."""
+"""What the arguments of a function tell about its result, although the values are unknown."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from convsim_init.layers.symbolic.constants import is_long
 from convsim_init.layers.symbolic.symbols import Symbol
 
-# The dimensions by those that are named:
+# Functions that remove the dimensions given as ``dim``:
 REDUCING = {"mean", "sum", "prod", "all", "any", "amax", "amin", "argmax", "argmin", "squeeze", "select"}
 
 
 def added_dimensions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many dimensions a function adds to its first argument, in loops until there are so many; else 0."""
+    """Dimensions that the result has more than the first argument; 0 if unknown."""
     if name == "unsqueeze":
         return 1
     if name == "getitem":
-        if not isinstance(args[1], tuple):  # where a number may be one of a list of values
+        if not isinstance(args[1], tuple):  # a number may be an index into a list of values
             return int(args[1] is None)
-        return sum((one is None) - (type(one) is int) for one in args[1])
+        return sum((index is None) - (type(index) is int) for index in args[1])
     if name in REDUCING:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         keepdim = kwargs.get("keepdim", name != "select" and len(args) > 2)
@@ -29,10 +29,10 @@ def added_dimensions(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def tensor_count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many tensors a function returns, where that is seen from what it is given."""
+    """How many tensors a function returns; None if its arguments do not show it, or if it returns a single one."""
     if name in ("meshgrid", "broadcast_tensors"):
         return len(args[0] if isinstance(args[0], (list, tuple)) else args)
-    # As where code goes through a parameter:
+    # A loop over a parameter also arrives here:
     if name == "unbind" and args and not isinstance(args[0], Symbol) and not is_long(args[0]):
         return int(args[0].shape[next(iter([*args[1:], *kwargs.values()]), 0)])
     if name in ("chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split"):

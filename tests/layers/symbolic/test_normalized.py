@@ -461,7 +461,7 @@ def test_nothing_that_a_model_holds_is_touched():
 
 
 def test_a_forward_pass_that_leaves_or_never_ends_is_not_told(monkeypatch):
-    monkeypatch.setattr(symbolic, "LONGEST", 1000)
+    monkeypatch.setattr(symbolic, "MAX_CALLS", 1000)
 
     class Leaving(nn.Module):
         def __init__(self):
