@@ -177,8 +177,10 @@ def initialize_layers(
     """Treat the layers, and let the open contexts know; in all but the one that does it its choice counts too."""
     started = time.perf_counter()
     _check_device(device)
+    # Read once: a context that another thread opens meanwhile saw nothing of this call.
+    histories = list(HISTORIES)
     # Taken now: what the layers hold is gone once they are treated.
-    before = [sample_layer(layer) for layer in layers] if HISTORIES else []
+    before = [sample_layer(layer) for layer in layers] if histories else []
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
     # Copies are found while they are equal; that they have parted is told when they have.
@@ -201,7 +203,7 @@ def initialize_layers(
     where = ", ".join(dict.fromkeys(map(str, places)))
     result = Report(settings, shared, seconds, processes=ranks.size, device=where, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
-    noted = [history.note(name, layers, before, result, chosen=history is not within) for history in HISTORIES]
+    noted = [history.note(name, layers, before, result, chosen=history is not within) for history in histories]
     result.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
     return result
 

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import weakref
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 import convsim_init as ci
 from convsim_init.initialize import plan
+from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.metrics.measure import measure_bank
 
 QUICK = ci.Settings(steps=3)
@@ -541,3 +543,15 @@ def test_nothing_holds_a_model_that_its_user_lets_go(use, kind):
         assert not any(one() is not None for one in alive)
     finally:
         gc.enable()
+
+
+def test_a_context_that_is_opened_meanwhile_sees_nothing_of_the_call(monkeypatch):
+    with ExitStack() as stack:
+
+        def open_context(*args):  # as another thread may after the layers were sampled
+            stack.enter_context(ci.initializing())
+            return decide_channels(*args)
+
+        monkeypatch.setattr("convsim_init.initialize.decide_channels", open_context)
+        report = ci.initialize_(nn.Sequential(nn.Conv2d(3, 8, 3)), settings=QUICK)
+    assert report.totals["initialized"] == 1
