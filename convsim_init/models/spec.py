@@ -9,7 +9,7 @@ from os.path import isfile
 from pathlib import Path
 
 from convsim_init.errors import InputError
-from convsim_init.files.sources import SUFFIXES
+from convsim_init.files.sources import READ_SUFFIXES
 from convsim_init.models.zoo import catalog
 
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
@@ -58,7 +58,7 @@ def parse(text: str) -> Spec:
         if not name:
             raise _refused(text, f"name a model: {text}NAME")
         return Spec(text, library, "", name)
-    if Path(text).suffix in SUFFIXES:
+    if Path(text).suffix in READ_SUFFIXES:
         return Spec(text, Source.CHECKPOINT, text, "")
     # Before folders: one that is called like a built-in model does not stand in for it.
     if text in catalog.MODELS:

@@ -18,6 +18,7 @@ from torch import nn
 import convsim_init
 from convsim_init.cli.arguments import parse_arguments
 from convsim_init.errors import InputError
+from convsim_init.files.sources import READ_SUFFIXES
 from convsim_init.models.build import build_model
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import Source, Spec, parse
@@ -542,8 +543,12 @@ def test_a_name_is_unknown_to_python_callers_too():
     for spec in ("timm:resnet81", "torchvision:resnet81", "resnet81"):
         with pytest.raises(UnknownModelError):
             build_model(spec)
-    with pytest.raises(InputError, match=r"expected a model to build, got the checkpoint 'a\.pt'"):
-        build_model("a.pt")
+
+
+@pytest.mark.parametrize("suffix", READ_SUFFIXES)
+def test_a_checkpoint_is_no_model_to_build(suffix):
+    with pytest.raises(InputError, match=f"expected a model to build, got the checkpoint 'weights{suffix}'"):
+        build_model(f"weights{suffix}")
 
 
 def test_a_debugged_error_shows_the_users_line(folder, command):
