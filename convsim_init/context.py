@@ -97,7 +97,7 @@ def initializing(
 
     def treat(models: Sequence[nn.Module], moment: Moment) -> None:
         again = moment in (Moment.FORWARD, Moment.STEP)
-        if (include, exclude) != ((), ()) and not again:
+        if (include or exclude) and not again:
             names.extend(layer.name for model in models for layer in find_layers(model, read_only=True))
         if names and moment is not Moment.OPTIMIZER:  # others may follow
             try:

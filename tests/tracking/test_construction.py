@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import convsim_init as ci
+from convsim_init import context
 from convsim_init.initialize import plan
 
 QUICK = ci.Settings(steps=3, channels="matched")
@@ -656,6 +657,16 @@ def test_copies_are_treated_alike():
         twin = copy.deepcopy(model)
     assert_equal(model, twin.state_dict())
     assert len(reports) == 2
+
+
+def test_without_patterns_no_model_is_searched_for_their_matches(monkeypatch):
+    searched = []
+    find_layers = context.find_layers
+    monkeypatch.setattr(
+        context, "find_layers", lambda *args, **kwargs: searched.append(kwargs) or find_layers(*args, **kwargs)
+    )
+    build_within(include=[], exclude=[])
+    assert [kwargs.keys() for kwargs in searched] == [{"obstacle"}]
 
 
 @pytest.mark.parametrize("patterns", ["0", [0]])
