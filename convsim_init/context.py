@@ -21,7 +21,7 @@ from convsim_init.report.patterns import check_list, check_patterns
 from convsim_init.report.report import Report
 from convsim_init.settings import Settings, check_settings, check_type
 from convsim_init.tracking.construction import Construction, Moment, UnmatchedError, left_alone
-from convsim_init.tracking.history import HISTORIES, History
+from convsim_init.tracking.history import History, open_histories
 
 CHANGED = "changed after the optimizer was made, and treated as if it was drawn anew: exclude it if it was trained"
 RECEIVED = Obstacle("changed after the optimizer was made, in this process or by another one", Cause.RECEIVED)
@@ -128,9 +128,9 @@ def initializing(
             if on_report is not None:
                 on_report(report)
 
-    HISTORIES.append(history)
+    open_histories.append(history)
     try:
         with Construction(treat):
             yield reports
     finally:
-        HISTORIES.remove(history)
+        open_histories.remove(history)

@@ -1,4 +1,4 @@
-"""Layers and descent together: a model, or one weight, is changed in place and told about in a report."""
+"""`initialize_` for a model, `convsim_` for a single weight, and `plan`, which changes nothing."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.report.text import error_text
-from convsim_init.settings import Settings, check_settings
-from convsim_init.tracking.history import HISTORIES, History, sample_layer
+from convsim_init.settings import Channels, Settings, check_settings
+from convsim_init.tracking.history import History, open_histories, sample_layer
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of what layers cost: they differ a thousandfold
-NORM_CHANGE = 1e-3  # of a filter that counts as kept, beside the precision of its dtype
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of the cost: layers differ in it a thousandfold
+NORM_TOLERANCE = 1e-3  # relative change of a filter's norm that does not count, beyond the precision of its dtype
 
 
 @torch.no_grad()
 def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, settings: Settings | None = None) -> Tensor:
     """Lower the Convolutional Similarity of a convolution's weight, in place, like the functions of `torch.nn.init`.
 
-    The weight must already be drawn: its filters are moved, not made. Any device and memory format; computed in
-    float32 (float64 for float64) and copied back. Kernels of the same input channel are compared, since of one weight
-    nobody can tell what follows: where that is no normalization, pass ``settings=Settings(channels="all")``, as
-    `initialize_` does by itself.
+    The weight must be drawn already, because its filters are moved from where they are. It may have any device and
+    memory format; the computation runs in float32, or in float64 for a float64 weight. By default kernels of the same
+    input channel are compared, which suits a convolution that a normalization follows. A weight alone does not show
+    that: where none follows, pass ``settings=Settings(channels="all")``, as `initialize_` does by itself.
 
     Args:
         weight: ``[out_channels, in_channels / groups, *kernel_size]``, or, if ``transposed``,
@@ -62,13 +62,12 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
         settings: Optimization settings. Default: `Settings()`.
 
     Returns:
-        ``weight``. Unchanged where its filters form no pair: a single filter, one filter per group, zero filters; where
-        with ``channels="all"`` its kernels have one tap, so that the norms, unless they are free, fix the similarity;
-        and where its kernels are larger than some 45×45.
+        ``weight``. It is unchanged if its filters form no pair (a single filter, one filter per group, zero filters),
+        if its kernels have one tap, all channels are compared and norms are preserved, because the norms then fix the
+        similarity, or if its kernels are larger than some 45×45.
 
     Raises:
-        InputError: If the weight's dtype or shape does not fit, or it holds infinities or NaN, or numbers so large that
-            the loss does.
+        InputError: If the weight's dtype or shape does not fit, or if it or the loss holds infinities or NaN.
 
     Examples:
         >>> weight = torch.nn.init.kaiming_normal_(torch.empty(16, 8, 3, 3))
@@ -117,20 +116,20 @@ def initialize_(
 ) -> Report:
     """Lower the Convolutional Similarity of every convolution of a model, in place.
 
-    Treated are the subclasses of PyTorch's convolutions, transposed ones too, of any rank, on any device and in any
-    memory format. Left as they are, with the reason in the report: frozen layers, layers without a filter pair
-    (depthwise ones), 1×1 layers that no normalization follows (unless matched channels or free norms are asked for),
-    layers without a usable weight, and those not selected.
+    This includes transposed convolutions and subclasses of PyTorch's, of any rank, on any device and in any memory
+    format. Some layers are left as they are, with the reason in the report: frozen ones, those without a pair of
+    filters (depthwise ones), 1×1 layers that no normalization follows (unless matched channels or free norms are asked
+    for), those without a usable weight, and those not selected.
     A module or weight used twice is treated once. ``requires_grad``, dtype, device, memory format and the random state
     of the caller stay as they were. The same weights and settings give the same result.
 
-    Whether a normalization follows a layer, on which ``Settings.channels`` depends by default, is told by a symbolic
-    trace of a copy without data; where that fails, channels are matched and the report says so. They are matched too
-    where the model is a convolution by itself.
+    By default ``Settings.channels`` depends on whether a normalization follows the layer, which a symbolic trace of a
+    copy of the model without data finds out. Where that fails, and where the model itself is a convolution, channels
+    are matched; the report says where the trace failed.
 
     What counts is the weight that the forward pass uses: behind a parametrization, weight_norm or a class that
-    standardizes its weight, the parameters are chosen so that it is the one wanted. Where they cannot be, the layer is
-    reported as approximated, or, if it does not improve, put back and skipped.
+    standardizes its weight, the parameters are set so that the forward pass uses the optimized weight. Where they
+    cannot be, the layer is reported as approximated, or, if it does not improve, restored and reported as skipped.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through. Or a state dict, whose
@@ -142,7 +141,7 @@ def initialize_(
             with on the CPU.
         progress: Show a progress bar on stderr.
         group: Processes of `torch.distributed` to divide the layers over, such as ``torch.distributed.group.WORLD``.
-            All of them must call, with the same model and arguments, and all get the weights that one
+            Each of them must make this call with the same model and arguments, and gets the weights that one process
             alone would compute. Default: None; the process works alone.
 
     Returns:
@@ -151,7 +150,7 @@ def initialize_(
     Raises:
         InputError: If there is no convolution, a pattern matches none, or the processes of the group do not start from
             the same weights and settings.
-        RunError: If one of them has died.
+        RunError: If a process of the group has died.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3))
@@ -174,38 +173,40 @@ def initialize_layers(
     group: dist.ProcessGroup | None = None,
     within: History | None = None,
 ) -> Report:
-    """Treat the layers, and let the open contexts know; in all but the one that does it its choice counts too."""
+    """Initialize the layers and record the result in every open `initializing` context; `within` is the caller's.
+
+    The other arguments are those of `initialize_`.
+    """
     started = time.perf_counter()
     _check_device(device)
-    # Read once: a context that another thread opens meanwhile saw nothing of this call.
-    histories = list(HISTORIES)
-    # Taken now: what the layers hold is gone once they are treated.
-    before = [sample_layer(layer) for layer in layers] if histories else []
+    # Read once: a context that another thread opens from now on saw no samples of this call.
+    histories = list(open_histories)
+    samples = [sample_layer(layer) for layer in layers] if histories else []
     ranks = Ranks(group)
     own = own_layers(layers, settings, ranks)
-    # Copies are found while they are equal; that they have parted is told when they have.
-    parted, remarks = watch_copies(model, layers), model_remarks(model, layers)
-    decided, unknown = decide_channels(layers, settings)
+    find_parted = watch_copies(model, layers)  # now, while copies are still equal
+    remarks = model_remarks(model, layers)
+    decisions, channel_remarks = decide_channels(layers, settings)
+    devices = [computing_device(torch.device(device or layer.device)) for layer in layers]
     costs = {layer.name: cost(layer) for layer in own}
-    places = [computing_device(torch.device(device or layer.device)) for layer in layers]
+    # Made only if it is shown: even a disabled bar leaves tqdm's monitor thread behind.
+    make_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
     reports: dict[str, LayerReport] = {}
-    # One that is not shown would leave a thread behind, too, that watches bars.
-    shown_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
-    with shown_bar() if progress else nullcontext() as bar, Team.for_devices(*places) as team:
-        treat = partial(_treat, decided=decided, device=device, on_step=team.checkpoint)
-        for report in team.as_completed(treat, own):
-            reports[report.name] = report
+    with make_bar() if progress else nullcontext() as bar, Team.for_devices(*devices) as team:
+        treat = partial(_treat, decisions=decisions, device=device, on_step=team.checkpoint)
+        for layer_report in team.as_completed(treat, own):
+            reports[layer_report.name] = layer_report
             if bar is not None:
-                bar.update(costs[report.name])
+                bar.update(costs[layer_report.name])
     shared = share(layers, reports, ranks, device=device)
     seconds = time.perf_counter() - started
-    remarks += [*unknown, *parted()]
-    where = ", ".join(dict.fromkeys(map(str, places)))
-    result = Report(settings, shared, seconds, processes=ranks.size, device=where, remarks=remarks)
+    remarks += [*channel_remarks, *find_parted()]
+    device_names = ", ".join(dict.fromkeys(map(str, devices)))
+    report = Report(settings, shared, seconds, processes=ranks.size, device=device_names, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
-    noted = [history.note(name, layers, before, result, chosen=history is not within) for history in histories]
-    result.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
-    return result
+    found = [history.note(name, layers, samples, report, chosen=history is not within) for history in histories]
+    report.remarks += dict.fromkeys(remark for remarks in found for remark in remarks)
+    return report
 
 
 @torch.no_grad()
@@ -216,20 +217,20 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Report:
-    """What `initialize_` would do, without doing it: layers to treat are reported as planned."""
+    """Report what `initialize_` would do, and change nothing; layers that it would treat are reported as planned."""
     settings = check_settings(settings)
     started = time.perf_counter()
     layers = find_layers(model, include, exclude)
-    decided, unknown = decide_channels(layers, settings)
-    reports = [replace(_treat(layer, decided=decided), seconds=0.0) for layer in layers]
-    remarks = [*model_remarks(model, layers), *unknown]
+    decisions, channel_remarks = decide_channels(layers, settings)
+    reports = [replace(_treat(layer, decisions=decisions), seconds=0.0) for layer in layers]
+    remarks = [*model_remarks(model, layers), *channel_remarks]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
 
 
 def _check_device(device: torch.device | str | None) -> None:
     try:
         usable = device is None or not torch.empty(0, device=device).is_meta
-    except Exception as error:  # of several kinds: no such device, or not one that is here
+    except Exception as error:  # its type depends on what is wrong with the device
         raise InputError(f"expected a device that is here, such as 'cpu', got {device!r}: {error}") from error
     if not usable:
         raise InputError(f"expected a device to compute on, got {device!r}: leave it out")
@@ -239,20 +240,21 @@ def _check_device(device: torch.device | str | None) -> None:
 def _treat(
     layer: Layer,
     *,
-    decided: Mapping[str, tuple[Settings, str | None]],
+    decisions: Mapping[str, tuple[Settings, str | None]],
     device: torch.device | str | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> LayerReport:
-    """Lower the similarity of one layer's filters, write them, and report what the forward pass then uses.
+    """Lower the similarity of a layer's filters in place, and report how; without `on_step` only report the plan.
 
-    Without `on_step` report what would be treated, and do nothing.
+    The decisions of `decide_channels` are, by the names of layers, their settings and the reason for their channels.
     """
     started = time.perf_counter()
-    text, twin = (layer.obstacle.text, layer.obstacle.twin) if layer.obstacle else (None, "")
-    report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED, text, twin=twin)
-    if layer.obstacle is None:
+    report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED)
+    if layer.obstacle is not None:
+        report = replace(report, reason=layer.obstacle.text, twin=layer.obstacle.twin)
+    else:
         with full_precision(computing_device(torch.device(device or layer.device))):
-            report = _lower(layer, report, *decided[layer.name], device, on_step)
+            report = _lower(layer, report, *decisions[layer.name], device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 
 
@@ -260,7 +262,7 @@ def _lower(
     layer: Layer,
     report: LayerReport,
     settings: Settings,
-    why: str | None,
+    channels_reason: str | None,
     device: torch.device | str | None,
     on_step: Callable[[], None] | None,
 ) -> LayerReport:
@@ -272,48 +274,61 @@ def _lower(
     if (obstacle := _obstacle(bank, settings)) is not None:
         return replace(report, reason=obstacle)
     if on_step is None:
-        return replace(report, outcome=Outcome.PLANNED, reason=why)
-    before, norms = measure_bank(bank, channels), filter_norms(bank)
+        return replace(report, outcome=Outcome.PLANNED, reason=channels_reason)
     mask = layer.mask(channels, device)
     descent = descend(bank, settings, mask=mask, on_step=on_step)
     report = replace(report, steps=descent.steps, losses=descent.losses)
     if descent.stop is Stop.NON_FINITE:
         return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
-    weight = bank_weight(descent.bank, groups=layer.groups, transposed=layer.transposed)
+    mask_reason = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
+    return _write(layer, report, bank, descent.bank, channels, [channels_reason, mask_reason])
+
+
+def _write(
+    layer: Layer,
+    report: LayerReport,
+    bank: Tensor,
+    lowered: Tensor,
+    channels: Channels,
+    reasons: Sequence[str | None],
+) -> LayerReport:
+    """Write a lowered bank to its layer, but restore the weight if what the forward pass then uses is no better."""
+    # Now, because the bank may share the memory that is written to.
+    before, norms = measure_bank(bank, channels), filter_norms(bank)
+    weight = bank_weight(lowered, groups=layer.groups, transposed=layer.transposed)
     with holding_weights_lock():
-        put_back = layer.weight.backup()
+        restore = layer.weight.backup()
         try:
             difference = layer.weight.write(weight)
-            written = layer.bank(channels, device)  # read back: what the forward pass uses now
-            failure = None if all_finite(written) else "makes infinities or NaN of the new weight"
+            used = layer.bank(channels, bank.device)  # by the forward pass, from now on
+            failure = None if all_finite(used) else "makes infinities or NaN of the new weight"
         except RefusedError as error:
-            put_back()
+            restore()
             return replace(report, reason=str(error))
         except Exception as error:  # whatever the layer's own code raises
             failure = f"ended with {error_text(error)}"
         if failure is not None:
-            put_back()
+            restore()
             return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: its own code {failure}")
-    after, kept = measure_bank(written, channels), filter_norms(written)
-    # Next to what the descent has made: with free norms they are meant to change in it.
-    change = float(((kept - filter_norms(descent.bank)).abs() / norms)[norms > 0].max())
-    counting = list(before)
+    after, used_norms = measure_bank(used, channels), filter_norms(used)
+    compared = list(before)
+    # The lowered norms, not those before: a descent with free norms changes them on purpose.
+    norm_change = float(((used_norms - filter_norms(lowered)).abs() / norms)[norms > 0].max())
     dtype = layer.weight.sources[0].dtype
-    if change > NORM_CHANGE + torch.finfo(dtype).eps:
+    if norm_change > NORM_TOLERANCE + torch.finfo(dtype).eps:
         cause = f"the range of {dtype}" if isinstance(layer.weight, StoredWeight) else "its forward pass"
-        difference = difference or f"{cause} changes the norms of filters by up to {change:.1%}"
-        counting.remove("similarity")  # which falls with the norms
-    # Either will do: with free norms the one blind to scale may rise while the raw one falls.
-    if not any(after[name] < before[name] for name in counting):
+        difference = difference or f"{cause} changes the norms of filters by up to {norm_change:.1%}"
+        compared.remove("similarity")  # smaller norms alone would lower it
+    # One lower measure is enough: with free norms the normalized one may rise while the raw one falls.
+    if not any(after[name] < before[name] for name in compared):
         with holding_weights_lock():
-            put_back()
+            restore()
         cause = f"{difference} and" if difference else "the new weight"
         return replace(report, reason=f"left as it was: {cause} is no better")
-    after["norm_ratio"] = float((kept / norms)[norms > 0].mean())
+    after["norm_ratio"] = float((used_norms / norms)[norms > 0].mean())
     outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
-    within = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
-    remark = ": ".join(filter(None, [why, within, difference])) or None
-    return replace(report, outcome=outcome, reason=remark, before=before, after=after)
+    reason = ": ".join(filter(None, [*reasons, difference])) or None
+    return replace(report, outcome=outcome, reason=reason, before=before, after=after)
 
 
 def _obstacle(bank: Tensor, settings: Settings) -> str | None:

@@ -1,4 +1,4 @@
-"""Weights that are recognized by their values: those that were treated before, and copies that were not."""
+"""Recognizing weights by their values: those that were treated before, and copies that were not."""
 
 from __future__ import annotations
 
@@ -17,125 +17,128 @@ from convsim_init.layers.remarks import copies_remark
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 
-Fact = TypeVar("Fact")
-SAMPLES = 256  # sums of a weight's values with random signs, by which it is recognized: distances are nearly kept
-FEW = 16  # values, of which several weights may have the same direction
-DISTANCE = 5e-3  # part of their norm: bfloat16 changes 2e-3, two steps of a descent 3e-2
+Value = TypeVar("Value")
+SAMPLES = 256  # sums of a weight's values with random signs, which nearly keep the distances between weights
+MIN_DIRECTION = 16  # values: several smaller weights may have the same direction
+DISTANCE = 5e-3  # relative to the norm: conversion to bfloat16 moves a weight by 2e-3, two steps of a descent by 3e-2
 
 
 class Sample(NamedTuple):
-    """What a weight is recognized by."""
+    """The shape and some sums of a weight, by which it is recognized."""
 
     shape: tuple[int, ...]
     sums: Tensor
 
 
-class Named(NamedTuple):
-    """A weight of a model."""
+class SeenWeight(NamedTuple):
+    """A weight that a report was about."""
 
-    name: str  # of its layer, and of the model
-    memory: int  # address of what it is stored in
+    name: str  # of its layer and model
+    address: int  # of its memory
 
 
-class Known(defaultdict[tuple[int, ...], list[tuple[Fact, Tensor]]]):
-    """What is known of weights, by their samples: facts and sums, by shape."""
+class WeightIndex(defaultdict[tuple[int, ...], list[tuple[Value, Tensor]]]):
+    """Values that are found by samples of weights: for each shape the values and the sums of their weights."""
 
     def __init__(self) -> None:
         super().__init__(list)
 
-    def add(self, fact: Fact, sample: Sample | None) -> None:
-        """Know a fact of a weight; nothing of one that could not be read."""
+    def add(self, value: Value, sample: Sample | None) -> None:
+        """Store a value for a weight, unless the weight could not be read."""
         if sample is not None:
-            self[sample.shape].append((fact, sample.sums))
+            self[sample.shape].append((value, sample.sums))
 
-    def find(self, sample: Sample | None) -> Fact | None:
-        """What is known of the weight that has these values; None if there is none, or they are zeros."""
+    def find(self, sample: Sample | None) -> Value | None:
+        """The first value stored for an equal weight; None if there is none or the weight is zero."""
         if sample is None or sample.shape not in self:
             return None
-        facts, sums = zip(*self[sample.shape], strict=True)
-        known = torch.stack(sums)
-        alike = (known - sample.sums).norm(dim=1) < DISTANCE * known.norm(dim=1)
-        # The first that is alike; of booleans there is no argmax.
-        return facts[int(alike.int().argmax())] if alike.any() else None
+        values, sums = zip(*self[sample.shape], strict=True)
+        stored = torch.stack(sums)
+        equal = (stored - sample.sums).norm(dim=1) < DISTANCE * stored.norm(dim=1)
+        # argmax does not take booleans.
+        return values[int(equal.int().argmax())] if equal.any() else None
 
 
 class History:
-    """What the layers of several models held before and after they were treated, or while they were left alone."""
+    """The weights that the reports of several models were about, before and after the layers were treated."""
 
     def __init__(self) -> None:
-        self._before = Known[Named]()
-        self._after = Known[Obstacle]()  # directions alone, by why their layers are to be left
-        self._left = Known[Named]()  # frozen or loaded
+        self._before = WeightIndex[SeenWeight]()  # layers that were treated, as they were drawn
+        self._obstacles = WeightIndex[Obstacle]()  # why to skip layers, by the directions of their weights
+        self._kept = WeightIndex[SeenWeight]()  # layers that were left for a cause in KEPT
 
     def obstacle(self, layer: Layer) -> Obstacle | None:
-        """That its weight was treated, or chosen to be left, in this model or in another one that has it too.
+        """Reason to skip a weight already treated, or deliberately left, here or in another model that shares it.
 
-        It is recognized at another scale too, because `calibrate_` may have scaled it since.
+        The scale of the weight does not matter, because `calibrate_` may have changed it since.
         """
-        return self._after.find(_direction(sample_layer(layer))) if self._after else None
+        return self._obstacles.find(_direction(sample_layer(layer))) if self._obstacles else None
 
     def began_with(self, layer: Layer) -> bool:
-        """Whether its weight is what some layer was drawn with that was treated."""
+        """Whether the layer's weight is the initial weight of a layer that was treated."""
         return self._before.find(sample_layer(layer)) is not None
 
     def note(
         self,
-        model: str,
+        model_name: str,
         layers: Sequence[Layer],
-        before: Sequence[Sample | None],
+        samples: Sequence[Sample | None],
         report: Report,
         *,
         chosen: bool = False,
     ) -> list[str]:
-        """Note what a report says of the layers of a model, of which samples were taken before they were treated.
+        """Record what a report says of the layers of a model, whose samples were taken before they were treated.
 
-        Those that were not selected are to be left from now on if that was `chosen`. Returned is a remark on copies in
-        other models that are no longer equal.
+        If `chosen`, layers that were not selected are skipped from now on. The result is a remark on copies in other
+        models that are no longer equal, or nothing.
         """
-        treated, left, parted = [], [], []
-        for layer, sample, outcome in zip(layers, before, report.layers, strict=True):
-            memory = layer.weight.sources[0].data_ptr() if sample is not None else 0
-            own = Named(f"{layer_name(layer.name)} of {shown(model)}", memory)
-            if outcome.after:
-                treated.append((own, sample))
-                self._after.add(_before("treated", own), _direction(sample_layer(layer)))
-                parted += [(twin, own)] if (twin := self._left.find(sample)) else []
+        treated, kept, parted = [], [], []
+        for layer, sample, layer_report in zip(layers, samples, report.layers, strict=True):
+            address = layer.weight.sources[0].data_ptr() if sample is not None else 0
+            seen = SeenWeight(f"{layer_name(layer.name)} of {shown(model_name)}", address)
+            if layer_report.after:
+                treated.append((seen, sample))
+                self._obstacles.add(_seen_before("treated", seen), _direction(sample_layer(layer)))
+                parted += [(twin, seen)] if (twin := self._kept.find(sample)) else []
             elif layer.obstacle is None:
-                self._after.add(_before("left as it was", own), _direction(sample_layer(layer)))
+                self._obstacles.add(_seen_before("left as it was", seen), _direction(sample_layer(layer)))
             elif layer.obstacle.cause is Cause.UNSELECTED and chosen:
-                obstacle = _before(layer.obstacle.text, own, Cause.UNSELECTED_BEFORE)
-                self._after.add(obstacle, _direction(sample))
+                obstacle = _seen_before(layer.obstacle.text, seen, Cause.UNSELECTED_BEFORE)
+                self._obstacles.add(obstacle, _direction(sample))
             elif layer.is_left_for(*KEPT):
-                left.append((own, sample))
-                parted += [(own, twin)] if (twin := self._before.find(sample)) else []
-        for known, new in ((self._before, treated), (self._left, left)):  # copies within the model are not parted
-            for own, sample in new:
-                known.add(own, sample)
-        return copies_remark([(a.name, b.name) for a, b in parted if a.memory != b.memory])  # else it was frozen then
+                kept.append((seen, sample))
+                parted += [(seen, twin)] if (twin := self._before.find(sample)) else []
+        # Only now, because `watch_copies` remarks on copies within the model.
+        for index, new in ((self._before, treated), (self._kept, kept)):
+            for seen, sample in new:
+                index.add(seen, sample)
+        # At the same address it is the same weight, which was frozen at one time.
+        pairs = [(copy.name, original.name) for copy, original in parted if copy.address != original.address]
+        return copies_remark(pairs)
 
 
-HISTORIES: list[History] = []  # of the contexts of `initializing` that are open
+open_histories: list[History] = []  # of the `initializing` contexts that are open
 
 
-def _before(text: str, seen: Named, cause: Cause = Cause.UNTREATABLE) -> Obstacle:
-    """That the same happened to the weight before, where it was seen."""
+def _seen_before(text: str, seen: SeenWeight, cause: Cause = Cause.UNTREATABLE) -> Obstacle:
+    """The obstacle of a weight that was seen before, with what became of it then."""
     return Obstacle(f"{text} before, as {seen.name}", cause, seen.name)
 
 
 def sample_layer(layer: Layer) -> Sample | None:
-    """Some sums of a layer's weight; None where it cannot be read."""
+    """The sample of a layer's weight; None where it cannot be read."""
     if layer.weight.obstacle(read_only=True) is not None:
         return None
     with holding_weights_lock():
         values = layer.weight.read().flatten().float().cpu()
     rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
-    # The same signs for all weights of a shape, whose sums would not be comparable otherwise.
+    # The same signs for all weights of a shape make their sums comparable.
     signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
     return Sample(tuple(layer.shape), rows @ signs.to(rows))
 
 
 def _direction(sample: Sample | None) -> Sample | None:
-    """The same for all multiples of a weight, but for very small ones."""
-    if sample is None or math.prod(sample.shape) < FEW:
+    """The sample scaled to norm 1, except that of a weight with very few values."""
+    if sample is None or math.prod(sample.shape) < MIN_DIRECTION:
         return sample
     return sample._replace(sums=nn.functional.normalize(sample.sums, dim=0))
