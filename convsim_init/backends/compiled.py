@@ -19,24 +19,24 @@ from torch import Tensor
 from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.settings import SWITCH, Channels, Pairs, Settings
 
-NAME = "_step.so"  # as in setup.py: of no Python in particular
-INTERFACE = 4  # as interface_version() in step.c: a library built from another version is not used
-CHUNK = 32  # filters side by side, as in step.c
+NAME = "_step.so"  # the name that setup.py gives it, the same for every version of Python
+INTERFACE = 4  # what interface_version() in step.c returns; a library built from another version is not used
+CHUNK = 32  # filters side by side in memory, as in step.c
 
 
 class _Sizes(ctypes.Structure):
-    """As in ``step.c``."""
+    """The struct ``Sizes`` of ``step.c``."""
 
     _fields_ = tuple((name, c_int64) for name in ("taps", "even", "points", "cosines"))
 
     @classmethod
     def of(cls, taps: int, points: int) -> _Sizes:
-        """Of kernels of so many taps on a lattice of so many points."""
+        """The sizes for kernels of that many taps on a lattice of that many points."""
         return cls(taps, (taps + 1) // 2, points, points // 2 + 1)
 
 
 class _Layout(ctypes.Structure):
-    """As in ``step.c``."""
+    """The struct ``Layout`` of ``step.c``."""
 
     _fields_ = (
         *((name, _Sizes) for name in ("full", "coarse")),
@@ -47,25 +47,26 @@ class _Layout(ctypes.Structure):
 
     @classmethod
     def of(cls, fourier: Fourier, groups: int, channels: int, filters: int) -> _Layout:
-        """That of a bank whose kernels lie in the coordinates of ``fourier``."""
+        """The layout of a bank whose kernels lie in the coordinates of ``fourier``."""
         # In the order of the fields. ctypes leaves null those that get no value, from which step.c
         # knows that the weights are their own coefficients on the coarse lattice.
         coarse = () if fourier.coarse_is_free else (fourier.coarse.first, fourier.coarse.second)
-        kept = [one.contiguous() for one in (fourier.full.first, fourier.full.second, fourier.identity, *coarse)]
+        bases = (fourier.full.first, fourier.full.second, fourier.identity, *coarse)
+        kept = [basis.contiguous() for basis in bases]
         layout = cls(
             *(_Sizes.of(len(fourier.rotation), points) for points in (fourier.points, fourier.coarse_points)),
             *(groups, channels, filters),
             *(tensor.data_ptr() for tensor in kept),
             coarse_constant=fourier.coarse_constant,
         )
-        layout.kept = kept  # as long as it points to them
+        layout.kept = kept  # the layout holds their addresses alone, which keep nothing alive
         return layout
 
 
 def _with_lanes(library: ctypes.CDLL, lanes: int) -> ctypes.CDLL:
-    """The library, with the functions of ``step.c`` that take so many floats at a time by their bare names."""
+    """The library, its functions for vectors of that many floats, such as ``evaluate_8``, by their bare names too."""
     pointers = [c_void_p] * 9
-    # Without these types ctypes passes an address as a C int, and cuts it to 32 bits.
+    # Without types ctypes passes an address as a C int, which cuts it to 32 bits.
     library.scratch_size.argtypes, library.scratch_size.restype = [POINTER(_Layout)], c_int64
     for name, arguments, result in (
         ("evaluate", pointers, None),
@@ -80,34 +81,35 @@ def _with_lanes(library: ctypes.CDLL, lanes: int) -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def _built() -> ctypes.CDLL | str:
-    """What was compiled, or why it is not used."""
+    """The compiled library, or why it cannot be used."""
     path = Path(__file__).parent / NAME
     try:
         library = ctypes.CDLL(str(path))
         versions = library.interface_version(), library.chunk_size()
         if versions == (INTERFACE, CHUNK):
             return _with_lanes(library, library.lanes())
-    except (OSError, AttributeError) as error:  # of another system, for instance on a shared disk, or another version
+    # It was built on another system, as on a shared disk, or from a version without these functions.
+    except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded: {error}" if path.exists() else f"{path} was not compiled"
     return f"{path} is of another version: install the package again"
 
 
 def library() -> ctypes.CDLL | None:
-    """What was compiled; None if it cannot be used, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
-    # The environment is asked at each call, the library loaded once: it may change in a process.
+    """The compiled library; None if it cannot be used, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
+    # The library is loaded once, but the environment is read at each call, because it may change.
     found = None if os.environ.get(SWITCH) == "0" else _built()
     return found if isinstance(found, ctypes.CDLL) else None
 
 
 def describe() -> str:
-    """How a step is computed on the CPU, and why not by what was compiled."""
+    """How a step is computed on the CPU, and if not by the compiled library, why."""
     if library():
         return "compiled"
     return f"in torch's operations: {f'{SWITCH}=0' if isinstance(found := _built(), ctypes.CDLL) else found}"
 
 
 def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
-    """Whether what was compiled computes this."""
+    """Whether the compiled library is there and computes with such weights and settings."""
     usual = pairs == "all" and channels == "matched"
     return usual and dtype == torch.float32 and device.type == "cpu" and library() is not None
 
@@ -122,8 +124,8 @@ class CompiledSimilarity:
         self._library = library_
         self._layout = _Layout.of(_folded(tuple(kernel_size)), groups, channels, filters)
         self._scratch_size = library_.scratch_size(byref(self._layout))
-        # CS of filters of norm r is r^4 times that of the unit ones: their mean over the pairs
-        # where r = pairs^(-1/4). All filters form pairs, for step.c refuses those that are zero.
+        # Filters of norm r have r^4 times the CS of unit ones, which with r = pairs^(-1/4) is the mean over
+        # the pairs. All filters form pairs, for step.c refuses those that are zero.
         self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25
 
     def __call__(self, kernels: Tensor, out: Tensor, *, normalized: bool) -> float | None:
@@ -149,7 +151,7 @@ def _folded(kernel_size: tuple[int, ...]) -> Fourier:
 class CompiledBlock:
     """A `Block` for what the defaults need: float32 on the CPU, all pairs, matched channels."""
 
-    max_weights = 2**19  # a channel at a time is in the cache, whatever the block: blocks only share out work
+    max_weights = 2**19  # step.c takes one channel at a time into the cache: blocks only divide the work
 
     def __init__(
         self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
@@ -188,9 +190,9 @@ class CompiledBlock:
         return self._coefficients
 
     def _scratch(self) -> Tensor:
-        """Memory of the thread's own."""
+        """Scratch memory of this thread."""
         scratch: Tensor | None = getattr(self._memory, "scratch", None)
-        # The last block of a layer may be smaller than the others, and takes what they needed.
+        # The blocks of a layer differ in size, and a block may use the memory of a larger one.
         if scratch is None or len(scratch) < self._scratch_size:
             scratch = self._memory.scratch = self._weights.new_empty(self._scratch_size)
         return scratch

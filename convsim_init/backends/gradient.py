@@ -47,7 +47,7 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, layouts: Sequence[Layout], pairs: Pairs, channels: Channels, normalized: bool, *weights: Tensor
     ) -> Tensor:
-        ctx.weights = weights  # not saved for the backward pass: they may change until then
+        ctx.weights = weights  # save_for_backward would refuse weights that change before the backward pass
         found = [
             _value_and_gradient(weight, layout, pairs, channels, normalized)
             for weight, layout in zip(weights, layouts, strict=True)
@@ -110,7 +110,7 @@ def _value_and_gradient(
 
 
 def _has_memory(weight: Tensor) -> bool:
-    """Whether there is memory that a kernel could read: what only stands for a tensor has none."""
+    """Whether a kernel can read the weight's memory: FakeTensors, DTensors and the like have none of their own."""
     return type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -127,7 +127,7 @@ def _total(values: Sequence[float | Tensor], first: Tensor) -> Tensor:
     dtype, device = accumulation_dtype(first.dtype), first.device
     tensors = [value.to(device) for value in values if isinstance(value, Tensor)]
     numbers = sum(value for value in values if isinstance(value, float))
-    # What step.c returned is a float: together these go to the device in one copy.
+    # step.c returns floats, which go to the device together, in one copy.
     if len(tensors) < len(values):
         tensors.append(torch.tensor(numbers, dtype=dtype, device=device))
     total = tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum()
@@ -140,7 +140,7 @@ def _bank_shape(shape: torch.Size, dtype: torch.dtype, layout: Layout, channels:
     return filter_bank(torch.empty(shape, dtype=dtype, device="meta"), **layout._asdict(), channels=channels).shape
 
 
-# Every layer asks at every call, and the answer takes a look at Triton's driver.
+# Cached, because every layer asks at every call, and Triton's driver takes its time to answer.
 @lru_cache(maxsize=256)
 def _has_fused(shape: torch.Size, dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
     return shape[0] <= MAX_GROUPS and gpu.fits(shape, dtype, device, pairs, channels)

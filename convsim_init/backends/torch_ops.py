@@ -107,7 +107,7 @@ class TorchBlock:
 
 
 class _Workspace:
-    """Scratch memory for blocks of one shape; what is not needed at the same time shares a place."""
+    """Scratch memory for blocks of one shape; arrays that are not needed at the same time share a place."""
 
     def __init__(self, weights: Tensor, fourier: Fourier) -> None:
         taps, *rest = weights.shape

@@ -52,7 +52,7 @@ def computing_bank(
 
 
 def computing_device(device: torch.device) -> torch.device:
-    """Where a weight on that device is computed with: Apple's MPS has neither float64 nor eigenvalues, the CPU has."""
+    """The device that computes with weights on ``device``: the CPU for Apple's MPS, which lacks float64 and `eigh`."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -73,12 +73,12 @@ def count_pairs(active: Tensor, pairs: Pairs) -> Tensor:
 def filter_norms(bank: Tensor) -> Tensor:
     """L2 norms ``[G, M]`` of the filters of a bank ``[G, M, C, *kernel_size]``; no finite filter's overflows."""
     norms: Tensor = torch.linalg.vector_norm(bank.flatten(2), dim=-1)
-    # MPS has no float64, and the meta device no numbers to compare.
+    # There is no float64 on MPS, and there are no numbers on the meta device.
     if bank.device.type in ("mps", "meta") or bool(((norms > SMALL_NORM) & (norms < LARGE_NORM)).all()):
         return norms
-    # Returned in float64, too: float32 ends at 1e-45 and 3e38.
+    # These norms stay in float64, for they may be below 1e-45 or above 3e38, where float32 ends.
     filters = bank.flatten(2).double()
-    largest = filters.abs().amax(-1)  # squares of shares of it neither vanish nor overflow
+    largest = filters.abs().amax(-1)  # divided by it, no entry's square vanishes or overflows
     exact: Tensor = largest * torch.linalg.vector_norm(filters / nonzero(largest)[..., None], dim=-1)
     return exact
 
@@ -90,7 +90,7 @@ def unit_filters(bank: Tensor, norms: Tensor) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor that is not empty holds neither infinities nor NaN; one pass, nothing allocated."""
-    # aminmax hands NaN on, so that its two numbers tell of all.
+    # Where there is a NaN, both the minimum and the maximum are NaN.
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 

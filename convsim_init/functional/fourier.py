@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CACHED = 2**17  # weights of a block; measured: of more the cache holds less, of fewer the calls cost more
+CACHED = 2**17  # weights of a block, as measured: larger ones leave the cache, with smaller ones calls cost more
 
 
 class Part(NamedTuple):
@@ -180,7 +180,7 @@ def _basis(kernel_size: tuple[int, ...], lattice: tuple[int, ...], dtype: torch.
     return basis.to(device, dtype)
 
 
-_cached_basis = lru_cache(maxsize=256)(_basis)  # on its device: to copy it there anew would make the host wait
+_cached_basis = lru_cache(maxsize=256)(_basis)  # kept on its device, because copying it there would make the host wait
 
 
 def _grid(starts: Sequence[int], sizes: Sequence[int]) -> Tensor:

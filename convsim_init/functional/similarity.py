@@ -35,8 +35,8 @@ def convolutional_similarity(
         CS(W) = Σ_(i,j) Σ_(c,d) ‖K[i,c] ⋆ K[j,d]‖²
 
     where ``K[i,c]`` is the kernel of filter i for input channel c and ``⋆`` the full cross-correlation
-    (arXiv 2411.03226). Where it vanishes for two filters, their feature maps are orthogonal: with ``channels="all"`` for
-    every input, with ``"matched"`` for every input whose channels are uncorrelated with each other. By Parseval's
+    (arXiv 2411.03226). Where it vanishes for two filters, their feature maps are orthogonal: with ``channels="all"``
+    for every input, with ``"matched"`` for every input whose channels are uncorrelated with each other. By Parseval's
     theorem the similarity of two kernels is the inner product of their power spectra, so sums over pairs are products
     of sums: time and memory grow linearly with the number of filters. Differentiable by autograd.
 

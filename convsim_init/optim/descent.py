@@ -20,9 +20,9 @@ from convsim_init.parallel.threads import Team
 from convsim_init.settings import Settings
 
 BACKTRACKS = 5  # step lengths tried along one direction, each a quarter of the one before
-IDLE_STEPS = 2  # in a row that gain too little end a descent
-PLATEAU_SHARE, PLATEAU_LOSSES = 0.95, 20  # share of the first loss, and losses noted, that end a plateau
-NOTHING_LEFT = 1e-20  # share of the loss at the start
+IDLE_STEPS = 2  # so many steps in a row that gain too little end a descent
+PLATEAU_SHARE, PLATEAU_LOSSES = 0.95, 20  # a plateau ends at this share of the first loss, or after so many losses
+NOTHING_LEFT = 1e-20  # a descent ends at this share of the first loss
 
 
 class Stop(Enum):
@@ -95,7 +95,7 @@ class StoppingRule:
         on_plateau = loss > PLATEAU_SHARE * start and len(self.losses) <= PLATEAU_LOSSES
         idle = gain < self._settings.tolerance * start and not on_plateau
         self._idle = self._idle + 1 if idle else 0
-        # `<=`: where the loss is 0 from the start, there is nothing to lower.
+        # Not `<`: where the loss is 0 from the start, there is nothing to lower.
         if self._idle == IDLE_STEPS or loss <= NOTHING_LEFT * start:
             return Stop.CONVERGED
         return Stop.STEPS if len(self.losses) > self._settings.steps else None
@@ -141,9 +141,9 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
     Returns:
         The loss there, or ``reached`` if no step lowers it; and whether the next direction has to restart.
     """
-    # Even where that has just failed: `retract` has taken the gradient anew, with the shift of this
-    # place, so that less of it is rounding.
-    for steepest in (restart, True):  # where the conjugate direction fails, steepest descent from the same place
+    # Where the conjugate direction fails, steepest descent from the same place. Even where that was what failed:
+    # `retract` has taken the gradient anew, with the shift of this place, so that less of it is rounding.
+    for steepest in (restart, True):
         step = filters.next_direction(restart=steepest)
         if not step:
             break
@@ -159,7 +159,7 @@ def _take_step(filters: ConjugateGradient, reached: float, restart: bool) -> tup
 
 
 class OwnAdam(torch.optim.Adam):
-    """That of a descent: `initializing` waits for the optimizer of a training, which it is not."""
+    """The Adam of a descent, which `initializing`, that waits for the optimizer of a training, passes over."""
 
 
 def _adam(bank: Tensor, settings: Settings, mask: Tensor | None, on_step: Callable[[], None]) -> Descent:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-LONGEST = 1000.0  # step looked for, in the unit in which one is expected
-BISECTIONS = 60  # of an interval, until nothing but rounding is left of it
+LONGEST = 1000.0  # the longest step that is looked for, over the one that is taken where there is no minimum
+BISECTIONS = 60  # after so many an interval is no wider than rounding
 
 
 def first_minimum(a: float, b: float, c: float, d: float, *, otherwise: float) -> float:

@@ -14,7 +14,7 @@ from convsim_init.parallel.processes import Ranks
 from convsim_init.report.report import LayerReport
 from convsim_init.settings import Settings
 
-OVERHEAD = 25_000  # weights that take as long as the fixed cost of a layer; measured
+OVERHEAD = 25_000  # the fixed cost of a layer, as measured, in the time that a weight takes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,7 +27,7 @@ def own_layers(layers: Sequence[Layer], settings: Settings, ranks: Ranks) -> lis
 
 
 def cost(layer: Layer) -> int:
-    """About what treating a layer takes, in the time of a weight."""
+    """About how long a layer takes, in the time that a weight takes."""
     return OVERHEAD + math.prod(layer.shape) if layer.obstacle is None else 0
 
 
@@ -38,10 +38,11 @@ def share(
 
     Weights travel from the device, or else from where they are.
     """
-    reports = {name: (report, rank) for rank, some in enumerate(ranks.exchange(own)) for name, report in some.items()}
+    by_rank = enumerate(ranks.exchange(own))
+    reports = {name: (report, rank) for rank, its_reports in by_rank for name, report in its_reports.items()}
     for layer in layers:
         report, owner = reports[layer.name]
-        # All ranks copy the same layers in the same order, for each has the reports of all.
+        # Every rank has the reports of all, so all of them copy the same layers in the same order.
         if report.after:
             ranks.copy(list(layer.weight.storage().values()), owner, device=device)
     return [reports[layer.name][0] for layer in layers]
@@ -54,7 +55,7 @@ def deal(costs: Sequence[float], workers: int) -> list[int]:
     multiprocessing timing anomalies*, 1969).
     """
     owners, load = [0] * len(costs), [0.0] * workers
-    # Of equals the first comes first: so every rank finds the same division by itself.
+    # The sort is stable, so that every rank finds the same division by itself.
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         owners[item] = min(range(workers), key=load.__getitem__)
         load[owners[item]] += costs[item]

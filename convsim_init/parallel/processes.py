@@ -29,10 +29,10 @@ def of_several_processes() -> bool:
 
 
 class Ranks:
-    """The ranks of a process group, this one among them; None is this process alone.
+    """The ranks of a process group, this one among them; a group of None is this process alone.
 
-    Every method but the constructor must be called by all of them, in the same order, and raises an `InputError` or
-    `RunError` that another sent instead, or a `RunError` if one has died.
+    Every method but the constructor must be called by all ranks, in the same order. It raises the `InputError` or
+    `RunError` that another rank has sent instead of its call, or a `RunError` if a rank has died.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -50,10 +50,10 @@ class Ranks:
         values: list[Any] = [None] * self.size
         with self._reaching():
             dist.all_gather_object(values, value, group=self.group)
-        for rank, one in enumerate(values):
-            if isinstance(one, (InputError, RunError)):
+        for rank, received in enumerate(values):
+            if isinstance(received, (InputError, RunError)):
                 self._ended = True
-                raise type(one)(f"rank {rank}: {one}")
+                raise type(received)(f"rank {rank}: {received}")
         return values
 
     def broadcast_error(self, error: Exception) -> None:
@@ -62,16 +62,16 @@ class Ranks:
             return
         foreseen = isinstance(error, (InputError, RunError))
         message = str(error) if foreseen else error_text(error)
-        with suppress(InputError, RunError):  # this one comes back, or that of another rank
+        with suppress(InputError, RunError):  # exchange raises this error here too, or that of another rank
             self.exchange(InputError(message) if isinstance(error, InputError) else RunError(message))
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, for the first alone; an empty list for the others."""
+        """The values of all ranks in the first one; an empty list in the others."""
         if self.group is None:
             return [value]
-        # Before the exchange: what cannot be pickled fails while the others can still be told.
+        # Before the exchange: where pickling fails, the other ranks can still be sent the error.
         data = pickle.dumps(value)
-        self.exchange(None)  # the last moment for an error: what follows brings data alone
+        self.exchange(None)  # brings the errors of other ranks, which the next call could not
         values: list[Any] = [None] * self.size if self.rank == 0 else []
         with self._reaching():
             dist.gather_object(data, values or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
@@ -94,7 +94,7 @@ class Ranks:
                 tensor.copy_(carried)
 
     def _carrier(self, wanted: torch.device) -> torch.device:
-        """That device, or else one that the group does connect."""
+        """The wanted device if the group connects such devices, or else one that it does connect."""
         connected = dist.get_backend_config(self.group)  # such as "cpu:gloo,cuda:nccl"
         if wanted.type in ("cpu", "cuda") and f"{wanted.type}:" in connected:
             return wanted
@@ -121,7 +121,7 @@ def process_group(launch: Launch) -> Iterator[Ranks]:
     ranks = _join(launch)
     try:
         yield ranks
-        ranks.exchange(None)  # the others wait for the files that the first writes, or its error
+        ranks.exchange(None)  # until the first rank has written its files, or sent an error
     except Exception as error:
         ranks.broadcast_error(error)
         raise

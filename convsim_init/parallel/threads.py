@@ -20,10 +20,10 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Taken again by its holder: _one_intra_op_thread calls _callers_threads.
+# Reentrant, because _one_intra_op_thread holds it and calls _callers_threads.
 _intra_op = threading.RLock()  # guards the two below
-_teams = 0  # how many are at work, maybe in several threads of the caller's at once
-_callers = 1  # torch's number of intra-op threads before they were
+_teams = 0  # how many teams are at work, perhaps in several threads of the caller
+_callers = 1  # torch's number of intra-op threads before the first of these teams
 
 
 class Cancelled(BaseException):
@@ -38,7 +38,7 @@ class Team:
     """
 
     def __init__(self, threads: int) -> None:
-        # MKL asks OpenMP, whose number of threads is each thread's own.
+        # In every thread of the team, because OpenMP keeps a number for each thread, and MKL uses it.
         start = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(threads, "convsim-init", start) if threads > 1 else None
         self._threads = threads
@@ -51,8 +51,8 @@ class Team:
         return cls(_callers_threads() if all(device.type == "cpu" for device in devices) else 1)
 
     def __enter__(self) -> Team:
-        # Undone from the last to the first: workers hear that the caller has left, then they are
-        # waited for, and only then torch has its threads back.
+        # Undone from the last to the first: workers see that the caller has left, the pool waits for
+        # them, and only then torch gets its threads back.
         self._exits = ExitStack()
         self._exits.enter_context(_one_intra_op_thread())
         if self._pool:
@@ -72,7 +72,7 @@ class Team:
         """Results of ``work`` for every item, in the order of the items; the caller works too."""
         if self._pool is None or len(items) <= 1:
             return [work(item) for item in items]
-        stops = [None] * self._threads  # one for each who takes items
+        stops = [None] * self._threads  # one for each thread that takes items
         waiting = deque([*range(len(items)), *stops])
 
         def take(_: None) -> dict[int, Result]:
@@ -82,11 +82,11 @@ class Team:
                 waiting.extendleft(stops)  # nothing more is begun, by anyone
                 raise
 
-        # With the caller as many as there are stops, and no more than items.
-        helpers = [self._submit(take, stop) for stop in stops[1 : len(items)]]  # few: to wake one takes long
+        # With the caller as many threads as stops; no more than items, because waking a thread takes long.
+        helpers = [self._submit(take, stop) for stop in stops[1 : len(items)]]
         results = take(None)
         for helper in helpers:
-            # One that has not begun by now has nothing to do: the caller has come upon a stop.
+            # A helper that has not begun by now has nothing left to do: the caller has reached a stop.
             if not helper.cancel():
                 results |= helper.result()
         return [results[number] for number in range(len(items))]
@@ -102,7 +102,7 @@ class Team:
         assert self._pool is not None
 
         def alone() -> Result:
-            # Both modes are each thread's own.
+            # Every thread has these two modes of its own.
             with torch.inference_mode(self._inference), torch.no_grad():
                 return work(item)
 
