@@ -45,7 +45,8 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .commands.run import run
     from .commands.verify import verify
     from .completion import completion
-    from .terminal import Context, colour, error_line, reader_has_left, write_options
+    from .options import debug_option
+    from .terminal import Context, Invocation, colour, error_line, reader_has_left, write_options
 
 PROGRAM = "convsim-init"
 COMPLETE = "_CONVSIM_INIT_COMPLETE"  # a shell's completion sets it
@@ -92,7 +93,7 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Before any subcommand: see to it that all names can be printed, and that the right processes run it."""
-    stdout, is_own_process = sys.stdout, ctx.obj
+    stdout, is_own_process = sys.stdout, ctx.ensure_object(Invocation).is_own_process
     # The stdout of other code, which a script is too, stays as it is.
     if is_own_process and ctx.invoked_subcommand != run.name and isinstance(stdout, io.TextIOWrapper):
         stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks are no error
@@ -105,7 +106,7 @@ for command in (init, run, inspect, compare, verify, list_models, env, completio
     command.context_class = Context
     cli.add_command(command)
     if command not in (init, completion):  # the one has it for its runs, and the other nothing to trace
-        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(command)
+        debug_option(expose_value=False)(command)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -144,6 +145,7 @@ def showing_once() -> Iterator[None]:
 
 
 def _run(arguments: Sequence[str], *, is_own_process: bool) -> int:
+    invocation = Invocation(is_own_process)
     try:
         if not arguments and COMPLETE not in os.environ:  # what click does then depends on its version
             if launched().reports_errors:
@@ -151,7 +153,7 @@ def _run(arguments: Sequence[str], *, is_own_process: bool) -> int:
                 click.echo(cli.get_help(ctx), err=True, color=colour())
             return WRONG_USAGE
         # In its standalone mode click would end the process itself, by statuses of its own.
-        status = cli.main(arguments, PROGRAM, standalone_mode=False, color=colour(), obj=is_own_process)
+        status = cli.main(arguments, PROGRAM, standalone_mode=False, color=colour(), obj=invocation)
         return status if isinstance(status, int) else DONE
     # It is a RuntimeError, which would be told as one further down.
     except click.Abort:
@@ -164,8 +166,7 @@ def _run(arguments: Sequence[str], *, is_own_process: bool) -> int:
         if isinstance(error, OSError) and reader_has_left(error):  # of Windows; click knows that of other systems
             sys.stdout = None  # Python would tell that it cannot be flushed
             return FAILED
-        # Among the words: the error may have come before click had parsed them.
-        if "--debug" in arguments and launched().reports_errors:
+        if invocation.debug and launched().reports_errors:
             import traceback
 
             traceback.print_exc()

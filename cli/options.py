@@ -20,17 +20,19 @@ from convsim_init.models.spec import CONFIG
 from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.plotting.figure import check_plot
 from convsim_init.report.text import PATH, quoted, shown, some
+from convsim_init.settings import MAX_SEED
 
 from .arguments import OWN, parse_arguments
 from .completion import complete_layers, complete_models
 from .config import is_by_hand
 from .signals import exit_on_signal
-from .terminal import needs_stdout
+from .terminal import needs_stdout, note_debug
 
 if TYPE_CHECKING:
     import torch
 
 
+UNDRAWN = "nothing is drawn without --plot"
 INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
 
 
@@ -38,6 +40,17 @@ class Whole(click.IntRange):
     """A whole number, in click's messages too."""
 
     name = "whole number"
+
+
+class Seed(Whole):
+    """A seed that torch takes; its upper limit, which has 19 digits, is not in the help."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, unless it is too large."""
+        seed: int = super().convert(value, param, ctx)
+        if seed > MAX_SEED:
+            self.fail(f"{seed} is larger than {MAX_SEED}", param, ctx)
+        return seed
 
 
 @dataclass(frozen=True)
@@ -79,9 +92,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         of_file = {name: others.pop(name, None) for name in ("like", "key")}
         return function(*args, how=ModelOptions(seed, own | parse_arguments(model_args), **of_file), **others)
 
-    whole, positive = Whole(min=0), Whole(min=1)
+    positive = Whole(min=1)
     for option in (
-        click.option("--seed", type=whole, metavar="N", help="Seed of a MODEL's drawn weights. Default: 0."),
+        click.option("--seed", type=Seed(min=0), metavar="N", help="Seed of a MODEL's drawn weights. Default: 0."),
         click.option(
             "--model-arg",
             "model_args",
@@ -114,6 +127,9 @@ plot_layer_option = partial(click.option, "--plot-layer", metavar="NAME", shell_
 plot_option = partial(click.option, "--plot", type=click.Path(path_type=Path))
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing picture.")
 json_option = partial(click.option, "--json", "as_json", is_flag=True, callback=needs_stdout)
+debug_option = partial(
+    click.option, "--debug", is_flag=True, is_eager=True, callback=note_debug, help="Show the traceback of an error."
+)
 
 
 def is_file(spec: str) -> bool:
@@ -140,12 +156,19 @@ def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = Fals
         raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
 
 
-def check_picture(plot: Path | None, layer: str | None, *, force: bool) -> None:
+def check_picture(plot: Path | None, *, force: bool) -> None:
     """Refuse, without torch, a picture that cannot be drawn, and options of one where there is none."""
     if plot is not None:
         check_plot(plot, overwrite=force)
-    elif layer is not None or force:
-        raise click.UsageError("--plot-layer, --force: nothing is drawn without --plot")
+    else:
+        refuse_given(["plot_layer", "force"], UNDRAWN)
+
+
+def refuse_given(names: Sequence[str], reason: str) -> None:
+    """Refuse those of some options that were given on the command line, by their parameters' names."""
+    given = [f"--{name.replace('_', '-')}" for name in names if is_by_hand(name)]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: {reason}")
 
 
 def check_found(specs: Sequence[str], like: str | None) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 
 import click
 
@@ -43,10 +44,12 @@ def tell(*lines: str) -> None:
 
 
 def error_line(error: Exception) -> str:
-    """An error as the user reads it: of one that was not foreseen the kind, and how to see more."""
-    if isinstance(error, (InputError, RunError)):
-        return str(error)
-    return f"{error_text(error)} (--debug shows where)"
+    """An error as the user reads it; where other code raised it, with its kind and how to see more."""
+    if not isinstance(error, (InputError, RunError)):
+        return f"{error_text(error)} (--debug shows where)"
+    cause = error.__cause__
+    only_quotes = cause is not None and str(error).endswith(f" raised {error_text(cause)}")
+    return f"{error}; --debug shows where" if only_quotes else str(error)
 
 
 def reader_has_left(error: OSError) -> bool:
@@ -64,6 +67,20 @@ def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) ->
     """Refuse, before any work, an option whose result would be lost, for stdout is closed."""
     if value and sys.stdout is None:
         raise RunError(f"{parameter.opts[0]}: expected stdout to print to, got a closed one: send it to a file")
+    return value
+
+
+@dataclass
+class Invocation:
+    """What the whole command knows of how it was called: the object of click's contexts."""
+
+    is_own_process: bool = False  # not called by other code
+    debug: bool = False  # whether --debug was given to the command, and not to a script that it runs
+
+
+def note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Remember --debug from the moment it is parsed: parsing what comes after it may fail."""
+    ctx.ensure_object(Invocation).debug |= value
     return value
 
 

@@ -51,7 +51,7 @@ def compare(
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
     options.check_sources(specs, how)
-    options.check_picture(plot, plot_layer, force=force)
+    options.check_picture(plot, force=force)
 
     with exit_on_signal():
         from convsim_init.metrics import compare as comparison

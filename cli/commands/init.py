@@ -30,7 +30,7 @@ from convsim_init.settings import Preset, Settings
 from ..completion import complete_models
 from ..config import config_option, is_by_hand, origins
 from ..devices import check_device_name, find_device
-from ..options import ModelOptions, check_found, check_sources, is_file
+from ..options import UNDRAWN, ModelOptions, check_found, check_sources, is_file, refuse_given
 from ..runs.plan import Run, parse_seeds, plan_runs
 from ..runs.results import notes
 from ..runs.run import UNTREATED, Choices, make, write
@@ -123,12 +123,11 @@ def init(
     _check_no_command(ctx, models)
     check_sources(models, how, drawn=drawn)
     check_device_name(choices.device)
-    if plot is None and is_by_hand("plot_layer"):
-        raise click.UsageError("--plot-layer: nothing is drawn without --plot")
-    of_files = [*OF_ENTRIES, *(["force"] if record is None and plot is None else [])]
-    useless = [f"--{name.replace('_', '-')}" for name in of_files if is_by_hand(name)]
-    if out is None and useless:
-        raise click.UsageError(f"{', '.join(useless)}: no weights are written without --out")
+    if plot is None:
+        refuse_given(["plot_layer"], UNDRAWN)
+    if out is None:
+        of_files = [*OF_ENTRIES, "force"] if record is None and plot is None else OF_ENTRIES
+        refuse_given(of_files, "no weights are written without --out")
     starts = _starts(models, how, seeds, drawn=drawn)
     if folder:
         _check_whole(choices)

@@ -142,7 +142,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option(
         "-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr."
     ),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    options.debug_option(),
 )
 
 

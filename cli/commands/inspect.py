@@ -66,7 +66,7 @@ def inspect(
     if as_json and csv:
         raise click.UsageError("--json and --csv: choose one")
     options.check_sources([spec], how)
-    options.check_picture(plot, plot_layer, force=force)
+    options.check_picture(plot, force=force)
 
     with exit_on_signal():
         from convsim_init.metrics.measure import measure

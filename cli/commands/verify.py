@@ -35,6 +35,8 @@ Examples:
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
 def verify(file: str, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
+    if as_json and quiet:
+        raise click.UsageError("--json and --quiet: choose one")
     if is_file(model) and not is_file(file):
         raise click.UsageError(f"expected FILE MODEL, got MODEL FILE: write verify {model} {file}")
     check_source(file)

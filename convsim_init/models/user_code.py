@@ -69,8 +69,8 @@ def user_errors(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # SystemExit, and whatever else a user's code derives from it
         relative = isinstance(error, ImportError) and "relative import" in str(error)
-        hint = "name it with its package, as package.module:function" if relative else "--debug shows where"
-        raise InputError(f"{what} raised {error_text(error)}; {hint}") from error
+        hint = "; name it with its package, as package.module:function" if relative else ""
+        raise InputError(f"{what} raised {error_text(error)}{hint}") from error
 
 
 def load_module(name: str) -> ModuleType:

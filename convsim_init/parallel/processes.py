@@ -108,7 +108,7 @@ class Ranks:
             self._ended = True
             raise RunError(
                 f"expected all {self.size} processes to work to the end, and one has died or cannot be reached "
-                f"(--debug shows more); no partial file is left"
+                f"(--debug in the shell shows more); no partial file is left"
             ) from error
 
 

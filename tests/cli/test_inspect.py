@@ -414,7 +414,8 @@ NOT_DRAWN = "nothing is drawn without --plot"
                 ),
                 (["resnet18", "--json", "--csv"], f"--json and --csv: choose one {see('inspect')}"),
                 (["old.pt", "--seed", "1"], f"--seed: a file has its weights already {see('inspect')}"),
-                (["resnet18", "--force"], f"--plot-layer, --force: {NOT_DRAWN} {see('inspect')}"),
+                (["resnet18", "--force"], f"--force: {NOT_DRAWN} {see('inspect')}"),
+                (["resnet18", "--force", "--plot-layer", "x"], f"--plot-layer, --force: {NOT_DRAWN} {see('inspect')}"),
                 (["resnet18", "--plot", "old.png"], f"'old.png' {EXISTS}"),
             ]
         ),
@@ -424,7 +425,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
                 ([], f"expected at least two models or checkpoints to compare {see('compare')}"),
                 (["resnet18"], f"expected at least two models or checkpoints to compare {see('compare')}"),
                 (["resnet18", "gone.pt"], f"cannot read 'gone.pt': {MISSING}; check the path"),
-                (["resnet18", "resnet34", "--plot-layer", "x"], f"--plot-layer, --force: {NOT_DRAWN} {see('compare')}"),
+                (["resnet18", "resnet34", "--plot-layer", "x"], f"--plot-layer: {NOT_DRAWN} {see('compare')}"),
                 (["resnet18", "resnet34", "--plot", "old.png"], f"'old.png' {EXISTS}"),
             ]
         ),

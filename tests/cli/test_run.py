@@ -86,6 +86,15 @@ def test_an_error_is_shown_where_the_hook_for_errors_fails_too(hook, run, tmp_pa
     assert ("NameError: name 'nothing'" if "nothing" in hook else "TypeError: 'NoneType'") in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("by_command", [True, False], ids=["the command's", "the script's"])
+def test_debug_counts_before_the_script_alone(by_command, run):
+    script = ["code/train.py", "exit", "0" if by_command else "--debug"]
+    status, _, err = run(*(["--debug"] if by_command else []), "--exclude", "nope", *script)
+    assert status == 2
+    assert ("Traceback" in err) == by_command
+    assert err.splitlines()[-1].startswith("Error: exclude: no convolution matches 'nope'")
+
+
 def test_an_error_that_is_no_exception_shows_the_code_of_the_script_alone(run, tmp_path):
     (tmp_path / "code" / "ended.py").write_text("raise GeneratorExit\n")
     status, _, err = run("-q", "code/ended.py")

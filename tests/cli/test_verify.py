@@ -313,3 +313,9 @@ def test_json_names_both_shapes_and_dtypes(state, command):
 def test_quiet_prints_nothing(damage, status, state, command):
     write(damage(state), "a.pt")
     assert command("verify", "a.pt", "resnet18", "--quiet") == (status, "", "")
+
+
+def test_quiet_and_json_are_refused_together(state, command):
+    write(state, "a.pt")
+    message = "Error: --json and --quiet: choose one (see 'convsim-init verify --help')\n"
+    assert command("verify", "a.pt", "resnet18", "--quiet", "--json") == (2, "", message)

@@ -551,6 +551,11 @@ def test_a_checkpoint_is_no_model_to_build(suffix):
         build_model(f"weights{suffix}")
 
 
+def test_options_of_the_command_are_not_for_python_callers(folder):
+    with pytest.raises(InputError, match=r"^net\.py:raises raised ValueError: two lines$"):
+        build_model("net.py:raises")
+
+
 def test_a_debugged_error_shows_the_users_line(folder, command):
     status, _, err = command("net.py:raises", "--debug")
     assert status == 2
