@@ -120,8 +120,8 @@ def parse_base(base: str) -> tuple[str, str, Activation | None]:
         InputError: If it is not of that form.
     """
     text = base if isinstance(base, str) else ""
-    # With its colon: leaky_relu ends in relu, too.
-    activation = next((one for one in ACTIVATIONS if text.endswith(f":{one}")), None)
+    # With its colon, because leaky_relu ends in relu, too.
+    activation = next((name for name in ACTIVATIONS if text.endswith(f":{name}")), None)
     start = text.removesuffix(f":{activation}") if activation else text
     if start not in BASES or (start == "model" and activation):
         expected = f"to be model or one of {', '.join(SCHEMES)}"

@@ -40,7 +40,7 @@ class Block(Protocol):
             weights: The weights ``[T, g, c, M]``, in the coordinates of ``fourier``; the block may write to them.
             fourier: The transforms of kernels of this size, on the device of the weights.
             settings: The pairs of filters and the channels that are compared.
-            memory: Where scratch memory is kept that blocks share which one thread works on.
+            memory: Holds each thread's scratch memory, which the blocks that it works on share.
         """
 
     @property

@@ -121,9 +121,9 @@ class Fourier:
         for part in cuts(bank.shape, max_weights):
             # The scale is in float64 where norms are very small or large (see `filter_norms`).
             scaled = kernels[part] / scale[part.groups, :, None, None]
-            some = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
-            rotated = torch.mm(self.rotation, some.reshape(len(some), -1))
-            yield part, rotated.view(some.shape)
+            taps = scaled.to(bank.dtype).permute(3, 0, 2, 1)  # [T, g, c, M]
+            rotated = torch.mm(self.rotation, taps.reshape(len(taps), -1))
+            yield part, rotated.view(taps.shape)
 
     def bank(self, blocks: Iterable[tuple[Part, Tensor]], shape: torch.Size) -> Tensor:
         """The bank of that shape that was cut into blocks by `blocks`."""

@@ -21,8 +21,8 @@ from convsim_init.report.table import COLUMNS, Table, measure_cells, shape_text,
 from convsim_init.report.text import PATH, layer_name, shown, some
 
 IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"  # values
-NO_VALUES = "without values"  # where one is lazy or on the meta device
-COMPUTED = "computed by a parametrization"  # of a layer whose weight is no entry
+NO_VALUES = "without values"  # of which at least one is lazy or on the meta device
+COMPUTED = "computed by a parametrization"  # the weight of the layer is no entry, at least in one
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) < len(tensors):
         weights = INCOMPLETE
-    # Before the shapes, of which a lazy tensor has none.
+    # Before shapes are compared, because a lazy tensor has none.
     elif any(is_lazy(tensor) or has_no_data(tensor) for tensor in present):
         weights = NO_VALUES
     elif any(shape != shapes[0] for shape in shapes):
@@ -170,7 +170,7 @@ def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:
 
 
 def _union(names: Sequence[Sequence[str] | Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for some in names for name in some))
+    return list(dict.fromkeys(name for its_names in names for name in its_names))
 
 
 def _weight_key(layer: str) -> str:

@@ -26,7 +26,7 @@ from convsim_init.functional.fourier import squared_frequencies
 Spectrum = Literal["white", "natural"]
 SPECTRA: tuple[Spectrum, ...] = ("white", "natural")
 GRID = 64  # points an axis of the grid that the natural spectrum lives on
-VALUES_PER_BLOCK = 2**20  # of a Gram matrix held at once
+VALUES_PER_BLOCK = 2**20  # how much of a Gram matrix is held at once
 
 
 @torch.no_grad()
@@ -81,8 +81,8 @@ def mean_correlation(rows: Tensor) -> float:
     total = 0.0
     for g in range(0, groups, group_step):
         for i in range(0, filters, filter_step):
-            some = rows[g : g + group_step, i:]  # [g, m, K]
-            block = (some[:, :filter_step] @ some.mT).abs_()
+            rest = rows[g : g + group_step, i:]  # [g, m, K]
+            block = (rest[:, :filter_step] @ rest.mT).abs_()
             diagonal = block.diagonal(dim1=1, dim2=2)
             own = block[..., : diagonal.shape[-1]]  # counts its pairs twice, and each row with itself
             total += float(block.sum()) - float(own.sum()) / 2 - float(diagonal.sum()) / 2
@@ -97,7 +97,7 @@ def effective_rank(rows: Tensor) -> float:
     """
     groups, filters, width = rows.shape
     gram = rows @ rows.mT if filters <= width else rows.mT @ rows  # the same eigenvalues but for zeros
-    # Rounding makes some of the zeros negative, which have no logarithm: entr is -inf there.
+    # Rounding makes some eigenvalues of zero negative, where entr is -inf.
     values = torch.linalg.eigvalsh(gram).double().clamp(min=0)
     total = values.sum()
     if not total > 0:

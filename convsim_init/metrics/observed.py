@@ -21,8 +21,8 @@ from convsim_init.layers.stored import has_unknown_hook
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import find_uses
 
-VALUES_PER_CHUNK = 2**22  # of the feature maps copied at once
-COPIED = 2**30  # bytes of parameters that are copied whatever a forward pass seems to do
+VALUES_PER_CHUNK = 2**22  # how much of the feature maps is copied at once
+COPIED = 2**30  # parameters of no more bytes than that are all copied before a forward pass
 
 
 @torch.no_grad()
@@ -68,16 +68,16 @@ def measure_feature_correlation(
         if not output.is_complex():
             maps[name].add(output)
 
-    # Of a weight without data PyTorch makes feature maps of whatever the memory holds.
+    # From a weight without data PyTorch computes feature maps of whatever the memory holds.
     if any(_lacks_data(module) for _, module in modules):
         raise InputError("expected a model and a batch with data, got parameters without: initialize it first")
     with undisturbed(model, copy=_copied(model)), convolution_outputs(modules, look):
         _run(model, batch)
-    if not any(one.count for one in maps.values()):
+    if not any(layer_maps.count for layer_maps in maps.values()):
         raise InputError(
             "expected a model that calls its convolutions, got one whose forward pass called none of real numbers"
         )
-    correlations = {name: one.mean_correlation() for name, one in maps.items()}
+    correlations = {name: layer_maps.mean_correlation() for name, layer_maps in maps.items()}
     return {name: value for name, value in correlations.items() if value is not None}
 
 
@@ -110,7 +110,7 @@ class FeatureMaps:
         if self.count == 0:
             # Constant maps become exactly zero, and squares neither vanish nor overflow.
             self._origin = values[:, :1].clone()
-            # Over an infinite unit all other maps would be zero and seem constant: None, not NaN.
+            # An infinite unit would make all other maps zero and so constant: the result None, not NaN.
             self._unit = float((values - self._origin).abs().nan_to_num(0, 0).max()) or 1.0
             self._mean = values.new_zeros(filters)
             self._scatter = values.new_zeros(filters, filters)
@@ -144,19 +144,19 @@ def _lacks_data(part: nn.Module) -> bool:
 
 
 def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
-    """Which tensors a forward pass may change: of a very large model not those parameters that none seems to write."""
-    if sum(one.nbytes for one in tree.parameters(model)) <= COPIED:
+    """Which tensors to copy before a forward pass: all, but of a very large model no parameter that it does not write."""
+    if sum(parameter.nbytes for parameter in tree.parameters(model)) <= COPIED:
         return lambda _: True
     followed = follow(model)
     uses, parts = find_uses(followed), followed.modules
     written = uses.changed | {
-        id(one) for name, part in parts.items() for one in _may_be_written(part, name in uses.ran)
+        id(tensor) for name, part in parts.items() for tensor in _may_be_written(part, name in uses.ran)
     }
     return lambda tensor: id(tensor) in written or not isinstance(tensor, nn.Parameter)
 
 
 def _may_be_written(part: nn.Module, ran: bool) -> Iterable[Tensor | None]:
-    """Parameters that the forward pass of a module may change beside those that one which could be followed did."""
+    """Parameters that a module's forward pass may change, beside those that it was seen to change where it ran."""
     of_torch = is_librarys(type(part))
     if has_unknown_hook(part) or part._forward_hooks or not (of_torch or ran):
         return tree.parameters(part)
@@ -164,10 +164,10 @@ def _may_be_written(part: nn.Module, ran: bool) -> Iterable[Tensor | None]:
 
 
 def _run(model: nn.Module, batch: object) -> None:
-    """A forward pass with copies of the buffers: those of inference mode could not be written to."""
+    """A forward pass with copies of the buffers, because buffers made in inference mode cannot be written to."""
     clones = {id(buffer): buffer.clone() for buffer in tree.buffers(model)}
     buffers = {name: clones[id(buffer)] for name, buffer in tree.named_buffers(model, remove_duplicate=False)}
     named, given = (dict(batch), ()) if isinstance(batch, Mapping) else ({}, batch)
     arguments = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    # To find ties it would call methods of the model's own, and here are all names of each buffer.
+    # Ties need not be found, which would call methods of the model: all names of each buffer are given.
     functional_call(model, buffers, arguments, named, tie_weights=False)

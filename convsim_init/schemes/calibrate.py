@@ -26,7 +26,7 @@ from convsim_init.layers.weights import RefusedError, StoredWeight
 from convsim_init.report.text import error_text, layer_name, some
 from convsim_init.settings import MAX_SEED, check_whole
 
-IMAGES = 16  # of noise
+IMAGES = 16  # a batch of noise
 OWN_CLASS = "no convolution of torch.nn"
 FIXED = "what computes the weight keeps its scale"
 UNREACHED = "the model's output does not depend on its scale"
@@ -122,8 +122,8 @@ def scale_layers(
         images = natural_noise(input_shape, seed).to(layers[0].weight.sources[0])
     if images.numel() == 0 or not images.isfinite().all():
         raise InputError("expected images of finite numbers, got infinities or NaN, or none at all: leave those out")
-    # Of a place without its shape and strides: two layers may share numbers by different views.
-    places = {layer.name: tuple(one[:4] for one in memories(layer.weight.sources)) for layer in found}
+    # Without shapes and strides, because two layers may share numbers by different views.
+    places = {layer.name: tuple(memory[:4] for memory in memories(layer.weight.sources)) for layer in found}
     owners = {places[layer.name]: layer.name for layer in layers}
     owner = {layer.name: owners.get(places[layer.name]) for layer in found}
     scaled = [(name, module) for key, module in modules.items() if (name := owner.get(key)) is not None]
@@ -229,7 +229,8 @@ def _find_factors(
 
 
 def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
-    return {why: [layer_name(name) for name, one in left.items() if one == why] for why in dict.fromkeys(left.values())}
+    reasons = dict.fromkeys(left.values())
+    return {reason: [layer_name(name) for name, its in left.items() if its == reason] for reason in reasons}
 
 
 def _is_scalable(layer: Layer) -> bool:
