@@ -144,7 +144,7 @@ def _lacks_data(part: nn.Module) -> bool:
 
 
 def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
-    """Which tensors to copy before a forward pass: all, but of a very large model no parameter that it does not write."""
+    """Which tensors to copy before a forward pass: all, but in a very large model no parameter that it leaves alone."""
     if sum(parameter.nbytes for parameter in tree.parameters(model)) <= COPIED:
         return lambda _: True
     followed = follow(model)
