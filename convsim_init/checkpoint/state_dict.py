@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -14,15 +13,12 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite, filter_norms
 from convsim_init.functional.dtypes import converts, name_of, narrows
 from convsim_init.layers.memory import has_no_data, is_sharded, is_wrapper, refuse_fake_mode
-from convsim_init.layers.names import bare_entries, bare_name, unwrap
+from convsim_init.layers.names import bare_entries, bare_name, split_weight_key, unwrap
 from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.patterns import check_patterns, matches
 from convsim_init.report.report import Report
 from convsim_init.report.text import has_surrogates, quoted, shown, some
 
-OF_A_WEIGHT = re.compile(
-    r"(.*)\.(weight(_[guv]|_orig|_mask)?|parametrizations\.weight\..*)", re.DOTALL
-)  # also weight_norm
 LEAVE_OUT = "leave it out with exclude (--without in the shell)"
 
 
@@ -85,12 +81,12 @@ def changed_entries(entries: Mapping[str, object], report: Report | None) -> dic
     layers = {layer.name for layer in report.layers if layer.after or layer.factor is not None}
     if not layers:
         raise InputError("convs_only: expected a report of changed convolutions, got one that changed none")
-    owners = {key: _owner(key) for key in entries}
+    owners = {key: parts[0] for key in entries if (parts := split_weight_key(key))}
     missing = layers - set(owners.values())
     if missing:
         raise InputError(f"convs_only: the report's layer {min(missing)!r} is not here: pass this model's own report")
-    memory = {_memory(value) for key, value in entries.items() if owners[key] in layers}
-    return {key: value for key, value in entries.items() if owners[key] in layers or _memory(value) in memory}
+    memory = {_memory(entries[key]) for key, layer in owners.items() if layer in layers}
+    return {key: value for key, value in entries.items() if owners.get(key) in layers or _memory(value) in memory}
 
 
 def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -130,7 +126,7 @@ def faded_remarks(entries: Mapping[str, object], tensors: Mapping[str, Tensor]) 
 
 def fades(key: str, source: object, converted: Tensor) -> bool:
     """Whether a filter, of a transposed convolution too, is another one after the change of dtype."""
-    if _owner(key) is None or not isinstance(source, Tensor) or source.dim() not in KERNEL_RANKS:
+    if split_weight_key(key) is None or not isinstance(source, Tensor) or source.dim() not in KERNEL_RANKS:
         return False
     if not (source.is_floating_point() and converted.is_floating_point() and narrows(source.dtype, converted.dtype)):
         return False
@@ -141,13 +137,6 @@ def fades(key: str, source: object, converted: Tensor) -> bool:
     axes = [axis for axis in (0, 1) if wide.numel() > wide.shape[axis]]  # single numbers may be small by chance
     norms = ([filter_norms(one.movedim(axis, 0)[None]) for one in (change, wide)] for axis in axes)
     return any(bool((small > most * whole).any()) for small, whole in norms)
-
-
-def _owner(key: str) -> str | None:
-    """The layer whose weight, or what its weight is computed from, stands under that key."""
-    # With a dot before it, so that weight alone is the key of the layer that has no name.
-    match = OF_A_WEIGHT.fullmatch(f".{key}")
-    return match[1][1:] if match else None
 
 
 def _memory(value: object) -> object:

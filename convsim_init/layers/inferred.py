@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter, is_lazy
 
 from convsim_init.functional.dtypes import converts
 from convsim_init.layers.layer import Layer
+from convsim_init.layers.names import split_weight_key
 from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, StoredWeight, Weight
 from convsim_init.report.text import shown
 
@@ -52,17 +53,18 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     state = {
         key: one for key, one in state.items() if not (isinstance(one, Tensor) and (is_lazy(one) or one.is_nested))
     }
+    split = {key: parts for key in state if (parts := split_weight_key(key)) and parts[1] in ENDINGS}
     weights: dict[str, Tensor] = {}
     beside = defaultdict[str, list[str]](list)  # other keys of each module
     for key, value in state.items():
-        if not _owner(key)[1]:
+        if key not in split:
             beside[key.rpartition(".")[0]].append(key)
         elif isinstance(value, Tensor) and value.dim() in KERNEL_RANKS:
             weights[key] = value
     foreign, masks = _is_channels_last([value.shape for value in weights.values()]), _named_masks(state, weights)
     stacked, behind = _stacked(state), _norms_behind(state)
     for key, value in weights.items():
-        name, ending = _owner(key)
+        name, ending = split[key]
         kind, prefix = f"Conv{value.dim() - 2}d", f"{name}." if name else ""
         used = [f"{prefix}{other[1:]}" for other in ENDINGS[: ENDINGS.index(ending)]]
         if key in masks.values() or not weights.keys().isdisjoint(used):
@@ -244,11 +246,3 @@ def _transposed_groups(weight: Tensor, bias: object) -> int:
         return 0
     groups, rest = divmod(len(bias), weight.shape[1])
     return groups if groups and not rest and weight.shape[0] % groups == 0 else 0
-
-
-def _owner(key: str) -> tuple[str, str]:
-    """The layer whose weight, or what its weight is computed from, stands under that key; and the key's ending."""
-    # With a dot before it a key at the root ends as others do, and `my_weight` does not.
-    dotted = f".{key}"
-    ending = next((one for one in ENDINGS if dotted.endswith(one)), "")
-    return dotted.removesuffix(ending)[1:], ending

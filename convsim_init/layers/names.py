@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import chain
 
@@ -11,6 +12,8 @@ from convsim_init.errors import InputError
 
 PARALLEL_PREFIX = "module."
 WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # compiled, recomputed, sharded
+
+WEIGHT_KEY = re.compile(r"(.*)(\.(?:weight(?:_[guv]|_orig|_mask)?|parametrizations\.weight\..*))", re.DOTALL)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -30,6 +33,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 def bare_name(name: str) -> str:
     """A dotted name without the parts that torch.compile, activation checkpointing and FSDP add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
+
+
+def split_weight_key(key: str) -> tuple[str, str] | None:
+    """The layer's name and the ending of a key, such as ``.weight``; None if the key names no layer's weight.
+
+    The key may also name what weight_norm, spectral_norm, pruning or a parametrization computes the weight from.
+    """
+    # With a dot before it, so that weight alone is the key of the layer that has no name, and my_weight is no weight's.
+    match = WEIGHT_KEY.fullmatch(f".{key}")
+    return (match[1][1:], match[2]) if match else None
 
 
 def bare_entries(state: Mapping[str, object], *, parallel: bool = True) -> dict[str, object]:
