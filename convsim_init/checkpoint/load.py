@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,16 @@ from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
 from convsim_init.report.text import error_text, quoted, shown
 
-EXAMPLES = 2
+EXAMPLES = 2  # keys of each side that an error names
 
 
-class _Refused(str):
-    """What an error said."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What a model's own loading says of a state dict."""
+
+    refused: str | None = None  # its error; None if it raised none
+    missing: Collection[str] | None = None  # keys, None where it does not tell
+    unexpected: Collection[str] | None = None
 
 
 def load_checkpoint(
@@ -97,35 +102,35 @@ def _rehearse(
     model: nn.Module, checkpoint: Checkpoint, *, file: str, name: str | None = None
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
     """Compare a checkpoint with a model and load it into a copy, as the model's own loading has the last word."""
-    report, inner = match(checkpoint, model, file=file, name=name), unwrap(model)
+    report = match(checkpoint, model, file=file, name=name)
+    inner = unwrap(model)
     with ExitStack() as stack:
         try:
-            with Copying(lambda one: None if one.is_leaf else one.detach().clone()):  # deepcopy refuses those
+            # deepcopy refuses tensors that have a history of gradients.
+            with Copying(lambda tensor: None if tensor.is_leaf else tensor.detach().clone()):
                 trial = copy.deepcopy(inner)
         except Exception:  # whatever the model holds that cannot be copied, such as a lock
             trial = inner
             stack.enter_context(_backup(inner))
         state = with_versions({**checkpoint.tensors, **checkpoint.extra}, checkpoint.versions)
         outcome = _try_loading(trial, state, strict=True)
-        # A model whose loading takes nothing for everything says nothing by taking the file.
-        is_strict = isinstance(outcome, _Refused) or isinstance(_try_loading(trial, {}, strict=True), _Refused)
-        if isinstance(outcome, _Refused):
-            report = replace(report, refused=str(outcome)) if report.exact else report
-        elif is_strict:
+        if outcome.refused is None and _is_strict(trial):
             report = replace(_settled(report, set(), set()), removed=[], added="")
             return _less_ignored(report, checkpoint.tensors, inner, _changes(inner, trial), is_strict=True), state
-        return _try_moved(report, checkpoint, inner, trial, is_strict=is_strict)
+        if outcome.refused is not None and report.exact:
+            report = replace(report, refused=outcome.refused)
+        return _try_moved(report, checkpoint, inner, trial, is_strict=outcome.refused is not None)
 
 
 def _try_moved(
     report: LoadReport, checkpoint: Checkpoint, inner: nn.Module, trial: nn.Module, *, is_strict: bool
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
-    """Load the file under the model's prefix, as far as its keys and shapes go."""
+    """Load what fits of the file, its prefix exchanged for the model's, into the copy."""
     # Keys as the model has them, unexpected ones too: its own loading may know what to do with them.
     own = inner.state_dict()
     real = {bare_name(key): key for key in own}
     # Two entries under one key would be one: what matched goes before what is only moved there.
-    taken = {real[key] for key in (*report.matched, *report.mismatched)}  # by keys of the file that go before these
+    taken = {real[key] for key in (*report.matched, *report.mismatched)}
     moved = {source: key for source in report.unexpected if (key := _moved(source, report)) not in taken}
     keys = {source: real[key] for key, source in report.matched.items()} | moved
     tensors = {key: checkpoint.tensors[source] for source, key in keys.items()}
@@ -134,29 +139,33 @@ def _try_moved(
     for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
         state = with_versions(tensors, versions)
         outcome = _try_loading(trial, state, strict=False)
-        if isinstance(outcome, _Refused):
+        if outcome.refused is not None:
             continue
-        missing, unexpected = (getattr(outcome, name, None) for name in ("missing_keys", "unexpected_keys"))
         changes = _changes(inner, trial)
-        if missing is not None and unexpected is not None:
-            left = {source for source in checkpoint.tensors if keys.get(source) in {None, *unexpected}}
-            report = _settled(report, dict.fromkeys(map(bare_name, missing)), left)
-        elif any(changes.get(key) for key in report.missing):  # it takes names of its own, and says nothing
+        if outcome.missing is not None and outcome.unexpected is not None:
+            left = {source for source in checkpoint.tensors if keys.get(source) in {None, *outcome.unexpected}}
+            report = _settled(report, dict.fromkeys(map(bare_name, outcome.missing)), left)
+        elif any(changes.get(key) for key in report.missing):  # it takes other names, and does not return them
             absent = [*report.missing, *report.mismatched]
             report = _settled(report, {*report.tied, *(key for key in absent if not changes.get(key))}, set())
         return _less_ignored(report, checkpoint.tensors, inner, changes, is_strict=is_strict), state
     return report, state
 
 
-def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:
-    """What a model's own loading returns, or what it says where it raises an error."""
+def _is_strict(model: nn.Module) -> bool:
+    """Whether strict loading refuses an empty state dict; a model that takes one tells nothing by taking a file."""
+    return _try_loading(model, {}, strict=True).refused is not None
+
+
+def _try_loading(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> _Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the meta device nothing is loaded, which is all right here
         try:
-            return _load(model, state, strict=strict)
+            keys = _load(model, state, strict=strict)
         except Exception as error:  # whatever a module's own loading raises
             # Not the error, which holds the frames of the callers that hold it, and so the copy and the file.
-            return _Refused(error_text(error))
+            return _Outcome(refused=error_text(error))
+    return _Outcome(None, getattr(keys, "missing_keys", None), getattr(keys, "unexpected_keys", None))
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> object:
@@ -169,7 +178,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> obj
 
 
 def _settled(report: LoadReport, missing: Collection[str], unexpected: Collection[str]) -> LoadReport:
-    """The report, given what the model's own loading says is missing and which keys of the file it leaves over."""
+    """The report, corrected by the keys that the model's own loading misses, and those of the file that it ignores."""
     # What matched may be missing all the same: a model may rename or drop keys as it loads them.
     absent = [*report.missing, *report.tied, *report.mismatched]
     matched = {key: source for key, source in report.matched.items() if key not in missing and source not in unexpected}
@@ -191,16 +200,16 @@ def _changes(model: nn.Module, loaded: nn.Module) -> dict[str, bool]:
     """Whether a model's own loading changed its tensors in a copy, by their keys, where that can be told."""
     before, after = _bare_state(model), _bare_state(loaded)
     # A model that could not be copied was tried itself: there is no before to compare with.
-    pairs = {key: (one, after[key]) for key, one in before.items() if model is not loaded and key in after}
-    return {key: not equal(a, b) for key, (a, b) in pairs.items() if _are_comparable(a, b)}
+    keys = before.keys() & after.keys() if model is not loaded else ()
+    return {key: not equal(before[key], after[key]) for key in keys if _are_comparable(before[key], after[key])}
 
 
 def _bare_state(model: nn.Module) -> dict[str, Tensor]:
-    return {bare_name(key): one for key, one in model.state_dict().items()}
+    return {bare_name(key): value for key, value in model.state_dict().items()}
 
 
 def _are_comparable(*values: object) -> bool:
-    tensors = [one for one in values if isinstance(one, Tensor) and not one.is_quantized]
+    tensors = [value for value in values if isinstance(value, Tensor) and not value.is_quantized]
     # What is lazy, sparse, sharded or without data has no memory, and nothing to compare.
     return len(memories(tensors)) == len(values)
 
@@ -208,7 +217,10 @@ def _are_comparable(*values: object) -> bool:
 def _less_ignored(
     report: LoadReport, tensors: Mapping[str, Tensor], model: nn.Module, changes: Mapping[str, bool], *, is_strict: bool
 ) -> LoadReport:
-    """The report without what the model's own loading took and left as it was; one that is strict means to."""
+    """The report without the matched keys whose tensors the model's own loading left as they were.
+
+    Loading that is strict means to: those are supplied then, and their sources converted.
+    """
     own = _bare_state(model)
     ignored = {
         key: source
@@ -224,7 +236,7 @@ def _less_ignored(
 
 def _moved(key: str, report: LoadReport) -> str:
     """A key of the file, or a module's name with a dot behind it, with the model's prefix in place of the file's."""
-    # Of a wrapper's prefix bare_name leaves nothing: it is off the bare key already.
+    # Without wrappers' prefixes, which the bare key has lost already.
     removed = "".join(prefix for prefix in report.removed if bare_name(prefix))
     bare = bare_name(key)
     return report.added + bare.removeprefix(removed) if bare.startswith(removed) else bare
