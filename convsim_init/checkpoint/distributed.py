@@ -21,11 +21,11 @@ from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
 from convsim_init.report.text import quoted
 
-DEEP = 32  # dicts in each other
+DEEP = 32  # dicts nested in each other, at most
 
 
 def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
-    """What a folder holds, by its file ``.metadata``: tensors, in the dicts they were saved in, and its size in bytes.
+    """Read the folder of a file ``.metadata``: tensors, in the dicts that they were saved in, and its size in bytes.
 
     Raises:
         InputError: If a file is missing or holds anything but tensors.
@@ -39,14 +39,14 @@ def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
         parts[index.state["fqn"]].append((index.state.get("offset"), place.state))
     read = partial(_part, metadata.parent, {})
     tree: dict[object, object] = {}
-    # Several entries may name one part: together, too, they take no more memory than the files.
+    # Several entries may name one part: all of them together may take no more memory than the files.
     left = size
     for key, entry in described.state["state_dict_metadata"].items():
         value = entry
         if entry.maker.name == "TensorStorageMetadata":
             value = _whole(read, entry.state["size"], parts[key], left)
             left -= value.nbytes
-        # The path of a key that was flattened; one that is not listed there is a path of one part.
+        # Keys of nested dicts were joined, and their paths are listed; any other key is a path of one part.
         _put(tree, (described.state.get("planner_data") or {}).get(key, (key,)), value)
     return tree, size
 
@@ -54,7 +54,7 @@ def read_distributed(metadata: Path) -> tuple[dict[object, object], int]:
 def _whole(
     read: Callable[[Any], Tensor], shape: tuple[int, ...], parts: list[tuple[tuple[int, ...], Any]], left: int
 ) -> Tensor:
-    """The tensor of several parts, each with where it begins in the whole; no larger than the bytes that are left."""
+    """Assemble a tensor from parts, each after its offset in the whole; it may take as many bytes as are left."""
     first = read(parts[0][1])
     # Nothing is to be assembled: the tensor stays where it is.
     if len(parts) == 1 and first.shape == shape:
@@ -64,7 +64,7 @@ def _whole(
     whole, filled = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (first.dtype, torch.bool))
     for offset, place in parts:
         part = read(place)
-        view, view_filled = (_within(one, offset, part.shape) for one in (whole, filled))
+        view, view_filled = (_within(tensor, offset, part.shape) for tensor in (whole, filled))
         if view_filled.any():
             raise ValueError("parts that overlap")
         view.copy_(part)
@@ -75,7 +75,7 @@ def _whole(
 
 
 def _within(whole: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """The part of a tensor that begins there; an error of any kind if it is not within it, or of another rank."""
+    """The part of that shape at an offset; an error of any kind if it is not within the whole, or of another rank."""
     part = whole
     for dimension, (start, length, _) in enumerate(zip(offset, shape, whole.shape, strict=True)):
         part = part.narrow(dimension, start, length)

@@ -30,8 +30,8 @@ def write_folder(
 ) -> Path:
     """Write a new folder, whole or not at all; the same arguments give the same bytes.
 
-    Its config is what `models.hub.describe` returns. The card tells of the run that made the weights, of whether all of
-    them were `drawn` and none read from a file, and shows the picture of that name, which a function writes to a path.
+    ``config`` is what `models.hub.describe` returns, ``drawn`` whether no weight was read from a file, and ``picture``
+    the name of a picture, which the card shows, and a function that writes it to a path.
 
     Raises:
         InputError: If the path cannot be written, or something is there.
@@ -50,7 +50,7 @@ def write_folder(
 def _card(report: Report, config: str, drawn: bool, picture: str | None) -> str:
     library = "transformers" if '"model_type"' in config else "timm"
     table = report.table
-    table = replace(table, summary=table.summary[:-1])  # less the time, which would differ each time, and the file
+    table = replace(table, summary=table.summary[:-1])  # its last line has the time, which differs
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(report.settings).items())
     anew = "" if report.seed is None else f", drawn anew by {report.base} with seed {report.seed},"
     name = printable(report.model or "a model")

@@ -28,12 +28,12 @@ Shapes = Mapping[str, list[int]]
 def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | None = None) -> LoadReport:
     """Compare the tensors of a checkpoint with the state dict of a model. Neither is changed.
 
-    The model may be on the meta device; DistributedDataParallel and torch.compile are looked through. File and name are
-    those of both in the report, by default the model's class.
+    The model may be on the meta device; DistributedDataParallel and torch.compile are looked through. ``file`` and
+    ``name`` stand for the checkpoint and the model in the report; the name is by default the model's class.
 
     Raises:
         InputError: If the model is lazy: its shapes are not known yet; or the file holds several copies of it, or it
-            several of what is in the file.
+            several copies of what is in the file.
     """
     entries = state_entries(model)
     lazy = next((key for key, value in entries.items() if isinstance(value, Tensor) and is_lazy(value)), None)
@@ -58,10 +58,11 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     tied = {key: twin for key in absent for twin in twins.get(key, ()) if twin in matched}
     pairs = {key: (tensors[key], value) for key, value in entries.items() if key in matched}
     dtypes = {
-        key: (one.dtype, own.dtype)
-        for key, (one, own) in pairs.items()
-        # What torch cannot convert, the model's own loading tells of.
-        if isinstance(own, Tensor) and (one.dtype == own.dtype or (converts(one.dtype) and converts(own.dtype)))
+        key: (tensor.dtype, value.dtype)
+        for key, (tensor, value) in pairs.items()
+        # Of a dtype that torch cannot convert the model's own loading tells.
+        if isinstance(value, Tensor)
+        and (tensor.dtype == value.dtype or (converts(tensor.dtype) and converts(value.dtype)))
     }
     return LoadReport(
         file=file,
@@ -81,18 +82,19 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
         conflicting=_conflicting(twins, tensors),
         non_finite=[key for key, (_, dtype) in dtypes.items() if not is_finite(key, tensors[key].to(dtype))],
         faded=[key for key, (_, dtype) in dtypes.items() if fades(key, tensors[key], tensors[key].to(dtype))],
-        retyped={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if not same_kind(a, b)},
-        narrowed={key: (name_of(a), name_of(b)) for key, (a, b) in dtypes.items() if narrows(a, b)},
+        retyped={key: (name_of(old), name_of(new)) for key, (old, new) in dtypes.items() if not same_kind(old, new)},
+        narrowed={key: (name_of(old), name_of(new)) for key, (old, new) in dtypes.items() if narrows(old, new)},
     )
 
 
 def _choose_prefixes(
     theirs: Shapes, own: Shapes, twins: Mapping[str, Sequence[str]], *, file: str, wrapper: str
 ) -> tuple[str, str]:
-    """What `find_prefixes` finds; two empty ones where several serve alike and the file is another model's."""
-    (removed, added), *others = choices = find_prefixes(theirs, own)
-    copies = list(dict.fromkeys(prefix for prefix, _ in choices))
-    parts = [added, *(other for _, other in others if not _is_tied(added, other, own, twins))]
+    """The prefix to take off the file's keys and the one to put in its place; both empty for another model's file."""
+    choices = find_prefixes(theirs, own)
+    removed, added = choices[0]
+    copies = list(dict.fromkeys(prefix for prefix, _ in choices))  # of the model, in the file
+    parts = [added, *(other for _, other in choices[1:] if not _is_tied(added, other, own, twins))]  # of the model
     if len(copies) == len(parts) == 1:
         return removed, added
     fitting = sum(theirs[source] == own[key] for key, source in _sources(theirs, own, removed, added).items())
@@ -114,10 +116,10 @@ def _choose_prefixes(
 
 
 def _sources(theirs: Shapes, own: Shapes, removed: str, added: str) -> dict[str, str]:
-    """The file's key for each of the model's that it has, as it is where it lacks the prefix that others have."""
+    """For each of the model's keys that is in the file, with its prefix exchanged or as it is, the file's key."""
     moved = {added + key.removeprefix(removed): key for key in theirs if key.startswith(removed)}
     left = theirs.keys() - {moved[key] for key in own if key in moved}
-    # A key of the file that was moved to another of the model's is not used once more as it is.
+    # A key of the file that is another one with the prefix exchanged is not used as it is, too.
     return {key: moved.get(key, key) for key in own if key in moved or key in left}
 
 
@@ -125,16 +127,16 @@ def _twins(model: nn.Module) -> dict[str, list[str]]:
     """For each key whose tensor has other names as well, these names."""
     inner = unwrap(model)
     names = defaultdict(list)
-    held = (kind(inner, remove_duplicate=False) for kind in (tree.named_parameters, tree.named_buffers))
-    for name, tensor in chain.from_iterable(held):
+    parameters, buffers = (kind(inner, remove_duplicate=False) for kind in (tree.named_parameters, tree.named_buffers))
+    for name, tensor in chain(parameters, buffers):
         names[id(tensor)].append(bare_name(name))
     return {name: [other for other in group if other != name] for group in names.values() for name in group}
 
 
-def _is_tied(one: str, other: str, own: Shapes, twins: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the model's keys with one prefix stand for the tensors of those with another."""
-    keys = [key for key in own if key.startswith(one)]
-    return all(other + key.removeprefix(one) in twins.get(key, ()) for key in keys)
+def _is_tied(prefix: str, other: str, own: Shapes, twins: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the model's keys with one prefix name the tensors of those with another prefix."""
+    keys = [key for key in own if key.startswith(prefix)]
+    return all(other + key.removeprefix(prefix) in twins.get(key, ()) for key in keys)
 
 
 def _conflicting(twins: Mapping[str, Sequence[str]], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -167,12 +169,12 @@ def _renamed(
 
 
 def find_prefixes(file: Shapes, model: Shapes) -> list[tuple[str, str]]:
-    """The prefix to take off a file's keys and the one to put in its place, either or both of them empty.
+    """The best pairs of a prefix to take off a file's keys and one to put in its place; each may be empty.
 
-    Prefixes are whole parts of a dotted name, ``"model."`` or ``"0.model."``. Chosen are those under which most
+    Prefixes are whole parts of a dotted name, ``"model."`` or ``"0.model."``. The best are those under which most
     tensors have the name and shape of one of the model's, then most the name; the fewest parts where that is equal. A
-    change must bring together more than half of the keys of the smaller side. Of the changes that serve best there are
-    several where which is meant cannot be known, as with two copies of a network in one file.
+    change must bring together more than half of the keys of the smaller side. Several are equally good where the file
+    has two copies of a network, for instance.
     """
     enough = min(len(file), len(model)) / 2
     scores = {("", ""): _score("", "", file, model)}
@@ -186,20 +188,21 @@ def find_prefixes(file: Shapes, model: Shapes) -> list[tuple[str, str]]:
 
 
 def _shared_prefixes(keys: Shapes, enough: float) -> list[str]:
-    """The prefixes that more than so many keys begin with."""
-    parts = ((f"{part}." for part in key.split(".", DEEPEST)[:-1]) for key in keys)
-    counts = Counter(prefix for some in parts for prefix in accumulate(some, initial=""))
+    """The prefixes that more than ``enough`` keys begin with."""
+    parts_by_key = ((f"{part}." for part in key.split(".", DEEPEST)[:-1]) for key in keys)
+    counts = Counter(prefix for parts in parts_by_key for prefix in accumulate(parts, initial=""))
     return [prefix for prefix, count in counts.items() if count > enough]
 
 
 def _score(removed: str, added: str, file: Shapes, model: Shapes) -> tuple[int, int, int]:
-    # Either side names the same pairs: the shorter is gone through, for each pair of prefixes.
+    """The numbers of equal names and shapes and of equal names, and that of the prefixes' parts, negative."""
+    # Both sides lead to the same pairs: the smaller one takes less time.
     if len(file) <= len(model):
         names = [key[len(removed) :] for key in file if key.startswith(removed)]
     else:
         names = [key[len(added) :] for key in model if key.startswith(added)]
-    met = [name for name in names if removed + name in file and added + name in model]
+    common = [name for name in names if removed + name in file and added + name in model]
     if removed and added:
-        met = [name for name in met if "." in name]  # that both have a "weight" says nothing
-    fitting = sum(list(file[removed + name]) == list(model[added + name]) for name in met)
-    return fitting, len(met), -(removed.count(".") + added.count("."))
+        common = [name for name in common if "." in name]  # that both have a "weight" says nothing
+    fitting = sum(list(file[removed + name]) == list(model[added + name]) for name in common)
+    return fitting, len(common), -(removed.count(".") + added.count("."))

@@ -10,24 +10,25 @@ from convsim_init.errors import InputError
 from convsim_init.report.text import quoted, shown, some
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "net", "module", "params_ema", "params")
-LONGEST = 255  # letters of a name that leads to a state dict
+LONGEST = 255  # characters of a key that leads to a state dict, at most
 
 
 def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, str, tuple[str, ...]]:
-    """The innermost state dict, the names of what it was in, joined by dots, and others that it could have been.
+    """Find the state dict in what a file holds.
 
-    Wanted may be a key of it, as in `read_checkpoint`; the name is the file's, for errors.
+    ``name`` is the file's, for errors, and ``wanted`` the key in it, as in `read_checkpoint`. Returned are the state
+    dict, the keys that lead to it, joined by dots, and those of other state dicts that could have been meant.
 
     Raises:
         InputError: If there are several and none is wanted, or not the one that is.
     """
     opened: list[str] = []
     whole = content
-    # A dict may hold itself: without a key, which is used up, only so many levels are opened.
+    # A dict may hold itself. A wanted key is used up level by level; without one the levels are bounded.
     while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
         inside = list(_state_dicts(content))
-        holding = {id(one) for _, one in inside}  # each looked at once, though many keys may lead to it
-        found = [key for key, value in content.items() if isinstance(key, str) and id(value) in holding]
+        ids = {id(state) for _, state in inside}  # each is looked at once, though many keys may lead to it
+        found = [key for key, value in content.items() if isinstance(key, str) and id(value) in ids]
         if wanted is not None:
             texts = [key for key in content if isinstance(key, str)]
             wrapper = max((key for key in texts if f"{wanted}.".startswith(f"{key}.")), key=len, default=None)
@@ -45,7 +46,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
             # The first usual key may lead to a config of the model, not to its weights.
             wrapper = next((key for key in usual if any(_state_dicts(content[key]))), None)
             leading = found or list(dict.fromkeys(path[0] for path, _ in inside if path))
-            # Beside a tensor they are entries of this state dict, which are refused as no tensors.
+            # Beside a tensor, dicts are entries of this state dict, and refused later because they are no tensors.
             if wrapper is None and leading and not any(isinstance(value, Tensor) for value in content.values()):
                 if len(leading) > 1:
                     keys = some(shown(".".join([*opened, key])) for key in leading)
@@ -65,7 +66,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
 
 
 def _others(whole: object, opened: Sequence[str], content: object) -> Iterator[str]:
-    """The keys of state dicts beside the one that was opened, and of those elsewhere with names as in it."""
+    """The keys of state dicts beside the one that was opened, and of those elsewhere that share a name with it."""
     names = _last_names(content)
     for path, other in _state_dicts(whole) if opened else ():
         beside, around = path[:-1] == tuple(opened[:-1]), path == tuple(opened[: len(path)])
@@ -74,18 +75,18 @@ def _others(whole: object, opened: Sequence[str], content: object) -> Iterator[s
 
 
 def _last_names(state: object) -> set[str]:
-    """What keys end in: the name of a module and that of its tensor."""
+    """The last two parts of each key: the names of a module and of its tensor."""
     return {".".join(str(key).split(".")[-2:]) for key in state} if isinstance(state, Mapping) else set()
 
 
 def _state_dicts(value: object) -> Iterator[tuple[tuple[str, ...], Mapping[object, object]]]:
-    """The dicts with tensors in a value, itself or in other dicts, and the keys that lead to them."""
+    """The dicts with tensors in a value, itself or nested in it, each after the keys that lead to it."""
     known = set[int]()
     pending: list[tuple[tuple[str, ...], object]] = [((), value)]
-    for path, one in pending:
-        if isinstance(one, Mapping) and id(one) not in known and len(path) <= len(WRAPPERS):
-            known.add(id(one))
-            if any(isinstance(value, Tensor) for value in one.values()):
-                yield path, one
-            names = (key for key in one if isinstance(key, str) and len(key) <= LONGEST)
-            pending += [((*path, key), one[key]) for key in names if isinstance(one[key], Mapping)]
+    for path, inner in pending:  # which grows
+        if isinstance(inner, Mapping) and id(inner) not in known and len(path) <= len(WRAPPERS):
+            known.add(id(inner))
+            if any(isinstance(entry, Tensor) for entry in inner.values()):
+                yield path, inner
+            names = (key for key in inner if isinstance(key, str) and len(key) <= LONGEST)
+            pending += [((*path, key), inner[key]) for key in names if isinstance(inner[key], Mapping)]
