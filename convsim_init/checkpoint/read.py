@@ -27,10 +27,10 @@ from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import has_surrogates, quoted, shown, some
 from convsim_init.settings import check_type
 
-WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffixes
-MODEL_PREFIX = "model."  # of all keys, by Lightning
+WRITERS = {".safetensors": "safetensors", ".json": "Hugging Face", "": "torch.distributed.checkpoint"}  # by suffix
+MODEL_PREFIX = "model."  # Lightning puts it before all keys
 NAME_LENGTH = 255  # characters of a file's name, at most
-JSON = 32  # times its length that the header of safetensors or an index takes in memory, with tensors without numbers
+JSON = 32  # bytes of memory for each of a header of safetensors or of an index, where no tensor has a number
 
 
 class Checkpoint(NamedTuple):
@@ -38,10 +38,10 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]  # dense, on the CPU
     wrapper: str  # key that the file keeps them under, such as "state_dict"; empty if under nothing
-    versions: OrderedDict[str, object] | None = None  # notes of the modules that `torch.save` kept: `module_versions`
+    versions: OrderedDict[str, object] | None = None  # notes of modules, as `module_versions` returns them
     others: tuple[str, ...] = ()  # keys of other state dicts in the file, which were not read
-    extra: Mapping[str, Any] = {}  # extra states of modules that are no tensors but plain data, all of them
-    unread: tuple[str, ...] = ()  # their keys where one is neither
+    extra: Mapping[str, Any] = {}  # extra states of modules that are no tensors, if all are plain data
+    unread: tuple[str, ...] = ()  # keys of these extra states, if one is not
 
 
 def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def bare_tensors(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[s
         bare = bare_entries(checkpoint.tensors)
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error
-    if all(key.startswith(MODEL_PREFIX) for key in bare):  # of a module that may be wrapped inside it
+    if all(key.startswith(MODEL_PREFIX) for key in bare):  # the module behind it may be wrapped, too
         bare = bare_entries({key.removeprefix(MODEL_PREFIX): value for key, value in bare.items()})
     return {key: value for key, value in bare.items() if isinstance(value, Tensor)}
 
@@ -95,25 +95,25 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 
 def _read(path: Path) -> object:
-    """What a file holds: of safetensors if it begins as one does, by the length of a header in JSON."""
+    """Read a file: as one of safetensors if it begins with the length of a header in JSON, else as `torch.save`'s."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
         length = int.from_bytes(head[:8], "little")
-        others = path.suffix != ".safetensors" or head.startswith((b"PK", b"\x80"))  # zipped or pickled
-        if others and not (length < size and head[8:] == b"{"):
+        may_be_torch = path.suffix != ".safetensors" or head.startswith((b"PK", b"\x80"))  # zipped or pickled
+        if may_be_torch and not (length < size and head[8:] == b"{"):
             return TorchFile(path).read()
         check_room(str(path), size, JSON * min(length, size))
         file.seek(8)
         header = file.read(length)
-    # Of a key that is there twice, one is lost. Before the file is mapped, which an error would keep up on Windows.
+    # The library would lose one of two equal keys. On Windows an error must not be raised while the file is mapped.
     json.loads(header, object_pairs_hook=partial(_only_once, str(path)))
     tensors = safetensors.torch.load_file(path)
     return tensors if MAPPED else {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def _read_shards(index: Path) -> tuple[dict[str, object], int]:
-    """The tensors of all files that an index of Hugging Face names, from where it says, and their size in bytes."""
+    """The tensors that an index of Hugging Face lists, each from the file it names, and the size of all in bytes."""
     size = index.stat().st_size
     check_room(str(index), size, JSON * size)
     places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -144,8 +144,10 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
 def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise InputError(f"expected each key once, got {path!r}, whose header repeats {quoted(twice)}: write it again")
+        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(
+            f"expected each key once, got {path!r}, whose header repeats {quoted(repeated)}: write it again"
+        )
     return entries
 
 
@@ -158,9 +160,10 @@ def _errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         name = repr(str(path))
-        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, at a cut archive
+        # EINVAL comes from torch, where an archive is cut off.
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
             raise InputError(f"cannot read {name}: {error.strerror}; check the file") from error
-        if has_surrogates(str(path)):  # which stand for other bytes
+        if has_surrogates(str(path)):
             raise InputError(f"cannot read {name}: its path is not in UTF-8, as libraries expect; rename it") from error
         writer = WRITERS.get(path.suffix, "torch.save")
         raise InputError(
@@ -183,24 +186,24 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
     extra, unread = (extra, ()) if is_plain(extra) else ({}, tuple(extra))
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            of = quoted(key) if is_plain(key) else "a key that is no text"  # such as bytes, which are not made
-            what = f"{shown(type_name(value))} under {of}"
-            raise InputError(f"expected only tensors in {name}, got {what}{place}: save the model's state_dict()")
+            under = quoted(key) if is_plain(key) else "a key that is no text"
+            got = f"{shown(type_name(value))} under {under}{place}"
+            raise InputError(f"expected only tensors in {name}, got {got}: save the model's state_dict()")
         if has_surrogates(key):
             raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")
-        # One row that stands for a million, or a million rows of nothing.
+        # One row may claim to be a million of them, or there may be a million empty ones.
         if max(value.nbytes, *value.shape, 0) > size:
-            what = f"shape {list(value.shape)} under {quoted(key)}{place}"
-            raise InputError(f"expected tensors no larger than the file in {name}, got {what}: copy the file again")
+            got = f"shape {list(value.shape)} under {quoted(key)}{place}"
+            raise InputError(f"expected tensors no larger than the file in {name}, got {got}: copy the file again")
     return Checkpoint(tensors, opened, _plain(module_versions(inner)), others, extra, unread)
 
 
 def _plain(versions: Mapping[str, object] | None) -> OrderedDict[str, object] | None:
-    """The numbers and texts of the versions that a file holds."""
+    """The versions that a file holds, as far as they are whole numbers and texts."""
     if versions is None:
         return None
     return OrderedDict(
-        (name, {key: one for key, one in noted.items() if isinstance(key, str) and isinstance(one, (int, str))})
+        (name, {key: value for key, value in noted.items() if isinstance(key, str) and isinstance(value, (int, str))})
         for name, noted in versions.items()
         if isinstance(noted, Mapping)
     )

@@ -62,8 +62,8 @@ def save_checkpoint(
         prefix: Text that ends in a dot, to put before every key, for instance ``"model."``.
         convs_only: Write only the convolutions that the report says were changed; needs ``report``.
         exclude: Shell patterns of keys to leave out, such as ``"fc.*"`` for another number of classes.
-        dtype: Dtype of the floating tensors but packed ones, as of float4; None keeps each one's own. A warning says if
-            it rounds filters away.
+        dtype: Dtype of the floating tensors, except for packed ones such as those of float4; None keeps each one's
+            own. A warning says if it rounds filters away.
         overwrite: Replace an existing file.
 
     Returns:
@@ -96,7 +96,7 @@ class Contents:
     tensors: dict[str, Tensor] = field(repr=False)  # plain, each with memory of its own, under the keys of the file
     versions: Mapping[str, object] | None  # notes of the modules beside them, for a file of `torch.save`
     metadata: dict[str, str]  # of a safetensors file; what it says of the run is an entry of other files
-    remarks: list[str] = field(default_factory=list)  # sentences on what the dtype does to the weights
+    remarks: list[str] = field(default_factory=list)  # sentences about weights that the dtype rounds away
 
 
 def checkpoint_contents(
@@ -126,7 +126,7 @@ def checkpoint_contents(
 
 
 def write_checkpoint(contents: Contents, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a checkpoint, and fail, as `save_checkpoint` does, also if the keys do not fit the kind of file."""
+    """Write a checkpoint; it fails as `save_checkpoint` does, and if the file cannot hold such keys or dtypes."""
     target = check_target(path, overwrite=overwrite)
     with replacing(target, overwrite=overwrite) as temporary:
         if target.suffix in TORCH_SUFFIXES:
@@ -166,17 +166,17 @@ def _metadata(report: Report | None) -> dict[str, str]:
 
 
 def _write_torch(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    # By way of memory: torch hides what a file's write raises, such as a full disk, behind an error of its own.
+    # Written to memory first: torch would hide a full disk behind an error of its own.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with ZipFile(buffer, "a") as archive:  # beside the entries of torch, which leaves alone what it does not know
-        archive.writestr(ZipInfo(TORCH_RECORD), metadata["convsim_init"])  # of no date
+    with ZipFile(buffer, "a") as archive:  # torch ignores entries that it does not know
+        archive.writestr(ZipInfo(TORCH_RECORD), metadata["convsim_init"])  # without the date, which would differ
     path.write_bytes(buffer.getbuffer())
 
 
 @contextmanager
 def _fitting(tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Context that refuses to write what safetensors cannot hold, and tells of a full disk as the system does."""
+    """Context that refuses what safetensors cannot hold, and turns its other errors into those of the system."""
     if METADATA_KEY in tensors:
         raise InputError(
             f"expected keys that safetensors can hold, got {METADATA_KEY!r}: rename it or write a .pt file"
@@ -190,7 +190,7 @@ def _fitting(tensors: dict[str, Tensor]) -> Iterator[None]:
 
 
 def _sort_metadata(file: BinaryIO) -> None:
-    """Rewrite a safetensors header in place with its metadata in a fixed order, which the library leaves to chance."""
+    """Rewrite a safetensors header in place, with its metadata in a fixed order: the library's is random."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     header[METADATA_KEY] = dict(sorted(header[METADATA_KEY].items()))

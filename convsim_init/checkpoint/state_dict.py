@@ -71,7 +71,7 @@ def without_keys(entries: Mapping[str, object], exclude: Sequence[str]) -> dict[
 
 
 def changed_entries(entries: Mapping[str, object], report: Report | None) -> dict[str, object]:
-    """The entries of the convolutions that a report says were changed, tied ones under each of their names.
+    """The entries of the convolutions that a report says were changed; tied ones under each of their names.
 
     Raises:
         InputError: If there is no report, it names no changed convolution, or one that is not among the entries.
@@ -90,7 +90,7 @@ def changed_entries(entries: Mapping[str, object], report: Report | None) -> dic
 
 
 def plain_tensors(entries: Mapping[str, object], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The entries as finite contiguous tensors on the CPU, each with memory of its own; floating ones of that dtype.
+    """The entries as finite contiguous tensors on the CPU, each with memory of its own; floating ones in that dtype.
 
     Raises:
         InputError: If there are no entries, one is anything but a dense tensor of finite numbers, or ``dtype`` is not
@@ -125,36 +125,38 @@ def faded_remarks(entries: Mapping[str, object], tensors: Mapping[str, Tensor]) 
 
 
 def fades(key: str, source: object, converted: Tensor) -> bool:
-    """Whether a filter, of a transposed convolution too, is another one after the change of dtype."""
+    """Whether a conversion to a dtype of less range or precision changes some filter by more than it rounds numbers."""
     if split_weight_key(key) is None or not isinstance(source, Tensor) or source.dim() not in KERNEL_RANKS:
         return False
     if not (source.is_floating_point() and converted.is_floating_point() and narrows(source.dtype, converted.dtype)):
         return False
-    wide = source.detach().cpu().double()
+    weight = source.detach().cpu().double()
+    change = weight - converted.double()
     # Rounding changes a number by up to eps / 2 of it: a norm that changes more is out of range.
-    change, most = wide - converted.double(), 4 * torch.finfo(converted.dtype).eps
+    tolerance = 4 * torch.finfo(converted.dtype).eps
     # The key does not tell whether filters lie along dimension 0 or, transposed, along 1.
-    axes = [axis for axis in (0, 1) if wide.numel() > wide.shape[axis]]  # single numbers may be small by chance
-    norms = ([filter_norms(one.movedim(axis, 0)[None]) for one in (change, wide)] for axis in axes)
-    return any(bool((small > most * whole).any()) for small, whole in norms)
+    axes = [axis for axis in (0, 1) if weight.numel() > weight.shape[axis]]  # single numbers may be small by chance
+    norms = ([filter_norms(tensor.movedim(axis, 0)[None]) for tensor in (change, weight)] for axis in axes)
+    return any(bool((change_norms > tolerance * weight_norms).any()) for change_norms, weight_norms in norms)
 
 
 def _memory(value: object) -> object:
+    """What is equal for two entries that are the same tensor."""
     if not isinstance(value, Tensor) or is_lazy(value) or value.layout is not torch.strided:
         return id(value)
     return value.device, value.data_ptr(), value.shape
 
 
 def is_extra_state(key: object) -> bool:
-    """Whether it is the key of what a module saves beside its tensors, of whatever type."""
+    """Whether a key is that of a module's extra state, which may be of any type."""
     return isinstance(key, str) and f".{key}".endswith("._extra_state")
 
 
 def check_entry(key: str, value: object) -> Tensor:
-    """The entry, if `plain_tensors` takes it, whatever its numbers are."""
+    """The entry; InputError if `plain_tensors` would refuse it for anything but its numbers."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
-        holds_tensors = isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+        holds_tensors = isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
         hint = "pass the state dict inside it" if holds_tensors else LEAVE_OUT
         problem = f"a tensor in the state dict, got {kind}: {hint}"
         if is_extra_state(key):
@@ -177,9 +179,9 @@ def check_entry(key: str, value: object) -> Tensor:
 
 
 def is_finite(key: str, tensor: Tensor) -> bool:
-    """Whether an entry holds neither infinities nor NaN, or only zeros and infinities where it is no weight.
+    """Whether an entry holds neither infinities nor NaN.
 
-    Those are masks of attention, and the ranges of observers that have seen nothing yet.
+    One that is no weight may hold zeros and infinities alone, as masks of attention and the ranges of new observers do.
     """
     if _all_finite(tensor):
         return True
@@ -194,7 +196,7 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     converted = tensor.to(dtype or tensor.dtype)
     fits = _all_finite(converted)
-    # A tensor that becomes zero as a whole is lost; single small numbers may.
+    # Single small numbers may become zero, but not the whole tensor.
     if fits and (not tensor.any() or converted.any()):
         return converted
     if fits or _all_finite(tensor):
@@ -209,10 +211,10 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return bool(tensor.isfinite().all())
-    # No number of float4, which torch does not read, is an infinity or NaN.
+    # Of other dtypes torch cannot read the numbers, but float4 has neither infinities nor NaN.
     return tensor.numel() == 0 or not converts(tensor.dtype) or all_finite(_readable(tensor))
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor in a dtype that torch can tell of whether it is finite, which of float8 it cannot."""
+    """The tensor, converted where torch cannot tell whether its numbers are finite, as for float8."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor

@@ -1,4 +1,4 @@
-"""Reading files of `torch.save`: what their pickles say of tensors is held against the bytes that are there.
+"""Reading files of `torch.save`; what their pickles claim of tensors is checked against the bytes that are there.
 
 Each tensor is built anew from a dtype, a part of the file, and an offset, extents and strides that stay in that part.
 No other code that a pickle names is run, and a file that names any is refused.
@@ -27,17 +27,17 @@ from convsim_init.files.sources import MAPPED
 from convsim_init.report.text import quoted
 
 ZIP_SIGNATURE = b"PK\3\4"
-# 56 + 20 + 22: of a zip64 archive the end of the directory, where that is, and the old end.
+# 56 + 20 + 22: the end of a zip64 archive's directory, the place of that end, and the end as in older archives.
 END = 98  # bytes of the three records that end a zip archive
-ENTRY = 14  # times its length in the archive that an entry takes in memory
+ENTRY = 14  # bytes of memory for each that an entry takes in an archive's directory
 LEGACY_HEAD = (0x1950A86A20F9469CFC6C, 1001)  # magic number, protocol
-TENSOR = 600  # bytes that one takes beside its numbers
+TENSOR = 600  # bytes of memory that a tensor takes beside its numbers
 ALIGNED = 16  # bytes, of the widest dtype
 DTYPES = {
-    **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16},
-    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
-    **{"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8},
-}
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8,
+}  # fmt: skip
 DENSE_TENSORS = re.compile(
     r"""collections\.(OrderedDict|defaultdict|Counter)
     | torch(\.\w+)*\.\w+Storage
@@ -50,7 +50,7 @@ DENSE_TENSORS = re.compile(
     re.VERBOSE,
 )
 
-PLAIN_DATA = re.compile(  # beside the weights, as trainers save what they were called with and how far they came
+PLAIN_DATA = re.compile(  # what trainers save beside the weights: their arguments and their progress
     r"""argparse\.Namespace
     | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
     | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer|dtype|ndarray)
@@ -64,14 +64,14 @@ PLAIN_DATA = re.compile(  # beside the weights, as trainers save what they were 
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """The memory of tensors of one dtype; none before it is known where in the file it is."""
+    """The memory of tensors of one dtype; None as long as its place in the file is not known."""
 
     dtype: torch.dtype
     data: UntypedStorage | None
 
 
 class TensorReader(PickleReader):
-    """Follows a pickle of `torch.save` and builds the tensors in it, of the memory that is found by its key."""
+    """Follows a pickle of `torch.save` and builds the tensors in it; ``find`` returns the memory of a storage's key."""
 
     def __init__(self, path: str, content: mmap.mmap, find: Callable[[str], UntypedStorage | None]) -> None:
         super().__init__(path, content)
@@ -79,7 +79,7 @@ class TensorReader(PickleReader):
         self.storages: dict[str, Storage] = {}
 
     def name(self, name: Name) -> Name:
-        """Refuse what neither dense tensors nor plain data are made of; nothing is made of the latter either."""
+        """The name, if dense tensors or plain data are made of it; plain data are not made, either."""
         if not (DENSE_TENSORS.fullmatch(str(name)) or PLAIN_DATA.fullmatch(str(name))):
             raise InputError(
                 f"expected a file of dense tensors alone, got {self.path!r}, which needs code to be run "
@@ -90,7 +90,7 @@ class TensorReader(PickleReader):
     def refer(self, reference: object) -> Storage:
         """The storage that is referred to."""
         match reference:
-            # A sixth item that is not None made it a view of another storage, in very old files.
+            # In very old files a sixth item that is not None makes it a view of another storage.
             case ("storage", Name(name=kind), str(key), str(), int(), *rest) if not any(rest):
                 self.storages[key] = Storage(DTYPES[kind.removesuffix("Storage")], self.find(key))
                 return self.storages[key]
@@ -130,7 +130,7 @@ class TensorReader(PickleReader):
 
 
 class TorchFile:
-    """A file that `torch.save` wrote once or more; its tensors stay on the disk where they are `MAPPED`."""
+    """A file that `torch.save` wrote to once or more; where files are `MAPPED`, its tensors stay on the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.size = path, str(path), path.stat().st_size
@@ -145,7 +145,7 @@ class TorchFile:
                 self.data = torch.frombuffer(self.content, dtype=torch.uint8).untyped_storage()
 
     def read(self, start: int = 0, length: int | None = None) -> object:
-        """What the file holds, or the part of it that starts there, of so many bytes or to the end.
+        """What the file holds from ``start`` on, in ``length`` bytes or up to its end.
 
         Raises:
             InputError: If a checksum fails, a pickle needs code to be run, or memory is out of proportion to the file.
@@ -156,7 +156,7 @@ class TorchFile:
             raise UnpicklingError("a part that is not in the file")
         self.content.seek(start)
         if self.content[start : start + len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
-            return self._read_legacy()  # bare pickles, as before PyTorch 1.6
+            return self._read_legacy()
         check_room(self.name, self.size, ENTRY * _directory_size(self.content[max(end - END, start) : end]))
         with self.path.open("rb") as file:
             file.seek(start)
@@ -171,8 +171,9 @@ class TorchFile:
             )
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.values())
         unique = len(entries) == len(archive.infolist())
+        total = sum(entry.file_size for entry in entries.values())
         # Torch compresses nothing and writes no comment: this is something else, or swells when it is read.
-        if not stored or not unique or archive.comment or sum(e.file_size for e in entries.values()) > end - start:
+        if not stored or not unique or archive.comment or total > end - start:
             raise zipfile.BadZipFile("not as torch.save writes it")
         # torch.save can be told to leave out checksums: then all are 0.
         damaged = archive.testzip() if any(entry.CRC for entry in entries.values()) else None
@@ -184,14 +185,16 @@ class TorchFile:
         folder = pickle.removesuffix("data.pkl")
 
         def position(name: str) -> int:
-            # The local header's own lengths: to align numbers torch pads there alone.
+            # The lengths of the name and of the extra field in the entry's own header. The directory's differ: only
+            # here torch pads, to align the numbers.
             header = start + entries[name].header_offset
-            lengths: tuple[int, int] = struct.unpack_from("<2H", self.content, header + 26)  # of a name, and of more
+            lengths: tuple[int, int] = struct.unpack_from("<2H", self.content, header + 26)
             return header + 30 + sum(lengths)
 
-        order = f"{folder}byteorder"
-        if order in entries and self.content[(at := position(order)) : at + entries[order].file_size] != b"little":
-            raise InputError(f"expected numbers in little endian, got {self.name!r}: save it on another machine")
+        if (order := entries.get(f"{folder}byteorder")) is not None:
+            begin = position(order.filename)
+            if self.content[begin : begin + order.file_size] != b"little":
+                raise InputError(f"expected numbers in little endian, got {self.name!r}: save it on another machine")
 
         @cache
         def find(key: str) -> UntypedStorage:
@@ -202,9 +205,12 @@ class TorchFile:
         return TensorReader(self.name, self.content, find).load()
 
     def _read_legacy(self) -> object:
-        """What bare pickles hold: magic number, protocol, system, content, keys of the storages, whose data follow."""
+        """Read a file from before PyTorch 1.6.
+
+        It has pickles of a magic number, the protocol, the system, the content and the storages' keys, then the data.
+        """
         parts: dict[str, UntypedStorage] = {}
-        # The data follow the pickle that names them: it is gone through twice, first without.
+        # The data stand behind the content that refers to them: it is read twice, first without them.
         reader = TensorReader(self.name, self.content, parts.get)
         magic, protocol, system = (reader.load() for _ in range(3))
         if (magic, protocol) != LEGACY_HEAD or not isinstance(system, dict) or not system.get("little_endian", True):
@@ -228,7 +234,7 @@ class TorchFile:
 
 
 def _directory_size(end: bytes) -> int:
-    """Bytes of the list of entries that `zipfile` will read, told from the records that end an archive."""
+    """Bytes of the list of entries that `zipfile` will read, from the records that end an archive."""
     if end[-22:-18] != b"PK\5\6":
         raise zipfile.BadZipFile("a comment, or no end")
     return int.from_bytes(end[40:48] if end[:4] == b"PK\6\6" else end[-10:-6], "little")
