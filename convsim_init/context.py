@@ -1,4 +1,4 @@
-"""`initializing`: the models that somebody else's code builds are initialized before it trains them."""
+"""`initializing`: a context that initializes the models which other code builds, before it trains them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from convsim_init.parallel.processes import of_several_processes
 from convsim_init.report.patterns import check_list, check_patterns
 from convsim_init.report.report import Report
 from convsim_init.settings import Settings, check_settings, check_type
-from convsim_init.tracking.construction import Construction, Moment, UnmatchedError, left_alone
+from convsim_init.tracking.construction import Construction, Event, UnmatchedError, left_alone
 from convsim_init.tracking.history import History, open_histories
 
 CHANGED = "changed after the optimizer was made, and treated as if it was drawn anew: exclude it if it was trained"
@@ -42,38 +42,38 @@ def initializing(
     about to begin, or else when the context ends; if it ends with an exception, nothing is treated then. Treated are
     the convolutions that were drawn in the context, from what their constructors or later code drew:
 
-    - What is drawn anew between the making of the optimizer and the first forward pass of one of the models is treated
-      at that pass, but not where several processes of `torch.distributed` run: it may have come from another one.
-    - What ``reset_parameters`` draws anew later, or ``load_state_dict`` puts back as it was drawn, is treated before
-      the next optimizer is made; a layer that is built later, before its parameters are added to one.
+    - Weights that are drawn anew between the making of the optimizer and the first forward pass of one of the models
+      are treated at that pass, unless several processes of `torch.distributed` run: they may be those of another one.
+    - Weights that ``reset_parameters`` draws anew later, or that ``load_state_dict`` resets to what was drawn, are
+      treated before the next optimizer is made; a layer that is built later, before an optimizer gets its parameters.
 
     Left alone are convolutions
 
     - that were built before the context, in a context within it, or on the meta device;
-    - that `initialize_` has treated, or was told to exclude;
-    - that ``load_state_dict`` has loaded, as pretrained weights are: a checkpoint that is loaded at any time replaces
+    - that `initialize_` has treated, or left because of ``include`` or ``exclude``;
+    - that ``load_state_dict`` has loaded, such as pretrained weights: a checkpoint that is loaded at any time replaces
       what was drawn;
     - that got a gradient by ``backward`` before an optimizer was made, as in a loop that trains without one.
 
     Weights that are loaded or trained in another way, such as by ``weight.data.copy_`` or ``torch.autograd.grad``,
-    cannot be told from drawn ones: load them after the context, or exclude them. A copy that is left alone, such as a
-    target network, is named in a remark where what it was copied from was treated. Processes that are started in the
-    context are not part of it, and models are to be built and trained by one thread.
+    cannot be distinguished from drawn ones: load them after the context, or exclude them. A copy that is left alone,
+    such as a target network, is named in a remark if its original was treated. Processes that are started in the
+    context are not part of it, and one thread should build and train the models.
 
     Args:
         settings: Optimization settings. Default: `Settings()`.
         include: Shell patterns of layer names; where any are given, others are left alone.
-        exclude: Shell patterns of layer names to leave alone. A model is a module that is part of no other one, and
-            its layers' names start there.
+        exclude: Shell patterns of layer names to leave alone. Names are those within the model, which is a module that
+            is part of no other one.
         device: Device to compute on. Default: that of each weight.
-        on_report: Function to call with each report once it is there.
+        on_report: Function to call with each report as soon as its model is treated.
 
     Yields:
-        The reports, one for each model, which are there once it is treated; ``model`` is the name of its class.
+        A list that gets a report whenever a model was treated; ``model`` is the name of the model's class.
 
     Raises:
-        InputError: If the patterns are no lists; or if one matches no layer of the models: at the first forward pass
-            after an optimizer was made, or when the context ends.
+        InputError: If the patterns are no lists, or, at the first forward pass after an optimizer was made or at the
+            end of the context, if a pattern matches no layer of the models.
 
     Examples:
         >>> with ci.initializing(exclude=["0"]) as reports:
@@ -86,20 +86,21 @@ def initializing(
     check_list("exclude", exclude)
     if on_report is not None:
         check_type("on_report", on_report, Callable, "pass print or the like")  # type: ignore[arg-type]
-    checked, reports, names, history = check_settings(settings), list[Report](), list[str](), History()
-    before: dict[int, set[str]] = {}  # what was treated at last, by the ids of the models
+    checked_settings, reports, history = check_settings(settings), list[Report](), History()
+    names: list[str] = []  # of the layers of all models so far, which patterns must match
+    last_treated: dict[int, set[str]] = {}  # names of layers, by the ids of their models
 
     def obstacle(parts: Mapping[str, nn.Module], layer: Layer) -> Obstacle | None:
-        why = left_alone(parts.get(layer.name))
-        if why is not None and why.cause is Cause.LOADED and history.began_with(layer):
-            why = None  # put back as it was drawn, as for another fold of a cross-validation
-        return unselected(layer.name, include, exclude) or history.obstacle(layer) or why
+        origin = left_alone(parts.get(layer.name))
+        if origin is not None and origin.cause is Cause.LOADED and history.began_with(layer):
+            origin = None  # reset to what was drawn, as for another fold of a cross-validation
+        return unselected(layer.name, include, exclude) or history.obstacle(layer) or origin
 
-    def treat(models: Sequence[nn.Module], moment: Moment) -> None:
-        again = moment in (Moment.FORWARD, Moment.STEP)
+    def treat(models: Sequence[nn.Module], event: Event) -> None:
+        again = event in (Event.FORWARD, Event.STEP)
         if (include or exclude) and not again:
             names.extend(layer.name for model in models for layer in find_layers(model, read_only=True))
-        if names and moment is not Moment.OPTIMIZER:  # others may follow
+        if names and event is not Event.OPTIMIZER:  # after which other models may follow
             try:
                 check_patterns("include", include, names)
                 check_patterns("exclude", exclude, names)
@@ -111,18 +112,19 @@ def initializing(
             drawn = [layer for layer in layers if layer.obstacle is None]
             if again and not drawn and not any(layer.is_left_for(Cause.LOADED) for layer in layers):
                 continue
-            if moment is Moment.STEP or (again and of_several_processes()):  # those would treat what they were sent
-                # Without a pair of filters a layer would be left anyway, and says so itself.
+            # Another process may have sent these weights, which it has treated.
+            if event is Event.STEP or (again and of_several_processes()):
                 for layer in drawn:
+                    # A layer without a pair of filters is left for that reason.
                     layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
-            report = initialize_layers(model, layers, checked, device, within=history)
-            # The report that was there before says it all.
+            report = initialize_layers(model, layers, checked_settings, device, within=history)
             treated = {layer.name for layer in report.layers if layer.after}
+            # Then the report would only repeat the one before.
             if again and not treated and not any(layer.is_left_for(Cause.RECEIVED, Cause.LOADED) for layer in layers):
                 continue
-            if again and treated & before.get(id(model), set()):
+            if again and treated & last_treated.get(id(model), set()):
                 report.remarks.insert(0, CHANGED)
-            before[id(model)] = treated
+            last_treated[id(model)] = treated
             report.model = type(unwrap(model)).__name__
             reports.append(report)
             if on_report is not None:

@@ -285,12 +285,7 @@ def _lower(
 
 
 def _write(
-    layer: Layer,
-    report: LayerReport,
-    bank: Tensor,
-    lowered: Tensor,
-    channels: Channels,
-    reasons: Sequence[str | None],
+    layer: Layer, report: LayerReport, bank: Tensor, lowered: Tensor, channels: Channels, reasons: Sequence[str | None]
 ) -> LayerReport:
     """Write a lowered bank to its layer, but restore the weight if what the forward pass then uses is no better."""
     # Now, because the bank may share the memory that is written to.

@@ -1,4 +1,4 @@
-"""Observing calls of somebody else's functions for a time, and what that tells of models that are loaded."""
+"""Observing calls of other people's functions for a time, such as those that load models."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-Act = Callable[..., object]  # called with the arguments of the function that is observed
+Observer = Callable[..., object]  # called with the arguments of the observed function
 
 
-def nothing(*_: object, **__: object) -> None:
+def ignore(*_: object, **__: object) -> None:
     """Do nothing."""
 
 
 class _Replacement:
-    """What stands in the place of a function, and tells the contexts that are open of its calls."""
+    """Replacement of a function that calls the observers of the open contexts before and after it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.observers: list[tuple[Act, Act]] = []
+        self.observers: list[tuple[Observer, Observer]] = []
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            observers = self.observers.copy()  # a context may begin or end within the call
+            observers = self.observers.copy()  # a context may begin or end during the call
             for before, _ in reversed(observers):
                 before(*args, **kwargs)
             result = function(*args, **kwargs)
@@ -38,46 +38,46 @@ class _Replacement:
         self.call = call
 
 
-_REPLACED: dict[int, _Replacement] = {}  # by the ids of their functions
-_LOCK = RLock()  # a generator that holds a context may be collected, and end it, while another one begins
+_replacements: dict[int, _Replacement] = {}  # by the ids of their `call`
+_lock = RLock()  # reentrant: a garbage collection while a context begins may end one that a generator holds
 
 
 @contextmanager
-def observed(owner: object, name: str, *, before: Act = nothing, after: Act = nothing) -> Iterator[None]:
-    """Context in which others are called before and after a function; contexts may overlap, as of several threads.
+def observed(owner: object, name: str, *, before: Observer = ignore, after: Observer = ignore) -> Iterator[None]:
+    """Context in which observers are called before and after a function; contexts may overlap, as in several threads.
 
-    What somebody else puts in its place meanwhile stays there.
+    If other code replaces the function meanwhile, its replacement stays.
     """
-    observer = (before, after)
-    with _LOCK:
-        there = getattr(owner, name)
-        entry = _REPLACED.get(id(there))
-        if entry is None:
-            entry = _Replacement(there)
-            _REPLACED[id(entry.call)] = entry
-            setattr(owner, name, entry.call)
-        entry.observers.append(observer)
+    observers = (before, after)
+    with _lock:
+        function = getattr(owner, name)
+        replacement = _replacements.get(id(function))
+        if replacement is None:
+            replacement = _Replacement(function)
+            _replacements[id(replacement.call)] = replacement
+            setattr(owner, name, replacement.call)
+        replacement.observers.append(observers)
     try:
         yield
     finally:
-        with _LOCK:
-            entry.observers.remove(observer)
-            # Where somebody else's wraps it, it goes on calling what was there before.
-            if not entry.observers and getattr(owner, name) is entry.call:
-                setattr(owner, name, entry.function)
-                del _REPLACED[id(entry.call)]
+        with _lock:
+            replacement.observers.remove(observers)
+            # A replacement that other code has wrapped stays, and only calls the function.
+            if not replacement.observers and getattr(owner, name) is replacement.call:
+                setattr(owner, name, replacement.function)
+                del _replacements[id(replacement.call)]
 
 
 @contextmanager
 def noting_loaded(note: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Context in which a function is called with each module that something else than its constructor fills.
+    """Context in which a function is called with each module that is filled by something else than its constructor.
 
-    That is what ``load_state_dict`` fills, and a convolution that is made without data, as transformers makes those
-    that it loads.
+    These are the modules that ``load_state_dict`` fills, and convolutions that are built without data, as transformers
+    builds those that it loads.
     """
 
     def note_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object, **__: object) -> None:
-        # Called for each module by load_state_dict, also where the file has nothing of it.
+        # load_state_dict calls this for each module, even if the state dict has no entry of it.
         if any(key.startswith(prefix) for key in state_dict):
             note(module)
 

@@ -1,4 +1,4 @@
-"""The time before the first forward pass of models, in which what was drawn can still be changed."""
+"""The time before the first forward pass of models, in which their weights may still be drawn anew."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import is_running
-from convsim_init.tracking.patching import nothing, observed
+from convsim_init.tracking.patching import ignore, observed
 
 
 @contextmanager
 def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> Iterator[None]:
-    """Context in which a function is called before a forward pass of a part of some models, or before it is compiled.
+    """Context in which a function is called before a forward pass of a part of some models, or before one is compiled.
 
-    Passes that are traced or transformed, and trials of our own, do not count. The first call is to end the context.
+    Passes that are traced or transformed, and trial passes of this package, do not count. The function must end the
+    context at its first call.
     """
-    named = [named for model in models for named in tree.named_modules(model)]
-    # Parametrizations run whenever their weight is looked at.
-    parts = {id(part): part for name, part in named if "parametrizations" not in name.split(".")}
+    named_parts = [named for model in models for named in tree.named_modules(model)]
+    # Without parametrizations, which run whenever their weight is read.
+    parts = {id(part): part for name, part in named_parts if "parametrizations" not in name.split(".")}
 
     def before_call(module: nn.Module, _: object) -> None:
         tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
@@ -38,10 +39,10 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
             before_call(module, None)
 
     with ExitStack() as stack:
-        compiled = {id(one) for part in _compiled(part for _, part in named) for one in tree.modules(part)}
+        compiled = {id(module) for part in _compiled(part for _, part in named_parts) for module in tree.modules(part)}
         if not compiled:
             stack.callback(register_module_forward_pre_hook(before_call).remove)
-        else:  # a compiled one would warn of a hook of all modules, and be compiled anew once that is gone
+        else:  # a compiled module would warn of a global hook, and be compiled anew once that is removed
             for key in parts.keys() - compiled:
                 stack.callback(parts[key].register_forward_pre_hook(_Hook(before_call)).remove)
         stack.enter_context(observed(torch, "compile", before=before_compiling))
@@ -49,25 +50,25 @@ def before_first_pass(models: Sequence[nn.Module], act: Callable[[], None]) -> I
 
 
 def drop_hooks(module: nn.Module) -> None:
-    """Take the hooks off a copy that `before_first_pass` had put on the original."""
+    """Remove from a copy the hooks that `before_first_pass` put on the original."""
     for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Hook)]:
         del module._forward_pre_hooks[key]
 
 
-def _modules_of(what: object) -> list[nn.Module]:
-    """The modules that something which is compiled is, belongs to or names."""
-    owner = getattr(what, "__self__", what)
+def _modules_of(target: object) -> list[nn.Module]:
+    """The modules that torch.compile compiles with a target: the target itself, its owner, or those it refers to."""
+    owner = getattr(target, "__self__", target)
     if isinstance(owner, nn.Module):
         return [owner]
     found = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
-    with suppress(TypeError, ValueError):  # no function of Python's
-        names = inspect.getclosurevars(what)  # type: ignore[arg-type]
-        found += [*names.nonlocals.values(), *names.globals.values()]
-    return [one for one in found if isinstance(one, nn.Module)]
+    with suppress(TypeError, ValueError):  # raised for what is no Python function
+        variables = inspect.getclosurevars(target)  # type: ignore[arg-type]
+        found += [*variables.nonlocals.values(), *variables.globals.values()]
+    return [value for value in found if isinstance(value, nn.Module)]
 
 
 class _Hook:
-    """Hook of a single module, of which a copy does nothing."""
+    """Hook of a single module; a copy of it does nothing."""
 
     def __init__(self, act: Callable[[nn.Module, object], None]) -> None:
         self._act = act
@@ -76,11 +77,11 @@ class _Hook:
         self._act(module, inputs)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _Hook, (nothing,)
+        return _Hook, (ignore,)
 
 
 def _compiled(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The modules among some that torch.compile has compiled, in place or within a wrapper."""
+    """Those of some modules that torch.compile has compiled, in place or within a wrapper."""
     for part in parts:
         if part._compiled_call_impl is not None:
             yield part
