@@ -1,7 +1,6 @@
 """Convolutions that are calls in a graph: in a module of TorchScript or in an exported program.
 
-No module of `torch.nn` is left there to be found. What a call is given as its weight is looked up in
-the graph.
+No modules of `torch.nn` are left there, so the weight of each call is looked up in the graph.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from convsim_init.layers.names import bare_name
 from convsim_init.layers.weights import ComputedWeight, StoredWeight, Weight
 
 CALLS = re.compile(r"aten::conv(_transpose)?[123]d|aten::_?convolution(_mode)?|prim::mkldnn_convolution")
-WEIGHT = 1  # position among the arguments of all of them
-FROZEN_NAME = re.compile(r"(?:self\.)?(.*?weight)(?:_fused_bn)?(?:_mkldnn)?")  # of what was a parameter
+WEIGHT = 1  # position of the weight among the arguments of these calls
+FROZEN_NAME = re.compile(r"(?:self\.)?(.*?weight)(?:_fused_bn)?(?:_mkldnn)?")  # constant that was a parameter
 
 
 def graph_layers(name: str, module: nn.Module) -> list[Layer]:
-    """The convolutions that a module's own graph calls, once each; none where it has no graph.
+    """The convolutions that a module's own graph calls, each once; none if it has no graph.
 
-    A call is a layer if its weight is a parameter called ``weight``, is computed from one, or is a
-    constant, as freezing makes of parameters. Others, such as fixed filters, are no layers.
+    A call is a layer if its weight is a parameter called ``weight``, is computed from one, or is a constant, which
+    freezing makes of parameters. Other calls, such as those with fixed filters, are no layers.
     """
     found: dict[str, Layer] = {}
     for operator, path, weight, arguments in _calls(module):
@@ -39,12 +38,12 @@ def graph_layers(name: str, module: nn.Module) -> list[Layer]:
 
 
 def _layer(name: str, operator: str, weight: Weight, arguments: Sequence[Any]) -> Layer:
-    either = operator in ("aten::convolution", "aten::_convolution")  # transposed or not, as an argument says
+    either = operator in ("aten::convolution", "aten::_convolution")  # an argument says whether they are transposed
     transposed = bool(arguments[6]) if either else "transpose" in operator
     groups = arguments[8 if either else 6]
     if not isinstance(groups, int):
         groups, weight = 1, ComputedWeight(weight.sources[0], None, "its graph computes the number of groups")
-    # A computed weight has the shape of its source here, which may be a matrix.
+    # The shape of a computed weight is that of its source here, which may be a matrix.
     kind = f"Conv{'Transpose' if transposed else ''}{max(len(weight.shape) - 2, 1)}d"
     return Layer(name, kind, weight, groups=groups, transposed=transposed)
 
@@ -52,7 +51,7 @@ def _layer(name: str, operator: str, weight: Weight, arguments: Sequence[Any]) -
 def _calls(module: nn.Module) -> Iterator[tuple[str, str, Weight, Sequence[Any]]]:
     """The operator of each call, the path of its weight, the weight, and all arguments."""
     if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
-        graph = module.inlined_graph  # owns its nodes
+        graph = module.inlined_graph  # this reference keeps its nodes alive
         for node in _script_nodes(graph):
             if CALLS.fullmatch(node.kind()):
                 source = node.inputsAt(WEIGHT).node()
@@ -61,23 +60,23 @@ def _calls(module: nn.Module) -> Iterator[tuple[str, str, Weight, Sequence[Any]]
     elif isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:
             if CALLS.fullmatch(operator := _operator(node)):
-                # Some may be given by name, and what has its default is left out.
-                expected = node.target._schema.arguments
-                given = dict(zip((one.name for one in expected), node.args, strict=False)) | node.kwargs
-                arguments = [given.get(one.name, one.default_value) for one in expected]
+                # Arguments may be given by name, or be left out if they have defaults.
+                schema = node.target._schema.arguments
+                given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+                arguments = [given.get(argument.name, argument.default_value) for argument in schema]
                 yield operator, *_parameter(module, arguments[WEIGHT], _exported_node), arguments
 
 
 def _parameter(module: nn.Module, source: Any, look: Callable[[Any], tuple[str, list[Any]]]) -> tuple[str, Weight]:
-    """The parameter called ``weight`` that a node is or is computed from, by the shortest way."""
+    """Path and weight of the nearest parameter called ``weight`` that a node is or is computed from; or no path."""
     pending = [source]
-    for node in pending:
+    for node in pending:  # grows in the loop
         path, inputs = look(node)
         if path.rpartition(".")[2] == "weight":
             tensor: Any = reduce(getattr, path.split("."), module)
             reason = "its graph computes the weight: initialize the model that the graph was made from"
             return path, StoredWeight(tensor) if node is source else ComputedWeight(tensor, None, reason)
-        pending += [one for one in inputs if one not in pending]
+        pending += [before for before in inputs if before not in pending]
     return "", StoredWeight(torch.empty(()))
 
 
@@ -99,9 +98,9 @@ def _script_nodes(block: Any) -> Iterator[Any]:
 
 
 def _script_node(node: Any) -> tuple[str, list[Any]]:
-    """The path of the attribute that a node is, if it is one, and the nodes that it is given."""
+    """The path of the attribute that a node reads, empty if it reads none; and the nodes of its inputs."""
     names, inputs = list[str](), [value.node() for value in node.inputs()]
-    # Behind another convolution lie weights of others, such as of a norm layer before it.
+    # What another convolution is computed from are weights of other layers.
     if CALLS.fullmatch(node.kind()):
         return "", []
     while node.kind() == "prim::GetAttr":
@@ -111,7 +110,7 @@ def _script_node(node: Any) -> tuple[str, list[Any]]:
 
 
 def _exported_node(node: Any) -> tuple[str, list[Any]]:
-    """As `_script_node`."""
+    """The same as `_script_node` for a node of an exported program."""
     if CALLS.fullmatch(_operator(node)):
         return "", []
     return str(node.target) if node.op == "get_attr" else "", node.all_input_nodes

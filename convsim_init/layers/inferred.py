@@ -18,13 +18,13 @@ from convsim_init.layers.names import split_weight_key
 from convsim_init.layers.weights import KERNEL_RANKS, ComputedWeight, StoredWeight, Weight
 from convsim_init.report.text import shown
 
-COMPUTED = {  # the key's ending of what a weight is computed from, and the entry that it is multiplied by
+COMPUTED = {  # endings of the keys of tensors that weights are computed from, and the factors in other entries
     ".parametrizations.weight.original1": "parametrizations.weight.original0",  # weight_norm, new and old
     ".parametrizations.weight.original": "",
     ".weight_v": "weight_g",
-    ".weight_orig": "weight_mask",  # pruning; of spectral_norm there is no mask
+    ".weight_orig": "weight_mask",  # pruning; spectral_norm has no mask
 }
-ENDINGS = (*COMPUTED, ".weight")  # of several the first is what is used: others are left over
+ENDINGS = (*COMPUTED, ".weight")  # the first that a module has is in use, and others are left over
 PARAMETRIZED = "parametrized: its weight is computed from what the state dict holds; use the model itself"
 MASKED = "whether its forward pass uses it like that the model itself tells (--like in the shell)"
 BY_SHAPE = "taken from its shape for a convolution without groups, not transposed"
@@ -35,24 +35,21 @@ DOUBTFUL = (
     "doubtful whether it is a convolution's weight in PyTorch's layout, so it is left alone: the model itself (--like "
     "in the shell) settles it"
 )
-ROTATIONS = (4, 8)  # by right angles, and their mirror images
-USUAL_EXTENT = 7  # of a kernel; longer ones want a bias or a norm layer as evidence
-FEW = 32  # numbers, of which the mean says nothing
+ROTATIONS = (4, 8)  # number of rotations by right angles, without and with mirror images
+USUAL_EXTENT = 7  # of a kernel: longer ones need a bias or a norm layer as evidence
+FEW = 32  # entries, too few for their mean to be evidence
 OTHER_NAMES = ("bilinear", "expert", "codebook")
 
 
 def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
-    """The tensors of rank 3 to 5 whose keys end in ``weight``, or in what its source is called where it is computed.
+    """The convolutions whose weights are tensors of rank 3 to 5 with keys that end in one of `ENDINGS`.
 
-    A transposed convolution gives itself away where its bias, or without one the norm layer that is next beside it, is
-    not as long as dimension 0 of its weight; one group per filter shows in a dimension 1 of length 1. Other groups
-    cannot be seen. What pruning, masks and weight_norm compute can be read from the state dict but not set there; a
-    ``weight`` beside what it is computed from is a stale one.
+    A convolution counts as transposed if its bias, or without one the norm layer behind it, is not as long as dimension
+    0 of its weight; and as depthwise if dimension 1 has length 1. Other groups cannot be seen. Weights that pruning,
+    masks and weight_norm compute can be read from the state dict but not set in it; a ``weight`` beside the tensors
+    that it is computed from is stale.
     """
-    # A lazy or a nested tensor has no shape, and raises an error when it is asked for it.
-    state = {
-        key: one for key, one in state.items() if not (isinstance(one, Tensor) and (is_lazy(one) or one.is_nested))
-    }
+    state = {key: value for key, value in state.items() if _has_shape(value)}
     split = {key: parts for key in state if (parts := split_weight_key(key)) and parts[1] in ENDINGS}
     weights: dict[str, Tensor] = {}
     beside = defaultdict[str, list[str]](list)  # other keys of each module
@@ -71,8 +68,8 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             continue
         factor = state.get(f"{prefix}{COMPUTED.get(ending, '')}")
         near = [*beside[name], *filter(None, [masks.get(key)])]
-        # Pruning's own mask is the factor already, and would be multiplied by twice.
-        mask = next((one for one in near if state[one] is not factor and _masks(state[one], value)), "")
+        # The mask of pruning is the factor already, which should not be multiplied by twice.
+        mask = next((other for other in near if state[other] is not factor and _masks(state[other], value)), "")
         weight: Weight = StoredWeight(value, trained=False)
         if mask or ending in COMPUTED:
             compute = _computation(value, ending, factor, [state[mask]] if mask else [])
@@ -83,7 +80,7 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, ComputedWeight(value, None, DOUBTFUL))
             continue
         groups, filters, inputs = _transposed_groups(value, bias), *value.shape[:2]
-        # Only as many as dimension 1: another length may be that of what is concatenated before the norm layer.
+        # A length other than dimension 1 does not count: outputs may be concatenated before the norm layer.
         by_norm = bias is None and behind.get(name) == inputs != filters and value.shape[2:].numel() > 1
         if groups or by_norm:
             kind = kind.replace("Conv", "ConvTranspose")
@@ -95,23 +92,28 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, weight, note=BY_SHAPE)
 
 
-def _is_doubtful(name: str, weight: Tensor, bias: object) -> bool:
-    """Whether a tensor may as well be no convolution's weight, or one in another library's layout.
+def _has_shape(value: object) -> bool:
+    """Whether it is no tensor that raises an error if asked for its shape, as lazy and nested ones do."""
+    return not (isinstance(value, Tensor) and (is_lazy(value) or value.is_nested))
 
-    Sparse and channels-last layouts put the kernel before the channels, ``[M, k, k, k, C]`` or
-    ``[k, k, k, C, M]``; bilinear layers and stacked experts have matrices where a kernel would be, group convolutions
-    rotations where its depth would be, and the factors of a norm over images are all about 1.
+
+def _is_doubtful(name: str, weight: Tensor, bias: object) -> bool:
+    """Whether a tensor may well be no convolution's weight, or one in another library's layout.
+
+    Sparse and channels-last layouts put the kernel before the channels, ``[M, k, k, k, C]`` or ``[k, k, k, C, M]``.
+    Bilinear layers and stacked experts have matrices in place of kernels, group-equivariant convolutions have rotations
+    in place of the depth, and the factors of a norm over images are all about 1.
     """
     inputs, extents = weight.shape[1], weight.shape[2:]
     has_bias = isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) in weight.shape[:2]
     if isinstance(bias, Tensor) and not (has_bias or _transposed_groups(weight, bias)):
-        return True  # as that of a layer norm over images, or of stacked linear layers
+        return True  # the bias of a layer norm over images, or of stacked linear layers
     if any(word in name.lower() for word in OTHER_NAMES):
         return True
     if _looks_channels_last(weight.shape):
         return True  # [M, k, k, C]
     if len(extents) == 3 and extents[0] in ROTATIONS and extents[1] == extents[2] in (3, 5, 7):
-        return True  # [M, C, rotations, k, k] of a group convolution
+        return True  # [M, C, rotations, k, k] of a group-equivariant convolution
     if weight.dim() == 3 and not has_bias and _is_far_from_zero(weight):
         return True
     if len(extents) == 3 and not has_bias:
@@ -125,14 +127,14 @@ def _is_doubtful(name: str, weight: Tensor, bias: object) -> bool:
         return True  # [k, k, C, C], or a few tokens [N, 1, C]
     if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
         return True  # [k, k, C, M]
-    square = len(extents) == 1 and inputs == extents[0]  # as a bilinear layer of equal inputs
+    square = len(extents) == 1 and inputs == extents[0]  # the shape of a bilinear layer with equal inputs
     return square or not (has_bias or inputs == 1 or (len(extents) > 1 and extents[-1] == extents[-2]))
 
 
 def _stacked(state: Mapping[str, object]) -> set[int]:
-    """How many models lie in one another's stacks, as those of `torch.func.stack_module_state`: their biases tell it.
+    """Numbers of models that `torch.func.stack_module_state` seems to have stacked along dimension 0.
 
-    Those, and a norm layer's statistics, are then of rank 2, and as long as what the module has beside them.
+    In a stack biases and the statistics of norm layers have rank 2, and their shape is where that of the weight begins.
     """
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
     found = set[int]()
@@ -145,7 +147,7 @@ def _stacked(state: Mapping[str, object]) -> set[int]:
 
 
 def _norms_behind(state: Mapping[str, object]) -> dict[str, int]:
-    """How long the norm layer is that comes next beside a module, by the module's name, where that is one."""
+    """Length of the norm layer that follows a module in the same container, by the module's name, if one follows."""
     found, following = dict[str, int](), dict[str, str]()
     for name in reversed(dict.fromkeys(key.rpartition(".")[0] for key in state)):
         above = name.rpartition(".")[0]
@@ -159,24 +161,24 @@ def _norms_behind(state: Mapping[str, object]) -> dict[str, int]:
 
 
 def _is_channels_last(shapes: Sequence[torch.Size]) -> bool:
-    """Whether some of the weights in a file can only be of that layout, and none is surely of PyTorch's."""
+    """Whether some of the weights can only have a channels-last layout, and none certainly has PyTorch's."""
     if _is_chain([shape for shape in shapes if len(shape) == 3]):
         return True
     foreign = [_looks_channels_last(shape) for shape in shapes]
-    # In channels-last layout dimension 1 is an extent: long or unlike all others it is channels.
-    own = (len(shape) > 3 and (shape[1] > USUAL_EXTENT or shape[1] not in (1, *shape[2:])) for shape in shapes)
-    return any(foreign) and not any(mine and not other for mine, other in zip(own, foreign, strict=True))
+    # In channels-last layout dimension 1 is an extent. If it is long, or unlike all others, it is the channels.
+    native = (len(shape) > 3 and (shape[1] > USUAL_EXTENT or shape[1] not in (1, *shape[2:])) for shape in shapes)
+    return any(foreign) and not any(a and not b for a, b in zip(native, foreign, strict=True))
 
 
 def _is_chain(shapes: Sequence[torch.Size]) -> bool:
-    """Whether ``[M, k, C]`` is what 1-D weights are: short in the middle, then as long as one before has filters.
+    """Whether 1-D weights look like ``[M, k, C]``: dimension 1 is short, and C the number of filters of one before.
 
-    In PyTorch's layout kernels would be as long as another layer has filters, and no layer would take those.
+    In PyTorch's layout kernels would then be as long as another layer has filters, which no layer would take as inputs.
     """
     short = all(shape[1] <= USUAL_EXTENT < shape[2] for shape in shapes)
     following = [(shape, shapes[:index]) for index, shape in enumerate(shapes) if index]
-    taken = [shape[1] > 2 and shape[2] in [one[0] for one in before] for shape, before in following]
-    return short and len(set(shapes)) > 1 and all(taken)  # equal ones may stand side by side
+    chained = [shape[1] > 2 and shape[2] in [other[0] for other in before] for shape, before in following]
+    return short and len(set(shapes)) > 1 and all(chained)  # equal shapes may belong to parallel layers
 
 
 def _looks_channels_last(shape: torch.Size) -> bool:
@@ -184,7 +186,7 @@ def _looks_channels_last(shape: torch.Size) -> bool:
 
 
 def _is_far_from_zero(weight: Tensor) -> bool:
-    """Whether the mean of the numbers, if they can be read, is above their standard deviation."""
+    """Whether the mean of the entries, if they can be read, is above their standard deviation."""
     if not (_is_plain(weight) and weight.is_floating_point()) or weight.numel() < FEW:
         return False
     deviation, mean = torch.std_mean(weight.detach().double())
@@ -192,13 +194,13 @@ def _is_far_from_zero(weight: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its numbers can be read."""
+    """Whether the entries of a tensor can be read."""
     known = type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided
     return known and converts(tensor.dtype)
 
 
 def _named_masks(state: Mapping[str, object], weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """By a weight's key that of its mask in another module, as ``masks.conv1`` and ``conv1_mask`` are of ``conv1``."""
+    """Keys of masks in other modules by those of their weights: ``masks.conv1`` or ``conv1_mask`` for ``conv1``."""
     owners = {_words(key): key for key in weights if "mask" not in key}
     found = {owners.get(_words(key), ""): key for key in state if "mask" in key}
     return {key: mask for key, mask in found.items() if key and _masks(state[mask], weights[key])}
@@ -209,39 +211,39 @@ def _words(key: str) -> tuple[str, ...]:
 
 
 def _masks(value: object, weight: Tensor) -> bool:
-    """Whether it holds zeros and ones, both of them and nothing else, for a weight or for each of its kernels."""
+    """Whether a value looks like a mask of a weight: it can be broadcast to that, and holds zeros and ones alone."""
     if not isinstance(value, Tensor) or not _is_plain(value) or not 1 < value.dim() <= weight.dim():
         return False
-    if not all(own in (1, size) for own, size in zip(reversed(value.shape), reversed(weight.shape), strict=False)):
+    if not all(length in (1, size) for length, size in zip(value.shape[::-1], weight.shape[::-1], strict=False)):
         return False
-    # All ones hide nothing, and are as likely a factor that is still at its start.
+    # Ones alone mask nothing, and may as well be factors with their initial values.
     ones = value == 1
     return bool(ones.any() and not ones.all() and (ones | (value == 0)).all())
 
 
 def _computation(source: Tensor, ending: str, factor: object, masks: list[Any]) -> Callable[[], Tensor] | None:
-    """What computes a weight from entries of a state dict; None if it is not known here."""
+    """A function that computes a weight from entries of a state dict; None if it is unknown how."""
     if ending == ".weight":
         return partial(reduce, torch.mul, [source, *masks])
-    # What is computed by spectral_norm, or by a parametrization of somebody's own, has no factor.
+    # The weights of spectral_norm and of custom parametrizations have no factor.
     if not isinstance(factor, Tensor):
         return None
     if ending == ".weight_orig":
         return partial(reduce, torch.mul, [source, factor, *masks]) if factor.shape == source.shape else None
-    along = [own in (1, size) for own, size in zip(factor.shape, source.shape, strict=False)]
+    along = [length in (1, size) for length, size in zip(factor.shape, source.shape, strict=False)]
     fits = factor.dim() == 0 or (factor.dim() == source.dim() and all(along) and factor.shape != source.shape)
     return partial(_normed, source, factor, *masks) if fits else None
 
 
 def _normed(direction: Tensor, length: Tensor, *masks: Tensor) -> Tensor:
-    """What weight_norm computes: a direction whose slices, along the dimensions of the length, have that norm."""
+    """The result of weight_norm: the direction with its slices scaled to norms of that length, times the masks."""
     axes = [axis for axis in range(direction.dim()) if length.dim() == 0 or length.shape[axis] == 1]
     factors: list[Tensor] = [direction, length / torch.linalg.vector_norm(direction, dim=axes, keepdim=True), *masks]
     return reduce(torch.mul, factors)
 
 
 def _transposed_groups(weight: Tensor, bias: object) -> int:
-    """Groups of the transposed convolution that a bias shows; 0 where it shows none."""
+    """Groups of a transposed convolution, if the length of the bias shows that it is one; else 0."""
     if not isinstance(bias, Tensor) or bias.dim() != 1 or len(bias) == weight.shape[0] or 0 in weight.shape:
         return 0
     groups, rest = divmod(len(bias), weight.shape[1])

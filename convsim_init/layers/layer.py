@@ -1,4 +1,4 @@
-"""The convolutions of a model or of a state dict, wherever they were found."""
+"""A convolution of a model or of a state dict, and the list of all of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Layer:
 
     Attributes:
         name: Dotted name in the unwrapped model.
-        kind: Class of the convolution, or what it is taken for.
+        kind: Class of the convolution, or the one that it is taken for.
         weight: Weight that the forward pass uses.
         groups: Number of groups.
         transposed: Whether it is a transposed convolution.
-        note: What groups and transposed were inferred from, where no module says it.
-        strides: Product of its strides; 1 where they are not known.
+        note: What groups and transposed were inferred from, if there is no module.
+        strides: Product of its strides; 1 if they are unknown.
         obstacle: Why it cannot or must not be treated; None if it can.
     """
 
@@ -50,26 +50,26 @@ class Layer:
     @property
     def filters(self) -> int:
         """Number of filters of a group."""
-        # PyTorch stores a transposed weight as [C, M, ...], with the M of one group alone.
+        # PyTorch stores a transposed weight as [C, M, ...], where M is that of one group.
         return self.shape[1] if self.transposed else self.shape[0] // self.groups
 
     @property
     def device(self) -> torch.device:
-        """Device of the weight, or of what it is computed from."""
+        """Device of the first tensor that the weight is stored in or computed from."""
         return self.weight.sources[0].device
 
     def bank(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor:
-        """The weight that is used as a filter bank ``[G, M, C, *kernel_size]`` to compute with; not to be changed."""
+        """The used weight as a filter bank ``[G, M, C, *kernel_size]`` to compute with; it must not be changed."""
         with holding_weights_lock():
             weight = self.weight.read().to(device)
         return computing_bank(weight, groups=self.groups, transposed=self.transposed, channels=channels)
 
     def mask(self, channels: Channels = "matched", device: torch.device | str | None = None) -> Tensor | None:
-        """Where the bank may differ from zero, of its shape; None for everywhere."""
+        """Where the bank may differ from zero, as a mask of its shape; None for everywhere."""
         mask = self.weight.mask
         if mask is None:
             return None
-        # A bank is made of floating numbers alone: of a mask of truths it is refused.
+        # `computing_bank` refuses booleans.
         ones = mask.to(device, torch.float32)
         return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
 
@@ -78,21 +78,21 @@ class Layer:
         return self.obstacle is not None and self.obstacle.cause in causes
 
     def explained(self, reason: str | None) -> str | None:
-        """The reason of an outcome, with what its weight is and what it was taken for, inferred from little."""
-        # Where it is left alone, that it was taken for the usual kind explains nothing.
+        """The reason of an outcome, preceded by notes on the weight and on what the layer was inferred from."""
+        # For a layer that is left alone it is no explanation that it was taken for the usual kind.
         note = None if reason and (self.groups, self.transposed) == (1, False) else self.note
         return ": ".join(filter(None, [self.weight.note, note, reason])) or None
 
 
 class Layers(list[Layer]):
-    """The convolutions of a model, and its forward passes as they were followed, or those of a state dict."""
+    """The convolutions of a model, with its symbolic forward passes; or those of a state dict, without."""
 
     def __init__(self, layers: Iterable[Layer] = (), followed: Followed | None = None) -> None:
         super().__init__(layers)
         self.followed = followed
-        self.uses = find_uses(followed or Followed())  # of the convolutions by the forward passes
+        self.uses = find_uses(followed or Followed())
 
 
 def largest_first(layers: Iterable[Layer]) -> list[Layer]:
-    """The order to begin layers in: begun last, the largest would keep one thread at work after all others are done."""
+    """The layers from the largest: begun last, it would keep one thread at work after all others have finished."""
     return sorted(layers, key=lambda layer: -math.prod(layer.shape))

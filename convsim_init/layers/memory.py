@@ -1,4 +1,4 @@
-"""Which tensors share memory: told by where their entries lie, not by which object holds them."""
+"""Which tensors share memory, judged by the addresses of their entries and not by their identity."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 
-MAX_WORK: Any = 10**5  # candidates that are tried where entries leave gaps
-SOMEWHERE = 2**20  # an address that is not 0, where NumPy would take memory of its own
+MAX_WORK: Any = 10**5  # candidates that NumPy tries for entries with gaps
+ADDRESS = 2**20  # added to all addresses, because for 0 NumPy would allocate memory
 
 
 class Memory(NamedTuple):
-    """Where a tensor's entries lie, in bytes: in a stretch that they may leave gaps in."""
+    """The range of memory in which a tensor's entries lie, perhaps with gaps."""
 
     device: torch.device
-    storage: int  # that is counted from; 0 where positions are addresses, of whatever storage
-    start: int  # position of the first
-    end: int  # position after the last
-    size: int  # of an entry
+    storage: int  # the storage that positions are relative to; 0 if they are addresses
+    start: int  # position of the first entry, in bytes
+    end: int  # position after the last entry, in bytes
+    size: int  # bytes per entry
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes
 
 
 def memory(tensor: Tensor) -> Memory:
-    """Where the entries of a dense tensor lie."""
+    """The memory of a dense tensor."""
     size, shape = tensor.element_size(), tuple(tensor.shape)
     strides = tuple(stride * size for stride in tensor.stride())
     storage, start = 0, tensor.data_ptr()
-    if tensor.device.type not in ("cpu", "cuda"):  # where a pointer may be no address but a handle
+    if tensor.device.type not in ("cpu", "cuda"):  # on other devices a pointer may be a handle and no address
         storage, start = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()) * size
-    # Of a tensor without entries the sum may be more than 0, as where its shape is [3, 0].
+    # For a tensor without entries, such as one of shape [3, 0], the sum may be above 0.
     extent = sum(stride * (count - 1) for stride, count in zip(strides, shape, strict=True)) + size
     return Memory(tensor.device, storage, start, start + extent if tensor.numel() else start, size, shape, strides)
 
 
 def memories(tensors: Iterable[Tensor]) -> list[Memory]:
-    """Where the entries of those tensors lie that have a memory of their own."""
-    return [memory(one) for one in tensors if why_without_memory(one) is None]
+    """The memory of each tensor that has one of its own."""
+    return [memory(tensor) for tensor in tensors if why_without_memory(tensor) is None]
 
 
 def why_without_memory(tensor: Tensor) -> str | None:
-    """Why the entries of a tensor lie in no memory of its own; None if they do."""
-    # The order matters: lazy and sparse tensors have no storage, and would be taken for wrappers.
+    """Why a tensor has no memory of its own; None if it has."""
+    # The order matters: lazy and sparse tensors have no storage, and would count as wrappers.
     if is_lazy(tensor):
         return "lazy, without a weight yet: run a forward pass first"
     if has_no_data(tensor):
@@ -64,32 +64,32 @@ def why_without_memory(tensor: Tensor) -> str | None:
 
 
 def overlap(a: Memory, b: Memory) -> bool:
-    """Whether an entry of one tensor lies where one of another does; where that is hard to tell it counts as so."""
-    if not (a.start < b.end and b.start < a.end and a[:2] == b[:2]):
+    """Whether two tensors share an entry; assumed if that takes too much work to find out."""
+    if not (a.start < b.end and b.start < a.end and (a.device, a.storage) == (b.device, b.storage)):
         return False
     try:
         return np.shares_memory(_array(a), _array(b), max_work=MAX_WORK)
-    except RuntimeError:  # too much work
+    except RuntimeError:  # raised if MAX_WORK does not suffice
         return True
 
 
-def _array(one: Memory) -> np.ndarray[Any, Any]:
-    """An array that lies as the tensor does, so far behind; it is not to be read."""
+def _array(memory: Memory) -> np.ndarray[Any, Any]:
+    """An array with the shape and strides of the tensor, at a shifted address; it must not be read."""
     interface = {
         "version": 3,
-        "typestr": f"|V{one.size}",
-        "shape": one.shape,
-        "strides": one.strides,
-        "data": (one.start + SOMEWHERE, True),
+        "typestr": f"|V{memory.size}",
+        "shape": memory.shape,
+        "strides": memory.strides,
+        "data": (memory.start + ADDRESS, True),
     }
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether entries of a tensor may be one in memory, as after ``expand`` or ``as_strided``."""
+    """Whether entries of a tensor may share memory with each other, as after ``expand`` or ``as_strided``."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        # No step is made along a dimension of one entry, where views leave any stride.
+        # The stride along a dimension of one entry has no meaning, and views leave any there.
         if size > 1 and stride <= reach:
             return True
         reach += stride * (size - 1)
@@ -97,33 +97,33 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def gradient_hooks(tensor: Tensor) -> list[dict[int, Any]]:
-    """The hooks on a tensor's gradient, before and after it is added up, which are kept beside its memory."""
+    """The hooks on a tensor's gradient: those before and those after its accumulation."""
     kinds = (getattr(tensor, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
     return [{} if hooks is None else hooks for hooks in kinds]
 
 
 def has_no_data(tensor: Tensor) -> bool:
-    """Whether it is on the meta device, or a `FakeTensor`."""
+    """Whether a tensor is on the meta device, or is a `FakeTensor`."""
     return tensor.is_meta or type(tensor).__module__ == "torch._subclasses.fake_tensor"
 
 
 def refuse_fake_mode() -> None:
-    """Raise an `InputError` where a mode is on in which no tensor that is made has data."""
-    # The device is named, as `torch.device("meta")` changes the default one and is no such mode.
+    """Raise an `InputError` if a mode is on in which new tensors have no data."""
+    # The device is given, because `torch.device("meta")` changes the default one and is no such mode.
     if has_no_data(torch.empty(0, device="cpu")):
         raise InputError("expected numbers to work on, got a call within FakeTensorMode: leave it first")
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether it stands for other tensors and has no memory of its own, as quantized, masked and nested ones do."""
+    """Whether a tensor wraps others and has no memory of its own, like quantized, masked and nested ones."""
     try:
         tensor.untyped_storage().data_ptr()
-    except Exception:  # of several kinds, by what its class does with the question
+    except Exception:  # of a kind that depends on the class
         return True
-    # A nested tensor has a storage, but raises errors when it is asked for its shape or strides.
+    # A nested tensor has a storage, but raises errors if asked for its shape or strides.
     return tensor.is_nested
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`, whose module most programs never import."""
+    """Whether a tensor is a `DTensor`; by name, because most programs never import that module."""
     return type(tensor).__module__.startswith("torch.distributed.tensor")

@@ -1,4 +1,4 @@
-"""What wrappers of a module add, taken off: the module inside, names of layers and keys of state dicts."""
+"""Modules, names of layers and keys of state dicts without what wrappers add to them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WEIGHT_KEY = re.compile(r"(.*)(\.(?:weight(?:_[guv]|_orig|_mask)?|parametrizatio
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
-        # A __getattr__ may answer to any other name, or raise what it likes.
+        # A custom __getattr__ may answer any other name, or raise any error.
         held = (getattr(model, kind, {}).items() for kind in ("_modules", "_parameters", "_buffers"))
         parts = dict(chain.from_iterable(held))
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(parts.get("_orig_mod"), nn.Module) and len(parts) == 1:  # else what is beside it would be lost
+        elif isinstance(parts.get("_orig_mod"), nn.Module) and len(parts) == 1:  # nothing else would be lost
             model = parts["_orig_mod"]
         else:
             return model
@@ -50,8 +50,8 @@ def bare_entries(state: Mapping[str, object], *, parallel: bool = True) -> dict[
 
     Args:
         state: A state dict.
-        parallel: Whether a ``module.`` before every key is taken for DistributedDataParallel's. A
-            module that is no wrapper may have a child of that name; a state dict does not tell.
+        parallel: Whether a ``module.`` before every key counts as DistributedDataParallel's. It may also be a child of
+            that name, which a state dict does not show.
 
     Raises:
         InputError: If a key is no string, or two of them have the same bare name.
@@ -60,7 +60,7 @@ def bare_entries(state: Mapping[str, object], *, parallel: bool = True) -> dict[
     if strange:
         raise InputError(f"expected the state dict's keys to be strings, got {strange[0]!r}")
     entries = {bare_name(key): value for key, value in state.items()}
-    # Of no entries all would start so, and this would never end. Wrappers may hold wrappers.
+    # A loop, because wrappers may hold wrappers. For an empty dict `all` is true, and the loop would not end.
     while parallel and entries and all(key.startswith(PARALLEL_PREFIX) for key in entries):
         entries = {key.removeprefix(PARALLEL_PREFIX): value for key, value in entries.items()}
     if len(entries) < len(state):

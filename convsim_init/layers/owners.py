@@ -1,4 +1,4 @@
-"""The weight that is used: by a convolution, by the module around it, or by one that is none and calls one itself."""
+"""The weight that is used by a convolution, by the module around it, or by another module that convolves itself."""
 
 from __future__ import annotations
 
@@ -21,54 +21,60 @@ from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.uses import CALLED, CHANGED, REPLACED, UNKNOWN, Use, Uses, owner_of
 from convsim_init.layers.weights import KERNEL_RANKS, StoredWeight, Weight
 
-MAX_ENTRIES = 3  # inputs of other convolutions that are tried
+MAX_ENTRIES = 3  # convolutions whose inputs are tried for the module around them
 
 
 def find_call(module: nn.Module) -> ForwardWeight | None:
-    """The weight of a module that is no convolution of PyTorch and gives it to one itself.
+    """The weight of a module that is no convolution of PyTorch but calls one with a weight of its own, or None.
 
-    Modules with kernels inside them are left out: those are found by themselves.
+    Modules whose children have kernels are left out, because those are found by themselves.
     """
-    # A trial pass sees nothing of what TorchScript calls: `graph_layers` reads the graphs of both.
+    # Trial passes do not see the calls of TorchScript. For graphs there is `graph_layers`.
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         return None
     try:
         stored = stored_weight(module)
         own = len(stored.shape) in KERNEL_RANKS and isinstance(stored.sources[0], nn.Parameter)
-        inside = (one for child in parts_of(module) for one in tree.parameters(child))
-        if not own or any(len(one.shape) in KERNEL_RANKS for one in inside):
+        inside = (parameter for child in parts_of(module) for parameter in tree.parameters(child))
+        if not own or any(len(parameter.shape) in KERNEL_RANKS for parameter in inside):
             return None
         weight = ForwardWeight(module, stored)
         weight.choose_call()
         return weight
-    except Exception:  # whatever its own code raises at an input that is not what it is made for
+    except Exception:  # of any kind, from the module's own code
         return None
 
 
 def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
-    """The weight that a convolution's forward pass uses, or that of the module around it, by how that uses it."""
+    """The weight that a convolution's forward pass uses, or the forward pass of the module around it.
+
+    Args:
+        module: The convolution.
+        owner: The module around it.
+        uses: How the owner uses the convolution.
+    """
     weight = stored_weight(module)
     if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
         return weight
     if owner is not None and (within := _weight_within(owner, module, weight, uses)) is not None:
         return within
-    # Hooks on all modules run before this one's, and may change its weight as its own may.
+    # Global hooks may change the weight as well as the module's own.
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
-    # Without an inverse the stored weight is the original: a pass tells what is made of it.
+    # Without an inverse the stored weight is the original, and a trial pass shows what the parametrization makes of it.
     one_way = isinstance(weight, StoredWeight) and is_parametrized(module, "weight")
     needs_trial = has_forward_of_its_own(module) or hooked or one_way
     return ForwardWeight(module, weight) if needs_trial else weight
 
 
 def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Collection[Use]) -> ForwardWeight | None:
-    """The weight of a convolution as the module around it uses it, where that does more than to call it.
+    """The weight of a convolution that the module around it uses, if that may not be the stored one; else None.
 
-    A trial pass tells, with an input for the convolution or, where its code fails at that one, for others inside. Where
-    none can be made, `ForwardWeight.obstacle` says so if another weight is made of this one. What is not known of a
-    module after `try_unknown` is not tried again.
+    A trial pass of the owner shows it, with an input for the convolution or, if that fails, for others inside. If no
+    pass succeeds, `ForwardWeight.obstacle` reports it where a use replaces the weight; else the stored weight gets a
+    note. Uses that are still unknown after `try_unknown` are not tried again.
     """
     replaces = any(use.how == REPLACED for use in uses)
-    # Trial passes run without the hooks after a forward pass; of these `remarks` tells.
+    # Trial passes run without the hooks after a forward pass, which `remarks` mentions.
     changes = [use.hook for use in uses if use.how == CHANGED and use.hook != AFTER]
     if not (replaces or changes):
         if any(use.how == UNKNOWN for use in uses):
@@ -82,12 +88,11 @@ def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Coll
                 return weight
             stored.note, stored.call = stored.note or weight.note, weight.call
             return None
-        except TypeError:  # as where it takes more than one input
+        except TypeError:  # as from a forward pass that takes more than one input
             break
-        except Exception:  # whatever its own code raises at an input that is not what it is made for
+        except Exception:  # of any kind, from the module's own code
             continue
-    # The loop left another one there, and the obstacle is to tell of the convolution's own input.
-    weight.entry = module
+    weight.entry = module  # the obstacle should be about the convolution's own input
     if changes and not replaces:
         what = f"a hook of {type(owner).__name__}" if all(changes) else type(owner).__name__
         stored.note = stored.note or f"{what} may change it in its forward pass, which could not be tried"
@@ -95,8 +100,8 @@ def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Coll
 
 
 def try_unknown(uses: Uses, modules: Mapping[str, nn.Module]) -> None:
-    """Add to what followed passes tell how modules use convolutions in them that could not be followed, by trials."""
-    held = defaultdict[str, dict[int, str]](dict)  # the layers by their weights' ids, by the modules that they are in
+    """Add to the uses those by modules whose symbolic passes failed, as trial passes show them."""
+    held = defaultdict[str, dict[int, str]](dict)  # by owner, the names of its layers by the ids of their sources
     for name, module in modules.items():
         if isinstance(module, _ConvNd) and name and (by := owner_of(name, modules)) in uses.failed:
             held[by] |= dict.fromkeys(stored_weight(module).source_ids, name)
@@ -109,17 +114,17 @@ def try_unknown(uses: Uses, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _calls(owner: nn.Module) -> Sequence[Call]:
-    """What a trial pass gives to convolutions, whichever; nothing if none can be made."""
+    """All calls of convolutions in a trial pass of a module; none if no pass succeeds."""
     for entry in _entries(owner):
         weight = ForwardWeight(owner, stored_weight(entry))
         weight.entry = entry
-        with suppress(Exception):  # whatever its own code raises at an input that is not what it is made for
+        with suppress(Exception):  # of any kind, from the module's own code
             return weight.calls(others=())[0]
     return ()
 
 
 def _entries(owner: nn.Module) -> list[_ConvNd]:
-    """Convolutions whose input a module may take: of those inside it the ones of fewest channels, one of a kind."""
+    """Convolutions whose input a module may take: those inside with the fewest channels, one per rank and number."""
     found: dict[tuple[int, int], _ConvNd] = {}
     for part in tree.modules(owner):
         if isinstance(part, _ConvNd):

@@ -1,4 +1,4 @@
-"""What a report should say of a model beside its layers: what was not looked at, and copies that part."""
+"""Remarks on a model besides its layers: kernels that were not looked at, and copies that are no longer equal."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from convsim_init.layers.weights import KERNEL_RANKS, Weight
 from convsim_init.report.text import layer_name, shown, some
 
 USUAL = frozenset(vars(nn.Module()))  # attributes of every module
-NEAR = 2  # containers and objects within each other that copies are looked for in
+NEAR = 2  # levels of nested containers and objects that are searched for copies
 
 
 @holding_weights_lock()
 def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> list[str]:
-    """Remarks on a model, or a state dict, that its layers' reports do not make."""
+    """Remarks on a model or a state dict that the reports of its layers do not make."""
     if not isinstance(model, nn.Module) or layers.followed is None:
         return [*_arrays(model), *_ties(model.items(), layers)] if isinstance(model, Mapping) else []
     inner, uses, modules = unwrap(model), layers.uses, layers.followed.modules
@@ -49,38 +49,39 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
 
 
 def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Iterator[str]:
-    """A remark on modules that seem to convolve and are none of PyTorch's convolutions, by their classes.
+    """A remark on modules that seem to convolve but are no layers, with their classes.
 
-    Those convolve with weights that are made of parameters of no layer, or have weights of their own and a
-    ``kernel_size``, or ones of the rank of a kernel. The layers are those that are in the report.
+    They convolve with weights made of parameters of no layer, or have weights with the rank of a kernel, or weights and
+    a ``kernel_size``.
     """
     names = [layer.name for layer in layers]
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
     kernels = set[int]()
-    known = {id(p) for one in tree.modules(model) if isinstance(one, _ConvNd) for p in tree.parameters(one)}
+    known = {id(p) for part in tree.modules(model) if isinstance(part, _ConvNd) for p in tree.parameters(part)}
     known |= {id(source) for layer in layers for source in layer.weight.sources}
-    parameters = {id(one): one for one in tree.parameters(model) if not is_lazy(one)}
+    parameters = {id(parameter): parameter for parameter in tree.parameters(model) if not is_lazy(parameter)}
     others = parameters.keys() - known
-    several = {one for one in others if parameters[one].dim() > 1}
+    no_biases = {key for key in others if parameters[key].dim() > 1}
     for name, module in tree.named_modules(model):
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        named = (one for key, one in module._parameters.items() if "weight" in key or "kernel" in key)
-        own = {id(one) for one in named if _is_kernel(module, one)}
-        # Convolutions are in the report already. Biases of what makes a weight are no kernels, if it is made of more.
-        made = uses.others[name] & others
-        own = own & others | (made & several or made)
+        named = (parameter for key, parameter in module._parameters.items() if "weight" in key or "kernel" in key)
+        own = {id(parameter) for parameter in named if _is_kernel(module, parameter)}
+        # Biases of the modules that make a weight are no kernels, unless the weight is made of biases alone.
+        made_of = uses.others[name] & others
+        own = own & others | (made_of & no_biases or made_of)
         kernels |= own
         if own:
             found[type(module).__name__] += 1
     if found:
-        share = sum(parameters[one].numel() for one in kernels) / sum(one.numel() for one in parameters.values())
+        total = sum(parameter.numel() for parameter in parameters.values())
+        share = sum(parameters[key].numel() for key in kernels) / total
         yield f"not looked at, though they may convolve: {_counted(found)}, with {share:.0%} of the parameters"
 
 
 def _is_kernel(module: nn.Module, weight: Tensor | None) -> bool:
-    """Whether a module may make kernels of a parameter: not of factors of channels, such as ``[M, 1, 1]``."""
+    """Whether a module may use a parameter as kernels; factors of channels, such as ``[M, 1, 1]``, are none."""
     if weight is None or is_lazy(weight):
         return False
     kernels = weight.dim() in KERNEL_RANKS and weight.numel() > max(weight.shape)
@@ -92,8 +93,8 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def _arrays(state: Mapping[str, object]) -> Iterator[str]:
-    """A remark on entries of the rank of a weight that are no tensors."""
-    shapes = {key: getattr(one, "shape", ()) for key, one in state.items() if not isinstance(one, Tensor)}
+    """A remark on entries that have the rank of a weight but are no tensors."""
+    shapes = {key: getattr(value, "shape", ()) for key, value in state.items() if not isinstance(value, Tensor)}
     found = [key for key, shape in shapes.items() if isinstance(shape, tuple) and len(shape) in KERNEL_RANKS]
     if found:
         yield f"not looked at, for they are no tensors of torch, as torch.from_numpy makes: {some(map(shown, found))}"
@@ -101,13 +102,13 @@ def _arrays(state: Mapping[str, object]) -> Iterator[str]:
 
 def _quantized(model: nn.Module) -> Iterator[str]:
     """A remark on quantized convolutions."""
-    found = Counter(type(one).__name__ for one in tree.modules(model) if is_quantized(one))
+    found = Counter(type(module).__name__ for module in tree.modules(model) if is_quantized(module))
     if found:
         yield f"not looked at, for their weights are quantized: {_counted(found)}"
 
 
 def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Remarks on convolutions outside the model, and on what changes or replaces weights and was not tried for it."""
+    """Remarks on convolutions outside the model, and on hooks and forward passes that may change or replace weights."""
     if uses.outside:
         yield f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"
     passes, hooks = set[str](), set[str]()
@@ -130,50 +131,52 @@ def _names(modules: Iterable[str]) -> str:
 def _holds(owner: nn.Module, part: nn.Module) -> bool:
     """Whether a module has another one as a child or in its lists, or is it."""
     lists = (nn.ModuleList, nn.ModuleDict)
-    inside = (_holds(one, part) if isinstance(one, lists) else one is part for _, one in tree.named_children(owner))
-    return owner is part or any(inside)
+    children = (child for _, child in tree.named_children(owner))
+    return owner is part or any(
+        _holds(child, part) if isinstance(child, lists) else child is part for child in children
+    )
 
 
 def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], uses: Uses) -> Iterator[str]:
-    """A remark on modules that hold a convolution which others hold too, where they may use another weight of it."""
+    """A remark on convolutions that several modules hold, if one besides the owner may use another weight."""
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
-    for name, its in uses.of.items():
+    for name, layer_uses in uses.of.items():
         weight, module, owner = weights.get(bare_name(name)), modules[name], owner_of(name, modules)
-        if weight is None or all(use.how == CALLED for use in its):
+        if weight is None or all(use.how == CALLED for use in layer_uses):
             continue
-        for by in sorted({use.by for use in its} - {owner, name}):
+        for by in sorted({use.by for use in layer_uses} - {owner, name}):
             if _holds(modules[by], module):
-                use = used_weight(cast(_ConvNd, module), modules[by], uses.by(by, name))
-                if _may_differ(use, weight, module):
+                used = used_weight(cast(_ConvNd, module), modules[by], uses.by(by, name))
+                if _may_differ(used, weight, module):
                     found.append(f"{layer_name(bare_name(name))} (in {layer_name(bare_name(by))})")
     if found:
         yield f"held by other modules too, which may use other weights, and those do not count: {some(found)}"
 
 
 @torch.no_grad()
-def _may_differ(use: Weight, weight: Weight, module: nn.Module) -> bool:
-    """Whether a use of a convolution may be one of another weight, which the module around it makes."""
-    if not any(isinstance(one, ForwardWeight) and one.module is not module for one in (use, weight)):
-        return use.note not in (None, weight.note)
+def _may_differ(used: Weight, weight: Weight, module: nn.Module) -> bool:
+    """Whether two modules around a convolution may use different weights of it."""
+    if not any(isinstance(either, ForwardWeight) and either.module is not module for either in (used, weight)):
+        return used.note not in (None, weight.note)
     try:
-        return not torch.equal(use.read(), weight.read())
-    except Exception:  # whatever the module's own code raises
+        return not torch.equal(used.read(), weight.read())
+    except Exception:  # of any kind, from the module's own code
         return True
 
 
 def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Iterator[str]:
-    """A remark on those tensors that are no convolution's and lie in the memory of a layer's that is treated."""
-    own = {id(one) for layer in layers for one in (*layer.weight.sources, *layer.weight.storage().values())}
+    """A remark on tensors that belong to no convolution but share memory with a treated layer."""
+    own = {id(tensor) for layer in layers for tensor in (*layer.weight.sources, *layer.weight.storage().values())}
     treated = memories(source for layer in layers if layer.obstacle is None for source in layer.weight.sources)
-    # What overlaps with a tensor starts before its end, and at most the longest before its start.
+    # Memory that overlaps starts before the end, and no more than the greatest length before the start.
     treated.sort(key=attrgetter("start"))
-    starts, longest = [one.start for one in treated], max((one.end - one.start for one in treated), default=0)
+    starts, longest = [memory.start for memory in treated], max((m.end - m.start for m in treated), default=0)
     found = []
     for name, tensor in entries:
-        for one in memories([tensor]) if isinstance(tensor, Tensor) and id(tensor) not in own else ():
-            near = treated[bisect_left(starts, one.start - longest) : bisect_left(starts, one.end)]
-            if any(overlap(one, other) for other in near):
+        for memory in memories([tensor]) if isinstance(tensor, Tensor) and id(tensor) not in own else ():
+            near = treated[bisect_left(starts, memory.start - longest) : bisect_left(starts, memory.end)]
+            if any(overlap(memory, other) for other in near):
                 found.append(shown(bare_name(name)))
     if found:
         yield f"in the memory of weights of layers, and change with them: {some(found)}"
@@ -182,10 +185,10 @@ def _ties(entries: Iterable[tuple[str, object]], layers: Sequence[Layer]) -> Ite
 @holding_weights_lock()
 @torch.no_grad()
 def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer]) -> Callable[[], list[str]]:
-    """A function that remarks, once layers are treated, on copies of their weights that are no longer equal to them.
+    """A function for remarks, after layers were treated, on copies of their weights that are no longer equal to them.
 
-    These are frozen or loaded layers, as momentum encoders, layers that are treated in another way, other parameters,
-    buffers, and what attributes hold, as averages of weights; in a state dict entries that are no layer's.
+    Copies may be frozen or loaded layers, such as momentum encoders, layers treated with other settings, parameters,
+    buffers, and tensors in attributes, such as averages of weights; in a state dict any entry.
     """
     treated: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
     copies: list[tuple[str, Tensor]] = []
@@ -196,38 +199,39 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
             copies.append((layer_name(layer.name), source))
         elif layer.is_left_for(*KEPT) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
-    known = {id(one) for layer in layers for one in layer.weight.storage().values()}
+    known = {id(tensor) for layer in layers for tensor in layer.weight.storage().values()}
     for name, tensor in _tensors_of(unwrap(model)) if isinstance(model, nn.Module) else model.items():
         if not isinstance(tensor, Tensor) or id(tensor) in known:
             continue
-        # In this order, as a lazy tensor raises an error when it is asked for its rank.
+        # In this order, because a lazy tensor raises an error if asked for its rank.
         if memories([tensor]) and tensor.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), tensor))
             known.add(id(tensor))
     twins = []
     for name, copy in copies:
-        # A layer that is treated is a copy of the first that is equal to it, which may be itself.
-        others = treated.get(tuple(copy.shape), ())
-        of = next((one for one in others if one[1] is copy or _same(copy, one[1])), None)
-        twins += [(name, copy, *of)] if of and of[1] is not copy else []
+        # The original of a tensor is the first treated layer that is equal to it. It may be that tensor itself.
+        for original, source in treated.get(tuple(copy.shape), ()):
+            if source is copy or _same(copy, source):
+                twins += [(name, copy, original, source)] if source is not copy else []
+                break
     return lambda: copies_remark([(name, of) for name, copy, of, source in twins if not _same(copy, source)])
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model, each once; those that attributes hold by the names of the attributes."""
+    """The names and tensors of a model's parameters, buffers and attributes, each tensor once."""
     named = [*tree.named_parameters(model), *tree.named_buffers(model)]
     for name, part in tree.named_modules(model):
         for key, value in vars(part).items():
             if key not in USUAL:
                 named += ((f"{name}.{key}".lstrip("."), tensor) for tensor in tensors_in(value, NEAR))
     found = dict[int, tuple[str, Tensor]]()
-    for name, tensor in named:  # of several names the first
+    for name, tensor in named:  # the first of several names stays
         found.setdefault(id(tensor), (name, tensor))
     yield from found.values()
 
 
 def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
-    """A remark on copies that are no longer equal, by their names and those of what they were copied from."""
+    """A remark on copies that are no longer equal, from the names of the copies and their originals."""
     if not parted:
         return []
     names = some(f"{copy} (of {original})" for copy, original in parted)
@@ -236,6 +240,6 @@ def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
 
 def _same(copy: Tensor, original: Tensor) -> bool:
     alike = copy.device == original.device and copy.is_floating_point() and converts(copy.dtype)
-    # What is no copy differs in its first row already, nearly always.
+    # The first row alone nearly always shows a tensor that is no copy.
     pairs = [*([(copy[:1], original[:1])] if copy.dim() else []), (copy, original)]
-    return alike and all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+    return alike and all(torch.equal(a, b.to(a.dtype)) for a, b in pairs)

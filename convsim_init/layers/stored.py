@@ -1,4 +1,4 @@
-"""The weight that a module's attribute stands for, behind the parametrizations and the hooks of PyTorch."""
+"""The weight that a module stores in its attribute ``weight``, behind parametrizations and hooks of PyTorch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from convsim_init.layers.weights import ComputedWeight, RefusedError, StoredWeig
 from convsim_init.report.text import error_text
 
 SPECTRAL_NORM = getattr(parametrizations, "_SpectralNorm", ())
-ITERATIONS = 15  # as torch's spectral_norm makes when it is put on
+ITERATIONS = 15  # of the power method, as in the constructor of torch's spectral_norm
 
 
 class ParametrizedWeight(Weight):
-    """A weight that `torch.nn.utils.parametrize` computes; it is assigned through the parametrization."""
+    """A weight that `torch.nn.utils.parametrize` computes, and that is set through the parametrization."""
 
     def __init__(self, module: Any) -> None:
         originals = cast(nn.ModuleDict, module.parametrizations)["weight"]
@@ -35,21 +35,22 @@ class ParametrizedWeight(Weight):
         self.shape, self._error = [], ""
         if not any(is_lazy(source) or has_no_data(source) for source in self.sources):
             try:
-                with torch.enable_grad():  # which tells of parameters of other modules that it is made of, too
+                # The gradient shows all parameters that it is made of, including those of other modules.
+                with torch.enable_grad():
                     weight = self.compute()
                 self.shape, self.made_of = list(weight.shape), self.made_of | leaves(weight)
-            except Exception as error:  # whatever the parametrization's own code raises
+            except Exception as error:  # of any kind, from the parametrization's own code
                 self._error = error_text(error)
 
     def can_be_assigned(self) -> bool:
-        """Whether it is assigned through the parametrization: also where there is no parameter of its shape to set."""
+        """Whether it is set through the parametrization: it has an inverse, or no parameter to be set instead."""
         parts = list(self._module.parametrizations["weight"])
         single = len(self.sources) == 1 and self.shape == list(self.sources[0].shape)
-        follows = any(isinstance(part, SPECTRAL_NORM) for part in parts)  # by vectors that are to be set too
-        return not single or follows or all(hasattr(part, "right_inverse") for part in parts)
+        spectral = any(isinstance(part, SPECTRAL_NORM) for part in parts)  # has vectors that are to be set too
+        return not single or spectral or all(hasattr(part, "right_inverse") for part in parts)
 
     def obstacle(self, *, read_only: bool) -> Obstacle | None:
-        """As of a plain weight; also what its own code raised."""
+        """Why it cannot be read or written, such as an error of the parametrization; None if it can."""
         if self._error:
             return Obstacle(f"its parametrization ended with {self._error}")
         obstacle = super().obstacle(read_only=read_only)
@@ -58,7 +59,10 @@ class ParametrizedWeight(Weight):
         return obstacle
 
     def compute(self, *, redraw: bool = False) -> Tensor:
-        """The weight that is computed, in evaluation mode: spectral_norm's would change its buffers in training."""
+        """The weight in evaluation mode, because in training spectral_norm changes its buffers.
+
+        With `redraw` the random states are advanced first.
+        """
         with isolated(self._module):
             if redraw:
                 draw_numbers(self.sources[0].device)
@@ -67,33 +71,34 @@ class ParametrizedWeight(Weight):
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
-        """Assign the weight and look at what is computed then."""
+        """Assign the weight, and compare it with the one that is computed afterwards."""
         before, memories = self.read(), [source.data for source in self.sources]
         try:
-            # The inverse of `orthogonal` draws numbers where the weight is not square.
+            # The inverse of `orthogonal` draws random numbers if the weight is not square.
             with random_states(self.sources):
                 self._module.weight = weight.to(before.device, before.dtype)
-        except Exception as error:  # whatever the parametrization's own code raises
+        except Exception as error:  # of any kind, from the parametrization's own code
             reason = f"left as it was: its parametrization cannot be assigned to: {error_text(error)}"
             raise RefusedError(reason) from error
-        for source, memory in zip(self.sources, memories, strict=True):  # torch lets them point to new memory
+        # Assignment gives parameters new memory. The values are moved to the old memory, which others may refer to.
+        for source, memory in zip(self.sources, memories, strict=True):
             if source.data.data_ptr() != memory.data_ptr() and source.shape == memory.shape:
                 memory.copy_(source.data)
                 source.data = memory
-        parametrize._cache.pop((id(self._module), "weight"), None)  # of what it was before
+        parametrize._cache.pop((id(self._module), "weight"), None)  # the old weight
         with not_cached():
-            self._follow()
+            self._update_norms()
         return describe_mismatch("parametrization", weight, self.read())
 
-    def _follow(self) -> None:
-        """Let spectral_norm estimate the norm of the weight that is there now; a training pass iterates once alone."""
+    def _update_norms(self) -> None:
+        """Let spectral_norm estimate the norm of the new weight; a training pass would iterate only once."""
         parts = list(self._module.parametrizations["weight"])
         norms = [part for part in parts if isinstance(part, SPECTRAL_NORM)]
         if norms:
             modes = [(part, part.training) for part in parts]
             try:
                 for part in parts:
-                    # Only these: others, such as a dropout of weights, draw numbers in training.
+                    # Other parametrizations, such as a dropout of weights, would draw random numbers in training.
                     part.training = part in norms
                 for _ in range(ITERATIONS):
                     self._module.weight  # noqa: B018
@@ -102,15 +107,15 @@ class ParametrizedWeight(Weight):
                     part.training = training
 
     def storage(self) -> dict[str, Tensor]:
-        """The parametrization's parameters and buffers, of which its state dict may leave some out."""
+        """All parameters and buffers of the parametrization, also those that its state dict leaves out."""
         parts: nn.ModuleDict = self._module.parametrizations
         return {**dict(parts.named_parameters()), **dict(parts.named_buffers())}
 
 
 class HookedWeight(Weight):
-    """A weight that an old hook of `torch.nn.utils` computes from its sources and leaves on the module."""
+    """A weight that an old hook of `torch.nn.utils` computes from its sources and sets on the module."""
 
-    name = ""  # of the function that puts on the hook
+    name = ""  # the function that registers the hook
 
     def __init__(self, module: Any, *sources: Tensor, hook: Any) -> None:
         super().__init__(*sources)
@@ -118,23 +123,23 @@ class HookedWeight(Weight):
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
-        """Set what the hook computes the weight from, and what it left on the module."""
+        """Set the sources of the hook and the weight that it has set on the module."""
         super().write(weight)
-        self._follow()
+        self._update_others()
         self._module.weight.copy_(self.read())
         return describe_mismatch(self.name, weight, self.read())
 
-    def _follow(self) -> None:
-        """Set what else the hook computes the weight from, once the first source is set."""
+    def _update_others(self) -> None:
+        """Set the other tensors that the hook computes the weight from, once the first source is set."""
 
     def storage(self) -> dict[str, Tensor]:
-        """The parameters, the buffers of the hook and what it left on the module."""
-        buffers = {name: one for name, one in tree.named_buffers(self._module) if name.startswith("weight_")}
+        """The sources, the buffers of the hook and the weight that it has set on the module."""
+        buffers = {name: buffer for name, buffer in tree.named_buffers(self._module) if name.startswith("weight_")}
         return super().storage() | buffers | {"weight": self._module.weight}
 
 
 class NormedWeight(HookedWeight):
-    """A direction times a length."""
+    """A weight of weight_norm: a direction times a length."""
 
     name = "weight_norm"
 
@@ -143,22 +148,22 @@ class NormedWeight(HookedWeight):
         weight: Tensor = self._hook.compute_weight(self._module)
         return weight
 
-    def _follow(self) -> None:
+    def _update_others(self) -> None:
         direction, length = self.sources
         length.copy_(torch.norm_except_dim(direction, 2, self._hook.dim))
 
 
 class SpectralNormedWeight(HookedWeight):
-    """A parameter over its spectral norm."""
+    """A parameter divided by its spectral norm."""
 
     name = "spectral_norm"
 
     def compute(self) -> Tensor:
-        """The parameter over its norm, as it is estimated once the vectors of a fresh hook have converged."""
+        """The parameter divided by its norm, estimated after the vectors of a new hook have converged."""
         weight = self.sources[0]
         matrix = self._hook.reshape_weight_to_matrix(weight)
         with torch.no_grad():
-            # Not the hook's own iteration: that moves its vectors, and reading is to leave them.
+            # Not by the hook's own iteration, which changes its vectors: reading should not.
             u = self._module.weight_u.clone()
             for _ in range(ITERATIONS):
                 v = nn.functional.normalize(matrix.T @ u, dim=0, eps=self._hook.eps)
@@ -166,7 +171,7 @@ class SpectralNormedWeight(HookedWeight):
         normed: Tensor = weight / (u @ (matrix @ v))
         return normed
 
-    def _follow(self) -> None:
+    def _update_others(self) -> None:
         for _ in range(ITERATIONS):
             self._hook.compute_weight(self._module, do_power_iteration=True)
 
@@ -178,7 +183,7 @@ class PrunedWeight(HookedWeight):
 
     @property
     def mask(self) -> Tensor:
-        """Where the parameter is not pruned."""
+        """The entries that are not pruned."""
         return torch.ne(self._module.weight_mask, 0)
 
     def compute(self) -> Tensor:
@@ -188,8 +193,8 @@ class PrunedWeight(HookedWeight):
 
 
 def stored_weight(module: Any) -> Weight:
-    """What a module's attribute ``weight`` stands for, or is made of where a parametrization has no inverse."""
-    # Before the attribute is asked for, as that would compute the weight, and might draw numbers.
+    """The weight of a module; for a parametrization without an inverse the parameter that it is made of."""
+    # Parametrizations are asked first: reading the attribute would compute the weight, and might draw random numbers.
     if parametrize.is_parametrized(module, "weight"):
         if not list(module.parametrizations["weight"].parameters(recurse=False)):
             return ComputedWeight(torch.empty(()), None, "parametrized without a parameter of its own")
@@ -198,12 +203,12 @@ def stored_weight(module: Any) -> Weight:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ComputedWeight(torch.empty(()), None, "it has no weight: something else sets it in a forward pass")
-    # A class may compute the attribute of a parameter of that name: then it is not the same object.
+    # If the class computes the attribute from the parameter of that name, they are not the same object.
     if module._parameters.get("weight") is weight:
         return StoredWeight(weight)
     compute = partial(getattr, module, "weight")
     for hook in module._forward_pre_hooks.values():
-        # A hook may be there for another parameter of the module, such as its bias.
+        # A hook may belong to another parameter of the module, such as its bias.
         if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
             return NormedWeight(module, module.weight_v, module.weight_g, hook=hook)
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
@@ -212,7 +217,7 @@ def stored_weight(module: Any) -> Weight:
             parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
             if isinstance(parameter, Tensor) and isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all()):
                 return PrunedWeight(module, parameter, hook=hook)
-            compute = partial(hook.apply_mask, module)  # as torch would before a forward pass
+            compute = partial(hook.apply_mask, module)  # torch does the same before a forward pass
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
     if "weight" in module._parameters:
         reason = "its weight is no parameter: its class computes it"
@@ -222,6 +227,6 @@ def stored_weight(module: Any) -> Weight:
 
 
 def has_unknown_hook(module: nn.Module) -> bool:
-    """Whether a hook of somebody's own, which may change the weight, runs before its forward pass."""
+    """Whether a hook that is not PyTorch's, and may change the weight, runs before the forward pass."""
     known = (WeightNorm, SpectralNorm, BasePruningMethod)
     return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())

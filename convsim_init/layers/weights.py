@@ -1,4 +1,4 @@
-"""The weight that a convolution's forward pass uses, however its module stores it: read and written."""
+"""Reading and writing the weight that a convolution's forward pass uses, however its module stores it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from convsim_init.layers.forward.trial import Call
 from convsim_init.layers.memory import gradient_hooks, overlaps_itself, why_without_memory
 from convsim_init.layers.obstacle import Cause, Obstacle
 
-KERNEL_RANKS = (3, 4, 5)  # of a weight: two more than its kernels
-LARGEST_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
+KERNEL_RANKS = (3, 4, 5)  # ranks of weights: two more than those of kernels
+MAX_SPREAD = 0.01  # of a weight over random numbers, relative to its norm
 TREATED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -27,14 +27,14 @@ class Weight(ABC):
 
     Args:
         sources: Tensors that it is stored in or computed from.
-        trained: Whether it is a model's parameter, which may be frozen, and no state dict's tensor.
+        trained: Whether the sources belong to a model, where they may be frozen, and not to a state dict.
 
     Attributes:
-        shape: Shape of the weight; empty where it cannot be computed, as while a lazy module has none.
-        source_ids: The sources, by their ids.
-        made_of: The parameters that the weight is made of which a forward pass uses, by their ids.
-        note: What its layer's report should say of it, once `obstacle` has looked.
-        call: The call that it was seen to be given to; None where the module alone tells what that is.
+        shape: Shape of the weight; empty if it cannot be computed, as in a lazy module.
+        source_ids: The ids of the sources.
+        made_of: The ids of the parameters that the weight which a forward pass uses is made of.
+        note: A note on it for its layer's report; `obstacle` has to be called first.
+        call: The call that uses it, if a trial pass has shown one; else the module has its groups and strides.
     """
 
     def __init__(self, *sources: Tensor, trained: bool = True) -> None:
@@ -47,12 +47,12 @@ class Weight(ABC):
 
     @property
     def mask(self) -> Tensor | None:
-        """Where the weight that is used may differ from zero, of its shape; None for everywhere."""
+        """Where the weight that is used may differ from zero, as a mask of its shape; None for everywhere."""
         return None
 
     def obstacle(self, *, read_only: bool) -> Obstacle | None:
-        """Why it cannot be read or, unless it is only to be read, must not be written; None if it can."""
-        # First, as other reasons would be wrong of it: a lazy weight, for one, has no rank yet.
+        """Why it cannot be read or, unless `read_only`, must not be written; None if it can."""
+        # This comes first, because the other questions need memory: a lazy weight, for one, has no rank yet.
         for source in self.sources:
             if (reason := why_without_memory(source)) is not None:
                 return Obstacle(reason)
@@ -85,7 +85,7 @@ class Weight(ABC):
         """Set the weight that is used.
 
         Returns:
-            How the weight that is then used differs from the one that was set; None if it does not.
+            How the weight that is used afterwards differs from the given one; None if it does not.
 
         Raises:
             RefusedError: If it cannot be set; then nothing was changed.
@@ -95,19 +95,20 @@ class Weight(ABC):
         return None
 
     def backup(self) -> Callable[[], None]:
-        """What undoes a `write`, to the bit."""
+        """A function that undoes a `write`, to the bit."""
         values = {name: tensor.detach().clone() for name, tensor in self.storage().items()}
 
         @torch.no_grad()
         def restore() -> None:
-            for name, tensor in self.storage().items():  # which a parametrization may have made anew
+            # The storage is asked for again, because a parametrization may have replaced tensors.
+            for name, tensor in self.storage().items():
                 if name in values:
                     tensor.copy_(values[name])
 
         return restore
 
     def storage(self) -> dict[str, Tensor]:
-        """The tensors that a `write` may change, by names."""
+        """The tensors that a `write` may change, by name."""
         return {str(position): source for position, source in enumerate(self.sources)}
 
 
@@ -132,7 +133,7 @@ class ComputedWeight(Weight):
 
     Args:
         source: Tensor of its shape that it is computed from.
-        compute: Function that computes it; None where it cannot be read either.
+        compute: Function that computes it; None if it cannot be read either.
         reason: Why it cannot be set.
     """
 
@@ -141,23 +142,29 @@ class ComputedWeight(Weight):
         self._compute, self._reason = compute, reason
 
     def obstacle(self, *, read_only: bool) -> Obstacle | None:
-        """Why it is left alone."""
+        """Why it cannot be read or, unless `read_only`, the reason why it cannot be set."""
         if self._compute is None or not read_only:
             return Obstacle(self._reason)
         return super().obstacle(read_only=True)
 
     def compute(self) -> Tensor:
-        """What the function computes."""
-        assert self._compute is not None  # there is an obstacle otherwise
+        """The result of the function."""
+        assert self._compute is not None  # otherwise there is an obstacle
         return self._compute()
 
 
 def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None:
-    """How far a computed weight is from the one that was to be set; None if they agree in its dtype."""
+    """How far a computed weight is from the one that was set; None if they agree within the precision of its dtype.
+
+    Args:
+        what: What computes it, for the message.
+        weight: The weight that was set.
+        computed: The weight that is computed now.
+    """
     distance = torch.linalg.vector_norm(to_float64(computed - weight.to(computed)))
-    # A weight of zeros that is met would divide 0 by 0.
+    # For a weight of zeros the quotient would be 0 / 0.
     relative = 0.0 if distance == 0 else float(distance / torch.linalg.vector_norm(to_float64(weight)))
-    # Not `>` the other way round, which is false of NaN: that is a mismatch.
+    # The comparison is false for NaN, which counts as a mismatch.
     if relative <= max(1e-5, 4 * torch.finfo(computed.dtype).eps):
         return None
     amount = "less than 0.1%" if relative < 1e-3 else f"{relative:.1%}"
@@ -165,11 +172,11 @@ def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None
 
 
 def is_random(weight: Tensor, again: Tensor) -> bool:
-    """Whether a weight that was computed from other random numbers is another one than by rounding."""
+    """Whether a weight, computed again after other random numbers, differs by more than rounding."""
     spread: Tensor = torch.linalg.vector_norm(to_float64(weight - again))
-    return bool(spread > LARGEST_SPREAD * torch.linalg.vector_norm(to_float64(weight)))
+    return bool(spread > MAX_SPREAD * torch.linalg.vector_norm(to_float64(weight)))
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """The tensor in the widest floating dtype of its device."""
+    """The tensor in float64, or in float32 on a device that has nothing wider."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
