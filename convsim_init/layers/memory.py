@@ -75,13 +75,8 @@ def overlap(a: Memory, b: Memory) -> bool:
 
 def _array(memory: Memory) -> np.ndarray[Any, Any]:
     """An array with the shape and strides of the tensor, at a shifted address; it must not be read."""
-    interface = {
-        "version": 3,
-        "typestr": f"|V{memory.size}",
-        "shape": memory.shape,
-        "strides": memory.strides,
-        "data": (memory.start + ADDRESS, True),
-    }
+    layout = {"typestr": f"|V{memory.size}", "shape": memory.shape, "strides": memory.strides}
+    interface = {"version": 3, "data": (memory.start + ADDRESS, True), **layout}
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 

@@ -46,13 +46,7 @@ def find_call(module: nn.Module) -> ForwardWeight | None:
 
 
 def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
-    """The weight that a convolution's forward pass uses, or the forward pass of the module around it.
-
-    Args:
-        module: The convolution.
-        owner: The module around it.
-        uses: How the owner uses the convolution.
-    """
+    """The weight that a convolution's forward pass uses, or that of the module around it, which uses it like that."""
     weight = stored_weight(module)
     if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
         return weight

@@ -59,10 +59,7 @@ class ParametrizedWeight(Weight):
         return obstacle
 
     def compute(self, *, redraw: bool = False) -> Tensor:
-        """The weight in evaluation mode, because in training spectral_norm changes its buffers.
-
-        With `redraw` the random states are advanced first.
-        """
+        """The weight in evaluation mode, in which spectral_norm keeps its buffers; `redraw` draws numbers first."""
         with isolated(self._module):
             if redraw:
                 draw_numbers(self.sources[0].device)

@@ -154,13 +154,7 @@ class ComputedWeight(Weight):
 
 
 def describe_mismatch(what: str, weight: Tensor, computed: Tensor) -> str | None:
-    """How far a computed weight is from the one that was set; None if they agree within the precision of its dtype.
-
-    Args:
-        what: What computes it, for the message.
-        weight: The weight that was set.
-        computed: The weight that is computed now.
-    """
+    """How far a computed weight is from the one that was set; None if they agree within the precision of its dtype."""
     distance = torch.linalg.vector_norm(to_float64(computed - weight.to(computed)))
     # For a weight of zeros the quotient would be 0 / 0.
     relative = 0.0 if distance == 0 else float(distance / torch.linalg.vector_norm(to_float64(weight)))

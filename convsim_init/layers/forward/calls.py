@@ -66,13 +66,9 @@ def convolution_arguments(func: Callable[..., object], args: Sequence[Any], kwar
 def convolution_outputs(modules: Sequence[tuple[str, _ConvNd]], change: Change) -> Iterator[None]:
     """Context in which the outputs of convolutions can be changed.
 
+    `change` takes a convolution's name, its output and the bias in it, and returns the new output, or None to keep it.
     If the class of a module calls a convolution and then normalizes, activates or adds its bias, the output of that
     call counts; if no call is seen, the output of the module.
-
-    Args:
-        modules: Names and convolutions.
-        change: Function of a convolution's name, its output and the bias in it; it returns the new output, or None to
-            leave it as it is.
     """
     own, calls = {module for _, module in modules if has_forward_of_its_own(module)}, _Calls(change)
     with ExitStack() as stack:

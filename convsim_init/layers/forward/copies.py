@@ -28,9 +28,9 @@ HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and number of objects, above whi
 
 
 def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
-    """The attributes of a module that no forward pass names and whose copies might fill the memory.
+    """The attributes of a module that no forward pass of the parts names and whose copies might fill the memory.
 
-    Examples are a trainer or a data set. The parts are the modules whose forward passes count.
+    Examples are a trainer or a data set.
     """
     found = {name for name, value in vars(part).items() if is_heavy(value)}
     return found - names_of(parts) if found else found
@@ -51,14 +51,9 @@ def names_in(kind: Any, code: Any = None) -> set[str]:
 
 
 def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
-    """Code of a class's forward pass, and of the methods and functions that it names, directly or through others.
+    """The code of a class's forward pass, or of another function, and of all that it names; and the objects named.
 
-    Args:
-        kind: The class, in which names are looked up first.
-        code: Function to begin with instead of the forward pass of the class.
-
-    Returns:
-        The code objects, and all objects that they name.
+    Names are looked up in the class and among globals, and followed from function to function.
     """
     named: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
     found = dict[CodeType, None]()
@@ -121,10 +116,7 @@ def inside(value: object) -> Iterable[object]:
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an attribute's value, with values in the memo replaced by their copies; itself if it has none.
-
-    The memo is that of deepcopy, by the ids of the originals, and the new copies are added to it.
-    """
+    """A copy of an attribute's value, or the value itself if it cannot be copied; the memo is that of deepcopy."""
     if isinstance(value, ATOMS):
         return value
     if id(value) in memo:

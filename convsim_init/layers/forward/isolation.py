@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_
 from convsim_init.layers.memory import gradient_hooks, is_wrapper
 
 _weights_lock = threading.RLock()
-_running_passes: list[tuple[int, frozenset[int]]] = []  # of each: its thread, and the ids of the modules that it runs
+_passes: list[tuple[int, frozenset[int]]] = []  # that run now: the thread, and the ids of the modules
 _passes_changed = threading.Condition()  # guards the list, and is notified when a pass leaves it
 _eager_stance: list[ExitStack] = []  # at most one, which ends the stance that the first of the passes has set
 
@@ -50,8 +50,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
     with holding_weights_lock(), not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the module's code may warn of the unusual input
         # Modules and tensors are not copied: hooks refer to them, and trials write to them.
-        memo: dict[int, Any] = {id(part): part for part in parts}
-        memo |= {id(tensor): tensor for part in parts for tensor in tensors_of(part)}
+        kept = (*parts, *(tensor for part in parts for tensor in tensors_of(part)))
+        memo: dict[int, Any] = {id(value): value for value in kept}
         for part in parts:
             heavy = heavy_attributes(part, parts)
             used = {name: copied(value, memo) for name, value in vars(part).items() if name not in heavy}
@@ -111,29 +111,27 @@ def running(parts: Sequence[nn.Module]) -> Iterator[None]:
     own = threading.get_ident(), frozenset(map(id, parts))
     with _passes_changed:
         # Entries of this thread are skipped: it would wait for itself for ever.
-        _passes_changed.wait_for(
-            lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in _running_passes)
-        )
+        _passes_changed.wait_for(lambda: all(thread == own[0] or ids.isdisjoint(own[1]) for thread, ids in _passes))
         # Setting the stance imports Dynamo, which takes seconds. Until Dynamo is imported nothing is compiled.
         has_stances = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # since PyTorch 2.6
         if has_stances and not _eager_stance:
             _eager_stance.append(ExitStack())
             _eager_stance[0].enter_context(torch.compiler.set_stance("force_eager"))
-        _running_passes.append(own)
+        _passes.append(own)
     try:
         yield
     finally:
         with _passes_changed:
-            _running_passes.remove(own)
+            _passes.remove(own)
             _passes_changed.notify_all()
-            if _eager_stance and not _running_passes:
+            if _eager_stance and not _passes:
                 _eager_stance.pop().close()
 
 
 def is_running(*, in_any_thread: bool = False) -> bool:
     """Whether this thread, or any, runs passes of our own: what code builds or copies in those is not the user's."""
     with _passes_changed:  # a pass that ends in another thread meanwhile would make the loop skip an entry
-        return any(in_any_thread or thread == threading.get_ident() for thread, _ in _running_passes)
+        return any(in_any_thread or thread == threading.get_ident() for thread, _ in _passes)
 
 
 def restore_content(live: Any, before: Any) -> None:
@@ -165,7 +163,10 @@ def backup_tensor(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
         else:
             if _place(tensor.data) != _place(data):
                 tensor.data = data
-            if values is not None and not _surely_equal(data, values):
+            unchanged = False
+            with suppress(NotImplementedError):  # torch does not compare packed dtypes, such as float4
+                unchanged = values is None or torch.equal(data, values)
+            if values is not None and not unchanged:
                 data.copy_(values)
         if tensor.is_leaf:
             if tensor.requires_grad != required:
@@ -176,13 +177,6 @@ def backup_tensor(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
                 restore_content(live, before)
 
     return restore
-
-
-def _surely_equal(a: Tensor, b: Tensor) -> bool:
-    try:
-        return torch.equal(a, b)
-    except NotImplementedError:  # for packed dtypes, such as float4
-        return False
 
 
 def _place(data: Tensor) -> tuple[object, ...]:

@@ -35,14 +35,9 @@ class Call(NamedTuple):
 
 
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
-    """All calls of convolutions in a module's forward pass, in evaluation mode.
+    """All calls of convolutions in a module's forward pass on x, except those with weights at other addresses.
 
     The weights are differentiable by the parameters that they are made of, frozen ones too.
-
-    Args:
-        module: Module that calls convolutions.
-        x: Input of the pass.
-        others: Addresses of weights that do not count.
 
     Returns:
         The calls, and whether the pass came to its end. An error after the first call only ends it.

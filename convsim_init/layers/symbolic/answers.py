@@ -35,13 +35,8 @@ class Answers:
     def rank(self, value: Hashable, choices: Iterable[int], added: int = 0) -> int:
         """The number of dimensions of a value: always the same, unless the code unpacks another number of sizes.
 
-        Args:
-            value: What the number is remembered for: the value, or another one that it differs from by `added`.
-            choices: The answers.
-            added: How many dimensions the value in question has more than `value`.
-
-        Raises:
-            IndexError: If there are fewer than 0, or too many for PyTorch, so that loops over dimensions end.
+        The number is remembered for `value`, and the value in question has `added` dimensions more. As in PyTorch it is
+        an error if there are fewer than 0 or too many, so that loops over dimensions end.
         """
         count, more = unpacked(*_place(sys._getframe(1)))
         # A count of 1 may mean that nothing is unpacked, and a starred name takes any number.

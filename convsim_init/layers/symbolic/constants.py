@@ -27,14 +27,7 @@ class Constants:
         self._written: dict[Hashable, Symbol] = {}  # by the memory of the tensor
 
     def are_made_by(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether to compute the result of a function: its arguments are known and small, and others' stay unchanged.
-
-        Args:
-            name: Name of the function.
-            written: Tensors that it changes in place, which this pass has to have made.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-        """
+        """Whether to compute a function: its arguments are known, its sizes small, and it changes nothing of others."""
         known = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors_in((args, kwargs)))
         # Random numbers would decide which path code takes.
         if not known or name in RANDOM or any(_memory(tensor) not in self._made for tensor in tensors_in(written)):

@@ -128,10 +128,7 @@ def _follow(model: nn.Module, followed: Followed) -> None:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """The names of modules, by their ids, and for each parameter's id the name of the module that holds it.
-
-    Of several modules that hold a parameter a convolution counts, or else the first.
-    """
+    """Names by id: of modules, and for a parameter that of a convolution that holds it, or else of the first module."""
     # The last entry for a key stays, hence the reversed order and the convolutions at the end.
     modules = list(tree.named_modules(model))[::-1]
     convolutions = [(name, module) for name, module in modules if isinstance(module, _ConvNd)]

@@ -109,8 +109,7 @@ class SymbolicPass(TorchFunctionMode):
         # The first guess for the rank of a value is what most convolutions of the model take.
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
         self._weights: dict[nn.Module, object] = {module: module._parameters.get("weight") for module in convolutions}
-        own = [module for module in tree.modules(model) if not isinstance(module, torch.jit.ScriptModule)]
-        self._forward = {module: module.forward for module in own}
+        self._forward = {m: m.forward for m in tree.modules(model) if not isinstance(m, torch.jit.ScriptModule)}
         for module, forward in self._forward.items():
             kind = type(module)
             if kind.__call__ is not nn.Module.__call__:
@@ -154,13 +153,7 @@ class SymbolicPass(TorchFunctionMode):
         return self._nodes
 
     def symbol(self, name: str = "", *given: Any, **more: Any) -> Symbol:
-        """Record a call with these arguments, and return a symbol for its value.
-
-        Args:
-            name: Name of the `Node`.
-            given: The arguments, in which symbols and parameters are searched for.
-            more: Other fields of the node.
-        """
+        """Record a call with these arguments, and return a symbol for its value; `more` are fields of its node."""
         self._count_call()
         inputs, learned, tensors = dict[Node, None](), set[int](), list(tensors_in(given))
         for tensor in tensors:
@@ -230,13 +223,10 @@ class SymbolicPass(TorchFunctionMode):
         caller: nn.Module | None = None,
         hook: str = "",
     ) -> Any:
-        """Run code of a module and, if it raises an error, run it again with other answers to its questions.
+        """Run code of a module; after an error run it again with another answer, until a `FailedError` if none is left.
 
-        The questions of each call are apart from those of the calls around it: only its own answers are changed. Before
-        a new attempt the record is reset to the state at the call, the calls as well as what was written in place.
-
-        Raises:
-            FailedError: If it fails with all answers, or too often.
+        Only answers to questions that were asked in this call are changed. Before the next attempt the record is reset
+        to the beginning of the call: the nodes, and the symbols that were written to in place.
         """
         outer, before, unwritten = self._answers, len(self._nodes), len(self._written)
         self._answers = answers = Answers(outer.proven)
@@ -263,11 +253,10 @@ class SymbolicPass(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Handle a call of a function of PyTorch, by the first of these that applies.
+        """Handle a call of a function of PyTorch.
 
-        A question about an unknown value is answered; a property of a known tensor is read; a function of known values
-        is computed (see `Constants`); any other call is recorded, and returns a symbol or a tuple of symbols. In-place
-        functions also change the symbol that they write to.
+        A question about an unknown value is answered, a property of a known tensor read, a function of known values
+        computed (see `Constants`). Any other call is recorded and returns symbols; in place it also changes one.
         """
         kwargs = kwargs or {}
         name, kind = name_of(func), kind_of(func)
@@ -321,14 +310,7 @@ class SymbolicPass(TorchFunctionMode):
         return written
 
     def _answer(self, kind: str, name: str, asked: Symbol, *more: Any) -> Any:
-        """The answer to a question about an unknown value: a truth, a size, a property; None if it is no question.
-
-        Args:
-            kind: `kind_of` the function that asks.
-            name: `name_of` it.
-            asked: The unknown value.
-            more: Other arguments of the function.
-        """
+        """The answer to a question about an unknown value, such as its truth or a size; None if it is no question."""
         give = self._answers.give
         if kind == "__bool__" or (name in COMPARISONS and are_sizes([asked, *more])):
             single = name == "eq" and type(more[0]) is int and more[0] == 1  # a size of 1 is rare, as of a single pixel
