@@ -16,6 +16,7 @@ from convsim_init.report.text import PATH, shown
 from .. import options
 from ..completion import complete_models
 from ..signals import exit_on_signal
+from ..sources import Loaded, ModelOptions, check_sources, is_file, load
 from ..terminal import show_json, show_table, stdout_for_results
 
 EPILOG = """\b
@@ -36,7 +37,7 @@ Examples:
 @options.force_option
 def compare(
     specs: tuple[str, ...],
-    how: options.ModelOptions,
+    how: ModelOptions,
     as_json: bool,
     plot: Path | None,
     plot_layer: str | None,
@@ -50,7 +51,7 @@ def compare(
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
-    options.check_sources(specs, how)
+    check_sources(specs, how)
     options.check_picture(plot, force=force)
 
     with exit_on_signal():
@@ -72,14 +73,14 @@ def compare(
         show_table(compared.table)
 
 
-def _load_all(specs: Sequence[str], how: options.ModelOptions) -> list[options.Loaded]:
+def _load_all(specs: Sequence[str], how: ModelOptions) -> list[Loaded]:
     """What is compared; a file that loads strictly into a model beside it as that model, which knows its layers."""
-    loaded = [options.load(spec, how) for spec in specs]
-    models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not options.is_file(spec)]
+    loaded = [load(spec, how) for spec in specs]
+    models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not is_file(spec)]
     for place, spec in enumerate(specs):
-        for model in models if how.like is None and options.is_file(spec) else ():
+        for model in models if how.like is None and is_file(spec) else ():
             with suppress(InputError):  # it is none of that model's
-                loaded[place] = options.load(spec, replace(how, like=model))
+                loaded[place] = load(spec, replace(how, like=model))
                 loaded[place].remarks.append(f"{shown(spec, PATH)} is read as weights of {shown(model, PATH)}")
                 break
     return loaded

@@ -25,17 +25,18 @@ from convsim_init.report.html import SUFFIXES as PAGE_SUFFIXES
 from convsim_init.report.record import SUFFIXES as RECORD_SUFFIXES
 from convsim_init.report.record import run_record
 from convsim_init.report.text import did_you_mean
-from convsim_init.settings import Preset, Settings
+from convsim_init.settings import Settings
 
 from ..completion import complete_models
 from ..config import config_option, is_by_hand, origins
 from ..devices import check_device_name, find_device
-from ..options import UNDRAWN, ModelOptions, check_found, check_sources, is_file, refuse_given
+from ..options import UNDRAWN, refuse_given
 from ..runs.plan import Run, parse_seeds, plan_runs
 from ..runs.results import notes
 from ..runs.run import UNTREATED, Choices, make, write
 from ..runs.sweep import check_kept, sweep
 from ..signals import exit_on_signal
+from ..sources import ModelOptions, check_found, check_sources, is_file
 from ..terminal import show_json, show_table, tell
 from .init_options import init_options
 
@@ -48,7 +49,6 @@ def _check_out(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-OF_SETTINGS = ("pairs", "channels", "norm", "steps")
 OF_ENTRIES = ("convs_only", "head", "without", "prefix", "dtype")  # that --out writes
 TARGETS: dict[str, Callable[..., Path]] = {
     "out": _check_out,
@@ -105,12 +105,10 @@ def init(
     plot: Path | None,
     seeds: str | None,
     how: ModelOptions,
-    preset: Preset,
+    settings: Settings,
     **options: Any,
 ) -> None:
     """Run the main command; what can be refused without torch is refused before it is loaded."""
-    chosen = {name: value for name in OF_SETTINGS if (value := options.pop(name)) is not None}
-    settings = replace(Settings.preset(preset), **chosen)
     if is_by_hand("seed") != is_by_hand("seeds"):  # that one counts, whatever a file has for the other
         how, seeds = (how, None) if is_by_hand("seed") else (replace(how, seed=None), seeds)
         # `origins` is not to tell of one that does not count.

@@ -10,23 +10,12 @@ import click
 
 from convsim_init.errors import InputError
 from convsim_init.files.sources import SUFFIXES
-from convsim_init.settings import (
-    ACTIVATIONS,
-    CHANNELS_CHOICES,
-    NORMS,
-    PAIRS,
-    PRESETS,
-    SCHEMES,
-    Settings,
-    check_prefix,
-    parse_base,
-)
+from convsim_init.settings import ACTIVATIONS, SCHEMES, check_prefix, parse_base
 
 from .. import options
 from ..completion import complete_bases
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-DEFAULTS, PAPER = Settings(), Settings.paper()
 
 
 def _input_shape(value: str) -> tuple[int, ...]:
@@ -79,32 +68,8 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
         networks without normalization.""",
     ),
-    click.option(
-        "--preset",
-        type=click.Choice(PRESETS),
-        default="convsim",
-        help=f"""Settings to start from: the defaults (convsim), or those of the method's published code (paper: --pairs
-        {PAPER.pairs} --norm {PAPER.norm} --steps {PAPER.steps}, Adam).""",
-    ),
-    click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}."),
-    click.option(
-        "--channels",
-        type=click.Choice(CHANNELS_CHOICES),
-        help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
-        no normalization follows a layer. Default: {DEFAULTS.channels}.""",
-    ),
-    click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}."),
-    click.option(
-        "--steps", type=options.Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}."
-    ),
-    options.names_option("--include", help="Treat only layers whose name matches. Repeatable."),
-    options.names_option("--exclude", help="Leave layers alone whose name matches. Repeatable."),
-    click.option(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.",
-    ),
+    options.settings_options,
+    options.device_option(help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto."),
     click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that."),
     click.option(
         "--head",

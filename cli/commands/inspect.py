@@ -13,6 +13,7 @@ from convsim_init.report.table import COLUMNS, as_csv
 from .. import options
 from ..completion import complete_models
 from ..signals import exit_on_signal
+from ..sources import ModelOptions, check_sources, load
 from ..terminal import needs_stdout, show_json, show_table, stdout_for_results
 
 HELP = """
@@ -53,7 +54,7 @@ Examples:
 @options.force_option
 def inspect(
     spec: str,
-    how: options.ModelOptions,
+    how: ModelOptions,
     sort: str | None,
     include: tuple[str, ...],
     as_json: bool,
@@ -65,7 +66,7 @@ def inspect(
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if as_json and csv:
         raise click.UsageError("--json and --csv: choose one")
-    options.check_sources([spec], how)
+    check_sources([spec], how)
     options.check_picture(plot, force=force)
 
     with exit_on_signal():
@@ -73,7 +74,7 @@ def inspect(
         from convsim_init.metrics.snapshot import take_snapshot
 
     with stdout_for_results():
-        loaded = options.load(spec, how)
+        loaded = load(spec, how)
         if plot is None:
             report = measure(loaded.content).select(include)
         else:

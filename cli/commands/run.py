@@ -6,7 +6,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 
 import click
 
@@ -14,9 +13,10 @@ from convsim_init.errors import InputError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.report import Report
 from convsim_init.report.text import printable, shown, some
-from convsim_init.settings import PRESETS, Preset, Settings
+from convsim_init.settings import Settings
 
-from ..options import Whole
+from ..devices import MPS_REMARK, check_device_name, find_device
+from ..options import device_option, settings_options
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 from .script import Script
 
@@ -43,10 +43,8 @@ Examples:
     context_settings={"allow_interspersed_args": False},
 )
 @click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
-@click.option("--preset", type=click.Choice(PRESETS), default="convsim", help="Settings to start from.")
-@click.option("--steps", type=Whole(min=1), metavar="N", help="Most steps per layer.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Treat only layers whose name matches. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers alone whose name matches. Repeatable.")
+@settings_options
+@device_option(help="Where to compute: cpu, cuda, cuda:N, mps, or auto: where the weights are. Default: auto.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell nothing of the networks.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -54,22 +52,25 @@ def run(
     script: str,
     arguments: tuple[str, ...],
     is_module: bool,
-    preset: Preset,
-    steps: int | None,
+    settings: Settings,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    device: str,
     quiet: bool,
 ) -> int:
     """Run the subcommand."""
-    settings = Settings.preset(preset)
-    if steps is not None:
-        settings = replace(settings, steps=steps)
+    check_device_name(device)
     program = Script(script, arguments, is_module=is_module)
     with exit_on_signal():
         from convsim_init.context import initializing
         from convsim_init.tracking.construction import UnmatchedError
 
+    # Not for auto: a process that has looked for GPUs cannot use them in what it forks.
+    place = None if device == "auto" else find_device(device)
+
     def tell(report: Report) -> None:
+        if device == "mps":
+            report.remarks.append(MPS_REMARK)
         if not quiet and launched().leads:
             cells = ", ".join(" ".join(cell.split()) for cell in report.cells)
             line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
@@ -81,7 +82,7 @@ def run(
         with (
             signals_of_python(),
             redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
-            initializing(settings=settings, include=include, exclude=exclude, on_report=tell) as reports,
+            initializing(settings=settings, include=include, exclude=exclude, device=place, on_report=tell) as reports,
         ):
             program.execute()
             sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end

@@ -8,8 +8,9 @@ from convsim_init.files.sources import check_source
 from convsim_init.models.libraries import resolve
 
 from ..completion import complete_models
-from ..options import ModelOptions, is_file, json_option, key_option, model_options
+from ..options import json_option, key_option, model_options
 from ..signals import DONE, MISMATCH, exit_on_signal
+from ..sources import ModelOptions, is_file
 from ..terminal import show_json, stdout_for_results
 
 HELP = """

@@ -14,7 +14,7 @@ from convsim_init.errors import InputError
 from convsim_init.report.text import PATH, shown
 from convsim_init.settings import MAX_SEED
 
-from ..options import is_file
+from ..sources import is_file
 
 MAX_SEEDS = 100_000  # in one command
 FIELDS = (("model", "", None), ("seed", "", None))  # what may stand in braces, unformatted

@@ -22,8 +22,8 @@ from convsim_init.settings import Settings
 
 from ..arguments import OWN
 from ..devices import MPS_REMARK, cuda_errors, find_device
-from ..options import Loaded, ModelOptions, is_file, load
 from ..signals import exit_on_signal
+from ..sources import Loaded, ModelOptions, is_file, load
 from ..terminal import stdout_for_results
 from .plan import Run
 from .results import Result, Status, failure

@@ -43,6 +43,7 @@ def complete(line: str, shell: str = "bash") -> list[str]:
         ("convsim-init resnet18 --conv", ["--convs-only"]),
         ("convsim-init --vers", ["--version"]),
         ("convsim-init resnet18 --norm ", ["preserve", "free"]),
+        ("convsim-init run --norm ", ["preserve", "free"]),
         ("convsim-init verify init.pt cifar_v", ["cifar_vgg19"]),
         ("convsim-init weights.pt --like cifar_v", ["cifar_vgg19"]),
         (

@@ -29,7 +29,7 @@ from convsim_init.models.build import build_model
 from convsim_init.models.zoo import catalog
 from convsim_init.settings import Settings
 
-MAIN, INIT, SOURCE = (import_module(f"convsim_init.cli.{name}") for name in ("main", "commands.init", "options"))
+MAIN, INIT, SOURCE = (import_module(f"convsim_init.cli.{name}") for name in ("main", "commands.init", "sources"))
 SCRIPT = Path(sys.executable).with_name(f"convsim-init{'.exe' * (os.name == 'nt')}")
 QUICK = ["cifar_resnet18", "--include", "conv1", "--steps", "2"]
 INTERRUPTED = "Error: interrupted; no partial file is left\n"

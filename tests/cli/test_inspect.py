@@ -19,7 +19,7 @@ from torch import nn
 from words import MISSING
 
 from convsim_init import InputError, Settings, build_model, measure
-from convsim_init.cli.options import INFERRED
+from convsim_init.cli.sources import INFERRED
 from convsim_init.metrics.compare import compare
 from convsim_init.report.table import COLUMNS
 
@@ -291,7 +291,7 @@ def test_one_alone_cannot_be_compared():
 @pytest.fixture
 def small_model(monkeypatch) -> None:
     """Let every name build a model that is quick to treat."""
-    monkeypatch.setattr(import_module("convsim_init.cli.options"), "build_model", lambda *_, seed, **__: small(seed))
+    monkeypatch.setattr(import_module("convsim_init.cli.sources"), "build_model", lambda *_, seed, **__: small(seed))
 
 
 @pytest.mark.usefixtures("small_model")
@@ -362,7 +362,7 @@ def test_a_layer_that_fails_leaves_neither_record_nor_picture(command, tmp_path,
     model = small()
     with torch.no_grad():
         model[0].weight[0] = float("inf")
-    monkeypatch.setattr(import_module("convsim_init.cli.options"), "build_model", lambda *_, **__: model)
+    monkeypatch.setattr(import_module("convsim_init.cli.sources"), "build_model", lambda *_, **__: model)
     status, _, err = command("resnet18", "--report", "a.json", "--plot", "a.png")
     assert (status, names(tmp_path)) == (1, [])
     assert "nothing was written" in err
@@ -434,7 +434,7 @@ NOT_DRAWN = "nothing is drawn without --plot"
 def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, command, tmp_path, monkeypatch):
     for name in ("old.json", "old.png", "old.pt"):
         (tmp_path / name).write_bytes(OLD)
-    source = import_module("convsim_init.cli.options")
+    source = import_module("convsim_init.cli.sources")
     monkeypatch.setattr(source, "build_model", lambda *_, **__: pytest.fail("it builds the model"))
     status, out, err = command(*arguments)
     assert (status, out, err) == (2, "", f"Error: {message.format(gone=repr(str(tmp_path / 'gone')))}\n")

@@ -6,8 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
+import torch
+
+from convsim_init.settings import Settings
 
 SCRIPT = """
 import pickle, signal, sys
@@ -123,6 +128,22 @@ def test_a_module_runs_too(run, tmp_path, monkeypatch):
     status, out, err = run("--exclude", "2", "-m", "train", "exit", "3")
     assert (status, out) == (3, "['exit', '3'] beside True __main__\n")
     assert "2 convolutions: 1 initialized, 1 skipped" in err
+
+
+def test_settings_and_device_are_those_that_were_chosen(run, monkeypatch):
+    given = []
+    monkeypatch.setattr("convsim_init.context.initializing", lambda **options: given.append(options) or nullcontext([]))
+    chosen = ["--preset", "paper", "--pairs", "all", "--channels", "all", "--norm", "preserve", "--steps", "3"]
+    for options in (chosen, ["--device", "cpu"]):
+        assert run("-q", *options, "code/train.py", "untrained", "0")[0] == 0
+    assert given[0]["settings"] == replace(Settings.paper(3), pairs="all", channels="all", norm="preserve")
+    assert given[1]["settings"] == Settings()
+    assert [options["device"] for options in given] == [None, torch.device("cpu")]
+
+
+def test_a_device_that_cannot_be_is_refused_before_the_script_runs(run):
+    message = "Error: expected the device to be auto, cpu, cuda, cuda:N or mps, got 'gpu'\n"
+    assert run("--device", "gpu", "code/train.py", "exit", "0") == (2, "", message)
 
 
 def test_a_copy_that_is_left_alone_is_told_of(run, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from convsim_init.cli.runs.plan import file_safe, fill, parse_seeds
 from convsim_init.errors import InputError
 
-SOURCE = import_module("convsim_init.cli.options")
+SOURCE = import_module("convsim_init.cli.sources")
 NETWORKS = """
 import os
 from pathlib import Path

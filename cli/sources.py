@@ -1,0 +1,160 @@
+"""What a FILE or a MODEL stands for, checked before torch is loaded, and what is loaded from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os.path import isdir, isfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convsim_init.errors import InputError
+from convsim_init.files.sources import CHECKPOINT, FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
+from convsim_init.models.build import build_model, check_model, find_model
+from convsim_init.models.libraries import resolve
+from convsim_init.models.spec import CONFIG
+from convsim_init.models.zoo.catalog import MODELS
+from convsim_init.report.text import PATH, quoted, shown, some
+
+from .arguments import OWN
+from .config import is_by_hand
+from .signals import exit_on_signal
+
+if TYPE_CHECKING:
+    import torch
+
+INFERRED = "layers of a file are inferred from names and shapes; --like MODEL settles which are grouped or transposed"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a MODEL is built and a FILE is read."""
+
+    seed: int | None  # if the user gave one
+    arguments: dict[str, Any]  # what else was given, as `build_model` takes it
+    like: str | None = None  # model that a file's weights belong to
+    key: str | None = None  # entry of a file that holds the weights
+
+    def check(self, spec: str) -> None:
+        """Refuse, without torch, what is no model that can be built like this."""
+        check_model(spec, **self.arguments)
+
+    def build(self, spec: str) -> torch.nn.Module:
+        """Build the model."""
+        return build_model(spec, seed=self.seed or 0, **self.arguments)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a FILE or a MODEL stood for."""
+
+    content: torch.nn.Module | Mapping[str, torch.Tensor]  # the model, or the state dict in the file
+    name: str  # the spec, with the library that a bare name was found in
+    seed: int | None = None  # of the drawn weights; None for a file
+    remarks: list[str] = field(default_factory=list)  # on how it was found
+    built: str | None = None  # spec that a model was built of
+    filled: frozenset[str] = frozenset()  # names of modules that the model's own code filled, as by `load_state_dict`
+
+
+def is_file(spec: str) -> bool:
+    """Whether it names a checkpoint, a file or a folder, and not a model; a built-in's folder is written ./resnet18."""
+    return spec not in MODELS and is_source(spec)
+
+
+def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = False) -> None:
+    """Refuse, without torch, what is no file or model, and options of no use, also where files are `drawn` anew."""
+    files = [spec for spec in specs if is_file(spec)]
+    for spec in specs:
+        _check_source(spec, how)
+    if not files and is_by_hand("key"):
+        raise click.UsageError("--key: expected a FILE that has that entry, got none: leave it out")
+    if how.like is not None:
+        if not files:
+            raise click.UsageError("--like: expected a FILE that is like that model, got none")
+        how.check(how.like)
+    given = [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
+    # A file uses the seed where it is drawn anew, and the others for the model that it is like.
+    unused = [option for option in given if not (drawn if option == "--seed" else how.like)]
+    if unused and len(files) == len(specs):
+        hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
+        raise click.UsageError(f"{', '.join(unused)}: a file has its weights already{hint}")
+
+
+def check_found(specs: Sequence[str], like: str | None) -> None:
+    """Refuse a model that its library or module does not have, before any is built."""
+    models = [spec for spec in [*specs, like] if spec is not None and not is_file(spec)]
+    if models:
+        with exit_on_signal():
+            import torch  # noqa: F401
+        for model in dict.fromkeys(models):
+            find_model(model)
+
+
+def load(spec: str, how: ModelOptions) -> Loaded:
+    """The model of that spec, or what is in that file: a state dict or, if it is like a model, that one."""
+    if is_file(spec) and how.like is None:
+        return _load_file(spec, how.key)
+    from convsim_init.checkpoint.load import load_checkpoint
+    from convsim_init.layers import tree
+    from convsim_init.layers.names import bare_name
+    from convsim_init.tracking.patching import noting_loaded
+
+    found = resolve(how.like if how.like is not None and is_file(spec) else spec)
+    name, remarks = found.text, [found.remark] if found.remark else []
+    loaded: list[torch.nn.Module] = []
+    with noting_loaded(loaded.append):
+        model = how.build(name)
+    if is_file(spec):
+        report = load_checkpoint(model, spec, strict=True, key=how.key)
+        return Loaded(model, spec, None, [*remarks, *str(report).splitlines()], built=name)
+    parts = set(map(id, loaded))
+    filled = frozenset(bare_name(name) for name, part in tree.named_modules(model) if id(part) in parts)
+    return Loaded(model, name, how.seed or 0, remarks, built=name, filled=filled)
+
+
+def _check_source(spec: str, how: ModelOptions) -> None:
+    rest = os.path.splitdrive(spec)[1]  # without the colon of a drive of Windows
+    if is_file(spec) or Path(spec).suffix in FOREIGN:
+        check_source(spec)
+    elif ":" not in rest and Path(spec).suffix != ".py" and isfile(spec):
+        raise InputError(
+            f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: {CHECKPOINT}"
+        )
+    # A name without a separator may be a model's, whatever folder is called like it.
+    elif ":" not in rest and {"/", os.sep} & set(spec) and isdir(spec) and not isfile(Path(spec, CONFIG)):
+        raise without_weights(spec)
+    else:
+        how.check(spec)
+
+
+def _load_file(path: str, key: str | None) -> Loaded:
+    from convsim_init.checkpoint.read import bare_tensors, read_checkpoint
+    from convsim_init.layers.inferred import infer_layers
+
+    checkpoint = read_checkpoint(path, key)
+    state = bare_tensors(checkpoint, path)
+    if not any(infer_layers(state)):
+        raise InputError(
+            f"expected a file with convolution weights, of rank 3 to 5, got {shown(path, PATH)!r}, none of whose "
+            f"{len(state)} tensors is one: name that of a convolutional network"
+        )
+    remarks, extra = [INFERRED], [*checkpoint.extra, *checkpoint.unread]
+    if checkpoint.wrapper:
+        more = f"; --key takes another: {some(map(shown, checkpoint.others))}" if checkpoint.others else ""
+        remarks.append(f"the weights are those under {shown(checkpoint.wrapper)!r}{more}")
+    remarks += [f"left out, for it is no tensor: {some(map(shown, extra))}"] if extra else []
+    remarks += _prefix_remarks(list(checkpoint.tensors), list(state), path)
+    return Loaded(state, path, None, remarks)
+
+
+def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list[str]:
+    if keys == bare:
+        return []
+    prefix, file = keys[0].removesuffix(bare[0]), shown(path, PATH)
+    if all(key == prefix + one for key, one in zip(keys, bare, strict=True)):
+        return [f"{quoted(prefix)} was taken off every key of {file}; --prefix {shown(prefix)} puts it back"]
+    key, one = next((key, one) for key, one in zip(keys, bare, strict=True) if key != one)
+    return [f"{file} was read without what wrappers add to its keys: {quoted(one)} for {quoted(key)}"]
