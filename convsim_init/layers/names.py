@@ -36,11 +36,11 @@ def bare_name(name: str) -> str:
 
 
 def split_weight_key(key: str) -> tuple[str, str] | None:
-    """The layer's name and the ending of a key, such as ``.weight``; None if the key names no layer's weight.
+    """The layer's name and the ending of a key, such as ``.weight``; None if it is no key of a layer's weight.
 
-    The key may also name what weight_norm, spectral_norm, pruning or a parametrization computes the weight from.
+    It may also be the key of a tensor that weight_norm, spectral_norm, pruning or a parametrization computes it from.
     """
-    # With a dot before it, so that weight alone is the key of the layer that has no name, and my_weight is no weight's.
+    # The dot in front makes `weight` the key of the layer without a name, and lets `my_weight` not match.
     match = WEIGHT_KEY.fullmatch(f".{key}")
     return (match[1][1:], match[2]) if match else None
 

@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 
 class Cause(Enum):
-    """What leaves a layer alone."""
+    """The cause of an obstacle."""
 
-    UNTREATABLE = auto()  # its weight cannot be set or lowered, or was treated already
+    UNTREATABLE = auto()  # the weight cannot be set, its similarity cannot be lowered, or it was treated before
     FROZEN = auto()
     UNSELECTED = auto()  # by the patterns of this call
-    UNSELECTED_BEFORE = auto()  # by those of an earlier call
+    UNSELECTED_BEFORE = auto()  # by the patterns of an earlier call
     BUILT_ELSEWHERE = auto()
     LOADED = auto()
     RECEIVED = auto()  # from another process, perhaps
 
 
-# Of layers that could be treated. Where a copy of one is, they part.
+# Causes that leave a treatable layer as it is. It is no longer equal to a copy of it that is treated.
 KEPT = (Cause.FROZEN, Cause.UNSELECTED, Cause.UNSELECTED_BEFORE, Cause.BUILT_ELSEWHERE, Cause.LOADED)
 
 
@@ -27,4 +27,4 @@ class Obstacle(NamedTuple):
 
     text: str  # as a report prints it; details and advice follow a colon
     cause: Cause = Cause.UNTREATABLE
-    twin: str = ""  # the layer that the weight was seen in before, with which the text ends
+    twin: str = ""  # name of the layer that had the weight before; the text ends with it

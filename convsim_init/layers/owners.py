@@ -46,13 +46,13 @@ def find_call(module: nn.Module) -> ForwardWeight | None:
 
 
 def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collection[Use] = ()) -> Weight:
-    """The weight that a convolution's forward pass uses, or that of the module around it, which uses it like that."""
+    """The weight that the forward pass of a convolution uses, or that of the owner around it, with its uses of it."""
     weight = stored_weight(module)
     if any(map(is_sharded, weight.sources)):  # a trial pass would leave it gathered
         return weight
     if owner is not None and (within := _weight_within(owner, module, weight, uses)) is not None:
         return within
-    # Global hooks may change the weight as well as the module's own.
+    # Global hooks may change the weight, as the module's own hooks may.
     hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
     # Without an inverse the stored weight is the original, and a trial pass shows what the parametrization makes of it.
     one_way = isinstance(weight, StoredWeight) and is_parametrized(module, "weight")

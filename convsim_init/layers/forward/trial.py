@@ -151,15 +151,14 @@ class _CapturedError(BaseException):
 
 
 class _Capture(TorchFunctionMode):
-    """Context that records the calls of convolutions."""
+    """Context that records the calls of convolutions.
+
+    Weights of another shape or at the addresses `others` do not count, nor do, with `fed`, calls whose input is not
+    computed from that of the pass. The call at position `last` ends the pass.
+    """
 
     def __init__(
-        self,
-        others: Collection[int],  # addresses of weights that do not count
-        *,
-        shape: torch.Size | None = None,  # of the weights that count; None for any
-        fed: bool = False,  # whether only calls count whose input is computed from that of the pass
-        last: int | None = None,  # position of the call that ends the pass; None for no such call
+        self, others: Collection[int], *, shape: torch.Size | None = None, fed: bool = False, last: int | None = None
     ) -> None:
         super().__init__()
         self._others, self._shape, self._fed, self._last = others, shape, fed, last
@@ -185,7 +184,7 @@ class _Capture(TorchFunctionMode):
                 self._known[start] = True
                 return True
             found.append(node)
-        # Nor does any of the nodes that were found lead there.
+        # No node that was found leads there.
         self._known |= dict.fromkeys(found, False)
         return False
 

@@ -88,7 +88,7 @@ class SymbolicPass(TorchFunctionMode):
     def __init__(self, model: nn.Module, sample: Tensor = SAMPLE) -> None:
         super().__init__()
         self._sample = sample
-        self._named: dict[nn.Module, tuple[str, bool]] = {}
+        self._named: dict[nn.Module, tuple[str, bool]] = {}  # `call_name` of each module
         for module in list(tree.modules(model)):
             self._named[module] = call_name(module)
             for name, part in module._modules.items() if not isinstance(module, torch.jit.ScriptModule) else ():
@@ -99,7 +99,7 @@ class SymbolicPass(TorchFunctionMode):
         self._written: list[tuple[Symbol, Node]] = []  # symbols that were changed in place, with their calls before
         self.failed, self.failed_hooks = set[nn.Module](), set[nn.Module]()
         self._failed = Counter[tuple[nn.Module, bool]]()  # number of failed calls, by module and `usual`
-        self._made = 0
+        self._made = 0  # number of calls, including those of failed attempts
         self._usual = True
         self._constants = Constants()
         self._answers = Answers({})
@@ -280,7 +280,8 @@ class SymbolicPass(TorchFunctionMode):
             if known is not None:
                 return known
         args, kwargs = self._constants.as_they_are_now(args, kwargs)
-        written = kwargs.get("out", next(iter([*args, *kwargs.values()]), None) if is_in_place(kind) else None)
+        called_on = next(iter([*args, *kwargs.values()]), None)
+        written = kwargs.get("out", called_on if is_in_place(kind) else None)
         if not isinstance(first, Symbol) and self._constants.are_made_by(name, written, args, kwargs):
             self._count_call()
             with suppress(Exception):  # a value that cannot be computed counts as unknown
@@ -313,8 +314,9 @@ class SymbolicPass(TorchFunctionMode):
         """The answer to a question about an unknown value, such as its truth or a size; None if it is no question."""
         give = self._answers.give
         if kind == "__bool__" or (name in COMPARISONS and are_sizes([asked, *more])):
-            single = name == "eq" and type(more[0]) is int and more[0] == 1  # a size of 1 is rare, as of a single pixel
-            likely = (not single and (asked.node.name if kind == "__bool__" else name) not in RARE) == self._usual
+            condition = asked.node.name if kind == "__bool__" else name
+            is_one = name == "eq" and type(more[0]) is int and more[0] == 1  # such as an image of one pixel
+            likely = (condition not in RARE and not is_one) == self._usual
             return give(likely, not likely)
         if name in ("dim", "ndim", "ndimension") or (name in ("shape", "size") and not more):
             node, added = asked.node, 0
