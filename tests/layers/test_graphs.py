@@ -172,7 +172,7 @@ def test_a_weight_that_another_convolution_computes_is_of_no_layer():
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_padding_may_be_a_word(kind, tmp_path):
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding="same", groups=2), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    expected, found = (ci.measure(one).layers for one in (model, GRAPHS[kind](model, tmp_path)))
-    assert [(one.name, one.kind, one.shape, one.before) for one in found] == [
-        (one.name, one.kind, one.shape, one.before) for one in expected
+    expected, found = (ci.measure(source).layers for source in (model, GRAPHS[kind](model, tmp_path)))
+    assert [(layer.name, layer.kind, layer.shape, layer.before) for layer in found] == [
+        (layer.name, layer.kind, layer.shape, layer.before) for layer in expected
     ]

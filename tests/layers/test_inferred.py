@@ -49,7 +49,7 @@ def test_a_transposed_convolution_without_a_bias_shows_in_the_length_of_the_norm
     first, second = ci.initialize_(state, settings=QUICK).layers
     ci.initialize_(model, settings=QUICK)
     assert [(first.kind, first.reason), second.reason] == [("ConvTranspose2d", BY_NORM), BY_SHAPE]
-    assert all(torch.equal(one, state[key]) for key, one in model.state_dict().items())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_norm_layer_of_another_module_or_of_what_is_concatenated_shows_nothing():
@@ -114,7 +114,7 @@ def test_what_is_doubtful_is_left_alone(weight):
     layer, *convolutions = ci.initialize_(state, settings=QUICK).layers
     assert layer.reason.startswith("doubtful whether it is a convolution's weight")
     assert torch.equal(state["a.weight"], weight)
-    assert {one.reason for one in convolutions} == {BY_SHAPE}
+    assert {layer.reason for layer in convolutions} == {BY_SHAPE}
 
 
 def test_what_looks_the_same_in_two_layouts_is_doubtful_in_a_file_of_the_other_one():
@@ -317,8 +317,8 @@ def test_a_tensor_under_two_names_is_treated_once():
 def test_what_lies_in_the_memory_of_a_weight_and_changes_with_it_is_told():
     memory = torch.randn(300)
     state = {"a.weight": memory[:216].view(8, 3, 3, 3), "a.bias": memory[210:218], "b.bias": memory[216:]}
-    told = "in the memory of weights of layers, and change with them: a.bias"
-    assert told in ci.initialize_(state, settings=QUICK).remarks
+    expected = "in the memory of weights of layers, and change with them: a.bias"
+    assert expected in ci.initialize_(state, settings=QUICK).remarks
 
 
 def test_packed_numbers_are_neither_masks_nor_copies():
@@ -332,10 +332,10 @@ def test_packed_numbers_are_neither_masks_nor_copies():
 def test_copies_beside_the_weights_that_part_from_them_are_told():
     state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
     state |= {f"{key}_ema": value.clone() for key, value in state.items()}
-    told = "copies that are no longer equal to what they were copied from: 0.weight_ema (of 0), 1.weight_ema (of 1)"
+    expected = "copies that are no longer equal to what they were copied from: 0.weight_ema (of 0), 1.weight_ema (of 1)"
     remarks = ci.initialize_(state, settings=QUICK).remarks
-    assert [one for one in remarks if one.startswith(told)]
-    assert not [one for one in ci.initialize_(state, settings=QUICK).remarks if one.startswith(told)]
+    assert [remark for remark in remarks if remark.startswith(expected)]
+    assert not [remark for remark in ci.initialize_(state, settings=QUICK).remarks if remark.startswith(expected)]
 
 
 def test_patterns_select_entries_too():

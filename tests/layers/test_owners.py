@@ -31,36 +31,36 @@ class Convex(nn.Module):
 
 
 def by_loop(network):
-    for one in network.hidden:
-        one.weight.data.clamp_(min=0)
+    for module in network.hidden:
+        module.weight.data.clamp_(min=0)
 
 
 def by_parameters(network):
-    for one in network.hidden.parameters():
-        one.data.clamp_(min=0)
+    for parameter in network.hidden.parameters():
+        parameter.data.clamp_(min=0)
 
 
 @torch.no_grad()
 def by_names(network):
-    for name, one in network.named_parameters():
+    for name, parameter in network.named_parameters():
         if name.startswith("hidden"):
-            one.clamp_(min=0)
+            parameter.clamp_(min=0)
 
 
 def by_state_dict(network):
-    for name, one in network.state_dict().items():
+    for name, tensor in network.state_dict().items():
         if name.startswith("hidden"):
-            one.clamp_(min=0)
+            tensor.clamp_(min=0)
 
 
 def by_modules(network):
-    for one in network.modules():
-        if getattr(one, "in_channels", 0) == 16:
-            one.weight.data.clamp_(min=0)
+    for module in network.modules():
+        if getattr(module, "in_channels", 0) == 16:
+            module.weight.data.clamp_(min=0)
 
 
 def by_application(network):
-    network.hidden.apply(lambda one: one.weight.data.clamp_(min=0) if hasattr(one, "weight") else None)
+    network.hidden.apply(lambda module: module.weight.data.clamp_(min=0) if hasattr(module, "weight") else None)
 
 
 @torch.no_grad()
@@ -104,8 +104,8 @@ class Limit:
         limited(layer, 0)
 
     def step(self):
-        for one in self.weights:
-            one.data.clamp_(min=0)
+        for weight in self.weights:
+            weight.data.clamp_(min=0)
 
 
 LIMIT = Limit()
@@ -120,14 +120,14 @@ class Holding(Convex):
 
 
 def by_gathered(network):
-    for one in network.gathered:
-        one.data.clamp_(min=0)
+    for weight in network.gathered:
+        weight.data.clamp_(min=0)
 
 
 @torch.no_grad()
 def by_function(network):
-    for one in network.gathered:
-        torch.clamp_(one, min=0)
+    for weight in network.gathered:
+        torch.clamp_(weight, min=0)
 
 
 @torch.no_grad()
@@ -136,8 +136,8 @@ def by_function_of_many(network):
 
 
 def by_initialization(network):
-    for one in network.gathered:
-        nn.init.constant_(one, 0.1)
+    for weight in network.gathered:
+        nn.init.constant_(weight, 0.1)
 
 
 class ByLoading(Convex):
@@ -157,7 +157,7 @@ class Functional(Convex):
     def forward(self, x):
         x = self.first(x).relu()
         for layer in self.hidden:
-            used = {name: one.abs() for name, one in layer.named_parameters()}
+            used = {name: parameter.abs() for name, parameter in layer.named_parameters()}
             x = torch.func.functional_call(layer, used, (x,)).relu()
         return self.last(x)
 
@@ -213,9 +213,9 @@ WAYS = {
 def test_what_is_reported_is_what_the_convolutions_are_given(way):
     kind, *alter = WAYS[way]
     model = kind(*alter)
-    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ci.measure(model)
-    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     report = ci.initialize_(model, settings=SETTINGS)
     assert not report.remarks
     assert not any("used together" in str(layer.reason) for layer in report.layers)
@@ -254,16 +254,16 @@ class WithinSequential(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
 
     def forward(self, x):
-        for one in self.body.parameters():
-            one.data.clamp_(min=0)
+        for parameter in self.body.parameters():
+            parameter.data.clamp_(min=0)
         return self.body(x)
 
 
 class LoopWithinSequential(WithinSequential):
     def forward(self, x):
-        for one in self.body:
-            if isinstance(one, nn.Conv2d):
-                one.weight.data.clamp_(min=0)
+        for module in self.body:
+            if isinstance(module, nn.Conv2d):
+                module.weight.data.clamp_(min=0)
         return self.body(x)
 
 
@@ -273,8 +273,8 @@ class GatheredWithinSequential(WithinSequential):
         self.gathered = list(self.body.parameters())
 
     def forward(self, x):
-        for one in self.gathered:
-            one.data.clamp_(min=0)
+        for weight in self.gathered:
+            weight.data.clamp_(min=0)
         return self.body(x)
 
 
@@ -317,9 +317,9 @@ class InPlaceOverChildren(Asking):
 class InPlaceByDevice(Asking):
     def forward(self, x, t):
         x = self.conv(x.data.to(next(self.parameters()).device, next(self.body.parameters()).dtype))
-        x.sub_(self.body(x)).fill_(sum(one.square().sum() for one in self.parameters()))
-        for one in self.parameters():
-            one.requires_grad_()
+        x.sub_(self.body(x)).fill_(sum(parameter.square().sum() for parameter in self.parameters()))
+        for parameter in self.parameters():
+            parameter.requires_grad_()
         return F.relu_(x) * self.lambda_
 
 
@@ -328,8 +328,8 @@ class Mover:
 
     def move(self, part, name):
         *above, last = name.split(".")
-        for one in above:
-            part = getattr(part, one)
+        for parent in above:
+            part = getattr(part, parent)
         part._parameters[last] = nn.Parameter(part._parameters[last].to(torch.float32))
 
 
@@ -347,12 +347,12 @@ class InPlaceByTheWay(Asking):
         x[:, 0] += self.linear.weight[0, 0]
 
     def forward(self, x, t):
-        for one in self.parameters():
-            self.count += one.numel()
-            if one.grad is not None:
-                one.grad.clamp_(-1, 1)
-        for one in (*self.buffers(), *self.history):
-            one.data.mul_(0.9)
+        for parameter in self.parameters():
+            self.count += parameter.numel()
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-1, 1)
+        for tensor in (*self.buffers(), *self.history):
+            tensor.data.mul_(0.9)
         for part in self.modules():
             part.calls = getattr(part, "calls", 0)
             part.calls += 1
@@ -377,8 +377,8 @@ def clamp(part, *_):
 
 class Clamping:
     def __call__(self, part, inputs):
-        for one in part.parameters():
-            one.data.clamp_(min=0)
+        for parameter in part.parameters():
+            parameter.data.clamp_(min=0)
 
 
 class Watching:
@@ -388,10 +388,10 @@ class Watching:
         self.seen = []
 
     def __call__(self, part, inputs, *outputs):
-        self.seen.append((sum(one.numel() for one in part.parameters()), next(part.parameters()).dtype))
+        self.seen.append((sum(parameter.numel() for parameter in part.parameters()), next(part.parameters()).dtype))
         part.calls = getattr(part, "calls", 0) + 1
-        for one in inputs:
-            one.mul_(1)
+        for tensor in inputs:
+            tensor.mul_(1)
 
 
 class Several(nn.Module):

@@ -34,8 +34,8 @@ def test_it_is_what_torch_says(name, options):
     assert len(found) == len(expected) > 0
     if isinstance(found[0], tuple):
         assert [key for key, _ in found] == [key for key, _ in expected]
-        found, expected = ([one for _, one in each] for each in (found, expected))
-    assert all(one is other for one, other in zip(found, expected, strict=True))
+        found, expected = ([value for _, value in each] for each in (found, expected))
+    assert all(a is b for a, b in zip(found, expected, strict=True))
 
 
 def forward(self, x):
@@ -56,8 +56,8 @@ def test_a_class_may_call_something_else_like_that(name, value, inside, tmp_path
     model, path, batch = build(**{name: value}), tmp_path / "a.safetensors", torch.randn(2, 3, 8, 8)
     for report in (plan, ci.measure, ci.initialize_):
         found, expected = report(model), report(build())
-        assert [(one.name, one.outcome, one.reason) for one in found.layers] == [
-            (one.name, one.outcome, one.reason) for one in expected.layers
+        assert [(layer.name, layer.outcome, layer.reason) for layer in found.layers] == [
+            (layer.name, layer.outcome, layer.reason) for layer in expected.layers
         ]
         assert found.remarks == expected.remarks
     ci.ConvolutionalSimilarity(model)().backward()

@@ -358,7 +358,7 @@ class Pair(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return Pair(args[0].values, args[0].scale)
-        args = [one.values * one.scale if isinstance(one, Pair) else one for one in args]
+        args = [arg.values * arg.scale if isinstance(arg, Pair) else arg for arg in args]
         return func(*args, **(kwargs or {}))
 
 
@@ -388,7 +388,7 @@ class Quantized(NamedTuple):
     scale: torch.Tensor
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*(one.value if isinstance(one, Quantized) else one for one in args), **(kwargs or {}))
+        return func(*(arg.value if isinstance(arg, Quantized) else arg for arg in args), **(kwargs or {}))
 
 
 def test_a_weight_may_be_given_with_its_scale():
@@ -580,8 +580,8 @@ def test_filters_that_a_files_dtype_rounds_away_are_told(kind, scale, tmp_path, 
     state = nn.Sequential(kind(4, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()
     (state["0.weight"][2] if kind is nn.Conv2d else state["0.weight"][:, 2]).mul_(scale)
     state |= {"cls_token": torch.tensor([[[1e-6, 1]]]), "gain.weight": torch.tensor([1e-6, 1])[:, None, None]}
-    told = "filters so small that float16 rounds them away in the file: 0.weight; another dtype keeps them"
-    with pytest.warns(UserWarning, match=told):
+    warning = "filters so small that float16 rounds them away in the file: 0.weight; another dtype keeps them"
+    with pytest.warns(UserWarning, match=warning):
         ci.save_checkpoint(state, tmp_path / "a.safetensors", dtype=torch.float16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -589,7 +589,7 @@ def test_filters_that_a_files_dtype_rounds_away_are_told(kind, scale, tmp_path, 
             ci.save_checkpoint(state, tmp_path / "a.safetensors", dtype=dtype, overwrite=True)
     for dtype, expected in (("float16", True), ("bfloat16", False)):
         out = command("a.safetensors", "--exclude", "0", "--steps", "1", "--dtype", dtype, "--out", f"{dtype}.pt")[1]
-        assert (told in out) is expected
+        assert (warning in out) is expected
 
 
 def test_a_weight_that_becomes_nan_is_put_back():
@@ -1215,7 +1215,7 @@ class Branches(nn.Module):
         self.branches = nn.ModuleList(nn.Conv2d(4, 8, 3) for _ in range(3))
 
     def forward(self, x):
-        return F.conv2d(x, sum(one.weight for one in self.branches))
+        return F.conv2d(x, sum(branch.weight for branch in self.branches))
 
 
 def test_weights_of_other_shapes_in_one_module_are_layers_of_their_own():
@@ -1249,7 +1249,7 @@ def test_of_weights_that_are_summed_one_is_treated():
     model = Branches()
     report = ci.initialize_(model, settings=SETTINGS)
     first, *others = report.layers
-    assert first.after["normalized_similarity"] == similarity_of(sum(one.weight for one in model.branches))
+    assert first.after["normalized_similarity"] == similarity_of(sum(branch.weight for branch in model.branches))
     assert [layer.reason for layer in others] == 2 * ["used together with branches.0, as one weight"]
 
 
@@ -1264,13 +1264,13 @@ def test_copies_among_the_buffers_that_part_are_told():
 
 class Shadow:
     def __init__(self, model):
-        self.values = {name: one.detach().clone() for name, one in model.named_parameters()}
+        self.values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def test_copies_of_other_dtypes_and_in_attributes_that_part_are_told():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, bias=False))
     weight = model[0].weight.detach()
-    model.average = nn.ParameterList([nn.Parameter(one.detach().clone(), False) for one in model[0].parameters()])
+    model.average = nn.ParameterList([nn.Parameter(p.detach().clone(), False) for p in model[0].parameters()])
     model.low, model.shadow = copy.deepcopy(model[0]).half().requires_grad_(False), Shadow(model[1])
     model.register_buffer("high", weight.double())
     model.kernels = [weight.clone(), torch.randn_like(weight)]
@@ -1374,7 +1374,7 @@ class MaskedByAFunctionalCall(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(4, 8, 3))
 
     def forward(self, x):
-        used = {name: one * 0.5 for name, one in self.body.named_parameters()}
+        used = {name: parameter * 0.5 for name, parameter in self.body.named_parameters()}
         return torch.func.functional_call(self.body, used, (x,))
 
 
@@ -1684,7 +1684,7 @@ def test_contexts_around_change_nothing(context):
         with pytest.warns(UserWarning, match="does not call"):
             factors = ci.calibrate_(model, images)
         correlations = ci.measure_feature_correlation(model, images)
-        layers = [(one.reason, one.before, one.after) for report in reports for one in report.layers]
+        layers = [(layer.reason, layer.before, layer.after) for report in reports for layer in report.layers]
         return layers, factors, correlations, float(ci.ConvolutionalSimilarity(model)().detach())
 
     images, model = torch.randn(2, 3, 9, 9), build()

@@ -352,7 +352,7 @@ def test_a_convolution_inside_of_the_same_shape_is_not_taken_for_it():
     x, others = torch.zeros(1, 4, 3, 3), {module.first.weight.data_ptr()}
     found = convolution_call(module, module.weight.shape, x, others).weight
     torch.testing.assert_close(found, module.weight)
-    (layer,) = [one for one in find_layers(module) if not one.name]
+    (layer,) = [layer for layer in find_layers(module) if not layer.name]
     assert (layer.obstacle, layer.weight.note) == (None, None)
     torch.testing.assert_close(layer.weight.read(), module.weight.detach())
 

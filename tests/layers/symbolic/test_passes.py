@@ -84,8 +84,8 @@ def test_what_code_keeps_outside_the_model_is_what_it_is_without_us(kind):
 
     def forget():
         KEPT.clear()
-        for one in (window, reach, factors):
-            one.cache_clear()
+        for function in (window, reach, factors):
+            function.cache_clear()
 
     expected = copy.deepcopy(model)(x)
     forget()

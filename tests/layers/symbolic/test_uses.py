@@ -116,9 +116,9 @@ class Variables(nn.Module):
     def forward(self, x):
         for conv1d in self.convs:
             x = conv1d(x)
-        for one in self.convs:
+        for conv in self.convs:
             name = f"conv{0}"
-            x = getattr(self, name)(x) + getattr(one, f"conv{0}", nn.Identity())(x)
+            x = getattr(self, name)(x) + getattr(conv, f"conv{0}", nn.Identity())(x)
         return self.fc(torch.cat([conv1d(x) for conv1d in self.convs]))
 
 
@@ -226,7 +226,7 @@ class Circle:
 
 
 @pytest.mark.parametrize(
-    "value", [Strict(), Computing([1]), Circle(), [list(range(10**5))] * 3], ids=lambda one: type(one)
+    "value", [Strict(), Computing([1]), Circle(), [list(range(10**5))] * 3], ids=lambda value: type(value)
 )
 def test_objects_of_any_kind_are_no_obstacle(value):
     model = nn.Sequential(Wrapper())
@@ -327,7 +327,7 @@ HOOKS = {
     "global": lambda held: by_global,
     "function of global": lambda held: by_function_of_global,
     "partial": lambda held: partial(by_global),
-    **{one.__name__: one for one in (by_closure, by_large_object, by_array, by_teacher)},
+    **{hook.__name__: hook for hook in (by_closure, by_large_object, by_array, by_teacher)},
 }
 
 
