@@ -1,4 +1,4 @@
-"""The models that can be built, wherever they come from. torch is imported when one is built, not before."""
+"""Building a model from its spec, whatever its source. torch is imported only when a model is built."""
 
 from __future__ import annotations
 
@@ -64,24 +64,24 @@ def build_model(
     checked_seed = check_whole("seed", seed, 0, MAX_SEED)
     arguments = check_model(spec, num_classes=num_classes, in_chans=in_chans, **kwargs)
     found = resolve(spec)
-    # Again: only now is it known which library a bare name is of, and what that does not take.
+    # Once more, because only now is it known which library a bare name belongs to.
     _check(found, arguments)
     with _imports(found):
-        with _reproducible(checked_seed):  # what an import draws must not count: the next build does not import
+        with _reproducible(checked_seed):  # by itself, because an import may draw numbers, but only the first time
             build = _builder(found)
         with _reproducible(checked_seed):
             model = build(arguments)
     from convsim_init.layers import tree
 
     for module in tree.modules(model):
-        module.training = True  # a class may have given `train` another meaning, such as to start training
+        module.training = True  # a class may use `train()` for something else, such as starting to train
     return model
 
 
 def find_model(spec: str, /) -> None:
-    """Import what builds a model, and build nothing; fails as `build_model` does."""
+    """Import what builds a model, but do not build it; raises the same errors as `build_model`."""
     found = resolve(spec)
-    # An import may draw, too, and leaves the caller's random state as it was.
+    # The caller's random state stays as it is, even if an import draws numbers.
     with _imports(found), _reproducible(0):
         _builder(found)
 
@@ -89,7 +89,7 @@ def find_model(spec: str, /) -> None:
 def check_model(
     spec: str, /, *, num_classes: int | None = None, in_chans: int | None = None, **kwargs: object
 ) -> dict[str, object]:
-    """The arguments given; refuses what `build_model` would, as far as is told without torch and running nothing."""
+    """Refuse what `build_model` would refuse, if that shows without torch or user code; returns the given arguments."""
     if not isinstance(spec, str):
         raise InputError(
             f"spec: expected a model's name, got type {type(spec).__name__}; pass a string such as 'resnet18'"
@@ -141,10 +141,10 @@ def _reproducible(seed: int) -> Iterator[None]:
 
     dtype = torch.get_default_dtype()
     with random_states(()), torch.device("cpu"):
-        # torch.manual_seed would also reseed the accelerators, whose state is not kept here.
+        # torch.manual_seed would also reseed the accelerators, whose states are not restored here.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        # NumPy's seeds end at 32 bits.
+        # NumPy takes seeds of 32 bits.
         numpy.random.seed(seed % 2**32)
         torch.set_default_dtype(torch.float32)
         try:

@@ -1,6 +1,6 @@
-"""Models that a function or class of the user's own makes, in a module or in a Python file.
+"""Models that a function or class of the user makes, in a module or in a Python file.
 
-Naming one runs the user's code, that of the module and that of the factory, and nothing else.
+Building one runs the code of that module and of the factory, and no other code of the user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MISSING = object()
 
 
 def check_place(spec: Spec) -> None:
-    """Refuse a file, with the closest ones, or a package that is not there, without running anything."""
+    """Refuse a missing file, with the closest names, or a missing package, without running any code."""
     if spec.source is Source.MODULE:
         if not is_importable(spec.place):
             raise InputError(
@@ -39,13 +39,13 @@ def check_place(spec: Spec) -> None:
 
 
 def find_factory(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
-    """What makes the model, from its arguments, of the factory that a spec names; an `InputError` if there is none."""
+    """The function that makes a model from arguments by the factory that a spec names; an `InputError` without one."""
     import torch
 
     found: object = load_module(spec.place) if spec.source is Source.MODULE else load_file(spec.place)
     for part in spec.name.split("."):
         owner = found
-        # A module may have a __getattr__ of its own.
+        # A user's module may have a `__getattr__`, which this runs.
         with user_errors(spec.place):
             found = getattr(owner, part, _MISSING)
         if found is _MISSING:
@@ -72,14 +72,14 @@ def _build(text: str, factory: Callable[..., object], arguments: Mapping[str, ob
 def _check_arguments(text: str, factory: Callable[..., object], arguments: Mapping[str, object]) -> None:
     try:
         signature = inspect.signature(factory)
-    except (ValueError, TypeError):  # some that are not written in Python have none
+    except (ValueError, TypeError):  # raised for some callables that are not written in Python
         return
     try:
         signature.bind(**arguments)
     except TypeError as error:
         plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
         bare = str(signature.replace(parameters=plain, return_annotation=signature.empty))
-        taken = shortened(" ".join(bare.split()), 200)
+        parameters = shortened(" ".join(bare.split()), 200)
         raise InputError(
-            f"{text}: expected arguments that fit {taken}, got {', '.join(arguments) or 'none'}: {error}"
+            f"{text}: expected arguments that fit {parameters}, got {', '.join(arguments) or 'none'}: {error}"
         ) from error

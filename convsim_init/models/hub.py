@@ -1,6 +1,6 @@
-"""Models as a config of Hugging Face describes them, by transformers or timm. Nothing is downloaded.
+"""Models that transformers or timm builds from a config of Hugging Face. Nothing is downloaded.
 
-Neither library is imported before a model of theirs is asked for.
+Each library is imported only when one of its models is asked for.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from convsim_init.report.text import did_you_mean, error_text, quoted, shown
 if TYPE_CHECKING:
     import torch
 
-NAMES = {"num_classes": "num_labels", "in_chans": "num_channels"}  # as configs of transformers have them
-OF_TRAINED = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
+ENTRIES = {"num_classes": "num_labels", "in_chans": "num_channels"}  # arguments by their names in transformers' configs
+# Entries of timm's configs that describe pretrained weights.
+TRAINED_ENTRIES = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
 
 def check_described(spec: Spec) -> None:
-    """Refuse, without torch, a model whose library or config is not there."""
+    """Refuse a model whose library or config is missing, without importing torch."""
     package = "huggingface_hub" if spec.source is Source.HUB else "transformers"
     if spec.source is Source.FOLDER and "model_type" not in _read(Path(spec.place)):
         package = "timm"
@@ -35,9 +36,10 @@ def check_described(spec: Spec) -> None:
 
 
 def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Module]:
-    """What builds a model, with weights drawn anew, from arguments that go before those of its config.
+    """The function that builds a model, without pretrained weights, from arguments that override those of its config.
 
-    It is an `InputError` if there is no such class or config, or its library cannot be imported.
+    Raises:
+        InputError: If there is no such class or config, or its library cannot be imported.
     """
     if spec.source is Source.TRANSFORMERS:
         found = _transformers_class(spec.name, spec.text)
@@ -67,7 +69,7 @@ def describe(model: torch.nn.Module) -> str:
     """The content of a ``config.json`` from which transformers or timm builds the model again.
 
     Raises:
-        InputError: If it is a model of neither, or lacks what its library wants to know, as timm's of features do.
+        InputError: If the model is of neither library, or lacks what a config needs, such as timm's feature extractors.
     """
     try:
         config: Any = getattr(model, "config", None)
@@ -78,10 +80,12 @@ def describe(model: torch.nn.Module) -> str:
             path = Path(folder, CONFIG)
             import_module("timm.models._hub").save_config_for_hf(model, path)
             described = json.loads(path.read_bytes())
-        described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in OF_TRAINED}
-        described.get("model_args", {}).pop("num_classes", None)  # stands above; transformers would pass it twice
+        described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in TRAINED_ENTRIES}
+        described.get("model_args", {}).pop(
+            "num_classes", None
+        )  # also at the top level; transformers would pass it twice
         return json.dumps(described, indent=2) + "\n"
-    except Exception as error:  # whatever the library and the model raise
+    except Exception as error:  # whatever the library or the model raises
         raise InputError(
             f"expected a model of timm or transformers for a folder, got {shown(type(model).__name__)}, which cannot "
             f"be described: {error_text(error)}: write a .safetensors file, or take the whole model from timm"
@@ -91,10 +95,10 @@ def describe(model: torch.nn.Module) -> str:
 def _build_transformers(
     text: str, kind: Callable[..., torch.nn.Module], configure: Callable[..., Any], arguments: Mapping[str, object]
 ) -> torch.nn.Module:
-    named = {NAMES.get(name, name): value for name, value in arguments.items()}
+    named = {ENTRIES.get(name, name): value for name, value in arguments.items()}
     with user_errors(text):
         known = configure()
-    # A config takes any argument, and keeps those that it does not know without a word.
+    # A config silently takes any argument.
     unknown = [name for name in named if not hasattr(known, name)]
     if unknown:
         raise InputError(f"{text}: expected an entry of its config, got {shown(unknown[0])}: leave it out")
@@ -103,12 +107,12 @@ def _build_transformers(
         parts: list[Any] = [config, getattr(config, "backbone_config", None)]
         for part in parts:
             if getattr(part, "use_pretrained_backbone", False):
-                part.use_pretrained_backbone = False  # it would be downloaded
+                part.use_pretrained_backbone = False  # or it would be downloaded
         return kind(config)
 
 
 def _changed(config: Any, **arguments: object) -> Any:
-    # transformers warns of labels that are not as many as are asked for.
+    # transformers warns if the labels are more or fewer than `num_labels`.
     labels = ("id2label", "label2id") if "num_labels" in arguments else ()
     entries = {name: value for name, value in config.to_dict().items() if name not in labels}
     return type(config).from_dict(entries | arguments)
@@ -151,5 +155,5 @@ def _load(package: str, text: str) -> Any:
 
 def _transformers_class(name: str, text: str) -> Any:
     transformers = _load("transformers", text)
-    with import_errors("transformers"):  # the class's module is imported now
+    with import_errors("transformers"):  # this imports the module of the class
         return getattr(transformers, name, None)

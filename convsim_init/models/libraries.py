@@ -1,7 +1,7 @@
-"""torchvision's and timm's models, by their own registries and without pretrained weights.
+"""Models from the registries of torchvision and timm, without pretrained weights.
 
-Neither library is imported before one of its models is asked for; torch comes with it. A bare name that
-is not built in is looked up in them.
+Each library, and torch with it, is imported only when one of its models is asked for. A bare name that is not built in
+is looked up in both.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from convsim_init.version import installed_version
 if TYPE_CHECKING:
     import torch
 
-TRAINED = {
+TRAINED = {  # arguments that ask for pretrained weights
     Source.TORCHVISION: ("weights", "weights_backbone", "pretrained", "pretrained_backbone"),
     Source.TIMM: ("pretrained", "checkpoint_path"),
 }
-# Between the decorator and the function there may be other decorators, on several lines.
+# Other decorators, of several lines, may stand between this one and the function.
 REGISTERED = re.compile(r"^@register_model\b.*\n(?:[@ )].*\n)*def (\w+)", re.MULTILINE)
 
 
 def installed() -> list[Source]:
-    """The libraries that are there, in the order in which a bare name is looked up in them."""
+    """The installed libraries, in the order in which a bare name is looked up in them."""
     return [library for library in LIBRARIES if find_spec(library.value) is not None]
 
 
@@ -50,9 +50,9 @@ def require(package: str, needed_by: str, to_install: str) -> None:
 
 
 def check_library_model(library: Source, name: str, arguments: Mapping[str, object]) -> None:
-    """Refuse, without torch, a library that is not installed and arguments that none of its models takes."""
+    """Refuse a library that is not installed and arguments that none of its models takes, without importing torch."""
     require(library.value, f"{library.value}:{name}", f"'convsim-init[{library.value}]'")
-    # With None or False they decline weights, which is so anyway.
+    # A false value declines pretrained weights, which is allowed.
     trained = [argument for argument, value in arguments.items() if value and argument in TRAINED[library]]
     if trained:
         raise InputError(
@@ -67,7 +67,7 @@ def check_library_model(library: Source, name: str, arguments: Mapping[str, obje
 
 
 def names(library: Source, pattern: str = "*") -> list[str]:
-    """The names of a library's models that match a shell pattern, in its order; an `InputError` if it is not there."""
+    """Names of a library's models that match a shell pattern, in its order; an `InputError` if it is not installed."""
     check_library_model(library, pattern, {})
     registry = _load(library)
     keyword = "filter" if library is Source.TIMM else "include"
@@ -75,7 +75,7 @@ def names(library: Source, pattern: str = "*") -> list[str]:
 
 
 def names_in_sources(library: Source) -> list[str]:
-    """The same names read from its sources, which is quicker than an import: what a shell completes with."""
+    """Names of all models of a library, read from its source files: for shells, which cannot wait for an import."""
     spec = find_spec(library.value)
     if spec is None or spec.origin is None:
         return []
@@ -84,7 +84,7 @@ def names_in_sources(library: Source) -> list[str]:
 
 
 def has(library: Source, name: str) -> bool:
-    """Whether a library has a model of that name; timm's may carry the tag of pretrained weights."""
+    """Whether a library has a model of that name; a name of timm may end with the tag of pretrained weights."""
     registry = _load(library)
     return bool(registry.is_model(name)) if library is Source.TIMM else name in registry.list_models()
 
@@ -93,7 +93,7 @@ def resolve(text: str) -> Spec:
     """The spec with its source: a bare name that is not built in is torchvision's if it has that model, else timm's.
 
     Raises:
-        UnknownModelError: If none that is installed has it, or one cannot be imported.
+        UnknownModelError: If no installed library has it, or one of them cannot be imported.
         InputError: If the spec is malformed.
     """
     spec = parse(text)
@@ -119,14 +119,14 @@ def resolve(text: str) -> Spec:
 
 
 def unknown_model(name: str) -> InputError:
-    """The error of a bare name that neither is built in nor a library's, with the closest names that are."""
+    """The error for a bare name that is neither built in nor in a library, with the closest names that are."""
     if isdir(name):
         return without_weights(name)
-    known = {one: one for one in MODELS}
+    specs = {built_in: built_in for built_in in MODELS}  # by bare names
     for library in installed():
-        for one in names(library):
-            known.setdefault(one, f"{library.value}:{one}")
-    hint = _hint(known[one] for one in closest(name, known))
+        for known in names(library):
+            specs.setdefault(known, f"{library.value}:{known}")
+    hint = _hint(specs[known] for known in closest(name, specs))
     missing = [library.value for library in LIBRARIES if library not in installed()]
     extras = f"; pip install 'convsim-init[{','.join(missing)}]' for more" if missing else ""
     return UnknownModelError(f"expected the name of a model, got {name!r}: {hint} run `convsim-init list`{extras}")
@@ -138,14 +138,14 @@ def _hint(alike: Iterable[str]) -> str:
 
 
 def find_builder(library: Source, name: str) -> Callable[[Mapping[str, object]], torch.nn.Module]:
-    """What builds a library's model, with weights drawn anew, from its arguments.
+    """The function that builds a library's model from arguments, without pretrained weights.
 
     Raises:
         UnknownModelError: If the library has no such model, with the closest names.
         InputError: If the library cannot be imported.
     """
     if not has(library, name):
-        hint = _hint(f"{library.value}:{one}" for one in closest(name, names(library)))
+        hint = _hint(f"{library.value}:{known}" for known in closest(name, names(library)))
         raise UnknownModelError(
             f"expected the name of a model of {library.value}, got {name!r}: {hint} run "
             f"`convsim-init list '{library.value}:*'`"
@@ -155,7 +155,7 @@ def find_builder(library: Source, name: str) -> Callable[[Mapping[str, object]],
         builder = partial(registry.create_model, name, pretrained=False)
     else:
         builder = registry.get_model_builder(name)
-        # A detection or segmentation model's backbone would be downloaded if its weights were not declined too.
+        # The backbones of detection and segmentation models would be downloaded if not declined, too.
         declined = {"weights", "weights_backbone"} & inspect.signature(builder).parameters.keys()
         builder = partial(builder, **dict.fromkeys(declined))
     return partial(_build, library, name, builder)
@@ -164,9 +164,9 @@ def find_builder(library: Source, name: str) -> Callable[[Mapping[str, object]],
 def _build(
     library: Source, name: str, builder: Callable[..., torch.nn.Module], arguments: Mapping[str, object]
 ) -> torch.nn.Module:
-    given = {key: value for key, value in arguments.items() if key not in TRAINED[library]}  # the others are declined
+    given = {key: value for key, value in arguments.items() if key not in TRAINED[library]}
     with user_errors(f"{library.value}:{name}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of defaults that torchvision means to change one day
+        warnings.simplefilter("ignore", FutureWarning)  # about defaults that torchvision is going to change
         return builder(**given)
 
 
@@ -178,12 +178,12 @@ def _load(library: Source) -> ModuleType:
 
 @contextmanager
 def import_errors(package: str) -> Iterator[None]:
-    """Turn what the import of a library raises into an `InputError`, with the remedy for a torchvision that misfits."""
+    """Turn errors of a library's import into an `InputError`, with advice if torchvision does not fit torch."""
     try:
         yield
-    except Exception as error:  # a build for another torch fails in many ways
+    except Exception as error:  # a library that was built for another torch fails in many ways
         first: BaseException = error
-        while first.__cause__ is not None:  # transformers raises an error of its own, which does not say why
+        while first.__cause__ is not None:  # transformers raises an error that does not give the reason
             first = first.__cause__
         cause = f"{type(first).__name__}: {first}"
         if "torchvision" not in cause or isinstance(first, ModuleNotFoundError):

@@ -1,4 +1,4 @@
-"""What a model's spec says: which source it names, and what there. Imports no torch and runs nothing."""
+"""Parsing the spec of a model into its parts, without importing torch or running any code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from convsim_init.files.sources import READ_SUFFIXES
 from convsim_init.models.zoo import catalog
 
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
-CONFIG = "config.json"  # in a folder of Hugging Face
+CONFIG = "config.json"  # in a folder of a model of Hugging Face
 
 
 class Source(str, Enum):
     """Where a model comes from."""
 
     BUILT_IN = "built-in"
-    ANY = "any"  # a bare name that is not built in: of the first installed library that has it
+    ANY = "any"  # the first installed library that has a model of this bare name
     TORCHVISION = "torchvision"
     TIMM = "timm"
     MODULE = "module"  # a factory in a module that can be imported
@@ -37,13 +37,13 @@ DESCRIBED = (Source.TRANSFORMERS, Source.HUB, Source.FOLDER)
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec in its parts."""
+    """A parsed spec."""
 
     text: str  # as the user wrote it
     source: Source
     place: str  # the module or the path; empty for other sources
-    name: str  # the model's, or the factory's, which may have dots
-    remark: str | None = None  # what its user should know of how it was found
+    name: str  # of the model or the factory, which may be dotted
+    remark: str | None = None  # for the user, on where the model was found
 
 
 def parse(text: str) -> Spec:
@@ -60,7 +60,7 @@ def parse(text: str) -> Spec:
         return Spec(text, library, "", name)
     if Path(text).suffix in READ_SUFFIXES:
         return Spec(text, Source.CHECKPOINT, text, "")
-    # Before folders: one that is called like a built-in model does not stand in for it.
+    # Before folders, which may be called like a built-in model.
     if text in catalog.MODELS:
         return Spec(text, Source.BUILT_IN, "", text)
     if isfile(Path(text, CONFIG)):

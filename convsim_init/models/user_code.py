@@ -1,4 +1,4 @@
-"""Importing modules and files of the user's own, which runs their code."""
+"""Importing the user's modules and files, which runs their code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from types import ModuleType
 from convsim_init.errors import InputError
 from convsim_init.report.text import error_text
 
-# What the files of a folder have imported from it. Other folders may hold other modules of the same names.
-_beside: dict[Path, dict[str, ModuleType]] = {}
+# For each folder the modules that its files have imported from it. Several folders may have modules of one name.
+_folder_modules: dict[Path, dict[str, ModuleType]] = {}
 
 
 def is_importable(module: str) -> bool:
-    """Whether the package that a module is in can be found from the working folder; nothing is run to tell."""
+    """Whether the top package of a module can be found from the working folder, without running any code."""
     top = module.partition(".")[0]
-    # Importers remember what folders held: a file that was just written would not be found.
+    # Importers cache the contents of folders, and would miss a file that was just written.
     invalidate_caches()
     with _on_path(Path.cwd()):
         return top in sys.modules or find_spec(top) is not None
@@ -30,9 +30,9 @@ def is_importable(module: str) -> bool:
 
 @contextmanager
 def import_context(file: str | None = None) -> Iterator[None]:
-    """Let code import what lies beside a file, or else in the working folder, and print to stderr only.
+    """Context in which code can import what lies beside a file, or else in the working folder, and prints to stderr.
 
-    It sees no arguments of ours: a file that parses the command line would take them for its own.
+    It sees no command-line arguments, because a file that parses them would take them for its own.
     """
     folder = Path(file).resolve().parent if file else Path.cwd()
     arguments = sys.argv
@@ -46,35 +46,35 @@ def import_context(file: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _modules_beside(folder: Path) -> Iterator[None]:
-    for other in _beside.keys() - {folder}:
-        for name in _beside[other]:
+    for other in _folder_modules.keys() - {folder}:
+        for name in _folder_modules[other]:
             sys.modules.pop(name, None)
-    beside = _beside.setdefault(folder, {})
-    sys.modules.update(beside)
-    known = set(sys.modules) - beside.keys()
+    modules = _folder_modules.setdefault(folder, {})
+    sys.modules.update(modules)
+    known = set(sys.modules) - modules.keys()
     try:
         yield
     finally:
-        # A module of a package that others have imported is not the folder's, wherever it lies.
+        # Without modules of a package that other code has imported, wherever that lies.
         new = {name: sys.modules[name] for name in sys.modules.keys() - known if name.partition(".")[0] not in known}
-        beside.update({name: module for name, module in new.items() if _lies_in(folder, name, module)})
+        modules.update({name: module for name, module in new.items() if _lies_in(folder, name, module)})
 
 
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Turn whatever code of others raises, but an interrupt, into an `InputError` of one line."""
+    """Turn whatever the user's code raises, except an interrupt, into an `InputError` of one line."""
     try:
         yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit, and whatever else a user's code derives from it
+    except BaseException as error:  # including SystemExit
         relative = isinstance(error, ImportError) and "relative import" in str(error)
         hint = "; name it with its package, as package.module:function" if relative else ""
         raise InputError(f"{what} raised {error_text(error)}{hint}") from error
 
 
 def load_module(name: str) -> ModuleType:
-    """The module of that name, or an `InputError` that says why not; to be called within `import_context`."""
+    """Import the module of that name, or raise an `InputError` that says why not; call it within `import_context`."""
     try:
         with user_errors(f"importing {name}"):
             return import_module(name)
@@ -88,12 +88,12 @@ def load_module(name: str) -> ModuleType:
 
 
 def load_file(file: str) -> ModuleType:
-    """The file as a module, under a name that clashes with nothing; to be called within `import_context`.
+    """Import a file as a module of a unique name; call it within `import_context`.
 
-    The same file is not run twice, for the sake of what it may register; an edited one is another.
+    A file is run again only if it was edited, because it may register something.
 
     Raises:
-        InputError: If it cannot be read or running it fails.
+        InputError: If the file cannot be read or its code fails.
     """
     path = Path(file).resolve()
     with user_errors(file):
@@ -102,9 +102,9 @@ def load_file(file: str) -> ModuleType:
         if name in sys.modules:
             return sys.modules[name]
         spec = spec_from_file_location(name, path)
-        assert spec is not None  # its name ends in .py
+        assert spec is not None  # because the file's name ends in .py
         assert spec.loader is not None
-        # Before it runs, as in an import: dataclasses and pickle look a class's module up there.
+        # Before it runs, because dataclasses and pickle look up the module of a class there.
         module = sys.modules[name] = module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -122,13 +122,13 @@ def _on_path(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
-        os.chdir(working_folder)  # relative paths go on meaning what they meant
+        os.chdir(working_folder)  # the user's code may have changed it
 
 
 def _lies_in(folder: Path, name: str, module: ModuleType) -> bool:
-    """Whether it is a module, or in a package, that stands in the folder itself; an environment below it is not."""
+    """Whether the module or its top package lies directly in the folder, unlike those of an environment below it."""
     top = folder / name.partition(".")[0]
-    # As it stands: one that is lazy, when asked for an attribute, would import what may not be installed.
+    # Not by getattr, because a lazy module may then import something that is not installed.
     attributes = getattr(module, "__dict__", {})
     place = attributes.get("__file__") or next(iter(attributes.get("__path__", ())), None)
     return isinstance(place, str) and (Path(place) == top.with_suffix(".py") or Path(place).is_relative_to(top))

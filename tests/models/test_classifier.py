@@ -3,7 +3,7 @@
 import pytest
 
 import convsim_init as ci
-from convsim_init.models.classifier import OTHERS, classifier_keys
+from convsim_init.models.classifier import TRIED_CLASSES, classifier_keys
 
 FACTORY = """
 from torch import nn
@@ -31,7 +31,7 @@ def test_it_is_found(spec, keys):
     assert classifier_keys(ci.build_model(spec), spec) == keys
 
 
-@pytest.mark.parametrize("num_classes", [None, *OTHERS])
+@pytest.mark.parametrize("num_classes", [None, *TRIED_CLASSES])
 def test_it_is_found_whatever_the_number_of_classes_is(num_classes, tmp_path):
     (tmp_path / "nets.py").write_text(FACTORY)
     options = {"num_classes": num_classes, "width": 6, "model": "large", "spec": "round"}  # named as parameters of ours

@@ -1,4 +1,4 @@
-"""The built-in models by name. torch is imported when one is built, so that listing them is quick."""
+"""The built-in models by name. torch is imported only when one is built, so that listing them is quick."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class UnknownModelError(InputError):
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """One built-in model."""
+    """A built-in model."""
 
     name: str
     module: str  # of `convsim_init.models.zoo`
-    factory: str  # class in that module, called with the last three
+    factory: str  # class in that module, called with the arguments and the two defaults
     summary: str
-    arguments: Mapping[str, object] = field(default_factory=dict)  # that make this model out of the family
+    arguments: Mapping[str, object] = field(default_factory=dict)  # what distinguishes this model within its family
     num_classes: int = 1000
     in_chans: int = 3
 
@@ -48,7 +48,7 @@ class BuiltIn:
             )
 
     def build(self, arguments: Mapping[str, object]) -> torch.nn.Module:
-        """The model, with the defaults of the catalog for the arguments that are not given."""
+        """Build the model, with the catalog's defaults for arguments that are not given."""
         family = getattr(import_module(f"convsim_init.models.zoo.{self.module}"), self.factory)
         defaults = {"num_classes": self.num_classes, "in_chans": self.in_chans}
         model: torch.nn.Module = family(**self.arguments, **defaults | dict(arguments))
@@ -111,12 +111,12 @@ MODELS: dict[str, BuiltIn] = {entry.name: entry for entry in _ENTRIES}
 
 
 def names(pattern: str | None = None) -> list[str]:
-    """The built-in names in catalog order, all of them or those that match a shell pattern such as ``"resnet*"``."""
+    """Built-in names in catalog order: all, or those that match a shell pattern such as ``"resnet*"``."""
     return [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
 
 
 def closest(name: str, known: Collection[str] = MODELS) -> list[str]:
-    """Up to three known names like `name`: those that it begins, then those spelled alike; empty if none is."""
+    """Up to three known names: first those that begin with `name`, then those spelled like it."""
     typed = name.lower()
-    begun = [one for one in known if typed and one.startswith(typed)]
-    return list(dict.fromkeys(begun + get_close_matches(typed, known)))[:3]
+    completions = [candidate for candidate in known if typed and candidate.startswith(typed)]
+    return list(dict.fromkeys(completions + get_close_matches(typed, known)))[:3]

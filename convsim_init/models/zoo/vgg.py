@@ -12,14 +12,14 @@ _STAGE_CHANNELS = (64, 128, 256, 512, 512)
 
 def _features(convolutions: Sequence[int], in_chans: int, *, batch_norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
-    reached = in_chans
+    in_channels = in_chans
     for channels, count in zip(_STAGE_CHANNELS, convolutions, strict=True):
         for _ in range(count):
-            layers.append(nn.Conv2d(reached, channels, kernel_size=3, padding=1))
+            layers.append(nn.Conv2d(in_channels, channels, kernel_size=3, padding=1))
             if batch_norm:
                 layers.append(nn.BatchNorm2d(channels))
             layers.append(nn.ReLU(inplace=True))
-            reached = channels
+            in_channels = channels
         layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
     return nn.Sequential(*layers)
 
@@ -62,8 +62,8 @@ class VGG(nn.Module):
 class CifarVGG(nn.Module):
     """VGG with batch norm and one linear classifier, as in kuangliu/pytorch-cifar (`models/vgg.py`).
 
-    PyTorch's default initialization throughout, as there. Images larger than 32x32 are averaged over what is left
-    of the plane; at 32x32 that is one pixel.
+    PyTorch's default initialization throughout, as there. The last feature maps are averaged over their pixels; those
+    of a 32x32 image have one.
     """
 
     def __init__(self, convolutions: Sequence[int], *, num_classes: int, in_chans: int) -> None:

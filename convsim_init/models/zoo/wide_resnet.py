@@ -36,12 +36,12 @@ class WideBlock(nn.Module):
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:
     first = WideBlock(in_channels, channels, stride)
     layer = nn.Sequential(first, *(WideBlock(channels, channels, 1) for _ in range(blocks - 1)))
-    # In its keys the blocks of a stage stand below this name.
+    # The keys of the original have this name above the blocks of a stage.
     return nn.Sequential(OrderedDict(layer=layer))
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen` without dropout: 6n + 4 convolutions for n blocks in each stage, so many times as wide.
+    """WRN-`depth`-`widen` without dropout: `depth` = 6n + 4 for n blocks in each stage, `widen` times as wide.
 
     Initialized as in szagoruyko/wide-residual-networks (`models/utils.lua`): convolutions from He's normal distribution
     over the fan-out, batch norm 1 and 0, the bias of `fc` 0 and its weight left at the framework's default. The keys
