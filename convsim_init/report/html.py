@@ -1,7 +1,6 @@
 """A run as one page for a browser: the layers, sortable, their pictures, settings and versions. Imports no torch.
 
-Nothing is loaded from elsewhere, and nothing but the script here is run: the page's own policy forbids it. Every text
-is escaped.
+The page's own policy lets it load nothing from elsewhere and run no script but the one here. Every text is escaped.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, printable
 
 SUFFIXES = (".html",)
-COLUMNS = (  # headings, and what `Report.to_records` calls what stands below them
-    *(("layer", "name"), ("shape", "shape"), ("outcome", "outcome")),
-    *(("similarity", "normalized_similarity_before"), ("after", "normalized_similarity_after")),
-    *(("corr-natural", "feature_correlation_natural_before"), ("after", "feature_correlation_natural_after")),
-    *(("rank-natural", "effective_rank_natural_before"), ("after", "effective_rank_natural_after")),
-    *(("norm ratio", "norm_ratio_after"), ("steps", "steps"), ("seconds", "seconds"), ("remark", "reason")),
-)
-TEXTS = ("name", "shape", "outcome", "reason")  # the others are numbers
-# a - b is NaN of texts, which counts as false: these go by localeCompare.
+COLUMNS = (  # headings, and the columns' names in `Report.to_records`
+    ("layer", "name"), ("shape", "shape"), ("outcome", "outcome"),
+    ("similarity", "normalized_similarity_before"), ("after", "normalized_similarity_after"),
+    ("corr-natural", "feature_correlation_natural_before"), ("after", "feature_correlation_natural_after"),
+    ("rank-natural", "effective_rank_natural_before"), ("after", "effective_rank_natural_after"),
+    ("norm ratio", "norm_ratio_after"), ("steps", "steps"), ("seconds", "seconds"), ("remark", "reason"),
+)  # fmt: skip
+TEXTS = ("name", "shape", "outcome", "reason")  # the other columns are numbers
+# For texts a - b is NaN, which counts as false: they are ordered by localeCompare.
 SCRIPT = """
 const table = document.querySelector("table");
 table.querySelectorAll("tbody button").forEach(button => button.onclick = () => {
@@ -70,7 +69,7 @@ figure img, figure svg { display: block; height: 9.5rem; image-rendering: pixela
 figcaption { font-size: .85rem }
 dl { display: grid; gap: .1rem 1.5rem; grid-template-columns: max-content 1fr } dd { margin: 0 }
 """
-# Nothing may stand beside the style and the script in their tags: the policy has their hashes.
+# The policy has hashes of the style and the script: nothing else may stand in their tags.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -105,20 +104,20 @@ def save_page(
 ) -> Path:
     """Write a run as a page of HTML to a path that ends in ``.html``; fails as `write_text` does.
 
-    The pictures are, of layers by name, ``data:`` addresses of images by their captions.
+    ``pictures`` maps a layer's name to ``{caption: data URL}``.
     """
     return write_text(path, page(report, pictures), suffixes=SUFFIXES, overwrite=overwrite)
 
 
 def page(report: Report, pictures: Mapping[str, Mapping[str, str]]) -> str:
-    """The text of that page."""
+    """The text of the page that `save_page` writes."""
     data = run_record(report)
     chosen = {name: data[name] for name in ("model", "seed", "base", "device", "processes", "file")} | data["settings"]
     records = report.to_records()
-    columns = [(title, key) for title, key in COLUMNS if any(record.get(key) is not None for record in records)]
-    heads = (f'<th{_number(key)}><button type="button">{title}</button></th>' for title, key in columns)
+    columns = {key: title for title, key in COLUMNS if any(record.get(key) is not None for record in records)}
+    heads = (f'<th{_number(key)}><button type="button">{title}</button></th>' for key, title in columns.items())
     rows = [
-        _row({key: record.get(key) for _, key in columns}, layer.losses, pictures.get(layer.name, {}))
+        _row({key: record.get(key) for key in columns}, layer.losses, pictures.get(layer.name, {}))
         for record, layer in zip(records, report.layers, strict=True)
     ]
     return PAGE.substitute(
@@ -136,11 +135,12 @@ def page(report: Report, pictures: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _row(record: Mapping[str, Any], losses: Sequence[float], pictures: Mapping[str, str]) -> str:
-    images = [f'<img alt="" src="{_escaped(address)}"><figcaption>{caption}' for caption, address in pictures.items()]
+    images = [f'<img alt="" src="{_escaped(url)}"><figcaption>{caption}' for caption, url in pictures.items()]
     images += [f"{_curve(losses)}<figcaption>loss by step, logarithmic"] if len(losses) > 1 else []
     name = _escaped(layer_name(record["name"]))
-    first = f'<button type="button" aria-expanded="false">{name}</button>' if images else name
-    row = f'<td data-value="{name}">{first}</td>' + "".join(_cell(*one) for one in record.items() if one[0] != "name")
+    title = f'<button type="button" aria-expanded="false">{name}</button>' if images else name
+    row = f'<td data-value="{name}">{title}</td>'
+    row += "".join(_cell(key, value) for key, value in record.items() if key != "name")
     if images:
         figures = "".join(f"<figure>{image}</figcaption></figure>" for image in images)
         row += f'</tr><tr hidden><td colspan="{len(record)}"><div>{figures}</div></td>'
@@ -159,17 +159,18 @@ def _number(key: str) -> str:
 
 
 def _curve(losses: Sequence[float]) -> str:
-    """The losses on a logarithmic scale as a line, of a height of 1 for each factor of ten."""
-    heights = [-math.log10(max(loss / losses[0], 1e-9)) if losses[0] > 0 else 0.0 for loss in losses]
-    points = " ".join(f"{step},{height * 10:.2f}" for step, height in enumerate(heights))
+    """The losses on a logarithmic scale as a line, 10 units for each factor of ten below the start."""
+    depths = [-math.log10(max(loss / losses[0], 1e-9)) if losses[0] > 0 else 0.0 for loss in losses]
+    points = " ".join(f"{step},{depth * 10:.2f}" for step, depth in enumerate(depths))
     # One unit more above and below, where half of the line's width would be cut off.
-    box = f"0 -1 {len(losses)} {max(heights) * 10 + 2:.2f}"
+    box = f"0 -1 {len(losses)} {max(depths) * 10 + 2:.2f}"
     line = f'<polyline points="{points}" fill="none" stroke="currentColor" vector-effect="non-scaling-stroke"/>'
     return f'<svg viewBox="{box}" preserveAspectRatio="none" width="152">{line}</svg>'
 
 
 def _list(entries: Mapping[str, object]) -> str:
-    return "<dl>" + "".join(f"<dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd>" for k, v in entries.items()) + "</dl>"
+    items = (f"<dt>{_escaped(name)}</dt><dd>{_escaped(value)}</dd>" for name, value in entries.items())
+    return f"<dl>{''.join(items)}</dl>"
 
 
 def _escaped(value: object) -> str:

@@ -20,7 +20,7 @@ TORCH_RECORD = "archive/convsim_init.json"  # in a file of torch.save, which is 
 
 
 def run_record(report: Report) -> dict[str, Any]:
-    """Everything known of a run as plain data: report, loss at each step, versions."""
+    """Everything known of a run as plain data: the report, the loss at each step, versions."""
     data = report.to_dict()
     layers = [plain | {"losses": layer.losses} for plain, layer in zip(data["layers"], report.layers, strict=True)]
     versions = {"convsim-init": __version__, "torch": installed_version("torch"), "python": platform.python_version()}
@@ -33,17 +33,17 @@ def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a record, or a file of weights, says of the run that made it; nothing where it does not."""
+    """What a record or a file of weights says of the run that made it; empty if it says nothing."""
     try:
         if path.suffix in SUFFIXES:
             record = json.loads(path.read_bytes())
         elif path.suffix in TORCH_SUFFIXES:
             with ZipFile(path) as archive, archive.open(TORCH_RECORD) as file:
-                # No more, whatever size the archive's entry has when it is unpacked.
+                # The entry may be of any size when it is unpacked.
                 record = json.loads(file.read(MAX_HEADER))
         else:
             record = json.loads(safetensors_header(folder_file(path) or path)[METADATA_KEY]["convsim_init"])
-    except Exception:  # of many kinds, by what is damaged
+    except Exception:  # damaged files raise errors of many kinds
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -1,4 +1,4 @@
-"""What happened, as data."""
+"""The report of a run as data: what became of each layer, and its measures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from convsim_init.report.table import Table, report_cells, report_table, shape_t
 from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
-ORDER = (  # of a report as plain data
-    *("model", "seed", "base", "calibrated", "options", "settings", "layers", "totals"),
-    *("seconds", "processes", "device", "file", "file_bytes", "remarks"),
-)
-RECORD = ("name", "kind", "shape", "outcome", "reason", "channels", "factor", "steps", "seconds")  # before measures
+ORDER = (  # of the entries of a report as plain data
+    "model", "seed", "base", "calibrated", "options", "settings", "layers", "totals",
+    "seconds", "processes", "device", "file", "file_bytes", "remarks",
+)  # fmt: skip
+RECORD = ("name", "kind", "shape", "outcome", "reason", "channels", "factor", "steps", "seconds")  # then measures
 
 
 class Outcome(str, Enum):
@@ -175,7 +175,11 @@ class Report:
         ]
 
     def select(self, include: Sequence[str]) -> Report:
-        """The report of the layers that match one of these shell patterns, if there are any; each has to match one."""
+        """The report of the layers that match one of these shell patterns, or of all if there are no patterns.
+
+        Raises:
+            InputError: If a pattern matches no layer.
+        """
         check_patterns("include", include, [layer.name for layer in self.layers])
         chosen = [layer for layer in self.layers if matches(layer.name, include)]
         return replace(self, layers=chosen) if include else self
@@ -207,7 +211,7 @@ class Report:
             factor = factors.get(layer.name)
             after = dict(layer.after)
             if factor is not None and after:
-                after["similarity"] *= (factor * factor) * (factor * factor)  # a power would raise where this is inf
+                after["similarity"] *= (factor * factor) * (factor * factor)  # factor**4 raises where this is inf
                 after["norm_ratio"] *= factor
             layers.append(replace(layer, after=after, factor=factor))
         return replace(self, layers=layers)
@@ -244,6 +248,6 @@ def json_ready(value: Any) -> Any:
 
 
 def _combine(measures: list[Measures]) -> Measures:
-    names = dict.fromkeys(name for one in measures for name in one)
-    values = {name: [one[name] for one in measures if name in one] for name in names}
+    names = dict.fromkeys(name for layer in measures for name in layer)
+    values = {name: [layer[name] for layer in measures if name in layer] for name in names}
     return {name: sum(values[name]) if name == "similarity" else fmean(values[name]) for name in names}

@@ -24,9 +24,9 @@ MEASURED_HEADER = ["layer", "shape", *COLUMNS, ""]
 UNTREATED_HEADER = ["layer", "shape", "outcome", ""]
 OPEN_ROWS = 30  # a longer table is folded in HTML
 CELL = 200  # characters shown of a cell
-OPTIONAL = ("norm ratio", "shape", "corr-white", "rank-natural")  # columns that a narrow terminal does without, in turn
+OPTIONAL = ("norm ratio", "shape", "corr-white", "rank-natural")  # columns left out on a narrow terminal, in turn
 REMARK, NARROWEST = 24, 16  # characters that a narrow terminal keeps for remarks, and for names
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what texts begin with that spreadsheets compute
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets compute a text that begins with one of these
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Table:
             width: Most characters of a row. Where the rows are longer, the columns of `OPTIONAL` are left out, which
                 the summary says, then names and remarks are cut. Default: rows are as long as they are.
         """
-        # An empty cell stays empty: of an empty name `shown` makes ''.
+        # An empty cell stays empty: `shown` would quote it.
         rows = [[shown(cell, CELL) if cell else "" for cell in row] for row in (self.header, *self.rows)]
         widths = dict(enumerate(max(map(len, column)) for column in zip(*rows, strict=True)))
         columns = [column for column, cells in widths.items() if cells]
@@ -84,7 +84,8 @@ def report_table(data: Mapping[str, Any]) -> Table:
 
     Similarity is the normalized one: blind to scale. The last line of the summary has the time and the file.
     """
-    layers, totals, note = data["layers"], data["totals"], shared_reason(data["layers"])
+    layers, totals = data["layers"], data["totals"]
+    note = shared_reason(layers)
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
     written = data["file"] is not None and data["file_bytes"] is not None
@@ -97,7 +98,8 @@ def report_table(data: Mapping[str, Any]) -> Table:
         header, rows = MEASURED_HEADER, [_measured_row(layer, note) for layer in layers]
         count = sum(bool(layer["before"]) for layer in layers)
         rows.append([f"mean of {count}", "", *measure_cells(totals["before"]), ""])
-        change, end = [f"sum of raw similarity {totals['before']['similarity']:.4g}"], f"{data['seconds']:.2f} s"
+        change = [f"sum of raw similarity {totals['before']['similarity']:.4g}"]
+        end = f"{data['seconds']:.2f} s"
     else:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
@@ -139,12 +141,12 @@ def _size_text(count: int) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape such as ``64x3x7x7``; ``scalar`` of none."""
+    """A shape such as ``64x3x7x7``, or ``scalar``."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 def shared_reason(layers: Sequence[Mapping[str, Any]]) -> str | None:
-    """The remark that stands beside each layer that was measured, if they have it in common."""
+    """The remark on all measured layers, if they have the same one."""
     reasons = {layer["reason"] for layer in layers if layer["before"]}
     return reasons.pop() if len(reasons) == 1 else None
 
@@ -198,7 +200,7 @@ def _change_of_totals(data: Mapping[str, Any]) -> list[str]:
 
 
 def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Change of the mean normalized similarity: of layers with each kind of channels by itself, if there are both."""
+    """The layers, and `_change` of them; separately for each kind of channels, if there are both kinds."""
     treated = [layer for layer in data["layers"] if layer["after"]]
     kinds = sorted({layer["channels"] or "" for layer in treated}, reverse=True)
     found = []
@@ -210,6 +212,6 @@ def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _change(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Mean normalized similarity of treated layers before and after, and what is left of it."""
+    """Mean normalized similarity of treated layers before and after, and the share that is left."""
     old, new = (fmean(layer[when]["normalized_similarity"] for layer in layers) for when in ("before", "after"))
     return f"{old:.3e} -> {new:.3e}", f"{new / old:6.1%}" if old else ""

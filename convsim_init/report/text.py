@@ -1,4 +1,4 @@
-"""Names and long texts as people read them. A name is data: any characters, any number of them."""
+"""Names and long texts as people read them. Names may have any characters, and any number of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAME, PATH, ERROR = 80, 300, 500  # characters shown of a layer's name or a key,
 
 
 def printable(text: str) -> str:
-    """Text on one line, with all that does not print escaped as `repr` does.
+    """The text on one line, with characters that do not print escaped as `repr` does.
 
     Controls, bidirectional overrides and lone surrogates would otherwise move a terminal's cursor,
     forge the row of a table or fail to be encoded.
@@ -18,12 +18,12 @@ def printable(text: str) -> str:
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether letters in it stand for bytes that are no text, and cannot be written as UTF-8."""
+    """Whether some letters stand for bytes that are no text, and cannot be written as UTF-8."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def shortened(text: str, length: int = NAME) -> str:
-    """Text of at most that many characters, its middle left out where it is longer."""
+    """The text, without its middle if it has more than ``length`` characters."""
     if len(text) <= length:
         return text
     end = (length - 3) // 2
@@ -36,12 +36,12 @@ def shown(name: str, length: int = NAME) -> str:
 
 
 def quoted(value: object) -> str:
-    """A name, or whatever stands in the place of one, in quotation marks."""
+    """A name, or whatever is there in its place, in quotation marks."""
     return shortened(repr(value))
 
 
 def error_text(error: BaseException) -> str:
-    """The kind of an error and what it says, on one line, which may be a whole tensor."""
+    """The kind of an error and its message, which may hold a whole tensor, on one short line."""
     return shortened(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"), ERROR)
 
 
@@ -55,18 +55,18 @@ def quoted_layer(name: str) -> str:
     return quoted(name) if name else layer_name(name)
 
 
-def some(names: Iterable[str], most: int = 4) -> str:
+def some(names: Iterable[str], count: int = 4) -> str:
     """The first few of several names, already `shown`: ``a, b and 3 more``."""
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing; all names lack a prefix."""
-    # Of the shortened names: the search takes a time that is quadratic in their length.
-    alike = get_close_matches(shown(name), list(dict.fromkeys(map(shown, known))))
-    return f": did you mean {' or '.join(prefix + one for one in alike)}?" if alike else ""
+    """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing; offered with the prefix."""
+    # Names are shortened because the search takes a time that is quadratic in their length.
+    similar = get_close_matches(shown(name), list(dict.fromkeys(map(shown, known))))
+    return f": did you mean {' or '.join(prefix + other for other in similar)}?" if similar else ""
 
 
 def alternatives(name: str, known: Collection[str], kind: str = "convolution") -> str:
