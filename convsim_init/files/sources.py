@@ -16,20 +16,19 @@ from convsim_init.errors import InputError
 TORCH_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt", ".bin", ".th", ".tar")  # others write these; .tar as in .pth.tar
-FOLDER_FILES = (  # of Hugging Face, where an index names several files
-    *("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ".metadata",  # of torch.distributed.checkpoint, beside the files of each process
-)
-METADATA_KEY = "__metadata__"  # of safetensors
-MAX_HEADER = 10**7  # bytes that are read
-MAPPED = os.name != "nt"  # whether tensors may stay in the file: Windows replaces none that is mapped
+FOLDER_FILES = (  # of Hugging Face, where an index names several files, and of torch.distributed.checkpoint
+    "model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", ".metadata",
+)  # fmt: skip
+METADATA_KEY = "__metadata__"  # in the header of safetensors
+MAX_HEADER = 10**7  # bytes of a header that are read, at most
+MAPPED = os.name != "nt"  # whether tensors may stay in the file: Windows does not replace a mapped file
 CHECKPOINT = "if it is a checkpoint, rename it"  # advice on a file of another suffix
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 
 
 def is_source(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a checkpoint: a file by its name, or a folder that holds one; no path does not."""
+    """Whether a path names a checkpoint, which is a file of such a name or a folder that holds one."""
     source = Path(path)
     named = source.suffix in READ_SUFFIXES or source.name in FOLDER_FILES
     # The path of an empty text is the working folder, which may hold weights.
@@ -37,8 +36,8 @@ def is_source(path: str | os.PathLike[str]) -> bool:
 
 
 def folder_file(folder: Path) -> Path | None:
-    """The file of weights in a folder, or what names several; None if there is none."""
-    # Not by pathlib, here and wherever a path is a user's: it raises at a name that cannot be one.
+    """The file of weights in a folder, or the index of several; None if there is none."""
+    # pathlib raises at impossible names, so it is not used for users' paths, here and elsewhere.
     return next((folder / name for name in FOLDER_FILES if isfile(folder / name)), None)
 
 
@@ -83,11 +82,11 @@ def check_source(path: str | os.PathLike[str]) -> Path:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, by their keys, and of itself.
+    """The header of a safetensors file: its tensors' dtypes and places by their keys, and its metadata.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is none, or its header is very long.
+        OSError: If the file cannot be read.
+        ValueError: If it is no safetensors file, or its header is very long.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -101,7 +100,7 @@ def with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], advice: s
     """The path, if its name ends in one of the suffixes.
 
     Raises:
-        InputError: If it does not, or is no path.
+        InputError: If it does not, or if it is no path.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"expected the path of a file, got {type(path).__name__}: pass a text or a pathlib.Path")
@@ -111,5 +110,5 @@ def with_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], advice: s
 
 
 def cause(error: OSError | ValueError) -> str:
-    """What the system says of an error, on one line."""
+    """The system's message of an error, on one line."""
     return " ".join((getattr(error, "strerror", None) or str(error)).split())

@@ -31,12 +31,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-STDOUT = Path("-")  # as a name to write to, by convention
+STDOUT = Path("-")  # stands for standard output, by convention
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 SCRATCH_NAME = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.convsim-init\.tmp")
 NEW = "new"
 ABANDONED = 24 * 60 * 60  # seconds
-UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by FUSE or SMB, for instance
+UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # errors of FUSE or SMB, for instance
 _scratch_folders: set[Path] = set()
 
 
@@ -70,8 +70,8 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     The old file, or none, is there until the new one is complete; the mode follows the umask. If
     the target is a symbolic link, what it points to is replaced. What a file system cannot do, such
-    as syncing, is a warning. `check_target` has accepted the target; to overwrite replaces a file that
-    was made within the block, too.
+    as syncing, is a warning. The target must have passed `check_target`. With ``overwrite`` a file
+    that appeared within the block is replaced, too.
 
     Raises:
         ExistsError: If another file appeared there within the block and may not be replaced.
@@ -93,7 +93,7 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path, if a new folder can be written there; one that is there is not replaced, even to overwrite.
+    """The path, if a new folder can be written there; an old one is not replaced, even with ``overwrite``.
 
     Raises:
         InputError: If the folder around it is missing or read-only, or something is there already.
@@ -106,7 +106,7 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, suffixes: Sequence[str], overwrite: bool = False) -> Path:
-    """Write a text in UTF-8, whole or not at all.
+    """Write a text in UTF-8 as a whole file, or not at all.
 
     Raises:
         InputError: If the path cannot be written, as `check_target` says.
@@ -120,7 +120,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, suffixes: Sequence[st
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of a target that `check_new_folder` accepts, synced, at a good end.
+    """A temporary folder that becomes the target, synced, when the block ends well; see `check_new_folder`.
 
     Raises:
         ExistsError: If something appeared there within the block.
@@ -132,32 +132,32 @@ def new_folder(target: Path) -> Iterator[Path]:
         for path in (*temporary.iterdir(), temporary):
             with _optional(target, "it could not be synced"):
                 _sync(path)
-        # To rename a folder replaces an empty one in silence.
+        # Renaming a folder would replace an empty one in silence.
         if os.path.lexists(real):
             raise FileExistsError
         temporary.rename(real)
 
 
 def remove_scratch_folders() -> None:
-    """Remove those of this process, because it ends without leaving their contexts."""
-    # Of a copy: the thread that waits for signals calls this while others write files.
+    """Remove the scratch folders of this process, for an end that leaves no contexts."""
+    # A copy, because the thread that waits for signals calls this while others write files.
     for folder in list(_scratch_folders):
         _remove(folder)
 
 
 @contextlib.contextmanager
 def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
-    """A path in a scratch folder, and the one that the block then moves it to."""
+    """A path in a scratch folder and the real path of the target, where the block then moves it."""
     real = _real(target)
     try:
         with _scratch_file(real.parent) as temporary:
             yield temporary, real
     except OSError as error:
-        # ENOTEMPTY is what renaming a folder onto another says.
+        # ENOTEMPTY comes from renaming a folder to another one.
         if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
             raise exists from error
         raise RunError(f"could not write {str(target)!r}: {cause(error)}; nothing changed there") from error
-    # It is in its place: no failure from here on may say that nothing changed.
+    # The target has changed: no error from here on may deny it.
     try:
         _sync(real.parent)
     except OSError as error:
@@ -176,7 +176,7 @@ def _rename_to_free_name(path: Path, new: Path) -> None:
 
 
 def _mode_at(target: Path) -> int | None:
-    """The mode of what a path that is to be written leads to; None if nothing is there, but could be."""
+    """The mode of what is at a path to be written; None if nothing is there and something can be."""
     try:
         real = _real(target)
         folder = str(real.parent)
@@ -208,7 +208,7 @@ def _sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs no file that is only read
     except OSError as error:
-        if is_folder and error.errno == errno.EACCES:  # not every system lets one be opened
+        if is_folder and error.errno == errno.EACCES:  # not every system opens folders
             return
         raise
     try:
@@ -233,17 +233,17 @@ def _warn(target: Path, problem: str, error: OSError) -> None:
 
 @contextlib.contextmanager
 def _scratch_file(place: Path) -> Iterator[Path]:
-    """A path in a new folder in ``place``, which goes at the end; what dead runs left goes first."""
-    with contextlib.suppress(OSError):  # a folder may be written to and not listed
+    """A path in a new folder in ``place``, which is removed at the end; folders of dead runs are removed first."""
+    with contextlib.suppress(OSError):  # some folders can be written to but not listed
         for name in os.listdir(place):
             if match := SCRATCH_NAME.fullmatch(name):
                 _remove_if_abandoned(place / name, here=match[1] == HOST)
     folder = lock = None
-    while folder is None or not folder.exists():  # taken for abandoned before it was locked
+    while folder is None or not folder.exists():  # another run may remove it before it is locked
         _unlock(lock)
         folder = place / f".{HOST}-{secrets.token_hex(8)}.convsim-init.tmp"
-        # For this user alone: what lies in it is given the target's name. On Windows a file keeps the rights of the
-        # folder that it was made in.
+        # For this user alone: nobody else may exchange the file that gets the target's name. On Windows a file would
+        # keep these rights there.
         folder.mkdir(0o700 if fcntl else 0o777)
         lock = _lock(folder, wait=True)
     _scratch_folders.add(folder)
@@ -258,7 +258,7 @@ def _scratch_file(place: Path) -> Iterator[Path]:
 def _remove_if_abandoned(folder: Path, *, here: bool) -> None:
     with contextlib.suppress(OSError):
         age = time.time() - max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
-        # Where it is held, this raises, and the folder stays.
+        # Raises an error if another process holds it, and the folder stays.
         lock = _lock(folder, wait=False)
         if age > ABANDONED or (here and lock is not None):
             shutil.rmtree(folder, ignore_errors=True)
@@ -269,7 +269,7 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
     """A descriptor that holds the folder's lock; None where there are no locks.
 
     Raises:
-        BlockingIOError: If another holds it and is not waited for.
+        BlockingIOError: If another process holds it, without ``wait``.
     """
     descriptor = None
     try:
@@ -286,13 +286,13 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
 
 def _unlock(lock: int | None) -> None:
     if lock is not None:
-        with contextlib.suppress(OSError):  # of a file that may have its name already
+        with contextlib.suppress(OSError):  # the file may have its name already: nothing may fail now
             os.close(lock)
 
 
 def _remove(folder: Path) -> None:
     try:
         (folder / NEW).unlink(missing_ok=True)
-        folder.rmdir()  # neither needs a descriptor, of which there may be none left
+        folder.rmdir()  # unlike rmtree these need no descriptor, of which there may be none left
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
