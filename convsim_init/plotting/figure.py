@@ -1,4 +1,4 @@
-"""Pictures of a run, a model, or several side by side. matplotlib is imported when one is drawn, torch too."""
+"""Pictures of a run, a model, or several side by side. Imports matplotlib and torch only when one is drawn."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NO_DATE: dict[str, dict[str, str | None]] = {
 }
 DOTS_PER_INCH = 150
 CORRELATION, SIMILARITY = "feature_correlation_natural", "normalized_similarity"
-WIDTH = 10.0  # inches, as are the heights of a row of panels, of the layers and of a line of the title
-PANELS, LAYERS, LINE = 3.0, 2.9, 0.25
-ABREAST = 2  # snapshots whose correlations and filters fit into one row
+WIDTH = 10.0  # inches
+PANELS, LAYERS, LINE = 3.0, 2.9, 0.25  # heights in inches: of a row of panels, of the layers, of a line of the title
+ABREAST = 2  # correlations and filters of so many snapshots fit into one row
 
 
 def check_plot(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path, if a picture can be drawn and written there; an `InputError` if not, or where matplotlib is missing."""
+    """The path, if a picture can be drawn and written there; else, or without matplotlib, an `InputError`."""
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
     if find_spec("matplotlib") is None:
         raise InputError("expected matplotlib to draw with, got none: pip install 'convsim-init[plot]'")
@@ -42,19 +42,19 @@ def check_plot(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path
 
 
 def is_dark(path: Path) -> bool:
-    """Whether a picture's file asks for a dark background: ``resnet18-dark.png`` does."""
+    """Whether a picture's file name asks for a dark background, as ``resnet18-dark.png`` does."""
     return path.stem.endswith("-dark")
 
 
 def figure_of_run(
     report: Report, before: Snapshot, after: Snapshot, *, layer: str | None = None, dark: bool = False
 ) -> Figure:
-    """Draw what a run did, as `figure_of` does, to the snapshots of a model before and after it."""
+    """Draw a run by `figure_of`, from the snapshots of a model before and after it."""
     treated = [layer for layer in report.layers if layer.after]
     losses = {layer.name: layer.losses for layer in treated}
     left = [layer.after[SIMILARITY] / layer.before[SIMILARITY] for layer in treated if layer.before[SIMILARITY]]
     title = report.model or "model"
-    if left:  # the mean over layers is that of a single 7×7 stem
+    if left:  # a single 7×7 stem would dominate the mean over layers
         title += f": {statistics.median(left):.1%} of the filters' similarity is left in the median layer"
     return figure_of([before, after], title=title, losses=losses, layer=layer, dark=dark)
 
@@ -67,9 +67,10 @@ def figure_of(
     layer: str | None = None,
     dark: bool = False,
 ) -> Figure:
-    """Draw one model or checkpoint, or several side by side: one row of panels with `choose_layer`'s and first filters.
+    """Draw one model or checkpoint, or several side by side.
 
-    Below are the similarity of every layer, and the losses, of each layer at the start and after each step.
+    Above are panels with the correlations of the layer that `choose_layer` returns and with the first layer's filters.
+    Below are the similarity of every layer and the losses, for each layer at the start and after each step.
 
     Raises:
         InputError: If matplotlib is not installed, nothing was measured, or there is no such layer.
@@ -103,14 +104,14 @@ def figure_of(
 
 
 def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str:
-    """The layer of that name or, without one, the one that differs most between the snapshots.
+    """The layer of that name or, without a name, the one that differs most between the snapshots.
 
-    Of a single snapshot, the one whose feature maps are most correlated.
+    For a single snapshot it is the layer whose feature maps are most correlated.
 
     Raises:
         InputError: If there is no such layer, or none at all, with measures in every snapshot.
     """
-    measures = [{one.name: one.before for one in snapshot.report.layers} for snapshot in snapshots]
+    measures = [{entry.name: entry.before for entry in snapshot.report.layers} for snapshot in snapshots]
     names = [name for name in snapshots[0].banks if all(name in snapshot.banks for snapshot in snapshots)]
     if not names:
         raise InputError("expected a layer to draw that was measured in all of them, got none: compare like with like")
@@ -120,25 +121,25 @@ def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str
         return layer
 
     def span(name: str) -> float:
-        values = [one[name][CORRELATION] for one in measures]
+        values = [layers[name][CORRELATION] for layers in measures]
         return max(values) - (min(values) if len(values) > 1 else 0)
 
     return max(names, key=span)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a figure as PNG, SVG or PDF, as its path ends; equal ones give equal bytes. Fails as `write_text` does."""
+    """Write a figure as PNG, SVG or PDF, by its path's suffix: the same bytes each time. Fails as `write_text` does."""
     from convsim_init.plotting import panels
 
     target = check_target(path, overwrite=overwrite, suffixes=SUFFIXES)
-    # Part of the style, svg.hashsalt and pdf.fonttype, is read only as the figure is written.
+    # Two settings of the style, svg.hashsalt and pdf.fonttype, are read only when the figure is written.
     with replacing(target, overwrite=overwrite) as temporary, panels.style():
         figure.savefig(temporary, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=NO_DATE[target.suffix])
     return target
 
 
 def _settle(figure: Figure) -> None:
-    """Lay out the figure once and round the places: the last bits of what the solver finds change from run to run."""
+    """Lay out the figure once and round all places: the last bits of the solver's result differ from run to run."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     parts = list(figure.subfigs)

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-MAX_FILTERS, MAX_MAPS = 64, 128  # shown of a layer
-MAX_CHARACTERS = 24  # shown of a layer's name on the axis and of a line of a label
+MAX_FILTERS, MAX_MAPS = 64, 128  # filters and feature maps shown of a layer
+MAX_CHARACTERS = 24  # of a layer's name on the axis, and of a line of a label
 INCHES_A_CHARACTER = 0.075
-GAP = 9  # how many times as high as the gap below it a filter is, at least
+GAP = 9  # a filter is at least so many times as high as the gap below it
 DARK = "#0d1117"
 OKABE_ITO = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "0.5")
 MARKERS = "osD^vP*X<>hp"
-FAINT: dict[str, Any] = {"color": "0.5", "alpha": 0.5, "linewidth": 0.8}  # seen on white and on black
+FAINT: dict[str, Any] = {"color": "0.5", "alpha": 0.5, "linewidth": 0.8}  # visible on white and on black
 STYLE = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -52,7 +52,7 @@ STYLE = {
 
 @contextmanager
 def style(*, dark: bool = False) -> Iterator[None]:
-    """Matplotlib's own defaults and ours, whatever the user's are, for drawing and for writing."""
+    """Context with matplotlib's own defaults and ours, whatever the user's settings are, to draw and to write in."""
     from matplotlib import style as styles
 
     background: list[Any] = ["dark_background", {"axes.facecolor": DARK, "figure.facecolor": DARK}] if dark else []
@@ -61,7 +61,7 @@ def style(*, dark: bool = False) -> Iterator[None]:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib takes for no mathematics: a dollar in a layer's or a file's name is a dollar."""
+    """The text with its dollars escaped, between which matplotlib would see mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -76,7 +76,8 @@ def draw_correlations(figure: SubFigure, snapshots: Sequence[Snapshot], name: st
     panels = _panels(figure, snapshots, title)
     for axes, snapshot, matrix in zip(panels, snapshots, matrices, strict=True):
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=highest or 1.0, interpolation="nearest")
-        (mean,) = [one.before["feature_correlation_natural"] for one in snapshot.report.layers if one.name == name]
+        (layer,) = (layer for layer in snapshot.report.layers if layer.name == name)
+        mean = layer.before["feature_correlation_natural"]
         axes.set_title(f"{axes.get_title()}\nmean {mean:.3f}")
     figure.colorbar(image, ax=panels, label="|correlation|, natural images", shrink=0.8, aspect=25)
 
@@ -100,7 +101,7 @@ def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     from matplotlib import colormaps
 
     axes = figure.subplots()
-    layers = [(index, layer) for index, one in enumerate(snapshots) for layer in one.report.layers if layer.before]
+    layers = [(i, layer) for i, snapshot in enumerate(snapshots) for layer in snapshot.report.layers if layer.before]
     names = list(dict.fromkeys(layer.name for _, layer in layers))
     places = {name: place for place, name in enumerate(names)}
     kernels = sorted({tuple(layer.shape[2:]) for _, layer in layers}, key=lambda kernel: (math.prod(kernel), kernel))
@@ -108,16 +109,17 @@ def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     colours: Sequence[Any] = OKABE_ITO[: len(snapshots)]
     if len(snapshots) > len(OKABE_ITO):
         colours = [colormaps["viridis"](index / (len(snapshots) - 1)) for index in range(len(snapshots))]
-    points = defaultdict(list)  # of one snapshot and kernel size: place and value of each layer
-    spans = defaultdict(list)  # at one place: the values
+    points = defaultdict(list)  # by snapshot and kernel size: place and value of each layer
+    spans = defaultdict(list)  # by place: the values
     for index, layer in layers:
         place, value = places[layer.name], layer.before["normalized_similarity"]
         if value > 0:
             points[index, tuple(layer.shape[2:])].append((place, value))
             spans[place].append(value)
-    for (index, kernel), some in points.items():
-        size = (36 if len(names) <= 40 else 20) * (1 + 0.7 * (len(snapshots) - 1 - index))  # seen behind later ones
-        x, y = zip(*some, strict=True)
+    for (index, kernel), places_and_values in points.items():
+        # Larger than those of later snapshots, which lie on them.
+        size = (36 if len(names) <= 40 else 20) * (1 + 0.7 * (len(snapshots) - 1 - index))
+        x, y = zip(*places_and_values, strict=True)
         axes.scatter(x, y, s=size, color=colours[index], marker=markers[kernel], linewidths=0, zorder=3)
     axes.vlines(list(spans), list(map(min, spans.values())), list(map(max, spans.values())), **FAINT)
     zeros = len(layers) - sum(map(len, spans.values()))
@@ -128,20 +130,20 @@ def draw_similarity(figure: SubFigure, snapshots: Sequence[Snapshot]) -> None:
     axes.grid(axis="y")
     axes.set_xlim(-0.7, len(names) - 0.3)
     _name_layers(axes, [shortened(layer_name(name), MAX_CHARACTERS) for name in names], _characters(figure))
-    _legend(figure, list(zip((one.label for one in snapshots), colours, strict=True)), markers)
+    _legend(figure, list(zip((snapshot.label for snapshot in snapshots), colours, strict=True)), markers)
 
 
 def draw_losses(figure: SubFigure, losses: Sequence[Sequence[float]]) -> None:
-    """Loss per step of each layer and of all together, over its start."""
+    """Loss at each step of each layer and of all together, divided by the loss at the start."""
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
     for values in losses:
         each = axes.plot(np.array(values) / values[0], **FAINT)
     longest = max(map(len, losses))
-    # A layer that has ended keeps its last loss in the sum of all.
-    held = [np.pad(np.array(values), (0, longest - len(values)), mode="edge") for values in losses]
-    total = axes.plot(np.sum(held, axis=0) / sum(values[0] for values in losses), color=OKABE_ITO[1], linewidth=2)
+    # A layer that stopped early keeps its last loss in the sum of all.
+    padded = [np.pad(np.array(values), (0, longest - len(values)), mode="edge") for values in losses]
+    total = axes.plot(np.sum(padded, axis=0) / sum(values[0] for values in losses), color=OKABE_ITO[1], linewidth=2)
     axes.set_title("Loss, over its start", loc="left")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -151,7 +153,7 @@ def draw_losses(figure: SubFigure, losses: Sequence[Sequence[float]]) -> None:
 
 
 def _panels(figure: SubFigure, snapshots: Sequence[Snapshot], title: str) -> list[Axes]:
-    """One panel without axes for each snapshot, its label above; the title above all."""
+    """One panel without axes for each snapshot, with its label above it, and a title above all."""
     figure.suptitle(literal(textwrap.fill(title, _characters(figure))), fontsize=9, x=0.02, ha="left")
     panels = figure.subplots(1, len(snapshots), squeeze=False, gridspec_kw={"wspace": 0.05})[0]
     width = max(8, min(MAX_CHARACTERS, _characters(figure) // len(snapshots) - 3))
@@ -162,7 +164,7 @@ def _panels(figure: SubFigure, snapshots: Sequence[Snapshot], title: str) -> lis
 
 
 def _name_layers(axes: Axes, names: Sequence[str], characters: int) -> None:
-    """Names along the axis, of every layer or, where they do not fit, of one in so many."""
+    """Write names along the axis: those of every layer or, where they do not fit, of one in so many."""
     step = math.ceil(len(names) * (max(map(len, names)) + 2) / characters)
     axes.set_xticks(range(0, len(names), step), [literal(name) for name in names[::step]])
     axes.set_xticks(range(len(names)), minor=True)
@@ -193,9 +195,9 @@ def _size(kernel: Sequence[int]) -> str:
 
 
 def correlations(bank: torch.Tensor) -> Array:
-    """Magnitudes of the expected correlations, without the diagonal."""
+    """Magnitudes of the expected correlations of feature maps, NaN on the diagonal."""
     matrix = expected_correlation(bank)[:MAX_MAPS, :MAX_MAPS].abs()
-    # The correlation of a map with itself, which is 1, would set the scale of colours.
+    # A map's correlation with itself, which is 1, would set the scale of colours.
     return matrix.fill_diagonal_(math.nan).float().numpy()
 
 
