@@ -173,10 +173,7 @@ def initialize_layers(
     group: dist.ProcessGroup | None = None,
     within: History | None = None,
 ) -> Report:
-    """Initialize the layers and record the result in every open `initializing` context; `within` is the caller's.
-
-    The other arguments are those of `initialize_`.
-    """
+    """Initialize the layers and record the result in every open `initializing` context; `within` is the caller's."""
     started = time.perf_counter()
     _check_device(device)
     # Read once: a context that another thread opens from now on saw no samples of this call.
@@ -204,8 +201,8 @@ def initialize_layers(
     device_names = ", ".join(dict.fromkeys(map(str, devices)))
     report = Report(settings, shared, seconds, processes=ranks.size, device=device_names, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
-    found = [history.note(name, layers, samples, report, chosen=history is not within) for history in histories]
-    report.remarks += dict.fromkeys(remark for remarks in found for remark in remarks)
+    noted = [history.note(name, layers, samples, report, chosen=history is not within) for history in histories]
+    report.remarks += dict.fromkeys(remark for remarks in noted for remark in remarks)
     return report
 
 

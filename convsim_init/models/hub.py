@@ -81,9 +81,7 @@ def describe(model: torch.nn.Module) -> str:
             import_module("timm.models._hub").save_config_for_hf(model, path)
             described = json.loads(path.read_bytes())
         described["pretrained_cfg"] = {k: v for k, v in described["pretrained_cfg"].items() if k not in TRAINED_ENTRIES}
-        described.get("model_args", {}).pop(
-            "num_classes", None
-        )  # also at the top level; transformers would pass it twice
+        described.get("model_args", {}).pop("num_classes", None)  # a top-level entry, too: it would be passed twice
         return json.dumps(described, indent=2) + "\n"
     except Exception as error:  # whatever the library or the model raises
         raise InputError(

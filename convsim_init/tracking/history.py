@@ -19,7 +19,7 @@ from convsim_init.report.text import layer_name, shown
 
 Value = TypeVar("Value")
 SAMPLES = 256  # sums of a weight's values with random signs, which nearly keep the distances between weights
-MIN_DIRECTION = 16  # values: several smaller weights may have the same direction
+MIN_VALUES = 16  # of a weight that is recognized by its direction, which smaller weights may share
 DISTANCE = 5e-3  # relative to the norm: conversion to bfloat16 moves a weight by 2e-3, two steps of a descent by 3e-2
 
 
@@ -92,12 +92,12 @@ class History:
         If `chosen`, layers that were not selected are skipped from now on. The result is a remark on copies in other
         models that are no longer equal, or nothing.
         """
-        treated, kept, parted = [], [], []
+        new, parted = [], []
         for layer, sample, layer_report in zip(layers, samples, report.layers, strict=True):
             address = layer.weight.sources[0].data_ptr() if sample is not None else 0
             seen = SeenWeight(f"{layer_name(layer.name)} of {shown(model_name)}", address)
             if layer_report.after:
-                treated.append((seen, sample))
+                new.append((self._before, seen, sample))
                 self._obstacles.add(_seen_before("treated", seen), _direction(sample_layer(layer)))
                 parted += [(twin, seen)] if (twin := self._kept.find(sample)) else []
             elif layer.obstacle is None:
@@ -106,12 +106,11 @@ class History:
                 obstacle = _seen_before(layer.obstacle.text, seen, Cause.UNSELECTED_BEFORE)
                 self._obstacles.add(obstacle, _direction(sample))
             elif layer.is_left_for(*KEPT):
-                kept.append((seen, sample))
+                new.append((self._kept, seen, sample))
                 parted += [(seen, twin)] if (twin := self._before.find(sample)) else []
         # Only now, because `watch_copies` remarks on copies within the model.
-        for index, new in ((self._before, treated), (self._kept, kept)):
-            for seen, sample in new:
-                index.add(seen, sample)
+        for index, seen, sample in new:
+            index.add(seen, sample)
         # At the same address it is the same weight, which was frozen at one time.
         pairs = [(copy.name, original.name) for copy, original in parted if copy.address != original.address]
         return copies_remark(pairs)
@@ -139,6 +138,6 @@ def sample_layer(layer: Layer) -> Sample | None:
 
 def _direction(sample: Sample | None) -> Sample | None:
     """The sample scaled to norm 1, except that of a weight with very few values."""
-    if sample is None or math.prod(sample.shape) < MIN_DIRECTION:
+    if sample is None or math.prod(sample.shape) < MIN_VALUES:
         return sample
     return sample._replace(sums=nn.functional.normalize(sample.sums, dim=0))

@@ -435,6 +435,26 @@ def test_what_is_drawn_anew_before_a_pass_that_is_not_seen_is_told():
     ]
 
 
+def test_what_is_received_is_told_even_where_a_note_precedes_the_reason(monkeypatch):
+    class TwoWeights(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 8, 3)
+            self.other = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight) + F.conv2d(x, self.other)
+
+    monkeypatch.setattr(context, "of_several_processes", lambda: True)
+    with ci.initializing(settings=QUICK) as reports:
+        model = nn.Sequential(TwoWeights())
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        nn.init.xavier_normal_(model[0].weight)
+        model(torch.randn(2, 3, 9, 9))
+    (layer,) = reports[1].layers
+    assert layer.reason.startswith("one of several weights")
+    assert layer.reason.endswith("in this process or by another one")
+
+
 def first_passes():
     def gradient(model, x):
         parameters = dict(model.named_parameters())
