@@ -194,8 +194,9 @@ def _module_layers(model: nn.Module) -> Layers:
             layers += in_graph
             in_graphs += (f"{name}." if name else "",)
     if not layers:
-        quantized = (name for name, module in modules.items() if is_quantized(module))
-        calling = next((type(modules[name]).__name__ for name in (*uses.others, *uses.outside, *quantized)), None)
+        quantized = [name for name, module in modules.items() if is_quantized(module)]
+        callers = [*uses.other_kernels, *uses.outside, *quantized]
+        calling = type(modules[callers[0]]).__name__ if callers else None
         why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers

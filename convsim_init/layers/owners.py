@@ -103,7 +103,7 @@ def try_unknown(uses: Uses, modules: Mapping[str, nn.Module]) -> None:
         for call in _calls(modules[by]):
             how = CALLED if is_parameter(call.weight) else REPLACED
             for layer in {layers[source] for source in leaves(call.weight) & layers.keys()}:
-                uses.of[layer].add(Use(by, how))
+                uses.by_layer[layer].add(Use(by, how))
                 uses.tried.add((by, layer))
 
 

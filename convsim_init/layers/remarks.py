@@ -69,7 +69,7 @@ def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Ite
         named = (parameter for key, parameter in module._parameters.items() if "weight" in key or "kernel" in key)
         own = {id(parameter) for parameter in named if _is_kernel(module, parameter)}
         # Biases of the modules that make a weight are no kernels, unless the weight is made of biases alone.
-        made_of = uses.others[name] & others
+        made_of = uses.other_kernels[name] & others
         own = own & others | (made_of & no_biases or made_of)
         kernels |= own
         if own:
@@ -112,7 +112,7 @@ def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[st
     if uses.outside:
         yield f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"
     passes, hooks = set[str](), set[str]()
-    for layer, found in uses.of.items():
+    for layer, found in uses.by_layer.items():
         for by, how, hook in found:
             if how != CALLED and hook and (hook == AFTER or by not in (owner_of(layer, modules), layer)):
                 hooks.add(by)
@@ -141,7 +141,7 @@ def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], u
     """A remark on convolutions that several modules hold, if one besides the owner may use another weight."""
     weights = {layer.name: layer.weight for layer in layers if layer.obstacle is None}
     found = []
-    for name, layer_uses in uses.of.items():
+    for name, layer_uses in uses.by_layer.items():
         weight, module, owner = weights.get(bare_name(name)), modules[name], owner_of(name, modules)
         if weight is None or all(use.how == CALLED for use in layer_uses):
             continue

@@ -63,8 +63,7 @@ class ParametrizedWeight(Weight):
         with isolated(self._module):
             if redraw:
                 draw_numbers(self.sources[0].device)
-            weight: Tensor = self._module.weight.clone()
-        return weight
+            return cast(Tensor, self._module.weight.clone())
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> str | None:
@@ -142,8 +141,7 @@ class NormedWeight(HookedWeight):
 
     def compute(self) -> Tensor:
         """What the hook computes."""
-        weight: Tensor = self._hook.compute_weight(self._module)
-        return weight
+        return cast(Tensor, self._hook.compute_weight(self._module))
 
     def _update_others(self) -> None:
         direction, length = self.sources
@@ -165,8 +163,7 @@ class SpectralNormedWeight(HookedWeight):
             for _ in range(ITERATIONS):
                 v = nn.functional.normalize(matrix.T @ u, dim=0, eps=self._hook.eps)
                 u = nn.functional.normalize(matrix @ v, dim=0, eps=self._hook.eps)
-        normed: Tensor = weight / (u @ (matrix @ v))
-        return normed
+        return cast(Tensor, weight / (u @ (matrix @ v)))
 
     def _update_others(self) -> None:
         for _ in range(ITERATIONS):
@@ -185,8 +182,7 @@ class PrunedWeight(HookedWeight):
 
     def compute(self) -> Tensor:
         """What the hook computes."""
-        weight: Tensor = self._hook.apply_mask(self._module)
-        return weight
+        return cast(Tensor, self._hook.apply_mask(self._module))
 
 
 def stored_weight(module: Any) -> Weight:

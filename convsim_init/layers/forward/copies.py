@@ -28,10 +28,7 @@ HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and number of objects, above whi
 
 
 def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
-    """The attributes of a module that no forward pass of the parts names and whose copies might fill the memory.
-
-    Examples are a trainer or a data set.
-    """
+    """Heavy attributes of a module that no forward pass of the parts names, such as a trainer or a data set."""
     found = {name for name, value in vars(part).items() if is_heavy(value)}
     return found - names_of(parts) if found else found
 
@@ -51,10 +48,7 @@ def names_in(kind: Any, code: Any = None) -> set[str]:
 
 
 def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
-    """The code of a class's forward pass, or of another function, and of all that it names; and the objects named.
-
-    Names are looked up in the class and among globals, and followed from function to function.
-    """
+    """The code of a class's forward pass, or of a function, and of all functions it leads to; and all objects named."""
     named: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
     found = dict[CodeType, None]()
     for value in named:  # grows in the loop
@@ -145,10 +139,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a list, tuple, dict or plain object, item by item; any other value itself.
-
-    A queue, for one, has to stay the same object, because other threads may wait for it.
-    """
+    """A copy of a list, tuple, dict or plain object, item by item; other values, such as a queue, stay themselves."""
     if type(value) in (list, tuple):
         return type(value)(copied(item, memo) for item in value)
     # The finalizer of a copy would run after the trial, and might close a resource of the original.

@@ -83,13 +83,11 @@ def undisturbed(
         attributes = [vars(part) for part in parts]
         values = [value for names in attributes for value in names.values()]
         saved: list[Any] = [*attributes]
-        hooks = (value for names in attributes for key, value in names.items() if "hooks" in key)
-        saved += [value for value in hooks if isinstance(value, dict)]
+        saved += [d for names in attributes for key, d in names.items() if "hooks" in key and isinstance(d, dict)]
         saved += [value for value in values if containers and type(value) in (dict, OrderedDict, list)]
         undo: list[Callable[[], object]]
         undo = [partial(restore_content, live, list(live) if isinstance(live, list) else dict(live)) for live in saved]
-        # Asking whether a value is a generator is slow, so the commonest types are sorted out first.
-        others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))
+        others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))  # `isinstance` is slow
         undo += [partial(value.set_state, value.get_state()) for value in others if isinstance(value, torch.Generator)]
         tensors = list({id(tensor): tensor for part in parts for tensor in tensors_of(part)}.values())
         undo += [backup_tensor(tensor, copy=copy(tensor)) for tensor in tensors]

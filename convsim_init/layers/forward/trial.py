@@ -37,13 +37,8 @@ class Call(NamedTuple):
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
     """All calls of convolutions in a module's forward pass on x, except those with weights at other addresses.
 
-    The weights are differentiable by the parameters that they are made of, frozen ones too.
-
-    Returns:
-        The calls, and whether the pass came to its end. An error after the first call only ends it.
-
-    Raises:
-        Exception: Whatever the module's own code raises before the first call.
+    The weights are differentiable by the parameters that they are made of, frozen ones too. Also returned is whether
+    the pass came to its end. An error of the module's code is raised only if it comes before the first call.
     """
     calls, to_the_end = list[Call](), False
     with suppress(Exception):  # such as that of code which refuses an input with a gradient

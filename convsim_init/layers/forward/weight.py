@@ -29,14 +29,13 @@ SIDE = 16  # least extent of an input for another convolution: strides before th
 class ForwardWeight(Weight):
     """The weight that a forward pass uses, where the module's code makes it of the stored one.
 
-    `obstacle` has to be called first. It runs trial passes with several values of the stored weight and several inputs,
-    and finds out which model describes the used weight::
+    `obstacle` has to be called first. By trial passes with several weights and inputs it fits this model, with a slope
+    for each filter, where the mean is that of each filter and only subtracted if the class centres filters::
 
-        used = slopes * variable
-        variable = stored * mask, and if the class centres filters minus the mean of each filter
+        used = slopes * variable, variable = stored * mask - mean
 
-    with a slope for each filter. `write` then inverts that model. If none fits, it stores the new weight itself, or the
-    new weight minus the summand ``used - stored``, and reports how far the weight is off that is then used.
+    `write` inverts the model. If it does not fit, `write` stores the new weight, or that minus ``used - stored``, and
+    reports how far the weight that is then used differs from the new one.
 
     Args:
         module: The convolution, or any module that calls one.

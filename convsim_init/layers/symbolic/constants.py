@@ -54,9 +54,7 @@ class Constants:
         """Note that a symbol stands for tensors of this pass from now on: something unknown was written to them."""
         self._written |= {memory: symbol for memory in map(_memory, tensors_in(written)) if memory in self._made}
 
-    def as_they_are_now(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    def updated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The arguments, with symbols in place of tensors that something unknown was written to, and of their views."""
         if not self._written:
             return args, kwargs

@@ -52,8 +52,8 @@ def decide_channels(layers: Layers, settings: Settings) -> tuple[dict[str, tuple
             decided[layer.name] = replace(settings, channels="all"), NOT_NORMALIZED
         else:
             decided[layer.name] = replace(settings, channels="matched"), NOT_TOLD if normalized is None else None
-    from_state = [f"{NOT_TOLD} from a state dict: the model itself tells it"]
-    return decided, from_state if normalized_by_layer is None else []
+    remark = f"{NOT_TOLD} from a state dict: the model itself tells it"
+    return decided, [remark] if normalized_by_layer is None else []
 
 
 def normalization_follows(followed: Followed) -> dict[str, bool]:

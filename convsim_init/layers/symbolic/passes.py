@@ -29,17 +29,7 @@ from convsim_init.layers.symbolic.answers import Answers
 from convsim_init.layers.symbolic.constants import Constants
 from convsim_init.layers.symbolic.kinds import call_name
 from convsim_init.layers.symbolic.results import added_dimensions, tensor_count
-from convsim_init.layers.symbolic.symbols import (
-    Node,
-    Shape,
-    Symbol,
-    are_sizes,
-    bases,
-    is_in_place,
-    kind_of,
-    name_of,
-    tensors_in,
-)
+from convsim_init.layers.symbolic.symbols import Node, Shape, Symbol, bases, is_in_place, kind_of, name_of, tensors_in
 
 MAX_CALLS = 50_000  # in a pass, including those of failed attempts
 ATTEMPTS = 30  # for one call of a module
@@ -216,12 +206,7 @@ class SymbolicPass(TorchFunctionMode):
             return None
 
     def _attempt(
-        self,
-        forward: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        caller: nn.Module | None = None,
-        hook: str = "",
+        self, code: Callable[..., Any], args: Any, kwargs: Any, caller: nn.Module | None = None, hook: str = ""
     ) -> Any:
         """Run code of a module; after an error run it again with another answer, until a `FailedError` if none is left.
 
@@ -235,7 +220,7 @@ class SymbolicPass(TorchFunctionMode):
         try:
             for _ in range(ATTEMPTS):
                 try:
-                    output = forward(*args, **kwargs)
+                    output = code(*args, **kwargs)
                     answers.prove()
                     return output
                 except (Exception, SystemExit) as error:  # of any kind, because the answers may make no sense
@@ -279,7 +264,7 @@ class SymbolicPass(TorchFunctionMode):
             known = self._answer(kind, name, first, *args[1:], *kwargs)
             if known is not None:
                 return known
-        args, kwargs = self._constants.as_they_are_now(args, kwargs)
+        args, kwargs = self._constants.updated(args, kwargs)
         called_on = next(iter([*args, *kwargs.values()]), None)
         written = kwargs.get("out", called_on if is_in_place(kind) else None)
         if not isinstance(first, Symbol) and self._constants.are_made_by(name, written, args, kwargs):
@@ -313,7 +298,7 @@ class SymbolicPass(TorchFunctionMode):
     def _answer(self, kind: str, name: str, asked: Symbol, *more: Any) -> Any:
         """The answer to a question about an unknown value, such as its truth or a size; None if it is no question."""
         give = self._answers.give
-        if kind == "__bool__" or (name in COMPARISONS and are_sizes([asked, *more])):
+        if kind == "__bool__" or (name in COMPARISONS and _are_sizes([asked, *more])):
             condition = asked.node.name if kind == "__bool__" else name
             is_one = name == "eq" and type(more[0]) is int and more[0] == 1  # such as an image of one pixel
             likely = (condition not in RARE and not is_one) == self._usual
@@ -334,3 +319,8 @@ class SymbolicPass(TorchFunctionMode):
         choices = {"__contains__": (True, False), "__len__": (1, 2, 3, 4), "__index__": (2, 1, 0), "__int__": (2, 1, 0)}
         values = {"__hash__": id(asked), "__float__": 1.0}
         return give(*choices[kind]) if kind in choices else values.get(kind)
+
+
+def _are_sizes(values: Sequence[object]) -> bool:
+    """Whether all are numbers that are known or computed from shapes."""
+    return all(v.node.is_size if isinstance(v, Symbol) else isinstance(v, (int, float)) for v in values)

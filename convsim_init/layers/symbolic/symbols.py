@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +87,7 @@ class Shape(tuple[Any, ...]):
 
 def kind_of(func: Callable[..., Any]) -> str:
     """The ``__name__`` of a function; an operator of ``torch.ops`` loses its overload: ``add_`` for ``add_.Tensor``."""
-    kind: str = getattr(func, "__name__", "").partition(".")[0]
-    return kind
+    return str(getattr(func, "__name__", "")).partition(".")[0]
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -113,11 +112,6 @@ def is_in_place(kind: str) -> bool:
     """Whether a method or operator changes the tensor that it is called on."""
     operator = kind.startswith("__i") and kind.strip("_")[1:] in OPERATORS
     return operator or kind in ("__setitem__", "__set__") or (kind.endswith("_") and not kind.endswith("__"))
-
-
-def are_sizes(values: Sequence[object]) -> bool:
-    """Whether all are numbers that are known or computed from shapes."""
-    return all(v.node.is_size if isinstance(v, Symbol) else isinstance(v, (int, float)) for v in values)
 
 
 def tensors_in(value: object, depth: int = DEPTH) -> Iterator[Tensor]:

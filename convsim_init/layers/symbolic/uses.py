@@ -37,18 +37,18 @@ class Uses:
     """The uses of the convolutions of a model. Layers and modules stand for their names, parameters for their ids."""
 
     failed: set[str]  # modules whose forward passes could not be followed
-    of: defaultdict[str, set[Use]] = field(default_factory=lambda: defaultdict(set))  # by layer
+    by_layer: defaultdict[str, set[Use]] = field(default_factory=lambda: defaultdict(set))
     changed: set[int] = field(default_factory=set)  # parameters of any module that are changed in place
     ran: set[str] = field(default_factory=set)  # modules whose forward passes could be followed
     tried: set[tuple[str, str]] = field(default_factory=set)  # failed modules, with layers whose use a trial showed
-    # By module, the parameters of no layer that it makes weights of and convolves with.
-    others: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    # By module, the parameters that it makes weights of and convolves with, if these are no layer's.
+    other_kernels: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     outside: set[str] = field(default_factory=set)  # modules that call convolutions which are not part of the model
 
     def by(self, module: str, layer: str) -> set[Use]:
         """The uses of a convolution by a module."""
         unknown = {Use(module, UNKNOWN)} if module in self.failed and (module, layer) not in self.tried else set()
-        return {use for use in self.of[layer] if use.by == module} | unknown
+        return {use for use in self.by_layer[layer] if use.by == module} | unknown
 
 
 def find_uses(followed: Followed) -> Uses:
@@ -61,30 +61,30 @@ def find_uses(followed: Followed) -> Uses:
         # The pass knows the parameters of the copy, and `changed` is to hold those of the model.
         uses.changed |= {followed.originals.get(key, key) for key in node.changed}
         for name in layers & {followed.names.get(key) for key in node.changed}:
-            uses.of[name].add(Use(by, CHANGED, node.hook))
+            uses.by_layer[name].add(Use(by, CHANGED, node.hook))
         used = followed.layers(node)
         for name in layers & used:
             otherwise = REPLACED if node.module is None else CHANGED
             how = CALLED if _is_plain(node, cast(_ConvNd, modules[name])) else otherwise
-            uses.of[name].add(Use(by, how, node.hook))
+            uses.by_layer[name].add(Use(by, how, node.hook))
             # A module further out may have computed the weight, as by torch.func.functional_call.
             for made in origins(node.weight) if how != CALLED and node.weight is not None else ():
                 maker = followed.names.get(id(made.caller), by)
                 if not f"{maker}.".startswith(f"{by}." if by else ""):
-                    uses.of[name].add(Use(maker, CHANGED, made.hook))
+                    uses.by_layer[name].add(Use(maker, CHANGED, made.hook))
         if node.convolution is not None and node.weight is not None and not layers & used:
             made_of = kernels(node)
             makers = [origin.module for origin in origins(node.weight) if origin.module is not None]
             learned = made_of | {id(parameter) for maker in makers for parameter in tree.parameters(maker)}
-            uses.others[by] |= {followed.originals.get(key, key) for key in learned}
+            uses.other_kernels[by] |= {followed.originals.get(key, key) for key in learned}
             if not made_of <= followed.names.keys():
                 uses.outside.add(by)
-    unused = {name for name in layers if all(use.by == name for use in uses.of[name])}
+    unused = {name for name in layers if all(use.by == name for use in uses.by_layer[name])}
     # A loop over unknown values has one turn: if it uses the weight of one layer, it may use those of others too.
-    making = {use.by for layer_uses in uses.of.values() for use in layer_uses if use.how != CALLED}
+    making = {use.by for layer_uses in uses.by_layer.values() for use in layer_uses if use.how != CALLED}
     uses.failed |= making & {owner_of(name, modules) for name in unused if name}
     for name, by in _products(followed, unused):
-        uses.of[name].add(Use(by, REPLACED))
+        uses.by_layer[name].add(Use(by, REPLACED))
     return uses
 
 

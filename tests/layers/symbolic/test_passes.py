@@ -269,7 +269,7 @@ class Detached(Assembled):
 @pytest.mark.parametrize("kind", [Assembled, ByItsData, Detached])
 def test_a_constant_that_something_unknown_is_written_into_is_known_no_longer(kind):
     uses = find_uses(follow(kind()))
-    assert {(use.by, use.how) for use in uses.of["conv"]} == {("", "replaced")}
+    assert {(use.by, use.how) for use in uses.by_layer["conv"]} == {("", "replaced")}
 
 
 class Counting(Kept):
