@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 
 
 def build_model(
-    spec: str,
-    /,
-    *,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
-    seed: int = 0,
-    **kwargs: object,
+    spec: str, /, *, num_classes: int | None = None, in_chans: int | None = None, seed: int = 0, **kwargs: object
 ) -> torch.nn.Module:
     """Build a model with weights drawn on the CPU in float32, never pretrained ones.
 
