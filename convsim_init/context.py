@@ -97,7 +97,7 @@ def initializing(
         return unselected(layer.name, include, exclude) or history.obstacle(layer) or origin
 
     def treat(models: Sequence[nn.Module], event: Event) -> None:
-        again = event in (Event.FORWARD, Event.STEP)
+        again = event in (Event.FORWARD, Event.STEP)  # after they were treated before the optimizer was made
         if (include or exclude) and not again:
             names.extend(layer.name for model in models for layer in find_layers(model, read_only=True))
         if names and event is not Event.OPTIMIZER:  # after which other models may follow
@@ -119,7 +119,7 @@ def initializing(
                     layer.obstacle = RECEIVED if pair_obstacle(layer.bank("matched")) is None else None
             report = initialize_layers(model, layers, checked_settings, device, within=history)
             treated = {layer.name for layer in report.layers if layer.after}
-            # Then the report would only repeat the one before.
+            # A report that only repeats the one before is dropped.
             if again and not treated and not any(layer.is_left_for(Cause.RECEIVED, Cause.LOADED) for layer in layers):
                 continue
             if again and treated & last_treated.get(id(model), set()):
