@@ -112,12 +112,12 @@ def _from_elsewhere(uses: Uses, modules: Mapping[str, nn.Module]) -> Iterator[st
     if uses.outside:
         yield f"not looked at, for they are no parts of the model: convolutions that {_names(uses.outside)} calls"
     passes, hooks = set[str](), set[str]()
-    for layer, found in uses.by_layer.items():
-        for by, how, hook in found:
-            if how != CALLED and hook and (hook == AFTER or by not in (owner_of(layer, modules), layer)):
-                hooks.add(by)
-            elif how != CALLED and not hook and not _holds(modules[by], modules[layer]):
-                passes.add(by)
+    for layer, layer_uses in uses.by_layer.items():
+        for use in (use for use in layer_uses if use.how != CALLED):
+            if use.hook and (use.hook == AFTER or use.by not in (owner_of(layer, modules), layer)):
+                hooks.add(use.by)
+            elif not use.hook and not _holds(modules[use.by], modules[layer]):
+                passes.add(use.by)
     if hooks:
         yield f"not tried, though they may change weights of others or later: hooks of {_names(hooks)}"
     if passes:
@@ -131,10 +131,10 @@ def _names(modules: Iterable[str]) -> str:
 def _holds(owner: nn.Module, part: nn.Module) -> bool:
     """Whether a module has another one as a child or in its lists, or is it."""
     lists = (nn.ModuleList, nn.ModuleDict)
-    children = (child for _, child in tree.named_children(owner))
-    return owner is part or any(
-        _holds(child, part) if isinstance(child, lists) else child is part for child in children
-    )
+    for _, child in tree.named_children(owner):
+        if child is part or (isinstance(child, lists) and _holds(child, part)):
+            return True
+    return owner is part
 
 
 def _used_elsewhere(modules: Mapping[str, nn.Module], layers: Sequence[Layer], uses: Uses) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,11 @@ ELSEWHERE = tuple(str(path) + os.sep for path in (Path(__file__).parent, Path(to
 MAX_DIMENSIONS = 64  # of a tensor of PyTorch
 
 Place = tuple[CodeType, int]  # code, and the position in it
+
+
+class _Question(NamedTuple):
+    place: Place
+    answers: list[int]  # that are left; the first is the present one
 
 
 class Answers:
@@ -28,7 +34,7 @@ class Answers:
 
     def __init__(self, proven: dict[Place, int]) -> None:
         self.proven = proven
-        self._given: list[tuple[Place, list[int]]] = []  # the places, and the answers left there: the present one first
+        self._questions: list[_Question] = []
         self._asked = 0  # number of questions in this run
         self._ranks: dict[Hashable, int] = {}
 
@@ -51,13 +57,13 @@ class Answers:
         """The answer to the next question."""
         place = _place(sys._getframe(1))
         # After another answer code may take another path, and the questions of the old one are dropped.
-        if [place] != [asked for asked, _ in self._given[self._asked : self._asked + 1]]:
-            del self._given[self._asked :]
+        if [place] != [question.place for question in self._questions[self._asked : self._asked + 1]]:
+            del self._questions[self._asked :]
             proven = self.proven.get(place)
             # False sorts before True: the proven answer comes first, the rest in its order.
-            self._given.append((place, sorted(choices, key=lambda answer: answer != proven)))
+            self._questions.append(_Question(place, sorted(choices, key=lambda answer: answer != proven)))
         self._asked += 1
-        return self._given[self._asked - 1][1][0]
+        return self._questions[self._asked - 1].answers[0]
 
     def change(self, error: BaseException) -> bool:
         """Prepare the next run, with another answer to one of the questions; False if none is left.
@@ -66,17 +72,18 @@ class Answers:
         """
         self._asked = 0
         self._ranks.clear()
-        code = _place([frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1])[0]
-        open_ = [index for index, (_, answers) in enumerate(self._given) if len(answers) > 1]
-        if not open_:
+        raised, _ = _place([frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1])
+        untried = [index for index, question in enumerate(self._questions) if len(question.answers) > 1]
+        if not untried:
             return False
-        index = next((position for position in reversed(open_) if self._given[position][0][0] is code), open_[-1])
-        del self._given[index][1][0], self._given[index + 1 :]
+        own = [index for index in untried if self._questions[index].place[0] is raised]
+        index = (own or untried)[-1]
+        del self._questions[index].answers[0], self._questions[index + 1 :]
         return True
 
     def prove(self) -> None:
         """Note that code came to its end with the present answers."""
-        self.proven.update((place, answers[0]) for place, answers in self._given)
+        self.proven.update((question.place, question.answers[0]) for question in self._questions)
 
 
 def _place(frame: FrameType) -> Place:
