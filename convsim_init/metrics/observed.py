@@ -13,7 +13,7 @@ from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, refuse_lazy
 from convsim_init.layers.forward.calls import convolution_outputs
-from convsim_init.layers.forward.copies import is_librarys
+from convsim_init.layers.forward.copies import is_from_library
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.names import unwrap
@@ -157,7 +157,7 @@ def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
 
 def _may_be_written(part: nn.Module, ran: bool) -> Iterable[Tensor | None]:
     """Parameters that a module's forward pass may change, beside those that it was seen to change where it ran."""
-    of_torch = is_librarys(type(part))
+    of_torch = is_from_library(type(part))
     if has_unknown_hook(part) or part._forward_hooks or not (of_torch or ran):
         return tree.parameters(part)
     return () if of_torch else part._parameters.values()

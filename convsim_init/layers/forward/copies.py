@@ -54,7 +54,7 @@ def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
     for value in named:  # grows in the loop
         function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)))
         own = getattr(function, "__code__", None)
-        codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_librarys(function) else []
+        codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_from_library(function) else []
         # Functions may call themselves and each other, so each is looked at once.
         codes = codes if found.keys().isdisjoint(codes[:1]) else []
         found |= dict.fromkeys(codes)
@@ -177,9 +177,9 @@ def _cloned(tensor: Tensor) -> Tensor | None:
 def is_plain(value: object) -> bool:
     """Whether it is an ordinary object with attributes, of a class that belongs to no library, and no module."""
     kind = type(value)
-    return not isinstance(value, (*CODE, partial, Tensor)) and kind.__dictoffset__ != 0 and not is_librarys(kind)
+    return not isinstance(value, (*CODE, partial, Tensor)) and kind.__dictoffset__ != 0 and not is_from_library(kind)
 
 
-def is_librarys(what: FunctionType | type) -> bool:
+def is_from_library(what: FunctionType | type) -> bool:
     """Whether a function or class belongs to torch or Python itself, so that its names say nothing of a model."""
     return what.__module__ is None or what.__module__.partition(".")[0] in LIBRARIES

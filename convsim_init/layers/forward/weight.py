@@ -125,13 +125,15 @@ class ForwardWeight(Weight):
         self.made_of = frozenset(leaves(chosen.weight))
         parameters = [p for p in self.module._parameters.values() if p is not None and not is_lazy(p)]
         own = self.source_ids | {id(parameter) for parameter in parameters}
-        several = any(
-            (used := leaves(call.weight)) & own
-            and (call.fed or not self._fed or used - self.made_of)
-            and call is not chosen
-            and not _same_convolution(call, chosen)
-            for call in calls
-        )
+
+        def uses_otherwise(call: Call) -> bool:
+            used = leaves(call.weight)
+            if call is chosen or not used & own or not (call.fed or not self._fed or used - self.made_of):
+                return False
+            alike = (call.groups, call.transposed) == (chosen.groups, chosen.transposed)
+            return not (alike and torch.equal(call.weight, chosen.weight))
+
+        several = any(map(uses_otherwise, calls))
         # A pass that ended early may not have come to the others: complex convolutions want a complex input.
         if not to_the_end:
             several |= any(list(p.shape) == self.shape and id(p) not in self.source_ids for p in parameters)
@@ -145,9 +147,8 @@ class ForwardWeight(Weight):
         self.choose_call()
         stored = self._stored.read()
         probes = (*probes_like(stored), stored)
-        return isinstance(self._stored, StoredWeight) and all(
-            torch.equal(self._used_for(probe), probe) for probe in probes
-        )
+        unchanged = (torch.equal(self._used_for(probe), probe) for probe in probes)
+        return isinstance(self._stored, StoredWeight) and all(unchanged)
 
     def compute(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
         """The weight that a forward pass gives to the convolution; `prepare` is called right before the pass."""
@@ -256,10 +257,6 @@ class ForwardWeight(Weight):
         """The part of a weight ``[M, ...]`` that the class uses: masked, and centred if it centres filters."""
         weight = to_float64(weight) * (1 if self._mask is None else self._mask)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True) if self._centred else weight
-
-
-def _same_convolution(a: Call, b: Call) -> bool:
-    return (a.groups, a.transposed) == (b.groups, b.transposed) and torch.equal(a.weight, b.weight)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

@@ -17,10 +17,11 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward import copies
 from convsim_init.layers.forward.isolation import tensors_of
 
-DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # types that deepcopy of the model handles well
+DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # types that the deepcopy of the model copies itself
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Names in the code of a hook that may change weights.
-TAKING = {"weight", "data", "parameters", "named_parameters", "_parameters", "state_dict", "load_state_dict", "setattr"}
+CHANGING = {"weight", "data", "parameters", "named_parameters", "_parameters"}
+CHANGING |= {"state_dict", "load_state_dict", "setattr"}
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -58,16 +59,16 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             vars(part)["training"] = False
         for part, name in product(parts, HOOKS):
             for key, hook in vars(part).get(name, {}).items() if id(part) in memo else ():
-                if not _is_librarys(hook) and (name == HOOKS[0] or _may_change(hook)):
+                if not _is_from_library(hook) and (name == HOOKS[0] or _may_change(hook)):
                     vars(memo[id(part)])[name][key] = _hook(hook, memo)
     return clone
 
 
-def _is_librarys(hook: Any) -> bool:
+def _is_from_library(hook: Any) -> bool:
     """Whether a hook is PyTorch's own: those compute a weight or initialize a lazy parameter."""
     bare = hook.func if isinstance(hook, partial) else hook
     bare = bare.__func__ if isinstance(bare, MethodType) else bare
-    return copies.is_librarys(bare if isinstance(bare, FunctionType) else type(bare))
+    return copies.is_from_library(bare if isinstance(bare, FunctionType) else type(bare))
 
 
 def _may_change(hook: Any) -> bool:
@@ -75,7 +76,7 @@ def _may_change(hook: Any) -> bool:
     bare = hook.func if isinstance(hook, partial) else hook
     kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
     names = copies.names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
-    return not names.isdisjoint(TAKING) or any(name.endswith("_") and not name.startswith("_") for name in names)
+    return not names.isdisjoint(CHANGING) or any(name.endswith("_") and not name.startswith("_") for name in names)
 
 
 def _hook(hook: Any, memo: dict[int, Any]) -> Any:
@@ -95,7 +96,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, FunctionType):
-        return value if copies.is_librarys(value) else _rebound(value, memo)
+        return value if copies.is_from_library(value) else _rebound(value, memo)
     if isinstance(value, MethodType):
         return MethodType(_twin(value.__func__, memo), _twin(value.__self__, memo))
     if isinstance(value, partial):

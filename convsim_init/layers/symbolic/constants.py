@@ -26,7 +26,7 @@ class Constants:
         self._made = set[Hashable]()  # by their memory
         self._written: dict[Hashable, Symbol] = {}  # by the memory of the tensor
 
-    def are_made_by(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def can_compute(self, name: str, written: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether to compute a function: its arguments are known, its sizes small, and it changes nothing of others."""
         known = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors_in((args, kwargs)))
         # Random numbers would decide which path code takes.

@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import is_librarys
+from convsim_init.layers.forward.copies import is_from_library
 from convsim_init.layers.forward.isolation import holding_weights_lock, random_states, running
 from convsim_init.layers.symbolic.clone import on_meta
 from convsim_init.layers.symbolic.kept import without_unknown_values
@@ -142,7 +142,7 @@ def _names(model: nn.Module) -> dict[int, str]:
 def _has_forward(module: nn.Module) -> bool:
     """Whether a module has a forward pass that is not PyTorch's."""
     own = "forward" in vars(module) or getattr_static(type(module), "forward") is not nn.Module.forward
-    return own and not is_librarys(type(module))
+    return own and not is_from_library(type(module))
 
 
 def _run(passes: SymbolicPass, part: nn.Module, followed: Followed, seen: set[str], *, whole: bool = True) -> None:

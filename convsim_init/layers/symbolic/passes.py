@@ -267,7 +267,7 @@ class SymbolicPass(TorchFunctionMode):
         args, kwargs = self._constants.updated(args, kwargs)
         called_on = next(iter([*args, *kwargs.values()]), None)
         written = kwargs.get("out", called_on if is_in_place(kind) else None)
-        if not isinstance(first, Symbol) and self._constants.are_made_by(name, written, args, kwargs):
+        if not isinstance(first, Symbol) and self._constants.can_compute(name, written, args, kwargs):
             self._count_call()
             with suppress(Exception):  # a value that cannot be computed counts as unknown
                 return self._constants.compute(func, args, kwargs)
