@@ -32,14 +32,10 @@ NOT_TOLD = "channels matched: whether a normalization follows could not be told"
 
 
 def decide_channels(layers: Layers, settings: Settings) -> tuple[dict[str, tuple[Settings, str | None]], list[str]]:
-    """The settings of each layer, with ``channels`` decided, and remarks on the model.
+    """The settings of the layers to treat, by name, each with the reason for its channels; and remarks on the model.
 
-    With ``channels="auto"`` all channels are compared where no normalization follows. Layers with one filter a group,
-    such as depthwise ones, keep matched channels, and so have no pairs of filters.
-
-    Returns:
-        The settings of the layers to treat, by name, each with the reason for its channels unless a normalization
-        follows; and the remarks.
+    With ``channels="auto"`` all channels are compared where no normalization follows, else matched ones, for which no
+    reason is given. Layers with one filter a group, such as depthwise ones, keep matched channels, and have no pairs.
     """
     if settings.channels != "auto":
         return {layer.name: (settings, None) for layer in layers}, []
