@@ -43,12 +43,11 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load what of a checkpoint fits a model into it, in place, and report what did not and why.
 
-    A file that the model's own ``load_state_dict`` takes strictly is loaded by it, unchanged. For any
-    other file prefixes are adapted: one is taken off the file's keys, or put before them, or both, if
-    most of the keys are then the model's. What DistributedDataParallel, FSDP, activation checkpointing
-    and torch.compile add to keys is taken off, too. Where shapes differ, as those of a classifier for
-    another number of classes do, the model keeps its own tensor. The model's dtypes, devices and
-    ``requires_grad`` stay. If loading fails, the model is as it was.
+    A file that the model's own ``load_state_dict`` takes strictly is loaded by it, unchanged. For any other file
+    prefixes are adapted: one is taken off the file's keys, or put before them, or both, if most of the keys are then
+    the model's. What DistributedDataParallel, FSDP, activation checkpointing and torch.compile add to keys is taken
+    off, too. Where shapes differ, as those of a classifier for another number of classes do, the model keeps its own
+    tensor. The model's dtypes, devices and ``requires_grad`` stay. If loading fails, the model is as it was.
 
     Args:
         model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -102,8 +101,8 @@ def _rehearse(
     model: nn.Module, checkpoint: Checkpoint, *, file: str, name: str | None = None
 ) -> tuple[LoadReport, Mapping[str, Tensor]]:
     """Compare a checkpoint with a model and load it into a copy, as the model's own loading has the last word."""
-    report = match(checkpoint, model, file=file, name=name)
     inner = unwrap(model)
+    report = match(checkpoint, model, file=file, name=name)
     with ExitStack() as stack:
         try:
             # deepcopy refuses tensors that have a history of gradients.
@@ -217,10 +216,7 @@ def _are_comparable(*values: object) -> bool:
 def _less_ignored(
     report: LoadReport, tensors: Mapping[str, Tensor], model: nn.Module, changes: Mapping[str, bool], *, is_strict: bool
 ) -> LoadReport:
-    """The report without the matched keys whose tensors the model's own loading left as they were.
-
-    Loading that is strict means to: those are supplied then, and their sources converted.
-    """
+    """The report without matched keys that the model's own loading ignored; if it is strict it does so on purpose."""
     own = _bare_state(model)
     ignored = {
         key: source

@@ -34,10 +34,8 @@ class LoadReport:
         tied: Missing keys that share their tensor with a matched one, which is the value.
         conflicting: Tied keys that are both in the file, with different values.
         non_finite: Matched keys that hold, in the model's dtype, infinities or NaN.
-        retyped: Matched keys whose kind of dtype differs, such as integers for floats: the file's and
-            the model's.
-        narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the
-            model's.
+        retyped: Matched keys whose kind of dtype differs, such as integers for floats: the file's and the model's.
+        narrowed: Matched keys whose dtype in the model has less range or precision: the file's and the model's.
         faded: Those of them with filters so small that the model's dtype rounds them away.
         refused: Error of the model's own strict loading although the keys match; mostly empty.
         supplied: Keys that are not in the file in the model's shape, which the model's own loading sets

@@ -58,11 +58,10 @@ def match(checkpoint: Checkpoint, model: nn.Module, *, file: str, name: str | No
     tied = {key: twin for key in absent for twin in twins.get(key, ()) if twin in matched}
     pairs = {key: (tensors[key], value) for key, value in entries.items() if key in matched}
     dtypes = {
-        key: (tensor.dtype, value.dtype)
-        for key, (tensor, value) in pairs.items()
-        # Of a dtype that torch cannot convert the model's own loading tells.
-        if isinstance(value, Tensor)
-        and (tensor.dtype == value.dtype or (converts(tensor.dtype) and converts(value.dtype)))
+        key: (old.dtype, new.dtype)
+        for key, (old, new) in pairs.items()
+        # Where torch cannot convert, the model's own loading will say so.
+        if isinstance(new, Tensor) and (old.dtype == new.dtype or (converts(old.dtype) and converts(new.dtype)))
     }
     return LoadReport(
         file=file,

@@ -144,10 +144,8 @@ def _read_shards(index: Path) -> tuple[dict[str, object], int]:
 def _only_once(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise InputError(
-            f"expected each key once, got {path!r}, whose header repeats {quoted(repeated)}: write it again"
-        )
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(f"expected each key once, got {path!r}, whose header repeats {quoted(key)}: write it again")
     return entries
 
 

@@ -179,16 +179,14 @@ def check_entry(key: str, value: object) -> Tensor:
 
 
 def is_finite(key: str, tensor: Tensor) -> bool:
-    """Whether an entry holds neither infinities nor NaN.
-
-    One that is no weight may hold zeros and infinities alone, as masks of attention and the ranges of new observers do.
-    """
+    """Whether an entry holds neither infinities nor NaN; one that is no weight may hold infinities and zeros alone."""
     if _all_finite(tensor):
         return True
-    tensor = _readable(tensor)
-    return key.rpartition(".")[2] not in ("weight", "bias", "running_mean", "running_var") and bool(
-        (tensor.isinf() | (tensor == 0)).all()
-    )
+    if key.rpartition(".")[2] in ("weight", "bias", "running_mean", "running_var"):
+        return False
+    # Masks of attention are such entries, and the ranges of observers that have seen nothing yet.
+    values = _readable(tensor)
+    return bool((values.isinf() | (values == 0)).all())
 
 
 def _converted(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -205,10 +205,7 @@ class TorchFile:
         return TensorReader(self.name, self.content, find).load()
 
     def _read_legacy(self) -> object:
-        """Read a file from before PyTorch 1.6.
-
-        It has pickles of a magic number, the protocol, the system, the content and the storages' keys, then the data.
-        """
+        """Read a file from before PyTorch 1.6: pickles of its head, content and storages' keys, then the data."""
         parts: dict[str, UntypedStorage] = {}
         # The data stand behind the content that refers to them: it is read twice, first without them.
         reader = TensorReader(self.name, self.content, parts.get)

@@ -1,10 +1,9 @@
 """Writing whole files or none. Imports no torch: a bad path is refused before torch is loaded.
 
-A file is written in a scratch folder beside it, synced, and only then given its name. A killed run
-cannot remove that folder, so the next run that writes to the same place does. A lock that ends with
-its process tells the living from the dead. Other machines may not see that lock across a network,
-and some file systems have none: what another machine made, or what cannot be locked, goes only
-after a day in which nothing was written there.
+A file is written in a scratch folder beside it, synced, and only then given its name. A killed run cannot remove that
+folder, so the next run that writes to the same place does. A lock that ends with its process tells the living from the
+dead. Other machines may not see that lock across a network, and some file systems have none: what another machine made,
+or what cannot be locked, goes only after a day in which nothing was written there.
 """
 
 from __future__ import annotations
@@ -68,10 +67,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False, suffi
 def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary file beside the target that takes its place, synced, when the block ends well.
 
-    The old file, or none, is there until the new one is complete; the mode follows the umask. If
-    the target is a symbolic link, what it points to is replaced. What a file system cannot do, such
-    as syncing, is a warning. The target must have passed `check_target`. With ``overwrite`` a file
-    that appeared within the block is replaced, too.
+    The old file, or none, is there until the new one is complete; the mode follows the umask. If the target is a
+    symbolic link, what it points to is replaced. What a file system cannot do, such as syncing, is a warning. The
+    target must have passed `check_target`. With ``overwrite`` a file that appeared within the block is replaced, too.
 
     Raises:
         ExistsError: If another file appeared there within the block and may not be replaced.

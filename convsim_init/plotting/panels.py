@@ -175,13 +175,11 @@ def _legend(figure: SubFigure, colours: Sequence[tuple[str, Any]], markers: Mapp
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [
-        *(Patch(color=colour, label=literal(textwrap.fill(label, MAX_CHARACTERS))) for label, colour in colours),
-        *(
-            Line2D([], [], color="0.5", marker=marker, linestyle="", label=f"kernel {_size(kernel)}")
-            for kernel, marker in markers.items()
-        ),
-    ]
+    handles: list[Any] = []
+    for label, colour in colours:
+        handles.append(Patch(color=colour, label=literal(textwrap.fill(label, MAX_CHARACTERS))))
+    for kernel, marker in markers.items():
+        handles.append(Line2D([], [], color="0.5", marker=marker, linestyle="", label=f"kernel {_size(kernel)}"))
     columns = max(1, _characters(figure) // (MAX_CHARACTERS + 6))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 

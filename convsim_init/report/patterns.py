@@ -26,10 +26,9 @@ def check_list(option: str, patterns: Sequence[str]) -> None:
 def check_patterns(
     option: str, patterns: Sequence[str], names: Collection[str], *, kind: str = "convolution", refusal: str = ""
 ) -> None:
-    """Refuse what is no list of patterns, and a pattern that matches none of the names.
+    """Refuse what is no list of patterns, and a pattern that matches none of the names, which are of that kind.
 
-    The error offers some of the names, of that kind, and the nearest; for the name of a module that holds some of them
-    it offers the pattern of its contents. It begins with ``refusal``, if there is one.
+    The error begins with ``refusal`` and offers the nearest names or, for a module's name, the pattern of its parts.
     """
     check_list(option, patterns)
     for pattern in patterns:

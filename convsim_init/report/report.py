@@ -169,17 +169,12 @@ class Report:
         named = [{name + before: value for name, value in layer.before.items()} for layer in self.layers]
         named_after = [{name + after: value for name, value in layer.after.items()} for layer in self.layers]
         blank = dict.fromkeys(name for measures in (*named, *named_after) for name in measures)
-        return [
-            {name: plain[name] for name in RECORD} | {"shape": shape_text(plain["shape"])} | blank | old | new
-            for plain, old, new in zip((layer.to_dict() for layer in self.layers), named, named_after, strict=True)
-        ]
+        plain = [{name: data[name] for name in RECORD} for data in (layer.to_dict() for layer in self.layers)]
+        rows = zip(plain, named, named_after, strict=True)
+        return [row | {"shape": shape_text(row["shape"])} | blank | old | new for row, old, new in rows]
 
     def select(self, include: Sequence[str]) -> Report:
-        """The report of the layers that match one of these shell patterns, or of all if there are no patterns.
-
-        Raises:
-            InputError: If a pattern matches no layer.
-        """
+        """The report of the layers that match any of these shell patterns, each of which must match; all if none."""
         check_patterns("include", include, [layer.name for layer in self.layers])
         chosen = [layer for layer in self.layers if matches(layer.name, include)]
         return replace(self, layers=chosen) if include else self
@@ -196,12 +191,11 @@ class Report:
     def with_measures(self, before: Report, after: Report) -> Report:
         """The report with measures of its treated layers added where it has none itself."""
         old, new = ({layer.name: layer.before for layer in report.layers} for report in (before, after))
-        layers = [
-            replace(layer, before=old.get(layer.name, {}) | layer.before, after=new.get(layer.name, {}) | layer.after)
-            if layer.after
-            else layer
-            for layer in self.layers
-        ]
+        layers = list(self.layers)
+        for index, layer in enumerate(layers):
+            if layer.after:
+                known, known_after = old.get(layer.name, {}), new.get(layer.name, {})
+                layers[index] = replace(layer, before=known | layer.before, after=known_after | layer.after)
         return replace(self, layers=layers)
 
     def with_factors(self, factors: Mapping[str, float]) -> Report:

@@ -117,8 +117,7 @@ def report_cells(data: Mapping[str, Any]) -> list[str]:
 def as_csv(records: Sequence[Mapping[str, object]]) -> str:
     """Flat records with the same keys as comma-separated values, the keys in the first line.
 
-    Texts are escaped as on a terminal, and an apostrophe stands before one that a spreadsheet would
-    take for a formula.
+    Texts are escaped as on a terminal, and an apostrophe stands before one that a spreadsheet would take for a formula.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

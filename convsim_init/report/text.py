@@ -70,9 +70,6 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def alternatives(name: str, known: Collection[str], kind: str = "convolution") -> str:
-    """The end of a message that refuses the name of a layer, or of another kind: some that there are, and the nearest.
-
-    An example is ``the convolutions are 'conv1', 'head': did you mean head?``.
-    """
+    """The end of a message that refuses a name of that kind, ``the convolutions are 'a', 'b': did you mean a?``."""
     subject = f"{kind} is" if len(known) == 1 else f"{kind}s are"
     return f"the {subject} {some(map(quoted_layer, known))}{did_you_mean(name, known)}"
