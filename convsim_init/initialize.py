@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from convsim_init.errors import InputError
@@ -23,11 +25,13 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
 )
+from convsim_init.layers import tree
 from convsim_init.layers.find import find_layers, pair_obstacle
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
+from convsim_init.layers.obstacle import Cause
 from convsim_init.layers.remarks import model_remarks, watch_copies
 from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import RefusedError, StoredWeight
@@ -37,11 +41,12 @@ from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
-from convsim_init.report.text import error_text
+from convsim_init.report.text import error_text, quoted_layer, some
 from convsim_init.settings import Channels, Settings, check_settings
 from convsim_init.tracking.history import History, open_histories, sample_layer
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of the cost: layers differ in it a thousandfold
+SMALL_SHARE = 0.25  # of a model's parameters; where fewer are treated, the report says so
 NORM_TOLERANCE = 1e-3  # relative change of a filter's norm that does not count, beyond the precision of its dtype
 
 
@@ -145,7 +150,7 @@ def initialize_(
             alone would compute. Default: None; the process works alone.
 
     Returns:
-        What became of each layer.
+        What became of each layer. Where none was treated, a warning says so, too.
 
     Raises:
         InputError: If there is no convolution, a pattern matches none, or the processes of the group do not start from
@@ -160,7 +165,11 @@ def initialize_(
     """
     settings = check_settings(settings)
     layers = find_layers(model, include, exclude)
-    return initialize_layers(model, layers, settings, device, progress=progress, group=group)
+    report = initialize_layers(model, layers, settings, device, progress=progress, group=group)
+    if not any(layer.after for layer in report.layers):
+        reasons = [f"{quoted_layer(layer.name)} {layer.outcome.value}, {layer.reason}" for layer in report.layers]
+        warnings.warn(f"no convolution was treated: {some(reasons, 1)}", stacklevel=2)
+    return report
 
 
 def initialize_layers(
@@ -197,7 +206,7 @@ def initialize_layers(
                 bar.update(costs[layer_report.name])
     shared = share(layers, reports, ranks, device=device)
     seconds = time.perf_counter() - started
-    remarks += [*channel_remarks, *find_parted()]
+    remarks += [*channel_remarks, *find_parted(), *_share_remarks(model, layers, shared)]
     device_names = ", ".join(dict.fromkeys(map(str, devices)))
     report = Report(settings, shared, seconds, processes=ranks.size, device=device_names, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
@@ -220,8 +229,23 @@ def plan(
     layers = find_layers(model, include, exclude)
     decisions, channel_remarks = decide_channels(layers, settings)
     reports = [replace(_treat(layer, decisions=decisions), seconds=0.0) for layer in layers]
-    remarks = [*model_remarks(model, layers), *channel_remarks]
+    remarks = [*model_remarks(model, layers), *channel_remarks, *_share_remarks(model, layers, reports)]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
+
+
+def _share_remarks(
+    model: nn.Module | Mapping[str, object], layers: Sequence[Layer], reports: Sequence[LayerReport]
+) -> list[str]:
+    """The share of a model's parameters that is treated, or would be, where it is small and nobody chose that."""
+    parameters = list(tree.parameters(model)) if isinstance(model, nn.Module) else []
+    chosen = any(layer.obstacle is not None and layer.obstacle.cause is not Cause.UNTREATABLE for layer in layers)
+    if chosen or any(map(is_lazy, parameters)):
+        return []
+    total = sum(parameter.numel() for parameter in parameters)
+    treated = sum(math.prod(layer.shape) for layer in reports if layer.after or layer.outcome is Outcome.PLANNED)
+    if not 0 < treated < SMALL_SHARE * total:
+        return []
+    return [f"{treated / total:.1%} of the model's {total:,} parameters are in layers that are treated"]
 
 
 def _check_device(device: torch.device | str | None) -> None:

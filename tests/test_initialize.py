@@ -555,3 +555,21 @@ def test_a_context_that_is_opened_meanwhile_sees_nothing_of_the_call(monkeypatch
         monkeypatch.setattr("convsim_init.initialize.decide_channels", open_context)
         report = ci.initialize_(nn.Sequential(nn.Conv2d(3, 8, 3)), settings=QUICK)
     assert report.totals["initialized"] == 1
+
+
+def test_a_model_of_which_little_is_treated_says_how_much():
+    conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 200)
+    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    remark = "10.6% of the model's 2,040 parameters are in layers that are treated"
+    assert plan(model).remarks == ci.initialize_(model).remarks == [remark]
+    model[5] = nn.Linear(8, 2)
+    assert ci.initialize_(model).remarks == []
+    chosen = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64))
+    assert ci.initialize_(chosen, include=["0"]).remarks == []
+
+
+def test_a_model_of_which_nothing_is_treated_warns():
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(4, 4, 3).requires_grad_(False))
+    with pytest.warns(UserWarning, match="no convolution was treated: '0' skipped, lazy.* and 1 more"):
+        report = ci.initialize_(model)
+    assert [layer.outcome.value for layer in report.layers] == ["skipped", "skipped"]

@@ -167,7 +167,8 @@ def _treat(
     with exit_on_signal():
         import torch
 
-        from convsim_init.initialize import initialize_, plan
+        from convsim_init.initialize import initialize_layers, plan
+        from convsim_init.layers.find import find_layers
         from convsim_init.metrics.snapshot import take_snapshot
         from convsim_init.schemes.calibrate import scale_layers
         from convsim_init.schemes.draw import draw_base_
@@ -181,7 +182,8 @@ def _treat(
     if before is not None and choices.plot_layer is not None:
         choose_layer([before], choices.plot_layer)
     with cuda_errors():
-        report = initialize_(network, settings=settings, device=device, progress=progress, group=group, **layers)
+        found = find_layers(network, choices.include, exclude)
+        report = initialize_layers(network, found, settings, device, progress=progress, group=group)
     if choices.calibrate is not None:
         assert isinstance(network, torch.nn.Module)
         factors, left = scale_layers(network, None, choices.calibrate, seed=0, **layers)

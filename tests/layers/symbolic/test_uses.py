@@ -99,7 +99,7 @@ def test_a_function_that_convolves_is_found_however_it_is_held(build):
 class Attributes(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv1d, self.lstm = nn.Conv1d(4, 8, 3), nn.LSTM(8, 16)
+        self.conv1d, self.lstm = nn.Conv1d(4, 8, 3), nn.LSTM(8, 1)
         self.parts = nn.ModuleDict({"conv2d": nn.Linear(4, 4)})
 
     def forward(self, x, sizes=()):
