@@ -653,7 +653,7 @@ def test_a_mistyped_command_is_no_model(arguments, message, libraries, command, 
 
 
 def test_a_model_whose_name_is_like_a_commands_goes_on(command, monkeypatch):
-    monkeypatch.setattr(import_module("convsim_init.cli.commands.init"), "check_found", lambda *_: None)
+    monkeypatch.setattr(import_module("convsim_init.cli.commands.init_checks"), "check_found", lambda *_: None)
     assert "expected the name of a model, got 'verifynet'" in command("verifynet")[2]
 
 
