@@ -8,29 +8,29 @@ from collections.abc import Sequence
 from convsim_init.errors import InputError
 from convsim_init.report.text import quoted
 
-LONGEST = 1000  # characters; no argument of a model comes near, and short text cannot nest deep enough to harm
-OWN = {"num_classes": "--num-classes", "in_chans": "--in-chans", "seed": "--seed"}
+MAX_LENGTH = 1000  # of a value; no useful one comes near, and a shorter text cannot nest deep enough to do harm
+OWN_OPTIONS = {"num_classes": "--num-classes", "in_chans": "--in-chans", "seed": "--seed"}
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 OPENERS = tuple("[({'\"")
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
-    """Arguments by name, of texts ``KEY=VALUE``.
+    """Arguments by name, from texts ``KEY=VALUE``.
 
     A value is a Python literal such as ``3``, ``0.5``, ``[1, 2]`` or ``'text'``; ``true``, ``false``, ``none`` and
     ``null`` in any case; and anything else is text as it stands.
 
     Raises:
-        InputError: If one is not of that form, is named twice or after another option, or opens a bracket or quote
-            and is no literal.
+        InputError: If a text is not of that form, names an argument twice or one that has an option of its own, or its
+            value opens a bracket or quote and is no literal.
     """
     arguments: dict[str, object] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"--model-arg: expected KEY=VALUE with the name of an argument as KEY, got {quoted(text)}")
-        if key in OWN:
-            raise InputError(f"--model-arg: {key} has an option of its own: use {OWN[key]}")
+        if key in OWN_OPTIONS:
+            raise InputError(f"--model-arg: {key} has an option of its own: use {OWN_OPTIONS[key]}")
         if key in arguments:
             raise InputError(f"--model-arg: expected each argument once, got {quoted(key)} twice: leave one out")
         arguments[key] = _value(key, value)
@@ -38,10 +38,10 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
 
 
 def _value(key: str, text: str) -> object:
-    if len(text) > LONGEST:
+    if len(text) > MAX_LENGTH:
         raise InputError(
-            f"--model-arg: expected a value of at most {LONGEST} characters for {quoted(key)}, got {len(text)}: write "
-            f"a factory that knows it"
+            f"--model-arg: expected a value of at most {MAX_LENGTH} characters for {quoted(key)}, got {len(text)}: "
+            f"write a factory that knows it"
         )
     if text.strip().lower() in WORDS:
         return WORDS[text.strip().lower()]

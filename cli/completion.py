@@ -1,4 +1,4 @@
-"""What a shell is offered for half a word: click's completion, of models and layers too. Runs no code of the user's."""
+"""Completion of half-typed words in a shell, of models and layers too. It runs no code of the user's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convsim_init.models.spec import LIBRARIES
 from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.settings import ACTIVATIONS, BASES
 
-PLAIN = re.compile(r"[\w./-]+")  # what needs no quotes in any shell; other names of a checkpoint are not offered
+PLAIN = re.compile(r"[\w./-]+")  # names that need no quotes in any shell; others are not offered
 EPILOG = """\b
 Examples:
   eval "$(convsim-init completion bash)"        in ~/.bashrc
@@ -27,14 +27,14 @@ Examples:
 
 def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Files, built-in models and, after ``timm:`` or ``torchvision:``, the library's."""
-    library = next((one for one in LIBRARIES if incomplete.startswith(f"{one.value}:")), None)
+    library = next((library for library in LIBRARIES if incomplete.startswith(f"{library.value}:")), None)
     if library is not None:
         return _items((f"{library.value}:{name}" for name in names_in_sources(library)), incomplete)
     models = [CompletionItem(name, help=model.summary) for name, model in MODELS.items() if name.startswith(incomplete)]
     return [
         CompletionItem(incomplete, type="file"),
         *models,
-        *_items((f"{one.value}:" for one in installed()), incomplete),
+        *_items((f"{library.value}:" for library in installed()), incomplete),
     ]
 
 
@@ -45,20 +45,21 @@ def complete_bases(ctx: click.Context, parameter: click.Parameter, incomplete: s
 
 
 def complete_layers(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Convolutions of a model before it on the line, if it is built in or a safetensors file."""
+    """Convolutions of the model that stands before the word, if it is built in or a safetensors file."""
     given = ctx.params.get("models") or ctx.params.get("specs") or [ctx.params.get("spec")]
-    spec = [*ctx.args, *given][0]  # in `args` where the option before the half word has no value yet
-    with suppress(Exception):  # what cannot be read has no names to offer
+    # While the option before the word has no value, click leaves the model in `args`.
+    spec = [*ctx.args, *given][0]
+    with suppress(Exception):  # a file that cannot be read has no names to offer
         return _items((name for name in _layers(spec) if PLAIN.fullmatch(name)), incomplete)
     return []
 
 
 def _layers(spec: str) -> list[str]:
-    """Names of the convolutions: what holds a weight of three dimensions or more."""
+    """Names of the convolutions: all that have a weight of three dimensions or more."""
     if spec in MODELS:
         import torch
 
-        # Nothing is drawn for names alone.
+        # The meta device draws no weights, which names do not need.
         with torch.device("meta"):
             state = MODELS[spec].build({}).state_dict()
         ranks = {key: tensor.dim() for key, tensor in state.items()}
@@ -74,12 +75,12 @@ def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 @add_completion_class
 class Bash(BashComplete):
-    """Bash's completion, of words with `:` and `=` too: bash takes ``timm:resnet18`` for three."""
+    """Bash's completion, also of words with `:` and `=`: bash takes ``timm:resnet18`` for three words."""
 
-    _kept = 0  # characters of the word that bash has before what it replaces
+    _kept = 0  # number of characters at the word's start that bash does not replace
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """The words before the one to complete, and that one."""
+        """The words before the one to complete, and that word."""
         args, incomplete = super().get_completion_args()
         words: list[str] = []
         # Bash has `=` and `:` in COMP_WORDBREAKS: they come as words of their own.

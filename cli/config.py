@@ -1,14 +1,14 @@
 """Options of the main command from elsewhere: a file of settings, the folder's pyproject.toml, the environment.
 
-The command line comes first, then the environment, then the file of ``--config``, then pyproject.toml. click takes
-the values; what is here reads the files and tells where a value came from.
+The command line comes first, then the environment, then the file of ``--config``, then pyproject.toml. click applies
+the values; this module reads the files and remembers where a value came from.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ else:
 
 PYPROJECT, TABLE = Path("pyproject.toml"), "convsim-init"
 PREFIX = "CONVSIM_INIT_"
-BY_HAND = ("config", "debug", "help")  # options that nothing else can give
-EITHER = {"seed", "seeds"}  # of these one place has one, and both of the places below it are void
-BY_NAME = ("like", "force")  # nor one that just lies in the folder: they run code and replace files
-WHERE = "convsim_init.where"
+ONLY_BY_HAND = ("config", "debug", "help")  # options of the command line alone
+NOT_IN_PYPROJECT = ("like", "force")  # they run code and replace files: a file that just lies there may not do that
+EITHER = {"seed", "seeds"}  # a place that has one of these voids both in the places after it
+WHERE = "convsim_init.where"  # key in click's `meta` of the file that each option was taken from
 
 
 def config_option(command: click.Command) -> click.Command:
-    """Give a command ``--config`` and, to each of its options, a variable of the environment."""
+    """Give a command ``--config``, and each of its options a variable of the environment."""
     click.option(
         "--config",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -43,8 +43,8 @@ def config_option(command: click.Command) -> click.Command:
         is_eager=True,
         expose_value=False,
         callback=_read,
-        help=f"""TOML file of options, such as steps = 20. So are [tool.{TABLE}] in {PYPROJECT} here, and variables such
-        as {PREFIX}STEPS.""",
+        help=f"""TOML file with options, such as steps = 20. They are also read from [tool.{TABLE}] in {PYPROJECT}
+        in this folder and from variables such as {PREFIX}STEPS.""",
     )(command)
     for name, option in _options(command).items():
         option.envvar = PREFIX + name.replace("-", "_").upper()
@@ -57,7 +57,7 @@ def is_by_hand(name: str) -> bool:
 
 
 def origins(ctx: click.Context) -> list[str]:
-    """The options that were given elsewhere than on the command line, with their values, a line for each place."""
+    """A line for each place other than the command line that options were taken from, with their values."""
     found: dict[str, list[str]] = {}
     for key, option in _options(ctx.command).items():
         name = str(option.name)
@@ -66,13 +66,12 @@ def origins(ctx: click.Context) -> list[str]:
             continue
         where = str(option.envvar) if source is ParameterSource.ENVIRONMENT else ctx.meta[WHERE][name]
         values = value if option.multiple else [shape_text(value) if isinstance(value, tuple) else value]
-        found.setdefault(where, []).extend(f"--{key}" if option.is_flag else f"--{key} {one}" for one in values)
+        found.setdefault(where, []).extend(f"--{key}" if option.is_flag else f"--{key} {value}" for value in values)
     return [f"from {where}: {', '.join(map(shown, options))}" for where, options in found.items()]
 
 
 def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    # While a shell completes a word, nothing is read or told.
-    if ctx.resilient_parsing:
+    if ctx.resilient_parsing:  # while a shell completes a word
         return
     places: list[tuple[Path, Mapping[str, Any]]] = []
     if PYPROJECT.is_file():
@@ -82,26 +81,39 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
             tell(f"options read from [tool.{TABLE}] in {PYPROJECT}")
     if path is not None:
         places.append((path, _toml(path)))
-    ctx.default_map, where = {}, ctx.meta.setdefault(WHERE, {})
+    defaults: dict[str, Any] = {}
+    where = ctx.meta.setdefault(WHERE, {})
     for place, table in places:
         values = _values(ctx, place, table)
-        void = EITHER if EITHER & values.keys() else set()
-        ctx.default_map = {name: one for name, one in ctx.default_map.items() if name not in void} | values
+        _void_seeds(defaults, values)
+        defaults |= values
         where |= dict.fromkeys(values, shown(str(place), PATH))
+    _read_environment(ctx, defaults)
+    ctx.default_map = defaults
+
+
+def _read_environment(ctx: click.Context, defaults: dict[str, Any]) -> None:
+    """Refuse variables with a bad value, and tell of those that are not read; click takes the values of the others."""
     options = {str(option.envvar): option for option in _options(ctx.command).values()}
     known = [variable.removeprefix(PREFIX) for variable in options]
     for variable in os.environ:
         if variable in options:
-            value = options[variable].value_from_envvar(ctx)  # None of an empty one, which gives nothing
+            value = options[variable].value_from_envvar(ctx)  # None if the variable is empty
             _check(ctx, variable, options[variable], value)
-            for name in EITHER if value is not None and options[variable].name in EITHER else ():
-                ctx.default_map.pop(name, None)
+            if value is not None:
+                _void_seeds(defaults, [options[variable].name])
         elif variable.startswith(PREFIX) and variable != SWITCH:
             tell(f"{shown(variable)} is not read{did_you_mean(variable.removeprefix(PREFIX), known, PREFIX)}")
 
 
+def _void_seeds(defaults: dict[str, Any], given: Iterable[str | None]) -> None:
+    """Take both seed and seeds from the defaults if a place before those has given one of them."""
+    for name in EITHER if EITHER & set(given) else ():
+        defaults.pop(name, None)
+
+
 def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
-    """Values by the names of their parameters, as texts, which click then reads as on the command line."""
+    """Values of a table by their parameters' names, as texts, which click reads as it reads the command line."""
     place = shown(str(path), PATH)
     if not isinstance(table, Mapping):
         raise click.UsageError(f"{place}: expected a table of options, got {quoted(table)}", ctx)
@@ -109,11 +121,12 @@ def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
     for key, value in table.items():
         if key not in options:
             raise click.UsageError(f"{place}: {quoted(key)} is no option{did_you_mean(key, options)}", ctx)
-        if path == PYPROJECT and key in BY_NAME:
+        if path == PYPROJECT and key in NOT_IN_PYPROJECT:
             raise click.UsageError(f"{place}: {key} is taken only from the command line or a file of --config", ctx)
         option, several = options[key], isinstance(value, list)
-        texts = [str(one) for one in (value if several else [value]) if isinstance(one, str | int | float)]
-        if len(texts) != (len(value) if several else 1) or (several and not option.multiple):
+        items = value if several else [value]
+        texts = [str(item) for item in items if isinstance(item, str | int | float)]
+        if len(texts) != len(items) or (several and not option.multiple):
             kind = "a list of texts" if option.multiple else "one value"
             raise click.UsageError(f"{place}: {key}: expected {kind}, got {quoted(value)}", ctx)
         values[str(option.name)] = texts if option.multiple else texts[0]
@@ -122,10 +135,10 @@ def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
 
 
 def _check(ctx: click.Context, where: str, option: click.Option, value: Any) -> None:
-    """Refuse what click would refuse, and say where it stands."""
+    """Refuse a value that click would refuse, and say where it stands."""
     try:
         option.type_cast_value(ctx, value)
-    except (click.BadParameter, ValueError) as error:  # the latter of a path with a null character
+    except (click.BadParameter, ValueError) as error:  # ValueError: a path with a null character
         raise click.UsageError(f"{where}: {getattr(error, 'message', error)}", ctx) from error
 
 
@@ -139,7 +152,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def _options(command: click.Command) -> dict[str, click.Option]:
     """The options that may be given elsewhere, by their names without the hyphens before them."""
-    options = [one for one in command.params if isinstance(one, click.Option)]
-    # Of -o and --out the long one.
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    # The longest name is the one without the single hyphen: --out, not -o.
     named = {max(option.opts, key=len).removeprefix("--"): option for option in options}
-    return {name: option for name, option in named.items() if name not in BY_HAND}
+    return {name: option for name, option in named.items() if name not in ONLY_BY_HAND}

@@ -1,4 +1,4 @@
-"""The device of ``--device``, and errors of CUDA in words of the command. torch is imported when it is needed."""
+"""The device that ``--device`` names, and errors of CUDA. torch is imported when it is needed, not before."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MPS_REMARK = "--device mps: computed on the CPU, because MPS has no float64; the
 
 
 def check_device_name(name: str) -> str:
-    """The name, if a device can be called that: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    """The name itself, if it is ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
-        InputError: If not. Whether there is such a device here, `find_device` says.
+        InputError: If it is not. Whether there is such a device here, `find_device` checks.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", name):
         raise InputError(f"expected the device to be auto, cpu, cuda, cuda:N or mps, got {name!r}")
@@ -31,9 +31,8 @@ def check_device_name(name: str) -> str:
 def find_device(name: str) -> torch.device:
     """The device to compute on; ``auto`` is the CPU: no GPU has been measured to be faster.
 
-    Of several processes that torchrun started on this machine, each gets a CUDA device of its own
-    for ``cuda``; where they see one each, all by the same name, that one.
-    In place of ``mps`` it is the CPU, as `MPS_REMARK` says.
+    For ``cuda``, each of several processes that torchrun started on this machine gets a CUDA device of its own, or the
+    only one that it sees. For ``mps`` it is the CPU, as `MPS_REMARK` says.
 
     Raises:
         InputError: If there is no such device here, or not one for each process.
@@ -46,7 +45,7 @@ def find_device(name: str) -> torch.device:
         name = "cpu"
     if name == "cuda" and name in present and launch.size > 1:
         cards = torch.cuda.device_count()
-        if cards == 1:  # CUDA_VISIBLE_DEVICES gives each process another, or all share it
+        if cards == 1:  # by CUDA_VISIBLE_DEVICES another one for each process, or all share it
             return torch.device("cuda", 0)
         if launch.local_size > cards:
             raise InputError(
@@ -61,13 +60,12 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def cuda_errors() -> Iterator[None]:
-    """Context in which an error of CUDA becomes a `RunError` of one line that says what to do."""
+    """Context that turns an error of CUDA into a `RunError` of one line, which says what to do."""
     try:
         yield
     except RuntimeError as error:
-        cause = re.search(r".*(CUDA|cusolver).*", str(error))  # a line; the others are for developers
-        # RunError is a RuntimeError, too: one that has been told in a line already.
-        if cause is None or isinstance(error, RunError):
+        cause = re.search(r".*(CUDA|cusolver).*", str(error))  # one line; the others are for developers
+        if cause is None or isinstance(error, RunError):  # a RunError is a RuntimeError of one line already
             raise
         sentence = cause[0].split(". ")[0]
         raise RunError(f"the GPU cannot compute this: {sentence}; --device cpu computes it without one") from error

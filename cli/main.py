@@ -8,10 +8,10 @@ from __future__ import annotations
 import signal
 
 _interrupt = signal.getsignal(signal.SIGINT)
-if _interrupt is signal.default_int_handler:  # which shows a traceback; what follows sets others, but is imported first
+if _interrupt is signal.default_int_handler:  # it would show a traceback of the imports below
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except ValueError:  # not in the main thread, where none is shown
+    except ValueError:  # in another thread than the main one, which no signal reaches
         _interrupt = None
 
 import sys
@@ -21,7 +21,7 @@ from .signals import DONE, FAILED, WRONG_USAGE, Terminated, exit_on_signal, fail
 
 if _interrupt is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupt)
-with exit_on_signal():  # from here on a signal shows no traceback, so nothing that takes long comes before
+with exit_on_signal():  # imports that take long, which a signal is to end without a traceback
     import errno
     import io
     import os
@@ -49,7 +49,7 @@ with exit_on_signal():  # from here on a signal shows no traceback, so nothing t
     from .terminal import Context, Invocation, colour, error_line, reader_has_left, write_options
 
 PROGRAM = "convsim-init"
-COMPLETE = "_CONVSIM_INIT_COMPLETE"  # a shell's completion sets it
+COMPLETE = "_CONVSIM_INIT_COMPLETE"  # variable that a shell's completion sets
 
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
@@ -62,14 +62,14 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the default command's options and the other commands."""
-        version = next(one for one in self.params if one.name == "version")
+        version = next(parameter for parameter in self.params if parameter.name == "version")
         write_options(Context(init, info_name=init.name, parent=ctx), formatter, [version])
         others = [(name, command.get_short_help_str(80)) for name, command in self.commands.items() if command != init]
         with formatter.section("Commands"):
             formatter.write_dl(others)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """What the first word may be: a model or a file, a command, an option."""
+        """Completions of the first word: models and files, commands, options."""
         default = Context(init, info_name=init.name, parent=ctx)
         models = [] if incomplete.startswith("-") else init.params[0].shell_complete(default, incomplete)
         return [*models, *super().shell_complete(ctx, incomplete), *init.shell_complete(default, incomplete)]
@@ -78,7 +78,7 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
         """Run the subcommand."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:  # left to click, it would print an empty line
+        except KeyboardInterrupt as error:  # click itself would print an empty line
             raise click.Abort from error
 
 
@@ -92,11 +92,11 @@ class MainGroup(DefaultGroup):  # type: ignore[misc]
 @click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, help="Show the version and exit.")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Before any subcommand: see to it that all names can be printed, and that the right processes run it."""
+    """Before any subcommand, make all names printable and end the processes that have no part in it."""
     stdout, is_own_process = sys.stdout, ctx.ensure_object(Invocation).is_own_process
-    # The stdout of other code, which a script is too, stays as it is.
+    # The stdout of other code and of a script that `run` runs stays as it is.
     if is_own_process and ctx.invoked_subcommand != run.name and isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks are no error
+        stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     if ctx.invoked_subcommand not in (init.name, run.name) and not launched().leads:
         ctx.exit(DONE)
 
@@ -105,19 +105,20 @@ cli.context_class = Context
 for command in (init, run, inspect, compare, verify, list_models, env, completion):
     command.context_class = Context
     cli.add_command(command)
-    if command not in (init, completion):  # the one has it for its runs, and the other nothing to trace
+    if command not in (init, completion):  # init has --debug already, and completion does nothing that may fail
         debug_option(expose_value=False)(command)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+STDOUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a full disk and the like
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status."""
     try:
-        # With arguments it was called by other code, which goes on and wants its signals back, and what `run` changes.
-        with grace_period(last=arguments is None), nullcontext() if arguments is None else restored(), showing_once():
-            status = _run(sys.argv[1:] if arguments is None else list(arguments), is_own_process=arguments is None)
+        # With arguments it was called by other code, which wants its signals back afterwards, and what `run` changes.
+        is_own_process = arguments is None
+        with grace_period(last=is_own_process), nullcontext() if is_own_process else restored(), showing_once():
+            status = _run(sys.argv[1:] if arguments is None else list(arguments), is_own_process=is_own_process)
     except (KeyboardInterrupt, click.Abort) as error:
         # MainGroup turns an interrupt into Abort, whose cause says which signal it was.
         status = interrupted(terminated=isinstance(error.__cause__ or error, Terminated))
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Put back what a script that `run` runs finds changed, and stdout where its reader has left."""
+    """Put back what `run` changes for its script, and stdout, which is dropped when its reader has left."""
     before = sys.argv, sys.path[:], sys.modules["__main__"], sys.excepthook, sys.stdout
     try:
         yield
@@ -136,7 +137,7 @@ def restored() -> Iterator[None]:
 
 @contextmanager
 def showing_once() -> Iterator[None]:
-    """Keep to itself what a process prints that is not the first of those that torchrun started."""
+    """Drop what processes print on stdout, but for the first of those that torchrun started."""
     if launched().leads:
         yield
         return
@@ -147,29 +148,28 @@ def showing_once() -> Iterator[None]:
 def _run(arguments: Sequence[str], *, is_own_process: bool) -> int:
     invocation = Invocation(is_own_process)
     try:
-        if not arguments and COMPLETE not in os.environ:  # what click does then depends on its version
+        if not arguments and COMPLETE not in os.environ:  # versions of click differ in what they do then
             if launched().reports_errors:
                 ctx = cli.make_context(PROGRAM, [], resilient_parsing=True)
                 click.echo(cli.get_help(ctx), err=True, color=colour())
             return WRONG_USAGE
-        # In its standalone mode click would end the process itself, by statuses of its own.
+        # In its standalone mode click would end the process itself, with statuses of its own.
         status = cli.main(arguments, PROGRAM, standalone_mode=False, color=colour(), obj=invocation)
         return status if isinstance(status, int) else DONE
-    # It is a RuntimeError, which would be told as one further down.
-    except click.Abort:
+    except click.Abort:  # a RuntimeError, which is not to be reported below
         raise
     except click.UsageError as error:
-        # The main command runs without its name, which its help does not show.
+        # The name of the main command is not typed.
         command = error.ctx.command_path.removesuffix(" init") if error.ctx else PROGRAM
         return fail(f"{error.format_message().rstrip('.')} (see '{command} --help')", WRONG_USAGE)
     except Exception as error:
-        if isinstance(error, OSError) and reader_has_left(error):  # of Windows; click knows that of other systems
-            sys.stdout = None  # Python would tell that it cannot be flushed
+        if isinstance(error, OSError) and reader_has_left(error):  # on Windows; elsewhere click sees to it
+            sys.stdout = None  # or Python would report that it cannot be flushed
             return FAILED
         if invocation.debug and launched().reports_errors:
             import traceback
 
             traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in FULL:  # what is written to files is told by RunError
+        if isinstance(error, OSError) and error.errno in STDOUT_ERRORS:  # errors of files are RunErrors
             return fail(f"could not write to stdout: {error.strerror}; send it elsewhere", FAILED)
         return fail(error_line(error), WRONG_USAGE if isinstance(error, InputError) else FAILED)

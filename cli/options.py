@@ -1,4 +1,4 @@
-"""The options that several commands have, and checks of them."""
+"""Options that several commands have, and checks of options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from convsim_init.plotting.figure import check_plot
 from convsim_init.settings import CHANNELS_CHOICES, MAX_SEED, NORMS, PAIRS, PRESETS, Preset, Settings
 
-from .arguments import OWN, parse_arguments
+from .arguments import OWN_OPTIONS, parse_arguments
 from .completion import complete_layers, complete_models
 from .config import is_by_hand
 from .sources import ModelOptions
@@ -29,7 +29,7 @@ class Whole(click.IntRange):
 
 
 class Seed(Whole):
-    """A seed that torch takes; its upper limit, which has 19 digits, is not in the help."""
+    """A seed that torch takes. Its maximum has 19 digits, too many for the range that click puts into the help."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number, unless it is too large."""
@@ -40,27 +40,27 @@ class Seed(Whole):
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of how a MODEL is built, as one argument, `how`, with those of a FILE that it has."""
+    """Give a command the options that say how a MODEL is built; its argument `how` has them, --like and --key."""
 
     @wraps(function)
     def collected(*args: Any, seed: int | None, model_args: tuple[str, ...], **others: Any) -> Any:
-        own = {name: value for name in OWN if (value := others.pop(name, None)) is not None}
+        own = {name: value for name in OWN_OPTIONS if (value := others.pop(name, None)) is not None}
         of_file = {name: others.pop(name, None) for name in ("like", "key")}
         return function(*args, how=ModelOptions(seed, own | parse_arguments(model_args), **of_file), **others)
 
     positive = Whole(min=1)
     for option in (
-        click.option("--seed", type=Seed(min=0), metavar="N", help="Seed of a MODEL's drawn weights. Default: 0."),
+        click.option("--seed", type=Seed(min=0), metavar="N", help="Seed for drawing a MODEL's weights. Default: 0."),
         click.option(
             "--model-arg",
             "model_args",
             multiple=True,
             metavar="KEY=VALUE",
-            help="""Further argument of a library's MODEL or your own factory; VALUE is a Python literal, or else text.
+            help="""Another argument for a library's MODEL or your own function; VALUE is a Python literal or text.
             Repeatable.""",
         ),
         click.option("--in-chans", type=positive, metavar="N", help="Channels of a MODEL's input. Default: its own."),
-        click.option("--num-classes", type=positive, metavar="N", help="Outputs of a MODEL. Default: its own."),
+        click.option("--num-classes", type=positive, metavar="N", help="Classes of a MODEL. Default: its own."),
     ):
         collected = option(collected)
     return collected
@@ -70,15 +70,15 @@ like_option = click.option(
     "--like",
     metavar="MODEL",
     shell_complete=complete_models,
-    help="Model that a FILE's weights belong to: tells which layers are grouped and so on.",
+    help="MODEL that a FILE's weights belong to. It tells, for one, which layers are grouped.",
 )
 
 
 key_option = click.option(
-    "--key", metavar="NAME", help="Entry of a FILE that holds the weights. Default: a usual one, or the only one."
+    "--key", metavar="NAME", help="Entry of a FILE with its weights. Default: one with a usual name, or the only one."
 )
 
-names_option = partial(click.option, multiple=True, metavar="GLOB", shell_complete=complete_layers)  # of layers
+names_option = partial(click.option, multiple=True, metavar="GLOB", shell_complete=complete_layers)
 plot_layer_option = partial(click.option, "--plot-layer", metavar="NAME", shell_complete=complete_layers)
 plot_option = partial(click.option, "--plot", type=click.Path(path_type=Path))
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing picture.")
@@ -96,22 +96,22 @@ SETTINGS_OPTIONS = (
         help=f"""Settings to start from: the defaults (convsim), or those of the method's published code (paper: --pairs
         {PAPER.pairs} --norm {PAPER.norm} --steps {PAPER.steps}, Adam).""",
     ),
-    click.option("--pairs", type=click.Choice(PAIRS), help=f"Filter pairs that count. Default: {DEFAULTS.pairs}."),
+    click.option("--pairs", type=click.Choice(PAIRS), help=f"Pairs of filters to compare. Default: {DEFAULTS.pairs}."),
     click.option(
         "--channels",
         type=click.Choice(CHANNELS_CHOICES),
-        help=f"""Kernels compared: those of the same input channel (matched), or all with all; auto takes all where
-        no normalization follows a layer. Default: {DEFAULTS.channels}.""",
+        help=f"""Kernels of two filters to compare: those of the same input channel (matched), or all with all; auto is
+        all where no normalization follows a layer, and else matched. Default: {DEFAULTS.channels}.""",
     ),
-    click.option("--norm", type=click.Choice(NORMS), help=f"The filters' L2 norms. Default: {DEFAULTS.norm}."),
-    click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps per layer. Default: {DEFAULTS.steps}."),
-    names_option("--include", help="Treat only layers whose name matches. Repeatable."),
-    names_option("--exclude", help="Leave layers alone whose name matches. Repeatable."),
+    click.option("--norm", type=click.Choice(NORMS), help=f"Keep the filters' norms or not. Default: {DEFAULTS.norm}."),
+    click.option("--steps", type=Whole(min=1), metavar="N", help=f"Most steps of a layer. Default: {DEFAULTS.steps}."),
+    names_option("--include", help="Treat only layers whose names match. Repeatable."),
+    names_option("--exclude", help="Leave alone layers whose names match. Repeatable."),
 )
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of how which layers are treated, of which `settings` is one argument."""
+    """Give a command the options that say which layers are treated and how; its argument `settings` has the latter."""
 
     @wraps(function)
     def collected(*args: Any, preset: Preset, **others: Any) -> Any:
@@ -125,7 +125,7 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_picture(plot: Path | None, *, force: bool) -> None:
-    """Refuse, without torch, a picture that cannot be drawn, and options of one where there is none."""
+    """Refuse, without torch, a picture that cannot be drawn, and its options if there is none."""
     if plot is not None:
         check_plot(plot, overwrite=force)
     else:
@@ -133,7 +133,7 @@ def check_picture(plot: Path | None, *, force: bool) -> None:
 
 
 def refuse_given(names: Sequence[str], reason: str) -> None:
-    """Refuse those of some options that were given on the command line, by their parameters' names."""
+    """Refuse all of these parameters that were given on the command line."""
     given = [f"--{name.replace('_', '-')}" for name in names if is_by_hand(name)]
     if given:
         raise click.UsageError(f"{', '.join(given)}: {reason}")

@@ -1,4 +1,4 @@
-"""How the command ends: its exit statuses, the line an error is told in, and what a signal does."""
+"""How the command ends: its exit statuses, its error lines, and its handling of signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DONE, FAILED, WRONG_USAGE, MISMATCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 
 GRACE = 0.5  # seconds from a signal to the end, whatever is being computed
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-TOLD = threading.Event()  # an error that ends the command: a signal on its way out adds no other
+REPORTED = threading.Event()  # set once an error line was printed: a signal after it adds no other
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -26,14 +26,14 @@ class Terminated(KeyboardInterrupt):
 
 
 def fail(message: str, status: int) -> int:
-    """Tell an error in one line on stderr, once on each machine, and return the status."""
+    """Print an error in one line on stderr, once on each machine, and return the status."""
     import click
 
     from convsim_init.report.text import printable
 
     from .terminal import colour
 
-    TOLD.set()
+    REPORTED.set()
     if launched().reports_errors:
         error = click.style("Error:", fg="red", bold=True)
         click.echo(f"{error} {printable(' '.join(message.split()))}", err=True, color=colour())
@@ -41,12 +41,12 @@ def fail(message: str, status: int) -> int:
 
 
 def interrupted(*, terminated: bool = False) -> int:
-    """Tell of a signal, as `fail` does; imports nothing, because an import may be what it ends."""
+    """Print the error line of a signal and return its status; imports nothing, because it may have ended an import."""
     word, status = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
-    if TOLD.is_set():
+    if REPORTED.is_set():
         return status
     if sys.stderr is not None and sys.stderr.isatty():
-        _tell("")  # the terminal stands behind the ^C it has shown
+        _tell("")  # ends the line in which the terminal shows ^C
     _tell(f"Error: {word}; no partial file is left")
     return status
 
@@ -55,8 +55,8 @@ def interrupted(*, terminated: bool = False) -> int:
 def exit_on_signal() -> Iterator[None]:
     """Let a signal end the process on the spot, for imports.
 
-    Python's own way, an exception, shows a traceback in the imports before `main` and is lost in
-    that of torch: its C code imports numpy and drops what that raises, and the command would go on.
+    An exception, which is Python's own way, would show a traceback in the imports before `main`. In the import of
+    torch it would be lost, for C code there imports numpy and drops what that raises, and the command would go on.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
@@ -71,9 +71,9 @@ def exit_on_signal() -> Iterator[None]:
 def grace_period(*, last: bool = False) -> Iterator[None]:
     """Let a signal raise an exception once, and end the process a moment later whatever it does.
 
-    Python runs a signal's handler once the main thread is back from C code, which may take long: a
-    decomposition, a slow disk. A thread of its own reads of the signal at once. After the last such context the process
-    ends, and a signal ends it without a word.
+    Python runs a signal's handler only when the main thread is back from C code, which may take long, as in a
+    decomposition or on a slow disk; a thread of its own learns of the signal at once. After the `last` such context
+    of a process, signals end it without a word.
     """
 
     def watch() -> None:
@@ -88,20 +88,19 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    TOLD.clear()
+    REPORTED.clear()
     with _handled_by(_raise_once, last=last):
         ended = threading.Event()
         reader, writer = os.pipe()
-        with suppress(AttributeError):  # of Windows before Python 3.12
-            os.set_blocking(writer, False)  # elsewhere Python takes no other descriptor for its signals
+        with suppress(AttributeError):  # on Windows before Python 3.12, where blocking ones will do
+            os.set_blocking(writer, False)
         former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         watcher = threading.Thread(target=watch, name="convsim-init-signals", daemon=True)
         watcher.start()
         try:
             yield
         finally:
-            # In this order: no signal is written to what is closed, and the closed writer ends the
-            # watcher.
+            # The order matters: no signal may be written to a closed pipe, and closing the writer ends the watcher.
             ended.set()
             signal.set_wakeup_fd(former)
             os.close(writer)
@@ -111,7 +110,7 @@ def grace_period(*, last: bool = False) -> Iterator[None]:
 
 @contextmanager
 def signals_of_python() -> Iterator[None]:
-    """Let signals do within a `grace_period` what they do in a script that Python runs."""
+    """Within a `grace_period`, let signals do what they do in a script that Python runs."""
     ours = [number for number in HANDLED if signal.getsignal(number) is _raise_once]
     for number in ours:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -127,7 +126,7 @@ def signals_of_python() -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Handler, *, last: bool = False) -> Iterator[None]:
-    """Handle signals like that where they are handled as Python does by default, or by us."""
+    """Install a handler for all signals but those that other code handles."""
     numbers = HANDLED if threading.current_thread() is threading.main_thread() else ()
     known = (signal.default_int_handler, signal.SIG_DFL, _raise_once)
     before = {number: former for number in numbers if (former := signal.getsignal(number)) in known}
@@ -141,12 +140,12 @@ def _handled_by(handler: Handler, *, last: bool = False) -> Iterator[None]:
 
 
 def _raise_once(number: int, _: FrameType | None) -> None:
-    _ignore_others()  # a second exception would break off the cleaning up after the first
+    _ignore_others()  # a second exception would interrupt the cleaning up after the first
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _ignore_others() -> None:
-    for number in HANDLED:  # not by SIG_IGN: Python would report a signal that has come by then
+    for number in HANDLED:  # not with SIG_IGN: Python would report a signal that has arrived already
         signal.signal(number, lambda *_: None)
 
 

@@ -1,4 +1,4 @@
-"""What a FILE or a MODEL stands for, checked before torch is loaded, and what is loaded from it."""
+"""FILEs and MODELs: checking them before torch is loaded, and loading them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convsim_init.models.spec import CONFIG
 from convsim_init.models.zoo.catalog import MODELS
 from convsim_init.report.text import PATH, quoted, shown, some
 
-from .arguments import OWN
+from .arguments import OWN_OPTIONS
 from .config import is_by_hand
 from .signals import exit_on_signal
 
@@ -33,13 +33,13 @@ INFERRED = "layers of a file are inferred from names and shapes; --like MODEL se
 class ModelOptions:
     """How a MODEL is built and a FILE is read."""
 
-    seed: int | None  # if the user gave one
-    arguments: dict[str, Any]  # what else was given, as `build_model` takes it
+    seed: int | None  # None if the user gave none
+    arguments: dict[str, Any]  # further arguments of `build_model`
     like: str | None = None  # model that a file's weights belong to
     key: str | None = None  # entry of a file that holds the weights
 
     def check(self, spec: str) -> None:
-        """Refuse, without torch, what is no model that can be built like this."""
+        """Refuse, without torch, a spec that is no model or cannot be built like this."""
         check_model(spec, **self.arguments)
 
     def build(self, spec: str) -> torch.nn.Module:
@@ -49,23 +49,23 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a FILE or a MODEL stood for."""
+    """The content of a FILE or a MODEL."""
 
     content: torch.nn.Module | Mapping[str, torch.Tensor]  # the model, or the state dict in the file
-    name: str  # the spec, with the library that a bare name was found in
+    name: str  # the spec; a bare name with the library that it was found in
     seed: int | None = None  # of the drawn weights; None for a file
-    remarks: list[str] = field(default_factory=list)  # on how it was found
-    built: str | None = None  # spec that a model was built of
-    filled: frozenset[str] = frozenset()  # names of modules that the model's own code filled, as by `load_state_dict`
+    remarks: list[str] = field(default_factory=list)  # on what was found and taken
+    built: str | None = None  # spec that the model was built from
+    filled: frozenset[str] = frozenset()  # modules that the model's own code filled, as by `load_state_dict`
 
 
 def is_file(spec: str) -> bool:
-    """Whether it names a checkpoint, a file or a folder, and not a model; a built-in's folder is written ./resnet18."""
+    """Whether a spec is a checkpoint (a file or folder) and no model; ``./resnet18`` is never the built-in model."""
     return spec not in MODELS and is_source(spec)
 
 
 def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = False) -> None:
-    """Refuse, without torch, what is no file or model, and options of no use, also where files are `drawn` anew."""
+    """Refuse, without torch, specs that are no file or model, and options of no use; files may be `drawn` anew."""
     files = [spec for spec in specs if is_file(spec)]
     for spec in specs:
         _check_source(spec, how)
@@ -75,8 +75,8 @@ def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = Fals
         if not files:
             raise click.UsageError("--like: expected a FILE that is like that model, got none")
         how.check(how.like)
-    given = [option for name, option in (OWN | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
-    # A file uses the seed where it is drawn anew, and the others for the model that it is like.
+    given = [option for name, option in (OWN_OPTIONS | {"model_args": "--model-arg"}).items() if is_by_hand(name)]
+    # A file that is drawn anew uses the seed, and the model that a file is like uses the other options.
     unused = [option for option in given if not (drawn if option == "--seed" else how.like)]
     if unused and len(files) == len(specs):
         hint = "" if unused == ["--seed"] else "; --like names the model it belongs to"
@@ -84,7 +84,7 @@ def check_sources(specs: Sequence[str], how: ModelOptions, *, drawn: bool = Fals
 
 
 def check_found(specs: Sequence[str], like: str | None) -> None:
-    """Refuse a model that its library or module does not have, before any is built."""
+    """Refuse models that their library or module does not have, before any is built."""
     models = [spec for spec in [*specs, like] if spec is not None and not is_file(spec)]
     if models:
         with exit_on_signal():
@@ -94,7 +94,7 @@ def check_found(specs: Sequence[str], like: str | None) -> None:
 
 
 def load(spec: str, how: ModelOptions) -> Loaded:
-    """The model of that spec, or what is in that file: a state dict or, if it is like a model, that one."""
+    """Build a model, or read a file: its state dict or, with --like, the model that its weights belong to."""
     if is_file(spec) and how.like is None:
         return _load_file(spec, how.key)
     from convsim_init.checkpoint.load import load_checkpoint
@@ -116,14 +116,14 @@ def load(spec: str, how: ModelOptions) -> Loaded:
 
 
 def _check_source(spec: str, how: ModelOptions) -> None:
-    rest = os.path.splitdrive(spec)[1]  # without the colon of a drive of Windows
+    rest = os.path.splitdrive(spec)[1]  # without a drive of Windows, which has a colon
     if is_file(spec) or Path(spec).suffix in FOREIGN:
         check_source(spec)
     elif ":" not in rest and Path(spec).suffix != ".py" and isfile(spec):
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: {CHECKPOINT}"
         )
-    # A name without a separator may be a model's, whatever folder is called like it.
+    # A name without a separator may be a model's, even if a folder has the same name.
     elif ":" not in rest and {"/", os.sep} & set(spec) and isdir(spec) and not isfile(Path(spec, CONFIG)):
         raise without_weights(spec)
     else:
@@ -151,10 +151,11 @@ def _load_file(path: str, key: str | None) -> Loaded:
 
 
 def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list[str]:
+    """A remark on what was taken off a file's keys, if anything was."""
     if keys == bare:
         return []
     prefix, file = keys[0].removesuffix(bare[0]), shown(path, PATH)
-    if all(key == prefix + one for key, one in zip(keys, bare, strict=True)):
+    if all(key == prefix + bare_key for key, bare_key in zip(keys, bare, strict=True)):
         return [f"{quoted(prefix)} was taken off every key of {file}; --prefix {shown(prefix)} puts it back"]
-    key, one = next((key, one) for key, one in zip(keys, bare, strict=True) if key != one)
-    return [f"{file} was read without what wrappers add to its keys: {quoted(one)} for {quoted(key)}"]
+    key, bare_key = next(pair for pair in zip(keys, bare, strict=True) if pair[0] != pair[1])
+    return [f"{file} was read without what wrappers add to its keys: {quoted(bare_key)} for {quoted(key)}"]

@@ -18,33 +18,30 @@ from convsim_init.report.record import json_text
 from convsim_init.report.table import Table
 from convsim_init.report.text import error_text
 
-SECTIONS = {  # of the main command, by the names of its parameters; what is not here ends the help
-    "Source": ("num_classes", "in_chans", "model_args", "seed", "seeds", "like", "key", "config"),
-    "Method": ("base", "calibrate", "preset", "pairs", "channels", "norm", "steps", "include", "exclude", "device"),
-    "Output": (
-        *("out", "convs_only", "head", "without", "prefix", "dtype"),
-        *("record", "plot", "plot_layer", "force", "dry_run"),
-    ),
+SECTIONS = {  # of the main command's help: parameters by their names
+    "Source": "num_classes in_chans model_args seed seeds like key config",
+    "Method": "base calibrate preset pairs channels norm steps include exclude device",
+    "Output": "out convs_only head without prefix dtype record plot plot_layer force dry_run",
 }
-REST = "Display"
+REST = "Display"  # section of all other parameters
 UNBROKEN = "‑"  # U+2011, a hyphen that no line is broken after
 
 
 def colour() -> bool | None:
-    """Whether output is coloured, as NO_COLOR and FORCE_COLOR say; None, if neither does, on terminals alone."""
+    """Whether output is coloured, by NO_COLOR and FORCE_COLOR; None, for terminals alone, if neither is set."""
     if os.environ.get("NO_COLOR"):
         return False
     return True if os.environ.get("FORCE_COLOR") else None
 
 
 def tell(*lines: str) -> None:
-    """Print lines on stderr, in the first process alone of those that torchrun started."""
+    """Print lines on stderr, but only in the first of the processes that torchrun started."""
     if launched().leads:
         click.echo("\n".join(lines), err=True)
 
 
 def error_line(error: Exception) -> str:
-    """An error as the user reads it; where other code raised it, with its kind and how to see more."""
+    """An error as the user reads it; with its kind, and how to see more, where other code raised it."""
     if not isinstance(error, (InputError, RunError)):
         return f"{error_text(error)} (--debug shows where)"
     cause = error.__cause__
@@ -53,10 +50,10 @@ def error_line(error: Exception) -> str:
 
 
 def reader_has_left(error: OSError) -> bool:
-    """Whether stdout could not be written to because what read it, such as ``head``, has ended."""
+    """Whether stdout could not be written to because the program that read it, such as ``head``, has ended."""
     if os.name != "nt" or error.errno != errno.EINVAL:
         return error.errno == errno.EPIPE
-    try:  # Windows calls that an invalid argument, as it does much else
+    try:  # on Windows EINVAL may mean that or something else: a second attempt tells
         sys.stdout.flush()
     except OSError:
         return True
@@ -64,7 +61,7 @@ def reader_has_left(error: OSError) -> bool:
 
 
 def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    """Refuse, before any work, an option whose result would be lost, for stdout is closed."""
+    """Refuse, before any work, an option that prints its result if stdout is closed."""
     if value and sys.stdout is None:
         raise RunError(f"{parameter.opts[0]}: expected stdout to print to, got a closed one: send it to a file")
     return value
@@ -72,10 +69,10 @@ def needs_stdout(ctx: click.Context, parameter: click.Parameter, value: bool) ->
 
 @dataclass
 class Invocation:
-    """What the whole command knows of how it was called: the object of click's contexts."""
+    """How the command was called; click's contexts share it as their object."""
 
-    is_own_process: bool = False  # not called by other code
-    debug: bool = False  # whether --debug was given to the command, and not to a script that it runs
+    is_own_process: bool = False  # rather than a call by other code
+    debug: bool = False  # whether the command itself was given --debug, not a script that it runs
 
 
 def note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
@@ -86,13 +83,13 @@ def note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> b
 
 @contextmanager
 def stdout_for_results() -> Iterator[None]:
-    """Context in which what a model's own code prints goes to stderr; also a decorator."""
+    """Context, or decorator, that sends to stderr what a model's own code prints."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 def show_table(table: Table, *, err: bool = False) -> None:
-    """Print a table, on a terminal as wide as that is and with its header in bold; elsewhere whole."""
+    """Print a table; on a terminal it is cut to the terminal's width, and its header is bold."""
     stream = sys.stderr if err else sys.stdout
     width = shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
     header, lines = table.text(width).split("\n", 1)
@@ -120,27 +117,27 @@ class Formatter(click.HelpFormatter):
         super().write_text(_whole(text))
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Write terms and what they mean."""
+        """Write terms and their meanings."""
         super().write_dl([(first, _whole(second)) for first, second in rows], col_max, col_spacing)
 
     def getvalue(self) -> str:
-        """What was written."""
+        """The text that was written."""
         return super().getvalue().replace(UNBROKEN, "-")
 
 
 class Context(click.Context):
-    """A context whose help is written like that."""
+    """A context whose help is written by `Formatter`."""
 
     formatter_class = Formatter
 
 
 def write_options(ctx: click.Context, formatter: click.HelpFormatter, others: Iterable[click.Parameter]) -> None:
-    """Write the options of a command in their sections, and with the last of them those of its group."""
-    options = [one for one in ctx.command.get_params(ctx) if isinstance(one, click.Option)]
-    sections = {name: title for title, names in SECTIONS.items() for name in names}
+    """Write the options of a command in their sections, and `others` in the last one."""
+    options = [parameter for parameter in ctx.command.get_params(ctx) if isinstance(parameter, click.Option)]
+    sections = {name: title for title, names in SECTIONS.items() for name in names.split()}
     for title in (*SECTIONS, REST):
-        members = [one for one in options if sections.get(one.name or "", REST) == title]
-        records = [one.get_help_record(ctx) for one in (*members, *(others if title == REST else ()))]
+        members = [option for option in options if sections.get(option.name or "", REST) == title]
+        records = [option.get_help_record(ctx) for option in (*members, *(others if title == REST else ()))]
         with formatter.section(title):
             formatter.write_dl([record for record in records if record])
 

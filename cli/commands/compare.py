@@ -32,7 +32,7 @@ Examples:
 @options.like_option
 @options.key_option
 @options.json_option(help="Print the comparison as JSON.")
-@options.plot_option(help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark.")
+@options.plot_option(help="Picture to draw: .png, .svg, .pdf; dark if its name ends in -dark.")
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most different.")
 @options.force_option
 def compare(
@@ -43,11 +43,11 @@ def compare(
     plot_layer: str | None,
     force: bool,
 ) -> None:
-    """Show models or checkpoints side by side: their measures layer by layer, and in what they differ.
+    """Show models or checkpoints side by side: their measures layer by layer, and their differences.
 
-    A, B and so on are each a checkpoint (.safetensors, .pt, .pth, .ckpt and the like) or a MODEL as
-    `convsim-init --help` describes it; the options for a MODEL go for each of them. A checkpoint that loads into one of
-    the MODELs is read as its weights. What the measures mean, `convsim-init inspect --help` says.
+    A, B and so on are checkpoints (.safetensors, .pt, .pth, .ckpt and the like) or MODELs as `convsim-init --help`
+    describes them; the options for a MODEL apply to each of them. A checkpoint that loads into one of the MODELs is
+    read as its weights. `convsim-init inspect --help` explains the measures.
     """
     if len(specs) < 2:
         raise click.UsageError("expected at least two models or checkpoints to compare")
@@ -59,12 +59,12 @@ def compare(
 
     with stdout_for_results():
         loaded = _load_all(specs, how)
-        compared = comparison.compare([(one.name, one.content) for one in loaded])
-    for snapshot, one in zip(compared.snapshots, loaded, strict=True):
-        snapshot.report.remarks += one.remarks
+        compared = comparison.compare([(source.name, source.content) for source in loaded])
+    for snapshot, source in zip(compared.snapshots, loaded, strict=True):
+        snapshot.report.remarks += source.remarks
     if plot is not None:
         figure = figure_of(
-            compared.snapshots, title=" | ".join(one.name for one in loaded), layer=plot_layer, dark=is_dark(plot)
+            compared.snapshots, title=" | ".join(source.name for source in loaded), layer=plot_layer, dark=is_dark(plot)
         )
         save_figure(figure, plot, overwrite=force)
     if as_json:
@@ -74,13 +74,13 @@ def compare(
 
 
 def _load_all(specs: Sequence[str], how: ModelOptions) -> list[Loaded]:
-    """What is compared; a file that loads strictly into a model beside it as that model, which knows its layers."""
+    """Load all specs; a file that loads strictly into one of the models becomes that model, which knows its layers."""
     loaded = [load(spec, how) for spec in specs]
-    models = [one.built for spec, one in zip(specs, loaded, strict=True) if one.built and not is_file(spec)]
-    for place, spec in enumerate(specs):
+    models = [source.built for spec, source in zip(specs, loaded, strict=True) if source.built and not is_file(spec)]
+    for index, spec in enumerate(specs):
         for model in models if how.like is None and is_file(spec) else ():
-            with suppress(InputError):  # it is none of that model's
-                loaded[place] = load(spec, replace(how, like=model))
-                loaded[place].remarks.append(f"{shown(spec, PATH)} is read as weights of {shown(model, PATH)}")
+            with suppress(InputError):  # the file does not belong to that model
+                loaded[index] = load(spec, replace(how, like=model))
+                loaded[index].remarks.append(f"{shown(spec, PATH)} is read as weights of {shown(model, PATH)}")
                 break
     return loaded

@@ -12,9 +12,9 @@ from ..terminal import show_json
 
 
 @click.command()
-@json_option(help="Print it as JSON.")
+@json_option(help="Print them as JSON.")
 def env(as_json: bool) -> None:
-    """Show versions and devices: what a bug report needs."""
+    """Show versions and devices, for a bug report."""
     with exit_on_signal():
         import torch  # noqa: F401
 

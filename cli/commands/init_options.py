@@ -27,7 +27,7 @@ def _input_shape(value: str) -> tuple[int, ...]:
 
 
 def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
-    """The type of a text that a function does not refuse."""
+    """A type for click: texts that this function does not refuse."""
 
     def convert(value: str) -> str:
         try:
@@ -44,11 +44,11 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         "-o",
         "--out",
         type=click.Path(),
-        help=f"""File to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder that
-        transformers or timm loads, with a config and a card.""",
+        help=f"""Checkpoint to write: {", ".join(SUFFIXES)}, or - for stdout; or, if it ends in /, a new folder with a
+        config and a model card, which transformers or timm loads.""",
     ),
     options.model_options,
-    click.option("--seeds", metavar="LIST", help="Several seeds: 0,3,5 or 0:100, which ends with 99."),
+    click.option("--seeds", metavar="LIST", help="A run for each of these seeds: 0,3,5 or 0:100, which ends with 99."),
     options.like_option,
     options.key_option,
     click.option(
@@ -57,62 +57,62 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
         shell_complete=complete_bases,
         metavar="SCHEME",
         default="model",
-        help=f"""Draw the convolutions anew before they are decorrelated, as torch.nn.init does by default:
-        {", ".join(SCHEMES)}; the first two also with :fan_in or :fan_out, and all with the gain of an activation,
-        such as :tanh ({", ".join(ACTIVATIONS)}). Default: model, as they are.""",
+        help=f"""First draw the convolutions anew, as torch.nn.init does: {", ".join(SCHEMES)}. The first two may be
+        followed by :fan_in or :fan_out, and each by an activation for its gain, such as :tanh
+        ({", ".join(ACTIVATIONS)}). Default: model, which keeps the model's own draw.""",
     ),
     click.option(
         "--calibrate",
         type=_input_shape,
         metavar="CxHxW",
-        help="""Then scale every layer to outputs of unit variance on noise of this shape, such as 3x224x224: for
-        networks without normalization.""",
+        help="""At the end scale every layer so that its outputs have unit variance for noise of this shape, such as
+        3x224x224: for networks without normalization.""",
     ),
     options.settings_options,
-    options.device_option(help="Where to compute: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto."),
-    click.option("--convs-only", is_flag=True, help="Write only the changed convolutions. Many loaders refuse that."),
+    options.device_option(help="Device to compute on: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto."),
+    click.option("--convs-only", is_flag=True, help="Write only changed convolutions. Many loaders refuse such files."),
     click.option(
         "--head",
         type=click.Choice(("keep", "drop")),
         default="keep",
-        help="drop leaves the classifier out of the file, for another number of classes. Default: keep.",
+        help="Keep the classifier in the file, or drop it, for another number of classes. Default: keep.",
     ),
-    click.option("--without", multiple=True, metavar="GLOB", help="Leave out of the file entries whose key matches."),
+    click.option("--without", multiple=True, metavar="GLOB", help="Keys to leave out of the file. Repeatable."),
     click.option(
         "--prefix",
         type=_checked(check_prefix),
         default="",
         metavar="TEXT",
-        help="Put before every key, for instance 'model.'.",
+        help="Text to put before every key, such as 'model.'.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
         default=DTYPES[0],
         metavar="NAME",
-        help=f"Dtype of the written floats: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
+        help=f"Dtype of the floats in the file: {', '.join(DTYPES)}. Default: {DTYPES[0]}.",
     ),
     click.option(
         "--report",
         "record",
         type=click.Path(path_type=Path),
-        help="Write the run's full record, .json, or a page of it, .html.",
+        help="File for the full record of the run: .json, or .html for a page to look at.",
     ),
-    options.plot_option(help="Draw what it did: .png, .svg, .pdf; dark if its name ends in -dark."),
+    options.plot_option(help="Picture of the result: .png, .svg, .pdf; dark if its name ends in -dark."),
     options.plot_layer_option(help="Layer whose feature maps are drawn. Default: the most changed."),
-    click.option("--force", is_flag=True, help="Overwrite existing files. Without it several runs keep them."),
+    click.option("--force", is_flag=True, help="Overwrite existing files. Without it, several runs keep them."),
     click.option("--dry-run", is_flag=True, help="Show which layers would be treated; compute and write nothing."),
-    options.json_option(help="Print the result as JSON; of several, a line each."),
-    click.option("-q", "--quiet", is_flag=True, help="No table and no progress bar."),
+    options.json_option(help="Print the result as JSON; for several runs, one line each."),
+    click.option("-q", "--quiet", is_flag=True, help="Show no table and no progress bar."),
     click.option(
-        "-v", "--verbose", is_flag=True, help="Tell what was read, what computes, and of each layer, on stderr."
+        "-v", "--verbose", is_flag=True, help="Show on stderr what was read, what computes, and each layer's outcome."
     ),
     options.debug_option(),
 )
 
 
 def init_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command these options, in this order in its help."""
+    """Give a command these options, which its help shows in this order."""
     for option in reversed(OPTIONS):
         function = option(function)
     return function

@@ -20,13 +20,13 @@ HELP = """
 Measure how redundant the filters of a model are, layer by layer.
 
 FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin, .th, .pth.tar, or a folder of Hugging Face or of
-torch.distributed.checkpoint); MODEL is what `convsim-init --help` says. A file does not tell which of its convolutions
-are grouped or transposed: that is inferred from their shapes, unless --like names the model.
+torch.distributed.checkpoint); `convsim-init --help` says what a MODEL is. A file does not tell which of its
+convolutions are grouped or transposed: that is inferred from their shapes, unless --like names the model.
 
 \b
-similarity    mean over filter pairs of their normalized Convolutional
-              Similarity, blind to scale; of kernels of the same input
-              channel, also where a run compared all channels
+similarity    mean Convolutional Similarity of two filters, independent of
+              their scale; it compares kernels of the same input channel,
+              also where a run compared all channels
 corr-white    mean |correlation| of two feature maps, expected for white noise
 corr-natural  the same, expected for images with the spectrum of photographs
 rank-natural  effective rank of the feature maps of such images, over their
@@ -46,10 +46,10 @@ Examples:
 @options.like_option
 @options.key_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
-@options.names_option("--include", help="Show only layers whose name matches. Repeatable.")
+@options.names_option("--include", help="Show only layers whose names match. Repeatable.")
 @options.json_option(help="Print all measures as JSON.")
 @click.option("--csv", is_flag=True, callback=needs_stdout, help="Print all measures as comma-separated values.")
-@options.plot_option(help="Draw a picture: .png, .svg, .pdf; dark if its name ends in -dark.")
+@options.plot_option(help="Picture to draw: .png, .svg, .pdf; dark if its name ends in -dark.")
 @options.plot_layer_option(help="Layer whose feature maps it shows. Default: the most redundant.")
 @options.force_option
 def inspect(

@@ -25,7 +25,7 @@ def list_models(pattern: str | None, as_json: bool) -> None:
     """List the models that can be built here: the built-in ones, or those that match PATTERN.
 
     PATTERN is a shell pattern such as 'resnet*', 'timm:convnext*' or 'torchvision:*', in quotes so that the shell
-    leaves it alone. One that names no library is tried on the built-in models, then on the installed libraries.
+    leaves it alone. Without a library in it, it is tried on the built-in models, then on the installed libraries.
     """
     summaries = _matches(pattern)
     if not summaries:
@@ -43,13 +43,14 @@ def list_models(pattern: str | None, as_json: bool) -> None:
 
 
 def _matches(pattern: str | None) -> dict[str, str | None]:
-    library = next((one for one in LIBRARIES if pattern and pattern.startswith(f"{one.value}:")), None)
+    """Names of the models that match, with a summary of those that are built in."""
+    library = next((library for library in LIBRARIES if pattern and pattern.startswith(f"{library.value}:")), None)
     if library is not None and pattern is not None:
-        asked, pattern = [library], pattern.partition(":")[2]
+        searched, pattern = [library], pattern.partition(":")[2]
     else:
         names = catalog.names(pattern)
         if names or pattern is None:
             return {name: catalog.MODELS[name].summary for name in names}
-        asked = libraries.installed()
+        searched = libraries.installed()
     with exit_on_signal():
-        return {f"{one.value}:{name}": None for one in asked for name in libraries.names(one, pattern)}
+        return {f"{library.value}:{name}": None for library in searched for name in libraries.names(library, pattern)}

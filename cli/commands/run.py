@@ -23,11 +23,11 @@ from .script import Script
 HELP = """
 Run a training script, and initialize the networks that it builds before it trains them.
 
-SCRIPT is run as by `python SCRIPT ARGUMENTS`, with its own exit status. Every convolution that it draws is treated when
-it makes an optimizer of torch.optim; what it loads by load_state_dict, pretrained weights and checkpoints, stays. What
-it sets in another way counts as drawn: --exclude it. Lines on stderr tell of each network, and of what was left alone
-in it. Processes that the script starts itself are not reached; start it under torchrun instead, as
-`torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
+SCRIPT runs as by `python SCRIPT ARGUMENTS`, with its own exit status. When it makes an optimizer of torch.optim, the
+convolutions whose weights it drew are initialized. Weights that it loads by load_state_dict, such as pretrained ones
+and checkpoints, stay as they are; weights that it sets in another way count as drawn: --exclude those. Lines on stderr
+say what became of each network, and why layers were left alone. Processes that the script starts itself are not
+reached; start it by torchrun instead, as `torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
 """
 EPILOG = """\b
 Examples:
@@ -39,13 +39,13 @@ Examples:
 @click.command(
     help=HELP,
     epilog=EPILOG,
-    short_help="Run a training script whose networks are initialized.",
+    short_help="Run a training script and initialize its networks.",
     context_settings={"allow_interspersed_args": False},
 )
 @click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
 @settings_options
-@device_option(help="Where to compute: cpu, cuda, cuda:N, mps, or auto: where the weights are. Default: auto.")
-@click.option("-q", "--quiet", is_flag=True, help="Tell nothing of the networks.")
+@device_option(help="Device to compute on: cpu, cuda, cuda:N, mps, or auto: where the weights are. Default: auto.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing about the networks.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -85,12 +85,12 @@ def run(
             initializing(settings=settings, include=include, exclude=exclude, device=place, on_report=tell) as reports,
         ):
             program.execute()
-            sys.exit(DONE)  # so that a network which was not to be trained is not treated at the end
+            sys.exit(DONE)  # leaves the context by an exception, so that untrained networks are not treated
     except (UnmatchedError, SystemExit):
         raise
     except BaseException as error:
         if program.is_missing(error):
-            quiet = True  # it is not worth telling then that no network was treated
+            quiet = True  # without a script it goes without saying that no network was treated
             raise InputError(f"expected a script or module to run, got {script!r}: {error}: check the name") from error
         program.show(error)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
@@ -103,7 +103,7 @@ def run(
 
 
 def _left(report: Report) -> Iterator[str]:
-    """Why layers were left alone, with how many of them there are of each reason, the most frequent one first."""
+    """Lines on why layers were left alone, with the number of layers for each reason, the largest first."""
     twins = defaultdict[tuple[str, str], list[str]](list)
     for layer in report.layers:
         if not layer.after:

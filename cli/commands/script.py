@@ -1,4 +1,4 @@
-"""A Python script of the user's, run in this process as Python alone would run it."""
+"""A Python script of the user's, run in this process as Python itself would run it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from convsim_init.errors import InputError
 
 
 class Script:
-    """What `python NAME ARGUMENTS` runs, or `python -m NAME ARGUMENTS`.
+    """A script, module, archive or folder that `python NAME ARGUMENTS` or `python -m NAME ARGUMENTS` runs.
 
     Raises:
-        InputError: If there is no such file; whether there is such a module is known when it is executed.
+        InputError: If there is no such file. Whether there is such a module turns out when it is executed.
     """
 
     def __init__(self, name: str, arguments: Sequence[str], *, is_module: bool) -> None:
@@ -31,22 +31,22 @@ class Script:
             raise InputError(f"expected a Python file to run, got {name!r}, which is none: check the path")
 
     def execute(self) -> None:
-        """Run it as the module ``__main__``, which it stays until Python ends; whatever it raises is passed on."""
+        """Run it as the module ``__main__``, which it stays until Python ends; errors that it raises are passed on."""
         sys.argv = [self._name, *self._arguments]
-        # The first entry of the path is that of this command, which Python would not have added with safe_path.
-        is_ours = not getattr(sys.flags, "safe_path", False)
-        if self._is_archive or is_ours:
+        # The first entry of the path is this command's own, and gives way; with safe_path there is none.
+        has_entry = not getattr(sys.flags, "safe_path", False)
+        if self._is_archive or has_entry:
             folder = self._path if self._is_archive else Path.cwd() if self._is_module else self._path.resolve().parent
-            sys.path[:is_ours] = [str(folder)]
+            sys.path[:has_entry] = [str(folder)]
         code, names = self._load()
-        # It stays there when this is over: threads and exit handlers may pickle its classes.
+        # It is not put back afterwards: threads and exit handlers may pickle classes of the script.
         main = sys.modules["__main__"] = ModuleType("__main__")
         vars(main).update(names, __builtins__=builtins)
         exec(code, vars(main))
 
     def _load(self) -> tuple[CodeType, dict[str, object]]:
-        """Its code, and the names that Python gives it."""
-        if self._is_module or self._is_archive:  # as the debugger of Python does
+        """The script's code, and the names that Python defines in it."""
+        if self._is_module or self._is_archive:  # as Python's debugger, pdb, does it
             if self._is_archive:
                 _, spec, code = runpy._get_main_module_details()  # type: ignore[attr-defined]
             else:
@@ -61,27 +61,27 @@ class Script:
             code = cast(CodeType, loader.get_code("__main__"))
         else:
             loader = SourceFileLoader("__main__", path)
-            code = loader.source_to_code(loader.get_data(path), path)  # get_code would leave a file in __pycache__
+            code = loader.source_to_code(loader.get_data(path), path)  # get_code would write to __pycache__
         return code, {"__file__": path, "__loader__": loader}
 
     def is_missing(self, error: BaseException) -> bool:
-        """Whether the error of `execute` says that there is no such module, or nothing to run in an archive."""
+        """Whether an error of `execute` means that there is no such module, or nothing to run in an archive."""
         own, last = _in_script(error)
-        return isinstance(error, ImportError) and own is None and last == "runpy"  # which looks for it
+        return isinstance(error, ImportError) and own is None and last == "runpy"  # the module that looks for it
 
     def show(self, error: BaseException) -> None:
-        """Tell of an error of `execute` as Python does, by the hook that the script may have set."""
+        """Show an error of `execute` as Python does, by the hook that the script may have set."""
         own, _ = _in_script(error)
-        if own is None and self._is_module:  # in what is imported before it
+        if own is None and self._is_module:  # raised by a package that is imported before the module
             own = error.__traceback__
         try:
             sys.excepthook(type(error), error.with_traceback(own), own)
-        except Exception as wrong:  # in the hook: shown after the error that it was called for
-            sys.__excepthook__(type(wrong), wrong, wrong.__traceback__)
+        except Exception as in_hook:  # its context is the error that the hook was called for
+            sys.__excepthook__(type(in_hook), in_hook, in_hook.__traceback__)
 
 
 def _in_script(error: BaseException) -> tuple[TracebackType | None, str]:
-    """The traceback from the script's own code on, None if it was not reached; and the module before that."""
+    """The traceback from the script's own code on, if that was reached, and the name of the module before it."""
     own, last = error.__traceback__, ""
     while own is not None and own.tb_frame.f_globals.get("__name__") != "__main__":
         last, own = own.tb_frame.f_globals.get("__name__", ""), own.tb_next

@@ -14,11 +14,11 @@ from ..sources import ModelOptions, is_file
 from ..terminal import show_json, stdout_for_results
 
 HELP = """
-Check that a file loads into a model strictly, every key accounted for.
+Check that a file loads strictly into a model, with every key accounted for.
 
-FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt and the like); MODEL is what
-`convsim-init --help` says. Exit status: 0 if the model takes the file by its own strict loading, with each tensor under
-its own key, in its shape and kind of dtype, finite, and nothing else; 3 if not, with what differs.
+FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt and the like); `convsim-init --help` says what a MODEL is. Exit
+status: 0 if the model's own strict loading takes the file, which holds each of the model's tensors under its key, in
+its shape and kind of dtype, finite, and nothing else; 3 if not, and the differences are listed.
 """
 EPILOG = """\b
 Examples:
@@ -27,13 +27,13 @@ Examples:
 """
 
 
-@click.command(help=HELP, epilog=EPILOG, short_help="Check that a file loads into a model strictly.")
+@click.command(help=HELP, epilog=EPILOG, short_help="Check that a file loads strictly into a model.")
 @click.argument("file", type=click.Path())
 @click.argument("model", shell_complete=complete_models)
 @model_options
 @key_option
-@json_option(help="Print every key's match as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status tells.")
+@json_option(help="Print the match of every key as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 def verify(file: str, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
     """Run the subcommand; what can be refused without torch is refused before it is loaded."""
     if as_json and quiet:

@@ -1,4 +1,4 @@
-"""Which runs a command consists of, and which files each of them writes. Imports no torch."""
+"""The runs that a command consists of, and the files that each of them writes. It imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from convsim_init.settings import MAX_SEED
 from ..sources import is_file
 
 MAX_SEEDS = 100_000  # in one command
-FIELDS = (("model", "", None), ("seed", "", None))  # what may stand in braces, unformatted
+FIELDS = (("model", "", None), ("seed", "", None))  # allowed in braces, as `Formatter.parse` returns them
 
 
 @dataclass(frozen=True)
@@ -25,30 +25,30 @@ class Run:
     """One model that is initialized."""
 
     model: str  # its spec, or the name of the file to start from
-    seed: int | None = None  # of what is drawn; None if nothing is
-    out: Path | None = None  # checkpoint, record of the run and picture to write, if any
-    record: Path | None = None
-    plot: Path | None = None
+    seed: int | None = None  # of the drawn weights; None if none are drawn
+    out: Path | None = None  # checkpoint to write, if any
+    record: Path | None = None  # record of the run to write, if any
+    plot: Path | None = None  # picture to draw, if any
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name of the run in lines for people."""
         model = shown(self.model, PATH)
         return model if self.seed is None else f"{model} seed {self.seed}"
 
     @property
     def files(self) -> dict[str, Path]:
-        """Files to write, by what they are."""
+        """Files to write, by their kind: ``out``, ``record`` and ``plot``."""
         files = {"out": self.out, "record": self.record, "plot": self.plot}
         return {kind: path for kind, path in files.items() if path is not None}
 
 
 def plan_runs(starts: Iterable[tuple[str, int | None]], files: Mapping[str, Path | None]) -> list[Run]:
-    """The runs of a command, in the order given, each with its model and seed, and files after patterns by their kind.
+    """The runs of a command, one for each model and seed; names of files, by their kind, are patterns for `fill`.
 
     Raises:
-        InputError: If two runs are the same, two files have the same name, one of several runs would
-            write what a run starts from, or a pattern is none.
+        InputError: If two runs or the names of two files are the same, one of several runs would write a file that a
+            run starts from, or a name has wrong braces.
     """
     patterns = {kind: str(path) for kind, path in files.items() if path is not None}
     runs = [
@@ -63,12 +63,12 @@ def parse_seeds(text: str) -> list[int]:
     """Seeds as a user types them: ``0,3,5``, or ``0:4`` for 0, 1, 2 and 3 as in a slice.
 
     Raises:
-        InputError: If it is not of that form, a seed is too large or there twice, or there are none
-            or far too many.
+        InputError: If the text is not of that form, a seed is too large or there twice, or there are none or far too
+            many.
     """
     seeds: list[int] = []
     for part in text.split(","):
-        # The largest seed has 19 digits; of thousands int() raises an error of its own.
+        # The largest seed has 19 digits; for thousands of digits int() raises an error of its own.
         found = re.fullmatch(r"\s*([0-9]{1,19})(?::([0-9]{1,19}))?\s*", part)
         if found is None:
             raise InputError(f"--seeds: expected whole numbers such as 0,3,5 or a range such as 0:100, got {text!r}")
@@ -79,7 +79,7 @@ def parse_seeds(text: str) -> list[int]:
             )
         if end - 1 > MAX_SEED:
             raise InputError(f"--seeds: expected seeds up to {MAX_SEED}, got {part.strip()!r}: choose smaller ones")
-        # Before they are listed: so many may not fit into memory.
+        # Checked before they are listed, because too many may not fit into memory.
         if len(seeds) + end - first > MAX_SEEDS:
             raise InputError(f"--seeds: expected at most {MAX_SEEDS} seeds, got more in {text!r}: use several commands")
         seeds += range(first, end)
@@ -89,10 +89,10 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def fill(pattern: str, *, model: str, seed: int | None) -> str:
-    """The path with the run's `file_safe` model and its seed for ``{model}`` and ``{seed}``.
+    """The pattern with the run's `file_safe` model in place of ``{model}`` and its seed in place of ``{seed}``.
 
     Raises:
-        InputError: If other things stand in braces, or ``{seed}`` where nothing is drawn.
+        InputError: If anything else stands in braces, or ``{seed}`` where no weights are drawn.
     """
     try:
         fields = [field for _, *field in Formatter().parse(pattern) if field[0] is not None]
@@ -108,31 +108,33 @@ def fill(pattern: str, *, model: str, seed: int | None) -> str:
 
 
 def file_safe(model: str) -> str:
-    """A spec as part of a file name: ``net-small`` for ``path/to/net.py:small``.
+    """A model's spec as part of a file name: ``net-small`` for ``path/to/net.py:small``.
 
-    The last part of a path counts, without its suffix; letters, digits, ``._-`` stay.
+    Of a path it takes the last part without its suffix; of all characters, letters, digits and ``._-``.
     """
     if is_file(model):
-        text = Path(model.removesuffix(".tar")).stem  # of .pth.tar
+        text = Path(model.removesuffix(".tar")).stem  # .pth.tar is one suffix
     else:
         place, colon, name = model.rpartition(":")
         text = f"{Path(place).name.removesuffix('.py')}-{name}" if colon else name
     return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "model"
 
 
-def _place(path: str | Path) -> str:
-    return os.path.normcase(os.path.realpath(path))  # Windows takes A.pt for a.pt
+def _identity(path: str | Path) -> str:
+    """The same text for all names of a file: Windows takes A.pt for a.pt."""
+    return os.path.normcase(os.path.realpath(path))
 
 
 def _check_apart(runs: Sequence[Run]) -> None:
+    """Refuse equal runs, and files that would replace one another or what a run starts from."""
     (model, _), times = Counter((run.model, run.seed) for run in runs).most_common(1)[0]
     if times > 1:
         raise InputError(f"expected each MODEL once, got {model!r} {times} times: name it once")
-    sources = {_place(run.model) for run in runs if len(runs) > 1 and is_file(run.model)}
+    sources = {_identity(run.model) for run in runs if len(runs) > 1 and is_file(run.model)}
     writers: dict[str, tuple[Run, str]] = {}
     for run in runs:
         for kind, path in run.files.items():
-            real = _place(path)
+            real = _identity(path)
             if real in sources:
                 raise InputError(f"expected new files to write, got {str(path)!r}, which a run starts from: rename it")
             other, first = writers.setdefault(real, (run, kind))

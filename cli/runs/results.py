@@ -1,4 +1,4 @@
-"""Result of each of many runs, as data and as lines."""
+"""Results of runs, as data and as lines for people."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ class Status(str, Enum):
 
     DONE = "done"
     KEPT = "kept"  # its files were there already
-    PLANNED = "planned"  # nothing was to be done
+    PLANNED = "planned"  # a dry run
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a run; until it is written with what is to be written, for another process perhaps."""
+    """Result of a run; it holds what is to be written until that is done, perhaps by another process."""
 
     run: Run  # with the files that it writes, or all of its files if they were kept
-    status: Status  # as it ended, or will once it is written
-    report: Report | None = None  # of its layers, if it came that far
+    status: Status  # how the run ended, or will have ended once it is written
+    report: Report | None = None  # on its layers, if it came that far
     error: str | None = None  # why it failed
     checkpoint: Contents | None = None  # to be written
-    config: str | None = None  # to be written beside it in a folder
-    drawn: bool = True  # all of the weights, and none read from a file
-    snapshots: tuple[Snapshot, Snapshot] | None = None  # before and after, if they are to be recorded or drawn
+    config: str | None = None  # to be written beside the checkpoint in a folder
+    drawn: bool = True  # whether all weights were drawn and none read from a file
+    snapshots: tuple[Snapshot, Snapshot] | None = None  # before and after, for a record or a picture
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``status`` and ``error``, then the run's record, if there is one, with its model as given."""
+        """The result as plain data: ``status``, ``error`` and the run's record, if any, with the model as given."""
         kept = self.run.out if self.status is Status.KEPT else None
         rest = {"file": kept and str(kept)} if self.report is None else run_record(self.report)
         run = {"model": self.run.model, "seed": self.run.seed}
         return {"status": self.status.value, "error": self.error} | rest | run
 
     def line(self, width: int = 0) -> str:
-        """One line for people; the name of the run takes at least so many characters."""
+        """The result as one line for people; the run's name is padded to that width."""
         cells = [self.run.name.ljust(width)]
         if self.report is None or self.error is not None:
             cells += [": ".join(filter(None, [self.status.value, self.error]))]
@@ -61,7 +61,7 @@ class Result:
 
 
 def summary(results: Sequence[Result], runs: int, *, folders: bool = False) -> str:
-    """The remarks of all results, each once, and how many of so many runs, into folders or not, ended in which way."""
+    """The remarks of all results, each once, and a line that counts the runs by their status."""
     remarks = dict.fromkeys(remark for result in results if result.report for remark in result.report.remarks)
     counts = Counter(result.status for result in results)
     parts = [f"{counts[status]} {status.value}" for status in Status if counts[status]]
@@ -72,7 +72,7 @@ def summary(results: Sequence[Result], runs: int, *, folders: bool = False) -> s
 
 
 def notes(report: Report) -> list[str]:
-    """What a table does not show: what each layer took, or why it was left alone."""
+    """Lines on what the table does not show: how long each layer took, or why it was left alone."""
     name = shown(report.model or "model", PATH)
     lines = [f"{name}: {'weights read' if report.seed is None else f'drawn with seed {report.seed}'}"]
     for layer in report.layers:
@@ -82,7 +82,7 @@ def notes(report: Report) -> list[str]:
 
 
 def failures(results: Sequence[Result]) -> str | None:
-    """Which of the runs failed and why, in one line; None if none did."""
+    """One line that names the runs that failed and says why; None if none did."""
     named: dict[str, list[str]] = {}
     for result in results:
         if result.error is not None:
@@ -94,7 +94,7 @@ def failures(results: Sequence[Result]) -> str | None:
 
 
 def failure(report: Report) -> str | None:
-    """Which layers of a run failed and why; None if none did."""
+    """One line that names the layers of a run that failed and says why; None if none did."""
     failed = [layer for layer in report.layers if layer.outcome is Outcome.FAILED]
     if not failed:
         return None

@@ -1,4 +1,4 @@
-"""One run of the main command: build or read a model, decorrelate it, write what was asked for."""
+"""One run of the main command: build or read a model, decorrelate it, and write the files that were asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from convsim_init.report.report import Outcome, Report
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
 
-from ..arguments import OWN
+from ..arguments import OWN_OPTIONS
 from ..devices import MPS_REMARK, cuda_errors, find_device
 from ..signals import exit_on_signal
 from ..sources import Loaded, ModelOptions, is_file, load
@@ -40,9 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What the user chose for every run; the options of the same names say what each means.
+    """The user's choices for every run, most of them under the names of their options.
 
-    `origins` has a line for each place other than the command line that options were taken from.
+    Attributes:
+        writes: Whether there is an --out.
+        folder: Whether --out names a folder.
+        origins: A line for each place other than the command line that options were taken from.
     """
 
     settings: Settings
@@ -70,11 +73,11 @@ class Choices:
 
     @property
     def of_files(self) -> dict[str, object]:
-        """What changes a file beside settings, base and calibration, where it is not the default; ready for JSON."""
+        """Options that change a file, without defaults, settings, base and calibration; ready for JSON."""
         arguments = self.how.arguments
         given = {
-            **{name: value for name, value in arguments.items() if name in OWN},
-            "model_arg": [f"{name}={value!r}" for name, value in arguments.items() if name not in OWN],
+            **{name: value for name, value in arguments.items() if name in OWN_OPTIONS},
+            "model_arg": [f"{name}={value!r}" for name, value in arguments.items() if name not in OWN_OPTIONS],
             "like": self.how.like,
             "key": self.how.key,
             "include": list(self.include),
@@ -90,10 +93,10 @@ class Choices:
 
 @stdout_for_results()
 def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.ProcessGroup | None = None) -> Result:
-    """Do all of the run but the writing, of which there is none if a layer failed.
+    """Do all of a run but the writing; the result has nothing to write if a layer failed.
 
-    The run has the files that this process is to write, if any; all processes of the group, over which layers are
-    divided, do this.
+    The layers are divided among the processes of the group, which all call this function; the run has the files that
+    this process is to write.
 
     Raises:
         InputError: If the model cannot be built or treated as asked.
@@ -102,23 +105,23 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     with exit_on_signal():
         import torch
 
-        # Before a model's own code, which may put functions that do nothing in the place of those of torch.nn.init.
+        # Imported before a model's own code, which may replace functions of torch.nn.init by ones that do nothing.
         import convsim_init.schemes.draw  # noqa: F401
         from convsim_init.checkpoint.save import checkpoint_contents
         from convsim_init.checkpoint.state_dict import check_entry, state_entries, without_keys
         from convsim_init.models.hub import describe
 
         if choices.settings.optimizer == "adam":
-            import torch._dynamo  # torch.optim would import it in the descent, where it drops an interrupt
+            import torch._dynamo  # torch.optim imports it later, where an interrupt would be lost
 
     device = find_device(choices.device)
     start = load(run.model, replace(choices.how, seed=run.seed))
     network = start.content
     head_layers, head_keys, head_remarks = _classifier(run, start, choices)
-    # Names, which may hold brackets, and no patterns.
+    # These are names, whose brackets are not to be taken for patterns.
     without = [*choices.without, *map(glob.escape, head_keys)]
     for key, value in without_keys(state_entries(network), without).items() if choices.writes else ():
-        check_entry(key, value)  # refused here, not after the work
+        check_entry(key, value)  # refused before the work
     checkpoint = config = None
     if isinstance(network, torch.nn.Module):
         config = describe(network) if choices.folder else None
@@ -132,7 +135,7 @@ def make(run: Run, choices: Choices, *, progress: bool = False, group: dist.Proc
     if choices.device == "mps":
         report.remarks.append(MPS_REMARK)
     report.remarks += _filled_remarks(report, start, choices)
-    # With and without a record a checkpoint is the same: all measures go into what is shown and recorded alone.
+    # The checkpoint has the plain report, so that it is the same with and without a record.
     complete = report if snapshots is None else report.with_measures(*(snapshot.report for snapshot in snapshots))
     error = failure(report)
     if choices.dry_run or error is not None:
@@ -163,7 +166,7 @@ def _treat(
     progress: bool,
     group: dist.ProcessGroup | None,
 ) -> tuple[Report, tuple[Snapshot, Snapshot] | None]:
-    """What became of each layer, or would; and the network before and after, where a file is to show it."""
+    """Draw, decorrelate and scale the layers: the report, and snapshots if a file is to show them."""
     with exit_on_signal():
         import torch
 
@@ -194,7 +197,7 @@ def _treat(
 
 
 def _filled_remarks(report: Report, start: Loaded, choices: Choices) -> list[str]:
-    """A remark on layers that were moved, or would be, and that the model's own code had filled."""
+    """A remark on treated layers that the model's own code had filled, perhaps with trained weights."""
     moved = (layer.name for layer in report.layers if layer.after or layer.outcome is Outcome.PLANNED)
     filled = [shown(name) for name in moved if name in start.filled]
     if not filled or choices.base != "model":
@@ -211,23 +214,24 @@ def _file_remarks(
     choices: Choices,
     head_keys: Sequence[str],
 ) -> list[str]:
+    """Remarks on entries that the file lacks or has in less precision than the model."""
     from convsim_init.checkpoint.state_dict import state_entries
 
     own = {choices.prefix + key: value for key, value in state_entries(network).items() if key not in head_keys}
     left_out = [key for key in own if key not in checkpoint.tensors]
     rounded = [key for key in checkpoint.tensors if str(getattr(own[key], "dtype", None)) == "torch.float64"]
     remarks = [f"left out of the file: {some(map(shown, left_out))}"] if left_out else []
-    if rounded and choices.dtype == "float32":  # another dtype was asked for
+    if rounded and choices.dtype == "float32":  # the default: other dtypes were asked for
         text = f"float64 in the model, float32 in the file: {some(map(shown, rounded))}; --dtype float64 keeps them"
         remarks.append(text)
     return remarks
 
 
 def _classifier(run: Run, start: Loaded, choices: Choices) -> tuple[list[str], list[str], list[str]]:
-    """The convolutions of a classifier, which are left alone, its keys if they are dropped, and remarks on both."""
+    """A classifier's convolutions, which are left alone, its keys if they are dropped, and remarks on both."""
     drop = choices.head == "drop"
     convolutions = pointwise_convolutions(start.content)
-    own_code = start.built is None or parse(start.built).source in (Source.MODULE, Source.FILE)  # not of a library
+    own_code = start.built is None or parse(start.built).source in (Source.MODULE, Source.FILE)
     if not drop and (own_code or not convolutions):
         return [], [], []
     try:
@@ -246,7 +250,7 @@ def _classifier(run: Run, start: Loaded, choices: Choices) -> tuple[list[str], l
 
 
 def write(result: Result, choices: Choices) -> Result:
-    """Write what is to be written, as `write_text` does, and return the result without it."""
+    """Write the result's files, each whole or not at all, and return the result without what was written."""
     run, report, figure = result.run, result.report, None
     if report is None:
         return result

@@ -1,4 +1,4 @@
-"""Many runs in one command: a line for each as it ends, and what failed at the end."""
+"""Many runs in one command: a line for each when it ends, and at the end a summary and the failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
 
     Raises:
         InputError: If a model that is to be built is not found; then no run is begun.
-        RunError: If a run failed, which keeps no other from being done, or a rank has died.
+        RunError: If a run failed, which does not stop the others, or if a rank has died.
     """
     from tqdm import tqdm
 
@@ -63,7 +63,7 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
                 show(summary(results, len(runs), folders=choices.folder))
             raise
         except OSError as error:
-            if reader_has_left(error):  # which ends the command with the status 1 and without a word
+            if reader_has_left(error):  # click ends the command then, and tells nothing
                 fail(f"stdout was closed after {len(results)} of {len(runs)} runs: send it to a file", FAILED)
             raise
     if show_table:
@@ -74,23 +74,23 @@ def sweep(runs: Sequence[Run], choices: Choices, ranks: Ranks | None, *, progres
 
 
 def check_kept(runs: Sequence[Run], choices: Choices) -> None:
-    """Refuse to keep a file that says it is of another model, seed, base or other options than its run.
+    """Refuse to keep a file whose record differs from its run, in the model, the seed or any option.
 
-    Of files that say nothing of the kind, nor does another of their run, a line is told; so it is of those that are
-    older than the file that their weights or the code of their model are in.
+    A line on stderr names the files of runs without any record, and those that are older than the files of the
+    weights or the code that their run starts from.
 
     Raises:
-        InputError: If one does.
+        InputError: If there is such a file.
     """
     silent: list[Path] = []
     older: dict[Path, list[Path]] = {}
     for run in () if choices.force else runs:
         records = {path: read_record(path) for path in run.files.values() if path.exists()}
         for path, record in records.items():
-            if others := _others(record, run, choices):
+            if differences := _differences(record, run, choices):
                 raise InputError(
                     f"expected the files of an earlier run of this command or none, got {str(path)!r}, made with "
-                    f"{', '.join(others)}: choose another name, or write it anew with --force"
+                    f"{', '.join(differences)}: choose another name, or write it anew with --force"
                 )
         silent += [] if any(record.get("model") for record in records.values()) else records
         for source in _sources(run, choices):
@@ -105,15 +105,15 @@ def check_kept(runs: Sequence[Run], choices: Choices) -> None:
 
 
 def _sources(run: Run, choices: Choices) -> Iterator[Path]:
-    """Files of weights, of code and of configs that the run begins with; what these import is not among them."""
+    """Files of weights, code and configuration that the run starts from, without those that they import."""
     for spec in filter(None, [run.model, choices.how.like if is_file(run.model) else None]):
         place = spec if is_file(spec) else parse(spec).place
         found = (Path(place), Path(place, CONFIG), folder_file(Path(place))) if place else ()
         yield from (path for path in found if path is not None and path.is_file())
 
 
-def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
-    """What a record says of its run that is not so of this one."""
+def _differences(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
+    """Properties of the recorded run that this run does not share, such as ``seed 3, not 4``."""
     settings, options = record.get("settings"), record.get("options")
     if not isinstance(settings, Mapping):
         return []
@@ -121,22 +121,22 @@ def _others(record: Mapping[str, Any], run: Run, choices: Choices) -> list[str]:
     wanted = {"model": run.model, "seed": run.seed, "base": choices.base, **asdict(choices.settings)}
     wanted["calibrated"] = choices.calibrate and list(choices.calibrate)
     if choices.settings.channels == "auto":
-        del wanted["channels"]  # a file has what that came to
+        del wanted["channels"]  # the record has what it was resolved to
     if _is_model(str(found.get("model", "")), run.model):
         del wanted["model"]
-    # What a record does not say is not held against it.
+    # An entry that the record lacks counts as equal.
     pairs = [(name, found.get(name, value), value) for name, value in wanted.items()]
     given, asked = options if isinstance(options, Mapping) else {}, choices.of_files  # both without defaults
     pairs += [(name, given.get(name), asked.get(name)) for name in {**asked, **given}]
-    return [f"{name} {_told(one)}, not {_told(other)}" for name, one, other in pairs if one != other]
+    return [f"{name} {_value_text(old)}, not {_value_text(new)}" for name, old, new in pairs if old != new]
 
 
-def _told(value: object) -> str:
+def _value_text(value: object) -> str:
     return "default" if value is None else quoted(value)
 
 
 def _is_model(found: str, wanted: str) -> bool:
-    """Whether both name one model or file, a path in whatever way; a bare name is of the library that has it."""
+    """Whether both name the same model or file; a bare name is looked up in the libraries."""
     if found.endswith(f":{wanted}") and not is_file(wanted) and parse(wanted).source is Source.ANY:
         with exit_on_signal():
             wanted = resolve(wanted).text
@@ -144,22 +144,22 @@ def _is_model(found: str, wanted: str) -> bool:
 
 
 def _results(runs: Sequence[Run], choices: Choices, ranks: Ranks | None) -> Iterator[Result]:
-    """Of all runs, in their order; none in ranks but the first, which is the one that writes."""
+    """Results of all runs, in their order; in ranks the first one alone has them, and writes the files."""
     pending: list[Run | Result] = []
     for run in runs:
         missing = {kind: path for kind, path in run.files.items() if choices.force or not path.exists()}
         kept = bool(run.files) and not missing
         pending.append(Result(run, Status.KEPT) if kept else Run(run.model, run.seed, **missing))
     if ranks is not None:
-        pending = ranks.exchange(pending)[0]  # which files are there already, the first says
-    unfinished = [one for one in pending if isinstance(one, Run)]
+        pending = ranks.exchange(pending)[0]  # the first rank says which files exist already
+    unfinished = [run for run in pending if isinstance(run, Run)]
     check_found([run.model for run in unfinished], choices.how.like if unfinished else None)
     size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
     for start in range(0, len(pending), size):
-        made = None  # the weights of the last run go before those of the next are made
-        # This rank's run of the next so many; in the last round some have none, and gather nothing.
-        for one in pending[start : start + size][rank : rank + 1]:
-            made = one if isinstance(one, Result) else _attempt(one, partial(make, one, choices), choices)
+        made = None  # frees the weights of the last run before the next one is made
+        # This rank's run of this round; in the last round some ranks have none, and send None.
+        for item in pending[start : start + size][rank : rank + 1]:
+            made = item if isinstance(item, Result) else _attempt(item, partial(make, item, choices), choices)
         results = filter(None, [made] if ranks is None else ranks.gather(made))
         yield from (_attempt(result.run, partial(write, result, choices), choices) for result in results)
 
@@ -168,7 +168,7 @@ def _attempt(run: Run, work: Callable[[], Result], choices: Choices) -> Result:
     try:
         with suppress(ExistsError):
             return work()
-        check_kept([run], choices)  # another command has written it in the meantime
+        check_kept([run], choices)  # its file exists: another command has written it in the meantime
         return Result(run, Status.KEPT)
     except Exception as error:
         if choices.debug:
