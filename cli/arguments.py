@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from convsim_init.errors import InputError
 from convsim_init.report.text import quoted
 
-MAX_LENGTH = 1000  # of a value; no useful one comes near, and a shorter text cannot nest deep enough to do harm
+MAX_LENGTH = 1000  # far more than a value needs, and too short for brackets to nest deep enough to do harm
 OWN_OPTIONS = {"num_classes": "--num-classes", "in_chans": "--in-chans", "seed": "--seed"}
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 OPENERS = tuple("[({'\"")

@@ -39,7 +39,7 @@ def complete_models(ctx: click.Context, parameter: click.Parameter, incomplete: 
 
 
 def complete_bases(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Schemes to draw anew by, then the activations that may follow one."""
+    """Values of --base: the schemes and, after a scheme and a colon, the activations."""
     activations = (f"{base}:{activation}" for base in BASES[1:] for activation in ACTIVATIONS)
     return _items(BASES, incomplete) or _items(activations, incomplete)
 

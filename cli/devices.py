@@ -45,7 +45,7 @@ def find_device(name: str) -> torch.device:
         name = "cpu"
     if name == "cuda" and name in present and launch.size > 1:
         cards = torch.cuda.device_count()
-        if cards == 1:  # by CUDA_VISIBLE_DEVICES another one for each process, or all share it
+        if cards == 1:  # CUDA_VISIBLE_DEVICES shows each process another one, or all share it
             return torch.device("cuda", 0)
         if launch.local_size > cards:
             raise InputError(

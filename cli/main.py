@@ -96,7 +96,7 @@ def cli(ctx: click.Context) -> None:
     stdout, is_own_process = sys.stdout, ctx.ensure_object(Invocation).is_own_process
     # The stdout of other code and of a script that `run` runs stays as it is.
     if is_own_process and ctx.invoked_subcommand != run.name and isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
+        stdout.reconfigure(errors="backslashreplace")  # escapes letters that its encoding lacks
     if ctx.invoked_subcommand not in (init.name, run.name) and not launched().leads:
         ctx.exit(DONE)
 
@@ -109,7 +109,7 @@ for command in (init, run, inspect, compare, verify, list_models, env, completio
         debug_option(expose_value=False)(command)
 
 
-STDOUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a full disk and the like
+STDOUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full disk and the like
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -53,8 +53,8 @@ class Loaded:
 
     content: torch.nn.Module | Mapping[str, torch.Tensor]  # the model, or the state dict in the file
     name: str  # the spec; a bare name with the library that it was found in
-    seed: int | None = None  # of the drawn weights; None for a file
-    remarks: list[str] = field(default_factory=list)  # on what was found and taken
+    seed: int | None = None  # seed of the drawn weights; None for a file
+    remarks: list[str] = field(default_factory=list)  # how the spec was understood
     built: str | None = None  # spec that the model was built from
     filled: frozenset[str] = frozenset()  # modules that the model's own code filled, as by `load_state_dict`
 

@@ -18,7 +18,7 @@ from convsim_init.report.record import json_text
 from convsim_init.report.table import Table
 from convsim_init.report.text import error_text
 
-SECTIONS = {  # of the main command's help: parameters by their names
+SECTIONS = {  # names of the parameters in each section of the main command's help
     "Source": "num_classes in_chans model_args seed seeds like key config",
     "Method": "base calibrate preset pairs channels norm steps include exclude device",
     "Output": "out convs_only head without prefix dtype record plot plot_layer force dry_run",

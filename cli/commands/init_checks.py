@@ -23,7 +23,7 @@ from ..runs.plan import Run, parse_seeds
 from ..runs.run import Choices
 from ..sources import check_found, check_sources, is_file
 
-CHECKPOINT_OPTIONS = ["convs_only", "head", "without", "prefix", "dtype"]  # of no use without --out
+CHECKPOINT_OPTIONS = ["convs_only", "head", "without", "prefix", "dtype"]  # without --out they have no use
 
 
 def _check_checkpoint(path: Path, *, overwrite: bool) -> Path:

@@ -46,7 +46,7 @@ class Script:
 
     def _load(self) -> tuple[CodeType, dict[str, object]]:
         """The script's code, and the names that Python defines in it."""
-        if self._is_module or self._is_archive:  # as Python's debugger, pdb, does it
+        if self._is_module or self._is_archive:  # Python's debugger, pdb, does the same
             if self._is_archive:
                 _, spec, code = runpy._get_main_module_details()  # type: ignore[attr-defined]
             else:

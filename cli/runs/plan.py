@@ -16,7 +16,7 @@ from convsim_init.settings import MAX_SEED
 
 from ..sources import is_file
 
-MAX_SEEDS = 100_000  # in one command
+MAX_SEEDS = 100_000  # the most in one command
 FIELDS = (("model", "", None), ("seed", "", None))  # allowed in braces, as `Formatter.parse` returns them
 
 
@@ -25,7 +25,7 @@ class Run:
     """One model that is initialized."""
 
     model: str  # its spec, or the name of the file to start from
-    seed: int | None = None  # of the drawn weights; None if none are drawn
+    seed: int | None = None  # seed of the drawn weights; None if none are drawn
     out: Path | None = None  # checkpoint to write, if any
     record: Path | None = None  # record of the run to write, if any
     plot: Path | None = None  # picture to draw, if any

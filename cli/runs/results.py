@@ -32,14 +32,14 @@ class Status(str, Enum):
 class Result:
     """Result of a run; it holds what is to be written until that is done, perhaps by another process."""
 
-    run: Run  # with the files that it writes, or all of its files if they were kept
+    run: Run  # the run, with the files that it writes, or with all of its files if they were kept
     status: Status  # how the run ended, or will have ended once it is written
-    report: Report | None = None  # on its layers, if it came that far
+    report: Report | None = None  # what became of its layers, if it came that far
     error: str | None = None  # why it failed
-    checkpoint: Contents | None = None  # to be written
-    config: str | None = None  # to be written beside the checkpoint in a folder
+    checkpoint: Contents | None = None  # the checkpoint that is to be written
+    config: str | None = None  # the config that is to be written beside it, in a folder
     drawn: bool = True  # whether all weights were drawn and none read from a file
-    snapshots: tuple[Snapshot, Snapshot] | None = None  # before and after, for a record or a picture
+    snapshots: tuple[Snapshot, Snapshot] | None = None  # the network before and after, for a record or a picture
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data: ``status``, ``error`` and the run's record, if any, with the model as given."""

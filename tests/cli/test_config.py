@@ -170,4 +170,4 @@ def test_of_seed_and_seeds_the_first_place_that_has_one_counts(variable, run, py
     status, out, err = command("cifar_resnet18", "--dry-run", "--json", "--config", "run.toml")
     assert status == 0, err
     found = [json.loads(out)] if len(seeds) == 1 else [json.loads(line) for line in out.splitlines()]
-    assert [one["seed"] for one in found] == seeds
+    assert [record["seed"] for record in found] == seeds

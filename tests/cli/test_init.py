@@ -1033,7 +1033,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     ids=["model", "factory", "inspect", "verify", "run"],
 )
 def test_a_name_too_long_for_a_file_is_refused_as_any_other(arguments, command):
-    status, out, err = command(*(one.format("a" * 300) for one in arguments))
+    status, out, err = command(*(argument.format("a" * 300) for argument in arguments))
     assert (status, out) == (2, "")
     assert err.startswith("Error: expected ")
 

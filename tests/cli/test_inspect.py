@@ -326,7 +326,7 @@ def test_the_run_is_recorded_and_drawn(command, tmp_path):
     written = measure(torch.load(tmp_path / "a.pt")).layers[0].before
     for name in MEASURES:
         assert layer["after"][name] == pytest.approx(written[name], rel=1e-4)
-    assert all(not one["before"] for one in record["layers"][1:])
+    assert all(not layer["before"] for layer in record["layers"][1:])
 
 
 @pytest.mark.usefixtures("small_model")

@@ -71,7 +71,7 @@ def test_a_script_runs_as_it_would_alone(what, status, code, run, tmp_path):
     assert line.startswith("convsim-init: Network, 2 convolutions: 2 initialized, ")
     assert ("RuntimeError: not today" in rest) == (what == "raise")
     script = str(tmp_path / "code" / "train.py")
-    assert [one.split('"')[1] for one in rest if "File" in one] == [script] * (what in ("raise", "refuse"))
+    assert [text.split('"')[1] for text in rest if "File" in text] == [script] * (what in ("raise", "refuse"))
     assert ("convsim_init.errors.InputError: not this" in rest) == (what == "refuse")
 
 

@@ -469,14 +469,14 @@ def test_json_is_a_line_for_each_run(command, tmp_path):
     assert (done["status"], done["error"], done["file"]) == ("done", None, "nets-small-s0.pt")
     assert done["totals"] == alone["totals"]
     assert kept == {"status": "kept", "error": None, "model": SMALL, "seed": 1, "file": "nets-small-s1.pt"}
-    assert [(one["status"], one["seed"], one["file"]) for one in failed] == [("failed", 0, None), ("failed", 1, None)]
+    assert [(run["status"], run["seed"], run["file"]) for run in failed] == [("failed", 0, None), ("failed", 1, None)]
     assert "not today" in failed[0]["error"]
 
 
 def test_a_model_has_one_name_in_all_lines(command):
     arguments = ["mobilenet_v3_small", "--seeds", "0:1", "--steps", "1", "--out", "a.pt", "--json"]
     done, kept = (json.loads(command(*arguments)[1]) for _ in range(2))
-    assert [(one["status"], one["model"]) for one in (done, kept)] == [
+    assert [(run["status"], run["model"]) for run in (done, kept)] == [
         ("done", "mobilenet_v3_small"),
         ("kept", "mobilenet_v3_small"),
     ]
