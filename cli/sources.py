@@ -17,6 +17,7 @@ from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG
 from convsim_init.models.zoo.catalog import MODELS
+from convsim_init.report.record import read_record
 from convsim_init.report.text import PATH, quoted, shown, some
 
 from .arguments import OWN_OPTIONS
@@ -93,12 +94,16 @@ def check_found(specs: Sequence[str], like: str | None) -> None:
             find_model(model)
 
 
-def load(spec: str, how: ModelOptions) -> Loaded:
-    """Build a model, or read a file: its state dict or, with --like, the model that its weights belong to."""
+def load(spec: str, how: ModelOptions, *, convolutions_only: bool = False) -> Loaded:
+    """Build a model, or read a file: its state dict or, with --like, the model that its weights belong to.
+
+    The file has to be complete for that model, or only to have all of its convolutions.
+    """
     if is_file(spec) and how.like is None:
         return _load_file(spec, how.key)
     from convsim_init.checkpoint.load import load_checkpoint
     from convsim_init.layers import tree
+    from convsim_init.layers.find import find_convolutions
     from convsim_init.layers.names import bare_name
     from convsim_init.tracking.patching import noting_loaded
 
@@ -108,8 +113,12 @@ def load(spec: str, how: ModelOptions) -> Loaded:
     with noting_loaded(loaded.append):
         model = how.build(name)
     if is_file(spec):
-        report = load_checkpoint(model, spec, strict=True, key=how.key)
-        return Loaded(model, spec, None, [*remarks, *str(report).splitlines()], built=name)
+        report = load_checkpoint(model, spec, strict=not convolutions_only, key=how.key)
+        lines, lacking = str(report).splitlines(), (*report.missing, *report.mismatched, *report.non_finite)
+        prefixes = tuple(f"{layer}.".lstrip(".") for layer, _ in find_convolutions(model))
+        if any(key.startswith(prefixes) for key in lacking):
+            raise InputError(f"expected a file with all convolutions of the model, got {'; '.join(lines)}")
+        return Loaded(model, spec, None, [*remarks, *_origin(spec), *lines], built=name)
     parts = set(map(id, loaded))
     filled = frozenset(bare_name(name) for name, part in tree.named_modules(model) if id(part) in parts)
     return Loaded(model, name, how.seed or 0, remarks, built=name, filled=filled)
@@ -141,13 +150,25 @@ def _load_file(path: str, key: str | None) -> Loaded:
             f"expected a file with convolution weights, of rank 3 to 5, got {shown(path, PATH)!r}, none of whose "
             f"{len(state)} tensors is one: name that of a convolutional network"
         )
-    remarks, extra = [INFERRED], [*checkpoint.extra, *checkpoint.unread]
+    remarks, extra = [*_origin(path), INFERRED], [*checkpoint.extra, *checkpoint.unread]
     if checkpoint.wrapper:
         more = f"; --key takes another: {some(map(shown, checkpoint.others))}" if checkpoint.others else ""
         remarks.append(f"the weights are those under {shown(checkpoint.wrapper)!r}{more}")
     remarks += [f"left out, for it is no tensor: {some(map(shown, extra))}"] if extra else []
     remarks += _prefix_remarks(list(checkpoint.tensors), list(state), path)
     return Loaded(state, path, None, remarks)
+
+
+def _origin(path: str) -> list[str]:
+    """A remark on the run that made a file, if this program wrote it."""
+    record = read_record(Path(path))
+    if not {"version", "model", "seed", "base"} <= record.keys():
+        return []
+    options = record["options"] if isinstance(record.get("options"), dict) else {}
+    base = record["base"] if record["base"] != "model" else None
+    chosen = {"seed": record["seed"], "base": base, **options}
+    parts = [str(record["model"]), *(f"{name} {value}" for name, value in chosen.items() if value is not None)]
+    return [f"written by convsim-init {shown(str(record['version']))}: {shown(', '.join(parts), PATH)}"]
 
 
 def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list[str]:

@@ -12,8 +12,8 @@ from convsim_init.backends.gradient import Layout, summed_similarity
 from convsim_init.errors import InputError
 from convsim_init.layers.find import count_obstacle, find_convolutions, find_layers
 from convsim_init.layers.forward.isolation import holding_weights_lock
+from convsim_init.layers.forward.owners import used_weight
 from convsim_init.layers.forward.weight import ForwardWeight
-from convsim_init.layers.owners import used_weight
 from convsim_init.report.text import layer_name
 from convsim_init.settings import CHANNELS, PAIRS, Channels, Pairs, check_choice
 

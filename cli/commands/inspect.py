@@ -74,7 +74,7 @@ def inspect(
         from convsim_init.metrics.snapshot import take_snapshot
 
     with stdout_for_results():
-        loaded = load(spec, how)
+        loaded = load(spec, how, convolutions_only=True)
         if plot is None:
             report = measure(loaded.content).select(include)
         else:

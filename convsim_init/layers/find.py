@@ -12,13 +12,13 @@ from torch.nn.parameter import is_lazy
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import holding_weights_lock
+from convsim_init.layers.forward.owners import find_call, try_unknown, used_weight
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap, refuse_fake_mode
 from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.obstacle import Cause, Obstacle
-from convsim_init.layers.owners import find_call, try_unknown, used_weight
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import owner_of
 from convsim_init.report.patterns import check_patterns, matches

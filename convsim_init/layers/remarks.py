@@ -17,12 +17,12 @@ from convsim_init.functional.dtypes import converts
 from convsim_init.layers import tree
 from convsim_init.layers.find import is_quantized
 from convsim_init.layers.forward.isolation import holding_weights_lock
+from convsim_init.layers.forward.owners import used_weight
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.layers.obstacle import KEPT
-from convsim_init.layers.owners import used_weight
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.symbols import tensors_in
 from convsim_init.layers.symbolic.uses import CALLED, Uses, owner_of

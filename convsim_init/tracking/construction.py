@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import is_running
+from convsim_init.layers.forward.owners import find_call
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.obstacle import Cause, Obstacle
-from convsim_init.layers.owners import find_call
 from convsim_init.tracking.patching import noting_loaded, observed
 from convsim_init.tracking.window import before_first_pass, drop_hooks
 

@@ -18,7 +18,7 @@ from folders import OLD, names
 from torch import nn
 from words import MISSING
 
-from convsim_init import InputError, Settings, build_model, measure
+from convsim_init import InputError, Settings, __version__, build_model, measure
 from convsim_init.cli.sources import INFERRED
 from convsim_init.metrics.compare import compare
 from convsim_init.report.table import COLUMNS
@@ -258,6 +258,43 @@ def test_compare_tells_of_what_has_no_values():
     states = [{"a.weight": small, "b.weight": eight}, {"a.weight": small.to_sparse(), "b.weight": eight.float()}]
     compared = compare([(name, state) for name, state in zip("ab", states, strict=True)])
     assert {entry.weights for entry in compared.entries} == {"identical"}
+
+
+OWN_NET = """
+from torch import nn
+def net(num_classes=5):
+    return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
+def test_a_file_says_what_made_it(command, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_NET)
+    assert command("own.py:net", "--num-classes", "7", "--seed", "3", "--out", "seven.safetensors")[0] == 0
+    made = f"written by convsim-init {__version__}: own.py:net, seed 3, num_classes 7\n"
+    for arguments in (["seven.safetensors"], ["seven.safetensors", "--like", "own.py:net", "--num-classes", "7"]):
+        status, out, _ = command("inspect", *arguments)
+        assert (status, made in out) == (0, True)
+    state = safetensors.torch.load_file("seven.safetensors")
+    for record in ('{"version": "1", "model": "a\\nb", "seed": null, "base": "model", "options": []}', "{}", "[]"):
+        safetensors.torch.save_file(state, "odd.safetensors", metadata={"convsim_init": record})
+        status, out, _ = command("inspect", "odd.safetensors")
+        assert (status, "written by convsim-init 1: a\\nb\n" in out) == (0, "version" in record)
+
+
+def test_a_file_without_the_classifier_is_measured_as_the_models(command, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_NET)
+    assert command("own.py:net", "--num-classes", "7", "--out", "seven.safetensors")[0] == 0
+    status, out, _ = command("inspect", "seven.safetensors", "--like", "own.py:net")
+    assert status == 0
+    assert "2 convolutions: 2 measured\n" in out
+    assert "other shape, 2: 3.weight (file 7x4, model 5x4), 3.bias (file 7, model 5)\n" in out
+    state = safetensors.torch.load_file("seven.safetensors")
+    del state["1.bias"]
+    safetensors.torch.save_file(state, "less.safetensors")
+    status, _, err = command("inspect", "less.safetensors", "--like", "own.py:net")
+    assert (status, "expected a file with all convolutions of the model, got less.safetensors" in err) == (2, True)
+    status, _, err = command("seven.safetensors", "--like", "own.py:net", "--out", "eight.safetensors")
+    assert (status, "expected a file that is complete for the model" in err) == (2, True)
 
 
 def test_compare_draws_a_picture(command, tmp_path):

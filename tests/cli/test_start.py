@@ -75,7 +75,7 @@ def test_inspect_and_compare_like_a_model(command, weights):
     assert status == 0
     status, out, err = command("inspect", "weights.safetensors", "--like", GROUPED, "--model-arg", "width=16")
     assert (status, out) == (2, "")
-    assert "expected a file that is complete for the model" in err
+    assert "expected a file with all convolutions of the model" in err
     assert "0.weight (file 8x3x3x3, model 16x3x3x3)" in err
 
 
