@@ -226,7 +226,7 @@ def test_skipinit_starts_as_its_shortcuts():
 
 # The arms
 
-ABOUT_NORMS = {"paper", "PyTorch's default", "fan in", "fan out", "unit variance", "LSUV"}
+ABOUT_NORMS = {"paper", "PyTorch's default", "convsim, PyTorch's default", "fan in", "fan out", "unit variance", "LSUV"}
 ABOUT_NORMS |= {f"convsim, {which}unit variance" for which in ("", "matched channels, ", "all channels, ")}
 
 
