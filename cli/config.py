@@ -118,9 +118,10 @@ def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
     if not isinstance(table, Mapping):
         raise click.UsageError(f"{place}: expected a table of options, got {quoted(table)}", ctx)
     options, values = _options(ctx.command), {}
-    for key, value in table.items():
+    for written, value in table.items():
+        key = str(written).replace("_", "-")  # as in Python and in reports, or as on the command line
         if key not in options:
-            raise click.UsageError(f"{place}: {quoted(key)} is no option{did_you_mean(key, options)}", ctx)
+            raise click.UsageError(f"{place}: {quoted(written)} is no option{did_you_mean(key, options)}", ctx)
         if path == PYPROJECT and key in NOT_IN_PYPROJECT:
             raise click.UsageError(f"{place}: {key} is taken only from the command line or a file of --config", ctx)
         option, several = options[key], isinstance(value, list)

@@ -98,7 +98,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
         header, rows = MEASURED_HEADER, [_measured_row(layer, note) for layer in layers]
         count = sum(bool(layer["before"]) for layer in layers)
         rows.append([f"mean of {count}", "", *measure_cells(totals["before"]), ""])
-        change = [f"sum of raw similarity {totals['before']['similarity']:.4g}"]
+        change = [f"sum of raw similarity {_raw_text(totals['before'])}"]
         end = f"{data['seconds']:.2f} s"
     else:
         header = UNTREATED_HEADER
@@ -195,7 +195,12 @@ def _change_of_totals(data: Mapping[str, Any]) -> list[str]:
     ]
     ratio = f"norm ratio {after['norm_ratio']:.6f}"
     means = [f"{means[0]}, {ratio}"] if len(means) == 1 else [*means, ratio]
-    return [*means, f"sum of raw similarity {before['similarity']:.4g} -> {after['similarity']:.4g}"]
+    return [*means, f"sum of raw similarity {_raw_text(before)} -> {_raw_text(after)}"]
+
+
+def _raw_text(measures: Mapping[str, float]) -> str:
+    raw = measures["similarity"]
+    return format(raw, ".4g" if raw < 1e4 else ".0f")  # no exponent beside a number without
 
 
 def _mean_changes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -41,6 +41,11 @@ def test_a_file_may_begin_with_a_byte_order_mark(command, tmp_path):
     assert dry(command, "--config", "run.toml")[0]["settings"]["steps"] == 3
 
 
+def test_names_may_be_written_as_in_python(command):
+    write(run="num_classes = 7\n", pyproject="in-chans = 1\n")
+    assert dry(command, "--config", "run.toml")[0]["options"] == {"num_classes": 7, "in_chans": 1}
+
+
 def test_every_kind_of_option_is_taken_from_a_file_and_from_the_environment(command, tmp_path, monkeypatch):
     monkeypatch.setenv("CONVSIM_INIT_EXCLUDE", "layer1* layer2*")
     monkeypatch.setenv("CONVSIM_INIT_CONVS_ONLY", "yes")

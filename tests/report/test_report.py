@@ -108,6 +108,13 @@ def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
     ]
 
 
+def test_large_sums_are_written_alike():
+    large = Report(
+        Settings(), [layer("stem", before=BEFORE | {"similarity": 45000.4}, after=AFTER | {"norm_ratio": 1.0})]
+    )
+    assert "sum of raw similarity 45000 -> 2\n" in str(large)
+
+
 @pytest.mark.parametrize("width", [60, 72, 80, 100, 200])
 @pytest.mark.parametrize("name", ["stem", "stage" * 20], ids=["short", "long"])
 @pytest.mark.parametrize("kind", ["changed", "measured", "planned"])
