@@ -238,14 +238,19 @@ def _share_remarks(
 ) -> list[str]:
     """The share of a model's parameters that is treated, or would be, where it is small and nobody chose that."""
     parameters = list(tree.parameters(model)) if isinstance(model, nn.Module) else []
-    chosen = any(layer.obstacle is not None and layer.obstacle.cause is not Cause.UNTREATABLE for layer in layers)
+    obstacles = [layer.obstacle for layer in layers if layer.obstacle is not None]
+    # Layers with a twin were treated before.
+    chosen = any(obstacle.cause is not Cause.UNTREATABLE or obstacle.twin for obstacle in obstacles)
     if chosen or any(map(is_lazy, parameters)):
         return []
+    names = {report.name for report in reports if report.after or report.outcome is Outcome.PLANNED}
+    weights = [layer.weight for layer in layers if layer.name in names]
+    treated = set[int]().union(*(weight.made_of | weight.source_ids for weight in weights))
     total = sum(parameter.numel() for parameter in parameters)
-    treated = sum(math.prod(layer.shape) for layer in reports if layer.after or layer.outcome is Outcome.PLANNED)
-    if not 0 < treated < SMALL_SHARE * total:
+    count = sum(parameter.numel() for parameter in parameters if id(parameter) in treated)
+    if not 0 < count < SMALL_SHARE * total:
         return []
-    return [f"{treated / total:.1%} of the model's {total:,} parameters are in layers that are treated"]
+    return [f"{count / total:.1%} of the model's {total:,} parameters are in layers that are treated"]
 
 
 def _check_device(device: torch.device | str | None) -> None:

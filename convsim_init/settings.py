@@ -160,7 +160,10 @@ def check_whole(name: str, value: object, low: int, high: int | None = None) -> 
 
 def _number(value: object) -> float:
     """A real number as a float; NaN, which is in no range, for anything else."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond the range of floats
+        return math.inf
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

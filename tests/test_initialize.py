@@ -209,6 +209,7 @@ def test_layers_are_chosen_by_patterns(include, exclude, treated):
         (lambda: ci.Settings(tolerance=-1), "tolerance"),
         (lambda: ci.Settings(tolerance=math.nan), "tolerance"),
         (lambda: ci.Settings(tolerance=False), "tolerance"),
+        (lambda: ci.Settings(tolerance=10**400), "tolerance"),
         (lambda: ci.Settings(learning_rate="fast"), "learning_rate to be positive and finite, got 'fast'"),
         (lambda: ci.Settings(learning_rate=0), "learning_rate"),
         (lambda: ci.Settings(norm="keep"), "norm to be one of preserve, free, got 'keep'"),
@@ -566,6 +567,12 @@ def test_a_model_of_which_little_is_treated_says_how_much():
     assert ci.initialize_(model).remarks == []
     chosen = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64))
     assert ci.initialize_(chosen, include=["0"]).remarks == []
+    with ci.initializing() as reports:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64))
+        torch.optim.SGD(model.parameters())
+        model[0].reset_parameters()
+        torch.optim.SGD(model.parameters())
+    assert [[remark for remark in report.remarks if "parameters" in remark] for report in reports] == [[], []]
 
 
 def test_a_model_of_which_nothing_is_treated_warns():

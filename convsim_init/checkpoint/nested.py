@@ -31,7 +31,10 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
         found = [key for key, value in content.items() if isinstance(key, str) and id(value) in ids]
         if wanted is not None:
             texts = [key for key in content if isinstance(key, str)]
-            wrapper = max((key for key in texts if f"{wanted}.".startswith(f"{key}.")), key=len, default=None)
+            starts = [key for key in texts if f"{wanted}.".startswith(f"{key}.")]
+            # The longest that leads to a dict, for keys may have dots; else the longest, to be refused for what it is.
+            starts = [key for key in starts if isinstance(content[key], Mapping)] or starts
+            wrapper = max(starts, key=len, default=None)
             part = {key[len(wanted) + 1 :]: content[key] for key in texts if key.startswith(f"{wanted}.")}
             if wrapper is None and part:
                 content = part

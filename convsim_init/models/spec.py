@@ -58,7 +58,7 @@ def parse(text: str) -> Spec:
         if not name:
             raise _refused(text, f"name a model: {text}NAME")
         return Spec(text, library, "", name)
-    if Path(text).suffix in READ_SUFFIXES:
+    if Path(text).suffix in READ_SUFFIXES and not isfile(Path(text, CONFIG)):
         return Spec(text, Source.CHECKPOINT, text, "")
     # Before folders, which may be called like a built-in model.
     if text in catalog.MODELS:

@@ -53,6 +53,8 @@ def test_a_key_with_a_dot_is_found_beside_one_that_is_its_beginning(tmp_path):
     torch.save({"net": TENSORS, "net.ema": other}, tmp_path / "a.pt")
     assert read_checkpoint(tmp_path / "a.pt").others == ("net.ema",)
     torch.testing.assert_close(read_checkpoint(tmp_path / "a.pt", "net.ema").tensors, other)
+    torch.save({"net": {"ema": other}, "net.ema": 0.999}, tmp_path / "b.pt")
+    torch.testing.assert_close(read_checkpoint(tmp_path / "b.pt", "net.ema").tensors, other)
     torch.testing.assert_close(read_checkpoint(tmp_path / "a.pt", "net").tensors, TENSORS)
 
 

@@ -113,3 +113,8 @@ def test_a_model_that_its_library_cannot_describe_is_refused_before_the_work(com
     pytest.importorskip("timm")
     status, _, err = command("timm:resnet10t", "--model-arg", "features_only=True", "--out", "net/")
     assert (status, "got FeatureListNet, which cannot be described: AttributeError: " in err) == (2, True)
+
+
+def test_a_models_folder_may_be_called_like_a_file(timm_folder):
+    folder = timm_folder.rename(timm_folder.with_suffix(".ckpt"))
+    assert type(ci.build_model(str(folder))).__name__ == "ResNet"
