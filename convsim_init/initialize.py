@@ -250,7 +250,8 @@ def _share_remarks(
     count = sum(parameter.numel() for parameter in parameters if id(parameter) in treated)
     if not 0 < count < SMALL_SHARE * total:
         return []
-    return [f"{count / total:.1%} of the model's {total:,} parameters are in layers that are treated"]
+    share = f"{count / total:.1%}" if count >= total / 1000 else "less than 0.1%"
+    return [f"{share} of the model's parameters ({count:,} of {total:,}) are in layers that are treated"]
 
 
 def _check_device(device: torch.device | str | None) -> None:

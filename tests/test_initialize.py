@@ -561,7 +561,7 @@ def test_a_context_that_is_opened_meanwhile_sees_nothing_of_the_call(monkeypatch
 def test_a_model_of_which_little_is_treated_says_how_much():
     conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 200)
     model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
-    remark = "10.6% of the model's 2,040 parameters are in layers that are treated"
+    remark = "10.6% of the model's parameters (216 of 2,040) are in layers that are treated"
     assert plan(model).remarks == ci.initialize_(model).remarks == [remark]
     model[5] = nn.Linear(8, 2)
     assert ci.initialize_(model).remarks == []

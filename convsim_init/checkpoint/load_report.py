@@ -112,7 +112,7 @@ class LoadReport:
         if self.added:
             yield (
                 f"prefix: the file's keys lack {quoted(self.added)}; load_checkpoint puts it there, for strict "
-                f"loaders write the file with prefix (--prefix {shown(self.added)} in the shell)"
+                f"loaders write the file with prefix={self.added!r} (--prefix {shown(self.added)} in the shell)"
             )
         if self.refused:
             yield (

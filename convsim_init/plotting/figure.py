@@ -117,7 +117,7 @@ def choose_layer(snapshots: Sequence[Snapshot], layer: str | None = None) -> str
         raise InputError("expected a layer to draw that was measured in all of them, got none: compare like with like")
     if layer is not None:
         if layer not in names:
-            raise InputError(f"expected a layer to draw, got {quoted(layer)}: {alternatives(layer, names)}")
+            raise InputError(f"expected a layer to draw, got {quoted(layer)}: {alternatives(layer, names, 'choice')}")
         return layer
 
     def span(name: str) -> float:

@@ -89,7 +89,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
     device = f" on {data['device']}" if data["device"] else ""
     processes = f" in {data['processes']} processes" if data["processes"] > 1 else ""
     written = data["file"] is not None and data["file_bytes"] is not None
-    file = f"{shown(data['file'], PATH)} ({_size_text(data['file_bytes'])})" if written else "no file written"
+    file = f"{shown(data['file'], PATH)} ({_size_text(data['file_bytes'])})" if written else "no checkpoint written"
     end = f"{data['seconds']:.2f} s{device}{processes}, {file}"
     change = _change_of_totals(data)
     if any(layer["after"] for layer in layers):

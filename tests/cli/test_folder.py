@@ -149,7 +149,7 @@ def test_the_same_command_writes_the_same_folder(suffix, command, tmp_path):
         assert command("timm:resnet10t", "--include", "conv1.*", *QUICK, *arguments)[0] == 0
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
-    assert b"no file written" not in one["README.md"]
+    assert b"no checkpoint written" not in one["README.md"]
     assert not re.search(rb"[0-9] s\b", one["README.md"])
 
 

@@ -88,7 +88,7 @@ def test_the_table_and_the_json_tell_the_same(command):
     assert counts == "cifar_resnet18, 20 convolutions: 1 initialized, 19 skipped"
     assert f"{totals['before']['normalized_similarity']:.3e} -> {totals['after']['normalized_similarity']:.3e}" in mean
     assert f"{totals['before']['similarity']:.4g} -> {totals['after']['similarity']:.4g}" in raw
-    assert re.fullmatch(r"\d+\.\d\d s on cpu, no file written", end)
+    assert re.fullmatch(r"\d+\.\d\d s on cpu, no checkpoint written", end)
 
 
 def test_the_json_has_the_fields_of_the_design(command, tmp_path):
@@ -289,7 +289,7 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(command, tmp_path
     assert rows[1] == ["conv1", "64x3x3x3", "planned"]
     assert ["layer2.0.downsample.0", "128x64x1x1", "skipped", "not included"] in rows
     assert out.splitlines()[-2] == "cifar_resnet18, 20 convolutions: 1 planned, 19 skipped"
-    assert out.endswith(" s, no file written\n")
+    assert out.endswith(" s, no checkpoint written\n")
 
 
 def test_a_dry_run_computes_nothing(command, monkeypatch):
@@ -885,7 +885,7 @@ def test_a_layer_that_fails_fails_the_run(where, layers, options, build, command
     advice = "nothing was written; --base draws layers anew, --exclude leaves them alone, --without leaves them out"
     assert (status, err) == (1, f"Error: {layers} failed, {reason}; {advice} of the file\n")
     assert re.search(rf"^0 +4x3x3x3 +failed +{reason}$", out, re.M)
-    assert out.endswith("no file written\n")
+    assert out.endswith("no checkpoint written\n")
     assert (tmp_path / "old.pt").read_bytes() == OLD
 
 

@@ -492,7 +492,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, co
         (["compare", "cifar_resnet18", "head.pt"], "expected a file with convolution weights"),
         (
             [*QUICK, "--plot", "a.png", "--plot-layer", "fc"],
-            "expected a layer to draw, got 'fc': the convolutions are 'conv1'",
+            "expected a layer to draw, got 'fc': the choices are 'conv1'",
         ),
         ([*QUICK, "--plot", "a.png", "--plot-layer", "convl"], "and 16 more: did you mean conv1?"),
     ],

@@ -432,7 +432,7 @@ def test_the_pictures_in_the_readme_are_there_for_both_backgrounds():
 
 
 def test_a_layer_that_is_not_there_is_refused(run):
-    with pytest.raises(InputError, match=r"got 'gone': the convolutions are 'stem', 'wide', 'up', 'head'$"):
+    with pytest.raises(InputError, match=r"got 'gone': the choices are 'stem', 'wide', 'up', 'head'$"):
         figure_of_run(*run, layer="gone")
 
 

@@ -104,7 +104,7 @@ def test_a_run_shows_as_a_table_in_print_and_in_a_shell():
         "net, 3 convolutions: 2 initialized, 1 skipped",
         "mean normalized similarity 5.000e-01 -> 3.125e-01 (62.5%), norm ratio 0.750000",
         "sum of raw similarity 16 -> 10",
-        "1.25 s, no file written",
+        "1.25 s, no checkpoint written",
     ]
 
 
@@ -172,7 +172,7 @@ def test_a_remark_that_all_layers_share_is_made_once():
 def test_the_last_line_says_where_it_was_computed():
     report = run()
     report.device, report.processes = "cuda:0", 3
-    assert str(report).splitlines()[-1] == "1.25 s on cuda:0 in 3 processes, no file written"
+    assert str(report).splitlines()[-1] == "1.25 s on cuda:0 in 3 processes, no checkpoint written"
     assert report.to_dict()["device"] == "cuda:0"
 
 
