@@ -293,7 +293,7 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(command, tmp_path
 
 
 def test_a_dry_run_computes_nothing(command, monkeypatch):
-    monkeypatch.setattr("convsim_init.initialize.initialize_", lambda *_, **__: pytest.fail("it computes"))
+    monkeypatch.setattr("convsim_init.initialize.initialize_layers", lambda *_, **__: pytest.fail("it computes"))
     data = json.loads(command("resnet18", "--dry-run", "--json")[1])
     assert [layer["outcome"] for layer in data["layers"]] == ["planned"] * 20
     assert data["file"] is None
@@ -824,7 +824,7 @@ def test_a_gpu_that_fails_is_told_in_one_line(error, sentence, sweeping, command
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("convsim_init.initialize.initialize_", fail)
+    monkeypatch.setattr("convsim_init.initialize.initialize_layers", fail)
     status, out, err = command(*QUICK, *(["--seeds", "0:2"] if sweeping else []))
     wanted = f"the GPU cannot compute this: {sentence}; --device cpu computes it without one"
     assert status == 1
@@ -836,7 +836,7 @@ def test_other_errors_are_not_the_gpus(command, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a tensor is too small")
 
-    monkeypatch.setattr("convsim_init.initialize.initialize_", fail)
+    monkeypatch.setattr("convsim_init.initialize.initialize_layers", fail)
     assert "a tensor is too small (--debug shows where)" in command(*QUICK)[2]
 
 
@@ -910,7 +910,7 @@ def test_what_is_advised_for_a_layer_that_fails_helps(remedy, build, command, tm
 @pytest.mark.parametrize("more", [[], ["--convs-only"]], ids=["all", "convs"])
 def test_what_to_leave_out_is_refused_before_the_work(patterns, message, more, build, command, monkeypatch, tmp_path):
     build(small())
-    monkeypatch.setattr("convsim_init.initialize.initialize_", lambda *_, **__: pytest.fail("worked in vain"))
+    monkeypatch.setattr("convsim_init.initialize.initialize_layers", lambda *_, **__: pytest.fail("worked in vain"))
     options = [word for pattern in patterns for word in ("--without", pattern)]
     status, out, err = command("resnet18", *options, *more, "--out", "init.pt")
     assert (status, out, err.startswith(f"Error: {message}")) == (2, "", True), err
@@ -997,7 +997,9 @@ def test_a_full_disk_fails_in_one_line_and_keeps_the_old_file(name, command, tmp
     assert (tmp_path / name).read_bytes() == OLD
 
 
-@pytest.mark.parametrize("place", ["convsim_init.initialize.initialize_", "safetensors.torch.save_file", "os.fsync"])
+@pytest.mark.parametrize(
+    "place", ["convsim_init.initialize.initialize_layers", "safetensors.torch.save_file", "os.fsync"]
+)
 def test_an_interrupt_anywhere_is_one_line(place, command, tmp_path, monkeypatch):
     monkeypatch.setattr(place, raises(KeyboardInterrupt()))
     assert command(*QUICK, "--out", "init.safetensors") == (130, "", INTERRUPTED)

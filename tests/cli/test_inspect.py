@@ -501,7 +501,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, message, co
 def test_what_only_the_weights_can_tell_is_refused_too(arguments, words, command, tmp_path, monkeypatch):
     (tmp_path / "bad.pt").write_bytes(OLD)
     torch.save({"head.weight": torch.ones(2, 2)}, tmp_path / "head.pt")
-    monkeypatch.setattr("convsim_init.initialize.initialize_", lambda *_, **__: pytest.fail("it computes"))
+    monkeypatch.setattr("convsim_init.initialize.initialize_layers", lambda *_, **__: pytest.fail("it computes"))
     status, out, err = command(*arguments)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert words in err

@@ -219,7 +219,7 @@ def test_entries_that_no_file_holds_are_refused_before_the_work(command, tmp_pat
         "def network():\n"
         "    return torch.nn.Sequential(Network(3, 8, 3))\n"
     )
-    monkeypatch.setattr("convsim_init.initialize.initialize_", None)  # not to be called
+    monkeypatch.setattr("convsim_init.initialize.initialize_layers", None)  # not to be called
     status, _, err = command("own.py:network", "--out", "init.safetensors")
     assert (status, "leave it out with exclude (--without in the shell)" in err) == (2, True)
     monkeypatch.undo()

@@ -431,7 +431,7 @@ def test_an_unforeseen_error_fails_its_run_alone(command, monkeypatch, tmp_path)
 
 def test_an_interrupt_keeps_what_is_finished(command, monkeypatch, tmp_path):
     initialize = import_module("convsim_init.initialize")
-    do, calls = initialize.initialize_, []
+    do, calls = initialize.initialize_layers, []
 
     def interrupted(*arguments, **options):
         calls.append(arguments)
@@ -439,7 +439,7 @@ def test_an_interrupt_keeps_what_is_finished(command, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return do(*arguments, **options)
 
-    monkeypatch.setattr(initialize, "initialize_", interrupted)
+    monkeypatch.setattr(initialize, "initialize_layers", interrupted)
     status, out, err = command(SMALL, "--seeds", "0:3", *PATTERN, *QUICK)
     assert (status, err) == (130, "Error: interrupted; no partial file is left\n")
     assert written(tmp_path) == ["nets-small-s0.safetensors"]

@@ -261,12 +261,12 @@ REFUSED = [
     *(
         ("resnet18", {name: value}, WHOLE.format(name, span, got))
         for name, value, span, got in [
-            ("num_classes", 0, "at least 1", "0"),
-            ("num_classes", True, "at least 1", "type bool"),
-            ("num_classes", "10", "at least 1", "type str"),
-            ("num_classes", torch.ones(3, 3), "at least 1", "type Tensor"),
-            ("in_chans", -3, "at least 1", "-3"),
-            ("in_chans", 3.0, "at least 1", "type float"),
+            ("num_classes", 0, "of at least 1", "0"),
+            ("num_classes", True, "of at least 1", "type bool"),
+            ("num_classes", "10", "of at least 1", "type str"),
+            ("num_classes", torch.ones(3, 3), "of at least 1", "type Tensor"),
+            ("in_chans", -3, "of at least 1", "-3"),
+            ("in_chans", 3.0, "of at least 1", "type float"),
             ("seed", -1, f"from 0 to {LARGEST}", "-1"),
             ("seed", 2**63, f"from 0 to {LARGEST}", "9223372036854775808"),
             ("seed", None, f"from 0 to {LARGEST}", "type NoneType"),

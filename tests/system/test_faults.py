@@ -170,7 +170,7 @@ def busy(*_, **__):
         print("busy", file=sys.__stdout__, flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C code, deaf to signals
 
-initialize.initialize_ = busy
+initialize.initialize_layers = busy
 from convsim_init.cli.main import main
 main(["cifar_resnet18", "--out", sys.argv[1], "--force"])
 """
