@@ -23,6 +23,8 @@ if os.name != "posix":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest tests first: if one of them begins last, the other workers wait for it.
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
     for item in items:
         for marker in LACKING:
             if item.get_closest_marker(marker):
