@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from convsim_init.errors import InputError
@@ -25,14 +24,12 @@ from convsim_init.functional.bank import (
     filter_norms,
     full_precision,
 )
-from convsim_init.layers import tree
 from convsim_init.layers.find import find_layers, pair_obstacle
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
-from convsim_init.layers.obstacle import Cause
-from convsim_init.layers.remarks import model_remarks, watch_copies
+from convsim_init.layers.remarks import model_remarks, share_remarks, watch_copies
 from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import RefusedError, StoredWeight
 from convsim_init.metrics.measure import measure_bank
@@ -46,7 +43,6 @@ from convsim_init.settings import Channels, Settings, check_settings
 from convsim_init.tracking.history import History, open_histories, sample_layer
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of the cost: layers differ in it a thousandfold
-SMALL_SHARE = 0.25  # of a model's parameters; where fewer are treated, the report says so
 NORM_TOLERANCE = 1e-3  # relative change of a filter's norm that does not count, beyond the precision of its dtype
 
 
@@ -206,7 +202,7 @@ def initialize_layers(
                 bar.update(costs[layer_report.name])
     shared = share(layers, reports, ranks, device=device)
     seconds = time.perf_counter() - started
-    remarks += [*channel_remarks, *find_parted(), *_share_remarks(model, layers, shared)]
+    remarks += [*channel_remarks, *find_parted(), *share_remarks(model, layers, _treated(shared))]
     device_names = ", ".join(dict.fromkeys(map(str, devices)))
     report = Report(settings, shared, seconds, processes=ranks.size, device=device_names, remarks=remarks)
     name = type(unwrap(model) if isinstance(model, nn.Module) else model).__name__
@@ -229,29 +225,13 @@ def plan(
     layers = find_layers(model, include, exclude)
     decisions, channel_remarks = decide_channels(layers, settings)
     reports = [replace(_treat(layer, decisions=decisions), seconds=0.0) for layer in layers]
-    remarks = [*model_remarks(model, layers), *channel_remarks, *_share_remarks(model, layers, reports)]
+    remarks = [*model_remarks(model, layers), *channel_remarks, *share_remarks(model, layers, _treated(reports))]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
 
 
-def _share_remarks(
-    model: nn.Module | Mapping[str, object], layers: Sequence[Layer], reports: Sequence[LayerReport]
-) -> list[str]:
-    """The share of a model's parameters that is treated, or would be, where it is small and nobody chose that."""
-    parameters = list(tree.parameters(model)) if isinstance(model, nn.Module) else []
-    obstacles = [layer.obstacle for layer in layers if layer.obstacle is not None]
-    # Layers with a twin were treated before.
-    chosen = any(obstacle.cause is not Cause.UNTREATABLE or obstacle.twin for obstacle in obstacles)
-    if chosen or any(map(is_lazy, parameters)):
-        return []
-    names = {report.name for report in reports if report.after or report.outcome is Outcome.PLANNED}
-    weights = [layer.weight for layer in layers if layer.name in names]
-    treated = set[int]().union(*(weight.made_of | weight.source_ids for weight in weights))
-    total = sum(parameter.numel() for parameter in parameters)
-    count = sum(parameter.numel() for parameter in parameters if id(parameter) in treated)
-    if not 0 < count < SMALL_SHARE * total:
-        return []
-    share = f"{count / total:.1%}" if count >= total / 1000 else "less than 0.1%"
-    return [f"{share} of the model's parameters ({count:,} of {total:,}) are in layers that are treated"]
+def _treated(reports: Sequence[LayerReport]) -> set[str]:
+    """Names of the layers that were treated, or would be."""
+    return {report.name for report in reports if report.after or report.outcome is Outcome.PLANNED}
 
 
 def _check_device(device: torch.device | str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import cast
 
@@ -22,7 +22,7 @@ from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layer, Layers
 from convsim_init.layers.memory import memories, overlap
 from convsim_init.layers.names import bare_name, unwrap
-from convsim_init.layers.obstacle import KEPT
+from convsim_init.layers.obstacle import KEPT, Cause
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.symbols import tensors_in
 from convsim_init.layers.symbolic.uses import CALLED, Uses, owner_of
@@ -30,6 +30,7 @@ from convsim_init.layers.weights import KERNEL_RANKS, Weight
 from convsim_init.report.text import layer_name, shown, some
 
 USUAL = frozenset(vars(nn.Module()))  # attributes of every module
+SMALL_SHARE = 0.25  # of a model's parameters; where fewer are treated, a report says so
 NEAR = 2  # levels of nested containers and objects that are searched for copies
 
 
@@ -46,6 +47,26 @@ def model_remarks(model: nn.Module | Mapping[str, object], layers: Layers) -> li
         *_used_elsewhere(modules, layers, uses),
         *_ties(_tensors_of(inner), layers),
     ]
+
+
+def share_remarks(
+    model: nn.Module | Mapping[str, object], layers: Sequence[Layer], treated: Collection[str]
+) -> list[str]:
+    """The share of a model's parameters in the layers that are treated, where it is small and nobody chose that."""
+    parameters = list(tree.parameters(model)) if isinstance(model, nn.Module) else []
+    obstacles = [layer.obstacle for layer in layers if layer.obstacle is not None]
+    # Layers with a twin were treated before.
+    chosen = any(obstacle.cause is not Cause.UNTREATABLE or obstacle.twin for obstacle in obstacles)
+    if chosen or any(map(is_lazy, parameters)):
+        return []
+    weights = [layer.weight for layer in layers if layer.name in treated]
+    ids = set[int]().union(*(weight.made_of | weight.source_ids for weight in weights))
+    total = sum(parameter.numel() for parameter in parameters)
+    count = sum(parameter.numel() for parameter in parameters if id(parameter) in ids)
+    if not 0 < count < SMALL_SHARE * total:
+        return []
+    share = f"{count / total:.1%}" if count >= total / 1000 else "less than 0.1%"
+    return [f"{share} of the model's parameters ({count:,} of {total:,}) are in layers that are treated"]
 
 
 def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Iterator[str]:
