@@ -20,15 +20,6 @@ from ..options import device_option, settings_options
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
 from .script import Script
 
-HELP = """
-Run a training script, and initialize the networks that it builds before it trains them.
-
-SCRIPT runs as by `python SCRIPT ARGUMENTS`, with its own exit status. When it makes an optimizer of torch.optim, the
-convolutions whose weights it drew are initialized. Weights that it loads by load_state_dict, such as pretrained ones
-and checkpoints, stay as they are; weights that it sets in another way count as drawn: --exclude those. Lines on stderr
-say what became of each network, and why layers were left alone. Processes that the script starts itself are not
-reached; start it by torchrun instead, as `torchrun --nproc-per-node 2 -m convsim_init run SCRIPT ARGUMENTS`.
-"""
 EPILOG = """\b
 Examples:
   convsim-init run train.py --epochs 90
@@ -37,7 +28,6 @@ Examples:
 
 
 @click.command(
-    help=HELP,
     epilog=EPILOG,
     short_help="Run a training script and initialize its networks.",
     context_settings={"allow_interspersed_args": False},
@@ -58,7 +48,15 @@ def run(
     device: str,
     quiet: bool,
 ) -> int:
-    """Run the subcommand."""
+    """Run a training script, and initialize the networks that it builds before it trains them.
+
+    SCRIPT runs as by `python SCRIPT ARGUMENTS`, with its own exit status. When it makes an optimizer of torch.optim,
+    the convolutions whose weights it drew are initialized. Weights that it loads by load_state_dict, such as pretrained
+    ones and checkpoints, stay as they are; weights that it sets in another way count as drawn: --exclude those. Lines
+    on stderr say what became of each network, and why layers were left alone. Processes that the script starts itself
+    are not reached; start it by torchrun instead, as `torchrun --nproc-per-node 2 -m convsim_init run SCRIPT
+    ARGUMENTS`.
+    """
     check_device_name(device)
     program = Script(script, arguments, is_module=is_module)
     with exit_on_signal():

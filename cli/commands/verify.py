@@ -13,13 +13,6 @@ from ..signals import DONE, MISMATCH, exit_on_signal
 from ..sources import ModelOptions, is_file
 from ..terminal import show_json, stdout_for_results
 
-HELP = """
-Check that a file loads strictly into a model, with every key accounted for.
-
-FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt and the like); `convsim-init --help` says what a MODEL is. Exit
-status: 0 if the model's own strict loading takes the file, which holds each of the model's tensors under its key, in
-its shape and kind of dtype, finite, and nothing else; 3 if not, and the differences are listed.
-"""
 EPILOG = """\b
 Examples:
   convsim-init verify init.safetensors resnet18
@@ -27,7 +20,7 @@ Examples:
 """
 
 
-@click.command(help=HELP, epilog=EPILOG, short_help="Check that a file loads strictly into a model.")
+@click.command(epilog=EPILOG, short_help="Check that a file loads strictly into a model.")
 @click.argument("file", type=click.Path())
 @click.argument("model", shell_complete=complete_models)
 @model_options
@@ -35,7 +28,12 @@ Examples:
 @json_option(help="Print the match of every key as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status tells.")
 def verify(file: str, model: str, how: ModelOptions, as_json: bool, quiet: bool) -> int:
-    """Run the subcommand; what can be refused without torch is refused before it is loaded."""
+    """Check that a file loads strictly into a model, with every key accounted for.
+
+    FILE is a checkpoint (.safetensors, .pt, .pth, .ckpt and the like); `convsim-init --help` says what a MODEL is. Exit
+    status: 0 if the model's own strict loading takes the file, which holds each of the model's tensors under its key,
+    in its shape and kind of dtype, finite, and nothing else; 3 if not, and the differences are listed.
+    """
     if as_json and quiet:
         raise click.UsageError("--json and --quiet: choose one")
     if is_file(model) and not is_file(file):
