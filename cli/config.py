@@ -1,14 +1,14 @@
 """Options of the main command from elsewhere: a file of settings, the folder's pyproject.toml, the environment.
 
-The command line comes first, then the environment, then the file of ``--config``, then pyproject.toml. click applies
-the values; this module reads the files and remembers where a value came from.
+The command line comes first, then the environment, then the file of ``--config``, then pyproject.toml. The values of
+the last three become click's defaults; this module reads them and remembers where a value came from.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,9 @@ PREFIX = "CONVSIM_INIT_"
 ONLY_BY_HAND = ("config", "debug", "help")  # options of the command line alone
 NOT_IN_PYPROJECT = ("like", "force")  # they run code and replace files: a file that just lies there may not do that
 EITHER = {"seed", "seeds"}  # a place that has one of these voids both in the places after it
-WHERE = "convsim_init.where"  # key in click's `meta` of the file that each option was taken from
+WHERE = "convsim_init.where"  # key in click's `meta` of the place that each option was taken from
 
-
-def config_option(command: click.Command) -> click.Command:
-    """Give a command ``--config``, and each of its options a variable of the environment."""
-    click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        # Before the other options, for it sets their defaults.
-        is_eager=True,
-        expose_value=False,
-        callback=_read,
-        help=f"""TOML file with options, such as steps = 20. They are also read from [tool.{TABLE}] in {PYPROJECT}
-        in this folder and from variables such as {PREFIX}STEPS.""",
-    )(command)
-    for name, option in _options(command).items():
-        option.envvar = PREFIX + name.replace("-", "_").upper()
-    return command
+Values = dict[str, tuple[Any, str]]  # value and place of each option, by its parameter's name
 
 
 def is_by_hand(name: str) -> bool:
@@ -61,63 +46,56 @@ def origins(ctx: click.Context) -> list[str]:
     found: dict[str, list[str]] = {}
     for key, option in _options(ctx.command).items():
         name = str(option.name)
-        source, value = ctx.get_parameter_source(name), ctx.params.get(name)
-        if value is None or value is False or source not in (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP):
+        value = ctx.params.get(name)
+        if value is None or value is False or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
             continue
-        where = str(option.envvar) if source is ParameterSource.ENVIRONMENT else ctx.meta[WHERE][name]
         values = value if option.multiple else [shape_text(value) if isinstance(value, tuple) else value]
-        found.setdefault(where, []).extend(f"--{key}" if option.is_flag else f"--{key} {value}" for value in values)
+        texts = [f"--{key}" if option.is_flag else f"--{key} {value}" for value in values]
+        found.setdefault(ctx.meta[WHERE][name], []).extend(texts)
     return [f"from {where}: {', '.join(map(shown, options))}" for where, options in found.items()]
 
 
 def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
     if ctx.resilient_parsing:  # while a shell completes a word
         return
-    places: list[tuple[Path, Mapping[str, Any]]] = []
+    tables: list[tuple[Path, object]] = []
     if PYPROJECT.is_file():
         tools = _toml(PYPROJECT).get("tool")
         if isinstance(tools, Mapping) and TABLE in tools:
-            places.append((PYPROJECT, tools[TABLE]))
+            tables.append((PYPROJECT, tools[TABLE]))
             tell(f"options read from [tool.{TABLE}] in {PYPROJECT}")
     if path is not None:
-        places.append((path, _toml(path)))
-    defaults: dict[str, Any] = {}
-    where = ctx.meta.setdefault(WHERE, {})
-    for place, table in places:
-        values = _values(ctx, place, table)
-        _void_seeds(defaults, values)
-        defaults |= values
-        where |= dict.fromkeys(values, shown(str(place), PATH))
-    _read_environment(ctx, defaults)
-    ctx.default_map = defaults
+        tables.append((path, _toml(path)))
+    found: Values = {}
+    for values in (*(_from_table(ctx, *table) for table in tables), _from_environment(ctx)):
+        if EITHER & values.keys():
+            found = {name: value for name, value in found.items() if name not in EITHER}
+        found |= values
+    ctx.default_map = {name: value for name, (value, _) in found.items()}
+    ctx.meta[WHERE] = {name: where for name, (_, where) in found.items()}
 
 
-def _read_environment(ctx: click.Context, defaults: dict[str, Any]) -> None:
-    """Refuse variables with a bad value, and tell of those that are not read; click takes the values of the others."""
-    options = {str(option.envvar): option for option in _options(ctx.command).values()}
+def _from_environment(ctx: click.Context) -> Values:
+    """Values of the environment's variables, but for empty ones; a line on stderr tells of those that are no option."""
+    options = {PREFIX + name.replace("-", "_").upper(): option for name, option in _options(ctx.command).items()}
     known = [variable.removeprefix(PREFIX) for variable in options]
-    for variable in os.environ:
-        if variable in options:
-            value = options[variable].value_from_envvar(ctx)  # None if the variable is empty
-            _check(ctx, variable, options[variable], value)
-            if value is not None:
-                _void_seeds(defaults, [options[variable].name])
-        elif variable.startswith(PREFIX) and variable != SWITCH:
+    values: Values = {}
+    for variable, text in os.environ.items():
+        option = options.get(variable)
+        if option is not None and text:
+            value = option.type.split_envvar_value(text) if option.multiple else text
+            values[str(option.name)] = _checked(ctx, variable, option, value), variable
+        elif option is None and variable.startswith(PREFIX) and variable != SWITCH:
             tell(f"{shown(variable)} is not read{did_you_mean(variable.removeprefix(PREFIX), known, PREFIX)}")
+    return values
 
 
-def _void_seeds(defaults: dict[str, Any], given: Iterable[str | None]) -> None:
-    """Take both seed and seeds from the defaults if a place before those has given one of them."""
-    for name in EITHER if EITHER & set(given) else ():
-        defaults.pop(name, None)
-
-
-def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
-    """Values of a table by their parameters' names, as texts, which click reads as it reads the command line."""
+def _from_table(ctx: click.Context, path: Path, table: object) -> Values:
+    """Values of a table in a file, as texts, which click reads as it reads the command line."""
     place = shown(str(path), PATH)
     if not isinstance(table, Mapping):
         raise click.UsageError(f"{place}: expected a table of options, got {quoted(table)}", ctx)
-    options, values = _options(ctx.command), {}
+    options, values = _options(ctx.command), Values()
     for written, value in table.items():
         key = str(written).replace("_", "-")  # as in Python and in reports, or as on the command line
         if key not in options:
@@ -130,15 +108,16 @@ def _values(ctx: click.Context, path: Path, table: object) -> dict[str, Any]:
         if len(texts) != len(items) or (several and not option.multiple):
             kind = "a list of texts" if option.multiple else "one value"
             raise click.UsageError(f"{place}: {key}: expected {kind}, got {quoted(value)}", ctx)
-        values[str(option.name)] = texts if option.multiple else texts[0]
-        _check(ctx, f"{place}: {key}", option, values[str(option.name)])
+        given = _checked(ctx, f"{place}: {key}", option, texts if option.multiple else texts[0])
+        values[str(option.name)] = given, place
     return values
 
 
-def _check(ctx: click.Context, where: str, option: click.Option, value: Any) -> None:
-    """Refuse a value that click would refuse, and say where it stands."""
+def _checked(ctx: click.Context, where: str, option: click.Option, value: Any) -> Any:
+    """The value, unless click would refuse it; the error says where it stands."""
     try:
         option.type_cast_value(ctx, value)
+        return value
     except (click.BadParameter, ValueError) as error:  # ValueError: a path with a null character
         raise click.UsageError(f"{where}: {getattr(error, 'message', error)}", ctx) from error
 
@@ -157,3 +136,15 @@ def _options(command: click.Command) -> dict[str, click.Option]:
     # The longest name is the one without the single hyphen: --out, not -o.
     named = {max(option.opts, key=len).removeprefix("--"): option for option in options}
     return {name: option for name, option in named.items() if name not in ONLY_BY_HAND}
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    # Before the other options, for it sets their defaults.
+    is_eager=True,
+    expose_value=False,
+    callback=_read,
+    help=f"""TOML file with options, such as steps = 20. They are also read from [tool.{TABLE}] in {PYPROJECT} in this
+    folder and from variables such as {PREFIX}STEPS.""",
+)

@@ -20,7 +20,7 @@ from convsim_init.parallel.launch import launched
 from convsim_init.report.record import run_record
 
 from ..completion import complete_models
-from ..config import config_option, is_by_hand, origins
+from ..config import is_by_hand, origins
 from ..devices import find_device
 from ..runs.plan import Run, plan_runs
 from ..runs.results import Result, notes
@@ -35,21 +35,6 @@ from .init_options import init_options
 if TYPE_CHECKING:
     from convsim_init.parallel.processes import Ranks
 
-HELP = """
-Write a checkpoint of decorrelated weights, ready to train from.
-
-MODEL is a built-in name (see `convsim-init list`), torchvision:NAME, timm:NAME, transformers:CLASS, a folder with a
-config.json, hf-hub:NAME from the local cache, or your own function that returns a model: package.module:function or
-path/to/file.py:function. Its weights are drawn as usual. Then the filters of each convolution are moved, without
-changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. A FILE (.safetensors, .pt, .pth,
-.ckpt and the like) gives weights to start from instead. --out is written as an ordinary full state dict; without it no
-weights are written, and the table shows what would be gained.
-
-Several MODELs or seeds are done one after the other, with a line for each; files that exist already are kept. {model}
-and {seed} in a file's name stand for those of each run.
-
-`torchrun --nproc-per-node N -m convsim_init MODEL` divides the work among N processes and writes the same files.
-"""
 EPILOG = """\b
 Examples:
   convsim-init resnet18 --out init.safetensors
@@ -70,8 +55,7 @@ class MainCommand(click.Command):
         return ctx.parent.get_help() if ctx.parent else super().get_help(ctx)
 
 
-@config_option
-@click.command(cls=MainCommand, help=HELP, epilog=EPILOG, hidden=True)
+@click.command(cls=MainCommand, epilog=EPILOG, hidden=True)
 @click.argument("models", metavar="MODEL|FILE...", nargs=-1, required=True, shell_complete=complete_models)
 @init_options
 @click.pass_context
@@ -86,7 +70,20 @@ def init(
     how: ModelOptions,
     **options: Any,
 ) -> None:
-    """Run the main command; what can be refused without torch is refused before it is loaded."""
+    """Write a checkpoint of decorrelated weights, ready to train from.
+
+    MODEL is a built-in name (see `convsim-init list`), torchvision:NAME, timm:NAME, transformers:CLASS, a folder with a
+    config.json, hf-hub:NAME from the local cache, or your own function that returns a model: package.module:function or
+    path/to/file.py:function. Its weights are drawn as usual. Then the filters of each convolution are moved, without
+    changing their norms, until their Convolutional Similarity (arXiv 2411.03226) is low. A FILE (.safetensors, .pt,
+    .pth, .ckpt and the like) gives weights to start from instead. --out is written as an ordinary full state dict;
+    without it no weights are written, and the table shows what would be gained.
+
+    Several MODELs or seeds are done one after the other, with a line for each; files that exist already are kept.
+    {model} and {seed} in a file's name stand for those of each run.
+
+    `torchrun --nproc-per-node N -m convsim_init MODEL` divides the work among N processes and writes the same files.
+    """
     # One of the two on the command line voids the other from elsewhere, of which `origins` is not to tell then.
     if is_by_hand("seed") and not is_by_hand("seeds"):
         seeds = None

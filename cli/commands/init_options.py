@@ -14,6 +14,7 @@ from convsim_init.settings import ACTIVATIONS, SCHEMES, check_prefix, parse_base
 
 from .. import options
 from ..completion import complete_bases
+from ..config import config_option
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -51,6 +52,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--seeds", metavar="LIST", help="A run for each of these seeds: 0,3,5 or 0:100, which ends with 99."),
     options.like_option,
     options.key_option,
+    config_option,
     click.option(
         "--base",
         type=_checked(parse_base),
