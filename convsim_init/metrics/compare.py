@@ -17,7 +17,7 @@ from convsim_init.functional.dtypes import equal
 from convsim_init.layers.memory import has_no_data
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
-from convsim_init.report.table import COLUMNS, Table, measure_cells, shape_text, shared_reason
+from convsim_init.report.table import COLUMNS, Table, measure_cells, outcomes_text, shape_text, shared_reason
 from convsim_init.report.text import PATH, layer_name, shown, some
 
 IDENTICAL, DIFFERENT, RESHAPED, INCOMPLETE = "identical", "different", "shapes differ", "not in all"  # values
@@ -34,9 +34,9 @@ class ComparedEntry:
     weights: str  # one of the words above
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; shown as a table by ``print``."""
+    """What `compare` found."""
 
     snapshots: list[Snapshot]  # of what was compared, in the order given, labelled by its names
     layers: list[ComparedEntry]  # every convolution of any of them
@@ -112,14 +112,6 @@ class Comparison:
             lines.append(f"only in {owners}: {some(names)}")
         return lines
 
-    def __str__(self) -> str:
-        return self.table.text()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
 
 def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> Comparison:
     """Measure two or more models or state dicts, each after what to call it, and find in what they differ."""
@@ -147,11 +139,9 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
 
 def _about(snapshot: Snapshot) -> str:
     totals = snapshot.report.totals
-    remarks = [f"{totals[name]} {name}" for name in ("measured", "skipped", "failed") if name in totals]
     note = shared_reason(snapshot.report.to_dict()["layers"])
-    return f"{shown(snapshot.label, PATH)}, {totals['layers']} convolutions: {', '.join(remarks)}" + (
-        f"; each {note}" if note else ""
-    )
+    end = f"; each {note}" if note else ""
+    return f"{shown(snapshot.label, PATH)}, {totals['layers']} convolutions: {outcomes_text(totals)}{end}"
 
 
 def _entry(name: str, tensors: Sequence[Tensor | None]) -> ComparedEntry:

@@ -104,14 +104,14 @@ def report_table(data: Mapping[str, Any]) -> Table:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
     shared = [f"each layer: {note}"] if note else []
-    counts = f"{shown(data['model'] or 'model', PATH)}, {totals['layers']} convolutions: {_outcomes(totals)}"
+    counts = f"{shown(data['model'] or 'model', PATH)}, {totals['layers']} convolutions: {outcomes_text(totals)}"
     return Table(header, rows, [counts, *data["remarks"], *change, *shared, end])
 
 
 def report_cells(data: Mapping[str, Any]) -> list[str]:
     """The same data in a few words: outcomes, changes of the normalized similarity, time."""
     changes = [cell for kind, *change in _mean_changes(data) for cell in (*([kind] if kind else []), *change)]
-    return [_outcomes(data["totals"]), *changes, f"{data['seconds']:.2f} s"]
+    return [outcomes_text(data["totals"]), *changes, f"{data['seconds']:.2f} s"]
 
 
 def as_csv(records: Sequence[Mapping[str, object]]) -> str:
@@ -181,7 +181,8 @@ def _measured_row(layer: Mapping[str, Any], note: str | None) -> list[str]:
     return [*_title(layer), *measure_cells(layer["before"]), ": ".join(filter(None, remarks))]
 
 
-def _outcomes(totals: Mapping[str, Any]) -> str:
+def outcomes_text(totals: Mapping[str, Any]) -> str:
+    """How many layers came to which outcome, such as ``3 initialized, 1 skipped``."""
     return ", ".join(f"{totals[name]} {name}" for name in OUTCOMES if name in totals)
 
 

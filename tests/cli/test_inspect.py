@@ -181,7 +181,7 @@ def test_compare_tells_of_missing_layers_and_other_shapes():
     assert rows["a"][1] == "4x3x3x3 / 8x3x3x3"
     assert [rows[name][-1] for name in "abc"] == ["shapes differ", "only in A, C", "only in B"]
     assert rows["b"][2].split()[1] == "-"
-    assert str(compared).splitlines()[-4:] == [
+    assert compared.table.text().splitlines()[-4:] == [
         "4 entries of their state dicts: 1 identical, 1 shapes differ, 2 not in all",
         "shapes differ: a.weight (4x3x3x3 / 8x3x3x3)",
         "only in A, C: b.weight",
@@ -254,7 +254,7 @@ def test_compare_tells_of_what_has_no_values():
     models = [nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 8, 3, device="meta")) for _ in range(2)]
     compared = compare([(name, model) for name, model in zip("ab", models, strict=True)])
     assert {entry.weights for entry in compared.entries} == {"without values"}
-    assert str(compared).endswith(f"{len(compared.entries)} without values")
+    assert compared.table.text().endswith(f"{len(compared.entries)} without values")
     states = [{"a.weight": small, "b.weight": eight}, {"a.weight": small.to_sparse(), "b.weight": eight.float()}]
     compared = compare([(name, state) for name, state in zip("ab", states, strict=True)])
     assert {entry.weights for entry in compared.entries} == {"identical"}
