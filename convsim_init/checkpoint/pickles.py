@@ -41,10 +41,9 @@ class Name:
 
 @dataclass(eq=False, slots=True, repr=False)  # a generated repr would follow any nesting
 class Made:
-    """An object that a pickle wants made: what it would call, with which arguments, and the state to set then."""
+    """An object that a pickle wants made: what it would call, and the state to set then."""
 
     maker: Name
-    arguments: tuple[object, ...]
     state: object = None
 
 
@@ -109,7 +108,7 @@ class PickleReader:
         if str(maker) == "collections.defaultdict":
             return {}  # without its function for missing keys
         if str(maker) != "collections.OrderedDict":
-            return Made(maker, arguments)
+            return Made(maker)
         made: OrderedDict[object, object] = OrderedDict()
         for pairs in arguments:  # Python 2 wrote the items here
             set_items(made, [(key, value) for key, value in cast("list[list[object]]", pairs)])
@@ -177,7 +176,8 @@ class PickleReader:
                 case "TUPLE":
                     stack.append(tuple(since_mark()))
                 case "FROZENSET":
-                    stack.append(Made(Name("builtins", "frozenset"), tuple(since_mark())))
+                    since_mark()
+                    stack.append(Made(Name("builtins", "frozenset")))
                 case "APPEND":
                     _extend(stack, [stack.pop()])
                 case "APPENDS" | "ADDITEMS":

@@ -146,7 +146,7 @@ def remove_scratch_folders() -> None:
 @contextlib.contextmanager
 def _placing(target: Path, exists: ExistsError) -> Iterator[tuple[Path, Path]]:
     """A path in a scratch folder and the real path of the target, where the block then moves it."""
-    real = _real(target)
+    real = Path(os.path.realpath(target))
     try:
         with _scratch_file(real.parent) as temporary:
             yield temporary, real
@@ -176,7 +176,7 @@ def _rename_to_free_name(path: Path, new: Path) -> None:
 def _mode_at(target: Path) -> int | None:
     """The mode of what is at a path to be written; None if nothing is there and something can be."""
     try:
-        real = _real(target)
+        real = Path(os.path.realpath(target))
         folder = str(real.parent)
         if not real.parent.is_dir():
             raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
@@ -195,10 +195,6 @@ def _exists(target: Path) -> ExistsError:
     return ExistsError(
         f"{str(target)!r} exists already: choose another name or pass overwrite=True (--force in the shell)"
     )
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
 
 
 def _sync(path: Path) -> None:

@@ -182,9 +182,8 @@ class Report:
     def sorted_by(self, measure: str) -> Report:
         """The report with its layers in falling order of a measure; those without it last."""
 
-        def key(layer: LayerReport) -> tuple[bool, float]:
-            value = (layer.after or layer.before).get(measure)
-            return value is None, 0.0 if value is None else -value
+        def key(layer: LayerReport) -> float:
+            return -(layer.after or layer.before).get(measure, -math.inf)
 
         return replace(self, layers=sorted(self.layers, key=key))
 
