@@ -22,7 +22,7 @@ from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import owner_of
 from convsim_init.report.patterns import check_patterns, matches
-from convsim_init.report.text import shown
+from convsim_init.report.text import shown, some
 
 MAX_BASIS = 2**24  # numbers of a Fourier basis: that of a kernel of 45x45 taps, or of 2896
 
@@ -196,8 +196,11 @@ def _module_layers(model: nn.Module) -> Layers:
     if not layers:
         quantized = [name for name, module in modules.items() if is_quantized(module)]
         callers = [*uses.other_kernels, *uses.outside, *quantized]
-        calling = type(modules[callers[0]]).__name__ if callers else None
-        why = f"has none that is known: the code of {shown(calling)} seems to call some" if calling else "has none"
+        why = "has none"
+        if kinds := dict.fromkeys(shown(type(part).__name__) for name, part in modules.items() if name in uses.failed):
+            why += f" that is known: the code of {some(kinds)} could not be followed"
+        if callers:
+            why = f"has none that is known: the code of {shown(type(modules[callers[0]]).__name__)} seems to call some"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers
 

@@ -204,7 +204,7 @@ def stored_weight(module: Any) -> Weight:
         # A hook may belong to another parameter of the module, such as its bias.
         if isinstance(hook, WeightNorm) and hook.name == "weight" and "weight_v" in module._parameters:
             return NormedWeight(module, module.weight_v, module.weight_g, hook=hook)
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+        if isinstance(hook, SpectralNorm) and hook.name == "weight" and "weight_orig" in module._parameters:
             return SpectralNormedWeight(module, module.weight_orig, hook=hook)
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
             parameter, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
@@ -212,7 +212,7 @@ def stored_weight(module: Any) -> Weight:
                 return PrunedWeight(module, parameter, hook=hook)
             compute = partial(hook.apply_mask, module)  # torch does the same before a forward pass
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
-    if "weight" in module._parameters:
+    if "weight" in module._parameters or hasattr(type(module), "weight"):
         reason = "its weight is no parameter: its class computes it"
     if "weight" in module._buffers:
         reason = "its weight is a buffer, which is not trained"

@@ -1564,6 +1564,13 @@ def test_a_convolution_with_another_weight_beside_one_that_is_a_module_is_told()
     for build, share in ((Kernel, 49), (Hyper, 66)):
         (remark,) = ci.measure(build()).remarks
         assert remark == f"not looked at, though they may convolve: 1 {build.__name__}, with {share}% of the parameters"
+
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return F.conv2d(x, self.weight.view(8, 4, 3, 3))
+
+    (remark,) = ci.measure(nn.Sequential(Linear(36, 8), nn.Conv2d(8, 4, 3))).remarks
+    assert remark == "not looked at, though they may convolve: 1 Linear, with 49% of the parameters"
     with pytest.raises(ci.InputError, match="has none that is known: the code of Alone seems to call some"):
         ci.measure(type("Alone", (nn.Module,), {"forward": lambda self, x: F.conv2d(x, torch.ones(1, 1, 3, 3))})())
 
@@ -1620,11 +1627,22 @@ def test_a_weight_that_a_class_computes_is_no_parameter():
             value = super().__getattr__(name)
             return value * 2 if name == "weight" else value
 
-    (layer,) = ci.initialize_(nn.Sequential(Doubled(3, 8, 3)), settings=SETTINGS).layers
-    assert (layer.outcome, layer.reason) == (
-        ci.Outcome.SKIPPED,
-        "its weight is no parameter: its class computes it",
-    )
+    class OfASpectrum(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.spectrum = nn.Parameter(torch.fft.rfft2(self._parameters.pop("weight").detach()))
+
+        weight = property(lambda self: torch.fft.irfft2(self.spectrum, s=self.kernel_size))
+
+        def register_parameter(self, name, parameter):
+            self._parameters[name] = parameter
+
+    for kind in (Doubled, OfASpectrum):
+        (layer,) = ci.initialize_(nn.Sequential(kind(3, 8, 3)), settings=SETTINGS).layers
+        assert (layer.outcome, layer.reason) == (
+            ci.Outcome.SKIPPED,
+            "its weight is no parameter: its class computes it",
+        )
 
 
 SHARDED = """

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import convsim_init as ci
+from convsim_init.initialize import plan
 from convsim_init.layers.weights import describe_mismatch
 
 QUICK = ci.Settings(steps=4)
@@ -327,6 +328,17 @@ def test_what_a_hook_computes_is_measured_but_not_set():
     assert "its weight is no parameter" in layer.reason
     assert module.weight is attribute
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_parameter_of_spectral_norm_that_is_pruned_is_no_frozen_one():
+    module = nn.utils.spectral_norm(nn.Conv2d(4, 8, 3))
+    nn.utils.prune.l1_unstructured(module, "weight_orig", 0.3)
+    with torch.no_grad():
+        module(torch.zeros(1, 4, 5, 5))
+    for layer in (*plan(module).layers, *plan(nn.Sequential(module)).layers):
+        assert layer.outcome is ci.Outcome.SKIPPED
+        assert "its weight is no parameter: a hook" in layer.reason
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])

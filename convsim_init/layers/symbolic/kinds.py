@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import names_of
+from convsim_init.layers.forward.copies import is_from_library, names_of
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 NAMED = re.compile(r"(?<!No)(?<!FrozenBatch)Norm(alization)?(?![a-z]|Free)")  # LayerNorm2d, but not NormalNoise
@@ -32,7 +32,8 @@ def call_name(module: nn.Module) -> tuple[str, bool]:
     if _is_normalization(module):
         return NORMALIZED, True
     if isinstance(module, USERS):
-        return USED, True
+        # A subclass of a linear layer may convolve with its weight.
+        return USED, not isinstance(module, nn.Linear) or is_from_library(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return UNKNOWN, True
     library = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))

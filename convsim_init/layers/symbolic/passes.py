@@ -201,7 +201,7 @@ class SymbolicPass(TorchFunctionMode):
         """Run a hook before or after the forward pass of a module; a hook that fails is skipped."""
         try:
             return self._attempt(hook, args, kwargs, module, when)
-        except FailedError:
+        except (FailedError, TypeError):
             self.failed_hooks.add(module)
             return None
 
@@ -224,6 +224,8 @@ class SymbolicPass(TorchFunctionMode):
                     answers.prove()
                     return output
                 except (Exception, SystemExit) as error:  # of any kind, because the answers may make no sense
+                    if _is_refusal(error):
+                        raise
                     del self._nodes[before:]
                     for symbol, node in reversed(self._written[unwritten:]):
                         symbol.node = node
@@ -248,6 +250,8 @@ class SymbolicPass(TorchFunctionMode):
         first = args[0] if args else None
         if name == "device":
             return self._sample.device
+        if name == "parse_to":  # of the arguments of `Module.to`
+            return func(*(self._sample if isinstance(arg, Symbol) else arg for arg in args), **kwargs)
         # The operator of `torch.cond` is given code of the model for both cases, and both are recorded.
         if name == "cond" and isinstance(func, HigherOrderOperator):
             _, if_true, if_false, operands = args
@@ -324,3 +328,10 @@ class SymbolicPass(TorchFunctionMode):
 def _are_sizes(values: Sequence[object]) -> bool:
     """Whether all are numbers that are known or computed from shapes."""
     return all(v.node.is_size if isinstance(v, Symbol) else isinstance(v, (int, float)) for v in values)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether code refused arguments before it began, as in a real pass, where its caller may try others."""
+    # Too few may come from an unknown value that was unpacked into one.
+    began = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+    return isinstance(error, TypeError) and not began and "missing" not in str(error)

@@ -153,6 +153,18 @@ class Failing(nn.Module):
         return self.parts(torch.from_numpy(np.asarray(x) + 1))
 
 
+class Offering(nn.Sequential):
+    """Offers an argument that the parts may refuse."""
+
+    def forward(self, x):
+        for part in self:
+            try:
+                x = part(x, lengths=None)
+            except TypeError:
+                x = part(x)
+        return x
+
+
 class Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -306,6 +318,11 @@ MODELS = {
     ),
     "functional": (Functional(), {"conv": True}),
     "where values decide": (Stubborn(), {"part.0": False, "part.2": True, "part.4": False, "last": False}),
+    "through what refuses an argument": (
+        nn.Sequential(*conv(), Offering(Residual(), nn.BatchNorm2d(4))),
+        {"0": True, "1.0.conv": True},
+    ),
+    "by a module that code makes": (conv(Function(lambda m, x: nn.GroupNorm(1, 4).to(x)(x))), {"0": True}),
     "in parts alone": (
         nn.Sequential(*conv(nn.BatchNorm2d(4)), *conv(Failing(*conv(*conv(nn.BatchNorm2d(4))))), *conv()),
         {"0": True, "3.parts.0": False, "3.parts.1": True, "4": False},

@@ -390,6 +390,10 @@ def test_what_a_forward_pass_that_cannot_be_followed_does_is_not_known(kind):
     failing, other = ci.measure(nn.ModuleList([kind(), Two()])).layers
     assert failing.reason == f"whether {kind.__name__} uses another weight of it could not be told"
     assert other.reason is None
+    failing = kind()
+    failing.conv = None
+    with pytest.raises(ci.InputError, match=f"none that is known: the code of {kind.__name__} could not be followed"):
+        ci.measure(failing)
 
 
 class ByNumpy(nn.Module):
