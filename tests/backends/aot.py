@@ -1,6 +1,6 @@
-"""Compile the fused kernels ahead of time, without a GPU: registers and spills of each, a line of JSON.
+"""Compile what the library launches, without a GPU: registers and spills of each kernel, a line of JSON.
 
-TRITON_ALWAYS_COMPILE=1 TRITON_DUMP_PTXAS_LOG=1 python aot.py 90    # for compute capability 9.0
+python aot.py 90    # for compute capability 9.0
 """
 
 import contextlib
@@ -8,49 +8,65 @@ import io
 import json
 import re
 import sys
+import threading
+from types import SimpleNamespace
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from convsim_init.backends import fused, fused_similarity
+from convsim_init.functional.fourier import Fourier
+from convsim_init.settings import Settings
 
-FULL, COARSE = {1: 2, 9: 16}, {1: 2, 9: 8}  # frequencies, by taps
-KERNELS = [  # with their constants
-    *((fused, "evaluate", {"taps": taps, "freqs": freqs, "moves": True}) for taps, freqs in FULL.items()),
-    *((fused, "evaluate", {"taps": taps, "freqs": freqs, "moves": False}) for taps, freqs in FULL.items()),
-    *((fused, "turn", {"taps": taps, "freqs": freqs}) for taps, freqs in COARSE.items()),
-    *(
-        (fused_similarity, name, {"taps": taps, "normalized": normalized})
-        for name in ("fold", "unfold")
-        for taps in FULL
-        for normalized in (False, True)
-    ),
-]
+# Banks [G, M, C, *kernel_size]. The second of each size differs in all that must not make Triton compile anew.
+BANKS = [(1, 130, 33, 1, 1), (2, 64, 48, 1, 1), (1, 130, 33, 3, 3), (2, 64, 48, 9)]
 
 
-def usage(kernel, constants: dict[str, int], capability: int) -> dict[str, int]:
-    """Registers, and bytes spilled, of a thread."""
-    kinds = dict.fromkeys([*fused.SIZES, "groups"], "i32") | {"beta": "fp32", "scales": "*fp64", "value": "*fp64"}
-    kinds |= {} if constants.get("moves", "freqs" in constants) else {"sums": "*fp64"}  # those of the regularizer
-    kinds |= dict.fromkeys(constants, "constexpr")
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: kinds.get(name, "*fp32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if name == "basis"},  # read as vectors
+def pretend_gpu(capability: int) -> None:
+    """Have Triton compile for a GPU that is not there, and launch nothing."""
+    module_kernel_registers_spills_threads = 1, 1, 0, 0, 1024
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            launcher_cls=lambda *args: lambda *args: None,
+            utils=SimpleNamespace(
+                load_binary=lambda *args: module_kernel_registers_spills_threads,
+                get_device_properties=lambda device: {"max_shared_mem": 2**17},
+            ),
+        )
     )
+    torch.cuda.device_of = contextlib.nullcontext
+
+
+def launch(shape: tuple[int, ...]) -> None:
+    """A step, and the regularizer raw and normalized."""
+    bank = torch.rand(shape)
+    fourier = Fourier(shape[3:], bank.dtype, bank.device)
+    (cut,) = fourier.blocks(bank, bank.flatten(3).norm(dim=(2, 3)), bank.numel())
+    block = fused.FusedBlock(*cut, fourier, Settings(), threading.local())
+    factors = torch.rand(5, shape[0], 1, shape[1])
+    block.evaluate(*factors[:3])
+    block.turn(0.3, *factors[3:])
+    for normalized in (False, True):
+        fused_similarity.value_and_gradient(bank, shape, normalized=normalized)
+
+
+def main() -> None:
+    names: list[str] = []
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    knobs.runtime.jit_post_compile_hook = lambda *, fn, **rest: names.append(fn.name.lstrip("_"))
+    pretend_gpu(int(sys.argv[1]))
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused.OPTIONS)
-    told = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads[^$]*Used (\d+) registers", log.getvalue())
-    stores, loads, registers = map(int, told.groups())
-    return {"registers": registers, "spilled": max(stores, loads)}
+        for shape in BANKS:
+            launch(shape)
+    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads[^$]*?Used (\d+) registers", log.getvalue())
+    for name, (stores, loads, registers) in zip(names, found, strict=True):
+        print(json.dumps({"kernel": name, "registers": int(registers), "spilled": max(int(stores), int(loads))}))
 
 
 if __name__ == "__main__":
-    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
-    for module, name, constants in KERNELS:
-        used = usage(getattr(module, f"_{name}"), constants, int(sys.argv[1]))
-        print(json.dumps({"kernel": name, **constants, **used}))
+    main()

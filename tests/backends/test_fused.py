@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,7 +263,7 @@ def test_a_thread_has_registers_enough(capability):
     command = [sys.executable, str(Path(__file__).parent / "aot.py"), str(capability)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     used = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = dict.fromkeys(each["kernel"] for each in used)
-    assert list(kernels) == ["evaluate", "turn", "fold", "unfold"]
+    # Each for kernels of 1 and of 9 taps, and for no other size: `evaluate` that moves or not, two raw or normalized.
+    assert Counter(each["kernel"] for each in used) == {"evaluate": 4, "turn": 2, "fold": 4, "unfold": 4}
     assert max(each["registers"] for each in used) <= 168  # three programs share a processor
     assert max(each["spilled"] for each in used) <= 16
