@@ -17,15 +17,10 @@ if TYPE_CHECKING:
 MPS_REMARK = "--device mps: computed on the CPU, because MPS has no float64; the weights are the same"
 
 
-def check_device_name(name: str) -> str:
-    """The name itself, if it is ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-
-    Raises:
-        InputError: If it is not. Whether there is such a device here, `find_device` checks.
-    """
+def check_device_name(name: str) -> None:
+    """Refuse, by an `InputError`, all but ``auto``, ``cpu``, ``cuda``, ``cuda:N`` and ``mps``, be they here or not."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", name):
         raise InputError(f"expected the device to be auto, cpu, cuda, cuda:N or mps, got {name!r}")
-    return name
 
 
 def find_device(name: str) -> torch.device:
@@ -41,7 +36,7 @@ def find_device(name: str) -> torch.device:
 
     launch = launched()
     present = available_devices()
-    if check_device_name(name) == "auto":
+    if name == "auto":
         name = "cpu"
     if name == "cuda" and name in present and launch.size > 1:
         cards = torch.cuda.device_count()

@@ -18,8 +18,6 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 REPORTED = threading.Event()  # set once an error line was printed: a signal after it adds no other
 
-Handler = Callable[[int, FrameType | None], None]
-
 
 class Terminated(KeyboardInterrupt):
     """What SIGTERM raises."""
@@ -125,7 +123,7 @@ def signals_of_python() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Handler, *, last: bool = False) -> Iterator[None]:
+def _handled_by(handler: Callable[[int, FrameType | None], None], *, last: bool = False) -> Iterator[None]:
     """Install a handler for all signals but those that other code handles."""
     numbers = HANDLED if threading.current_thread() is threading.main_thread() else ()
     known = (signal.default_int_handler, signal.SIG_DFL, _raise_once)
