@@ -28,9 +28,9 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
     while isinstance(content, Mapping) and (wanted is not None or len(opened) < len(WRAPPERS)):
         inside = list(_state_dicts(content))
         ids = {id(state) for _, state in inside}  # each is looked at once, though many keys may lead to it
-        found = [key for key, value in content.items() if isinstance(key, str) and id(value) in ids]
+        texts = [key for key in content if isinstance(key, str)]
+        found = [key for key in texts if id(content[key]) in ids]
         if wanted is not None:
-            texts = [key for key in content if isinstance(key, str)]
             starts = [key for key in texts if f"{wanted}.".startswith(f"{key}.")]
             # The longest that leads to a dict, for keys may have dots; else the longest, to be refused for what it is.
             starts = [key for key in starts if isinstance(content[key], Mapping)] or starts
@@ -59,7 +59,7 @@ def unwrapped(name: str, content: object, wanted: str | None) -> tuple[object, s
                 (wrapper,) = leading
             # Opened although nothing in it is a tensor, so that the error can say what is there.
             elif wrapper is None and not found:
-                alone = [key for key in content if isinstance(key, str)] if len(content) == 1 else []
+                alone = texts if len(content) == 1 else []
                 wrapper = next((key for key in (*usual, *alone) if isinstance(content[key], Mapping)), None)
             if wrapper is None:
                 break

@@ -38,7 +38,7 @@ DTYPES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8,
 }  # fmt: skip
-DENSE_TENSORS = re.compile(
+ALLOWED = re.compile(  # names that dense tensors are made of, and what trainers save beside the weights
     r"""collections\.(OrderedDict|defaultdict|Counter)
     | torch(\.\w+)*\.\w+Storage
     | torch\.(u?int\d+|float\d+(_\w+)?|bfloat16|complex\d+|bool|Size|device|Tensor)
@@ -46,12 +46,9 @@ DENSE_TENSORS = re.compile(
     | torch\._tensor\._rebuild_from_type_v2
     | torch\.nn\.parameter\.Parameter
     | (builtins|__builtin__)\.(set|frozenset|complex|bytes|dict|list|tuple|int|long|float|str|unicode|bool)
-    | _codecs\.encode""",
-    re.VERBOSE,
-)
-
-PLAIN_DATA = re.compile(  # what trainers save beside the weights: their arguments and their progress
-    r"""argparse\.Namespace
+    | _codecs\.encode
+    # arguments and progress
+    | argparse\.Namespace
     | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
     | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer|dtype|ndarray)
     | numpy\.dtypes\.\w+DType
@@ -80,7 +77,7 @@ class TensorReader(PickleReader):
 
     def name(self, name: Name) -> Name:
         """The name, if dense tensors or plain data are made of it; plain data are not made, either."""
-        if not (DENSE_TENSORS.fullmatch(str(name)) or PLAIN_DATA.fullmatch(str(name))):
+        if not ALLOWED.fullmatch(str(name)):
             raise InputError(
                 f"expected a file of dense tensors alone, got {self.path!r}, which needs code to be run "
                 f"({quoted(str(name))}): where you trust it, load it and save its state_dict()"
