@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convsim_init.errors import InputError
-from convsim_init.files.sources import CHECKPOINT, FOREIGN, READ_SUFFIXES, check_source, is_source, without_weights
+from convsim_init.files.sources import (
+    CHECKPOINT,
+    READ_SUFFIXES,
+    check_source,
+    is_source,
+    of_another_kind,
+    without_weights,
+)
 from convsim_init.models.build import build_model, check_model, find_model
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG
@@ -126,8 +133,10 @@ def load(spec: str, how: ModelOptions, *, convolutions_only: bool = False) -> Lo
 
 def _check_source(spec: str, how: ModelOptions) -> None:
     rest = os.path.splitdrive(spec)[1]  # without a drive of Windows, which has a colon
-    if is_file(spec) or Path(spec).suffix in FOREIGN:
+    if is_file(spec):
         check_source(spec)
+    elif ":" not in rest and (error := of_another_kind(Path(spec))):
+        raise error
     elif ":" not in rest and Path(spec).suffix != ".py" and isfile(spec):
         raise InputError(
             f"expected a file name ending in {', '.join(READ_SUFFIXES)} or a model's name, got {spec!r}: {CHECKPOINT}"

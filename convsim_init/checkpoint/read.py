@@ -21,7 +21,7 @@ from convsim_init.checkpoint.pickles import check_room, is_plain, type_name
 from convsim_init.checkpoint.state_dict import is_extra_state, module_versions
 from convsim_init.checkpoint.torch_files import TorchFile
 from convsim_init.errors import InputError
-from convsim_init.files.sources import MAPPED, check_source
+from convsim_init.files.sources import MAPPED, check_source, of_another_kind
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import bare_entries
 from convsim_init.report.text import has_surrogates, quoted, shown, some
@@ -164,7 +164,7 @@ def _errors(path: Path) -> Iterator[None]:
         if has_surrogates(str(path)):
             raise InputError(f"cannot read {name}: its path is not in UTF-8, as libraries expect; rename it") from error
         writer = WRITERS.get(path.suffix, "torch.save")
-        raise InputError(
+        raise of_another_kind(path) or InputError(
             f"expected a file written by {writer}, got {name}, which is damaged or of another kind: copy it again"
         ) from error
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, UntypedStorage
 
-from convsim_init.checkpoint.pickles import Name, PickleReader, check_room
+from convsim_init.checkpoint.pickles import Made, Name, PickleReader, check_room
 from convsim_init.errors import InputError
 from convsim_init.files.sources import MAPPED
 from convsim_init.report.text import quoted
@@ -47,14 +47,23 @@ ALLOWED = re.compile(  # names that dense tensors are made of, and what trainers
     | torch\.nn\.parameter\.Parameter
     | (builtins|__builtin__)\.(set|frozenset|complex|bytes|dict|list|tuple|int|long|float|str|unicode|bool)
     | _codecs\.encode
-    # arguments and progress
+    # arguments, configs and progress
     | argparse\.Namespace
     | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
     | numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer|dtype|ndarray)
     | numpy\.dtypes\.\w+DType
     | datetime\.(date|time|datetime|timedelta|timezone)
     | torch\.torch_version\.TorchVersion
-    | mmengine\.logging\.history_buffer\.HistoryBuffer""",
+    | mmengine\.logging\.history_buffer\.HistoryBuffer
+    | omegaconf(\.\w+)+ | typing\.Any
+    | (pytorch_)?lightning(_fabric)?(\.\w+)+""",
+    re.VERBOSE,
+)
+CONFIGS = re.compile(  # dicts whose entries are attributes, too
+    r"""(pytorch_)?lightning(_fabric)?(\.\w+)+\.AttributeDict
+    | mm(engine|cv)(\.\w+)+\.ConfigDict
+    | (yacs|fvcore\.common)\.config\.CfgNode
+    | addict(\.addict)?\.Dict | box\.box\.Box | easydict\.EasyDict | munch\.Munch""",
     re.VERBOSE,
 )
 
@@ -77,7 +86,7 @@ class TensorReader(PickleReader):
 
     def name(self, name: Name) -> Name:
         """The name, if dense tensors or plain data are made of it; plain data are not made, either."""
-        if not ALLOWED.fullmatch(str(name)):
+        if not (ALLOWED.fullmatch(str(name)) or CONFIGS.fullmatch(str(name))):
             raise InputError(
                 f"expected a file of dense tensors alone, got {self.path!r}, which needs code to be run "
                 f"({quoted(str(name))}): where you trust it, load it and save its state_dict()"
@@ -104,6 +113,10 @@ class TensorReader(PickleReader):
                 return self.call(arguments[0], arguments[2])
             case "_rebuild_parameter" | "_rebuild_parameter_with_state" | "Parameter":
                 return arguments[0]  # without attributes, hooks and gradient
+            case "_reconstruct" if isinstance(arguments[0], Name):  # numpy's arrays, told by their type
+                return Made(arguments[0])
+            case _ if CONFIGS.fullmatch(str(maker)):
+                return arguments[0] if arguments and isinstance(arguments[0], dict) else {}
         return super().call(maker, arguments)
 
     def _tensor(self, arguments: tuple[Any, ...], dtype: torch.dtype | None, flags: tuple[Any, ...]) -> Tensor:
@@ -165,6 +178,11 @@ class TorchFile:
         if any(name.endswith("/constants.pkl") for name in entries):
             raise InputError(
                 f"expected a file of tensors, got {self.name!r}, a TorchScript archive: save its state_dict() instead"
+            )
+        if entries and not any(name.endswith("/data.pkl") for name in entries):
+            raise InputError(
+                f"expected a file written by torch.save, got {self.name!r}, an archive of other files such as "
+                f"{quoted(next(iter(entries)))}: save the PyTorch model's state_dict() instead"
             )
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.values())
         unique = len(entries) == len(archive.infolist())

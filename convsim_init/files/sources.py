@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt", ".bin", ".th", ".tar")  # others write these; .tar as in .pth.tar
 FOLDER_FILES = (  # of Hugging Face, where an index names several files, and of torch.distributed.checkpoint
     "model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
-    "pytorch_model.bin", "pytorch_model.bin.index.json", ".metadata",
+    "diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", ".metadata",
 )  # fmt: skip
 METADATA_KEY = "__metadata__"  # in the header of safetensors
 MAX_HEADER = 10**7  # bytes of a header that are read, at most
 MAPPED = os.name != "nt"  # whether tensors may stay in the file: Windows does not replace a mapped file
 CHECKPOINT = "if it is a checkpoint, rename it"  # advice on a file of another suffix
 FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
+SAVE = "save the PyTorch model's state_dict() as .safetensors"
+PROGRAM = f"another program's: {SAVE}"
+HEAD = 300  # bytes of a file that tell its kind, of an archive of tar those from 257 on
+KINDS = {  # what begins like this is no checkpoint, and what to do
+    rb"GGUF|\x89HDF|\x93NUMPY": PROGRAM,
+    rb"\x1f\x8b|BZh|\xfd7zXZ|.{257}ustar": "an archive: unpack it first",
+    rb"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` gets the file itself",
+}
 
 
 def is_source(path: str | os.PathLike[str]) -> bool:
@@ -42,9 +51,35 @@ def folder_file(folder: Path) -> Path | None:
 
 
 def without_weights(folder: str | os.PathLike[str]) -> InputError:
-    """The error that says which files a folder should hold one of."""
+    """The error that says which files a folder should hold one of, and names a checkpoint in it, if one is there."""
     names = f"{', '.join(FOLDER_FILES[:-1])} or {FOLDER_FILES[-1]}"
-    return InputError(f"expected a folder with {names}, got {str(folder)!r}, which has none of them: name the file")
+    inside = next((str(path) for path in sorted(Path(folder).glob("*")) if is_source(path)), None)
+    example = f", such as {inside!r}" if inside else ""
+    return InputError(
+        f"expected a folder with {names}, got {str(folder)!r}, which has none of them: name the file{example}"
+    )
+
+
+def of_another_kind(path: Path) -> InputError | None:
+    """The error that says what a file is that is no checkpoint, if its name or its beginning tells."""
+    kind = f"an exported program: {SAVE}" if path.suffix == ".pt2" else PROGRAM if path.suffix in FOREIGN else None
+    if kind is None and isfile(path):
+        with suppress(OSError), path.open("rb") as file:
+            head = file.read(HEAD)
+            kind = next((kind for start, kind in KINDS.items() if re.match(start, head, re.DOTALL)), None)
+    return None if kind is None else InputError(f"expected weights of PyTorch, got {str(path)!r}, which is {kind}")
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address such as ``https://host/name``."""
+    return re.match(r"\w{2,}:/", str(path)) is not None  # a path has one slash less
+
+
+def downloaded_first(address: object) -> InputError:
+    """The error for an address in place of a file or a model."""
+    return InputError(
+        f"expected a file, got the address {str(address)!r}: nothing is downloaded here; download it first"
+    )
 
 
 def check_source(path: str | os.PathLike[str]) -> Path:
@@ -53,21 +88,15 @@ def check_source(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: If its suffix is unknown, it is missing, no ordinary file, or may not be read.
     """
-    if re.match(r"\w{2,}:/", str(path)):  # a path has one slash less
-        raise InputError(
-            f"expected a file, got the address {str(path)!r}: nothing is downloaded here; download it first"
-        )
+    if is_address(path):
+        raise downloaded_first(path)
     if path == "":  # whose path would be the working folder
         raise InputError("expected the path of a checkpoint, got an empty text: name a file")
     source = folder_file(Path(path)) or Path(path)
     if isdir(source):
         raise without_weights(path)
-    if source.suffix in FOREIGN:
-        what = "an exported program" if source.suffix == ".pt2" else "another program's"
-        raise InputError(
-            f"expected weights of PyTorch, got {str(source)!r}, which is {what}: save the PyTorch model's state_dict() "
-            f"as .safetensors"
-        )
+    if source.suffix not in READ_SUFFIXES and (error := of_another_kind(source)):
+        raise error
     if source.suffix != ".json" and source.name != ".metadata":
         source = with_suffix(source, READ_SUFFIXES, CHECKPOINT)
     try:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convsim_init.errors import InputError, RunError
-from convsim_init.files.sources import SUFFIXES, cause, with_suffix
+from convsim_init.files.sources import SUFFIXES, cause, is_address, with_suffix
 
 try:
     import fcntl
@@ -175,11 +175,14 @@ def _rename_to_free_name(path: Path, new: Path) -> None:
 
 def _mode_at(target: Path) -> int | None:
     """The mode of what is at a path to be written; None if nothing is there and something can be."""
+    if is_address(target):
+        raise InputError(f"expected a path on this machine, got the address {str(target)!r}: write a file and copy it")
     try:
         real = Path(os.path.realpath(target))
         folder = str(real.parent)
         if not real.parent.is_dir():
-            raise InputError(f"expected an existing folder to write to, got {folder!r}: create it first")
+            advice = "only shells read ~ as the home folder" if target.parts[0].startswith("~") else "create it first"
+            raise InputError(f"expected an existing folder to write to, got {folder!r}: {advice}")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
         return real.lstat().st_mode

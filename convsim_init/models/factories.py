@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.models.spec import Source, Spec
+from convsim_init.models.spec import NAMED, Source, Spec
 from convsim_init.models.user_code import is_importable, load_file, load_module, user_errors
 from convsim_init.report.text import did_you_mean, shortened
 
@@ -26,10 +26,13 @@ _MISSING = object()
 def check_place(spec: Spec) -> None:
     """Refuse a missing file, with the closest names, or a missing package, without running any code."""
     if spec.source is Source.MODULE:
+        if isfile(spec.place):
+            raise InputError(f"expected a Python file, got {spec.place!r}: put the function into one that ends in .py")
         if not is_importable(spec.place):
+            alike = did_you_mean(spec.place, (source.value for source in NAMED))
             raise InputError(
                 f"expected a module that can be imported, got {spec.place!r}: it is neither in this folder nor "
-                f"installed"
+                f"installed{alike}"
             )
         return
     if not isfile(spec.place):
@@ -80,6 +83,7 @@ def _check_arguments(text: str, factory: Callable[..., object], arguments: Mappi
         plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
         bare = str(signature.replace(parameters=plain, return_annotation=signature.empty))
         parameters = shortened(" ".join(bare.split()), 200)
+        advice = "; give it by name (--model-arg NAME=VALUE in the shell)" if str(error).startswith("missing") else ""
         raise InputError(
-            f"{text}: expected arguments that fit {parameters}, got {', '.join(arguments) or 'none'}: {error}"
+            f"{text}: expected arguments that fit {parameters}, got {', '.join(arguments) or 'none'}: {error}{advice}"
         ) from error

@@ -6,6 +6,7 @@ Each library is imported only when one of its models is asked for.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 ENTRIES = {"num_classes": "num_labels", "in_chans": "num_channels"}  # arguments by their names in transformers' configs
+MODEL_CLASS = re.compile(r"(Model|Backbone)$|For[A-Z]")  # in names of transformers
 # Entries of timm's configs that describe pretrained weights.
 TRAINED_ENTRIES = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
@@ -44,9 +46,11 @@ def find_described(spec: Spec) -> Callable[[Mapping[str, object]], torch.nn.Modu
     if spec.source is Source.TRANSFORMERS:
         found = _transformers_class(spec.name, spec.text)
         if getattr(found, "config_class", None) is None:
+            classes = {name for name in dir(_load("transformers", spec.text)) if MODEL_CLASS.search(name)} - {spec.name}
+            alike = f": did you mean hf-hub:{spec.name}?" if "/" in spec.name else did_you_mean(spec.name, classes)
             raise InputError(
                 f"expected a model's class of transformers with a config, such as ResNetModel, got {quoted(spec.name)}"
-                f"{did_you_mean(spec.name, {*dir(_load('transformers', spec.text))} - {spec.name})}"
+                f"{alike}"
             )
         return partial(_build_transformers, spec.text, found, found.config_class)
     folder = _cached(spec) if spec.source is Source.HUB else Path(spec.place)

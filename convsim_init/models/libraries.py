@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from convsim_init.errors import InputError
 from convsim_init.files.sources import without_weights
 from convsim_init.models.spec import LIBRARIES, Source, Spec, parse
-from convsim_init.models.user_code import user_errors
+from convsim_init.models.user_code import is_importable, user_errors
 from convsim_init.models.zoo.catalog import MODELS, UnknownModelError, closest
 from convsim_init.version import installed_version
 
@@ -126,10 +126,19 @@ def unknown_model(name: str) -> InputError:
     for library in installed():
         for known in names(library):
             specs.setdefault(known, f"{library.value}:{known}")
-    hint = _hint(specs[known] for known in closest(name, specs))
+    meant = _other_form(name)
+    hint = _hint([meant] if meant else (specs[known] for known in closest(name, specs)))
     missing = [library.value for library in LIBRARIES if library not in installed()]
     extras = f"; pip install 'convsim-init[{','.join(missing)}]' for more" if missing else ""
     return UnknownModelError(f"expected the name of a model, got {name!r}: {hint} run `convsim-init list`{extras}")
+
+
+def _other_form(name: str) -> str | None:
+    """The spec that is meant by ``module.function`` or by a name of the hub of Hugging Face, if it may be one."""
+    module, _, function = name.rpartition(".")
+    if name.replace(".", "").isidentifier() and module and is_importable(module):
+        return f"{module}:{function}"
+    return f"{Source.HUB.value}:{name}" if name.count("/") == 1 and not isdir(name.partition("/")[0]) else None
 
 
 def _hint(alike: Iterable[str]) -> str:

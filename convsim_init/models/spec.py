@@ -9,8 +9,9 @@ from os.path import isfile
 from pathlib import Path
 
 from convsim_init.errors import InputError
-from convsim_init.files.sources import READ_SUFFIXES
+from convsim_init.files.sources import READ_SUFFIXES, downloaded_first, is_address
 from convsim_init.models.zoo import catalog
+from convsim_init.report.text import did_you_mean
 
 FORMS = "a model's name, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
 CONFIG = "config.json"  # in a folder of a model of Hugging Face
@@ -32,6 +33,7 @@ class Source(str, Enum):
 
 
 LIBRARIES = (Source.TORCHVISION, Source.TIMM)
+NAMED = (*LIBRARIES, Source.TRANSFORMERS, Source.HUB)  # their values stand before a colon
 DESCRIBED = (Source.TRANSFORMERS, Source.HUB, Source.FOLDER)
 
 
@@ -50,9 +52,10 @@ def parse(text: str) -> Spec:
     """The parts of a spec; an `InputError` if it is not of one of the forms."""
     if not text:
         raise _refused(text, "name one")
+    if is_address(text):
+        raise downloaded_first(text)
     place, colon, name = text.rpartition(":")
-    named = (*LIBRARIES, Source.TRANSFORMERS, Source.HUB)
-    library = next((source for source in named if text.startswith(f"{source.value}:")), None)
+    library = next((source for source in NAMED if text.startswith(f"{source.value}:")), None)
     if library is not None:
         name = text.partition(":")[2]
         if not name:
@@ -73,7 +76,8 @@ def parse(text: str) -> Spec:
             raise _refused(text, f"write {owner}:{name.partition('.')[0]}; weights are drawn anew, never downloaded")
         return Spec(text, Source.ANY, "", text)
     if not _is_dotted_name(name):
-        raise _refused(text, "after the colon stands the name of a function or class")
+        library_meant = did_you_mean(place, (source.value for source in NAMED))
+        raise _refused(text, f"after the colon stands the name of a function or class{library_meant}")
     if place.endswith(".py"):
         return Spec(text, Source.FILE, place, name)
     if _is_dotted_name(place):

@@ -65,8 +65,9 @@ def some(names: Iterable[str], count: int = 4) -> str:
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message that refuses a name, ``: did you mean a or b?``, or nothing; offered with the prefix."""
     # Names are shortened because the search takes a time that is quadratic in their length.
-    similar = get_close_matches(shown(name), list(dict.fromkeys(map(shown, known))))
-    return f": did you mean {' or '.join(prefix + other for other in similar)}?" if similar else ""
+    written = {other.casefold(): other for other in map(shown, known)}
+    similar = get_close_matches(shown(name).casefold(), written)
+    return f": did you mean {' or '.join(prefix + written[other] for other in similar)}?" if similar else ""
 
 
 def alternatives(name: str, known: Collection[str], kind: str = "convolution") -> str:

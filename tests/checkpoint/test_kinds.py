@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -183,6 +184,17 @@ def test_an_index_says_which_file_a_tensor_is_in(tmp_path):
         read_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("inside", ["model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"])
+def test_a_folder_without_weights_says_what_is_in_it(inside, tmp_path):
+    (tmp_path / "logs.txt").touch()
+    path = tmp_path / inside
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(InputError) as caught:
+        read_checkpoint(tmp_path)
+    assert str(caught.value).endswith(f"name the file, such as {str(tmp_path / Path(inside).parts[0])!r}")
+
+
 @pytest.mark.parametrize("name", ["hf", "runs/hf"])
 def test_a_folder_without_weights_says_which_file_it_lacks(name, tmp_path, command):
     (tmp_path / name).mkdir(parents=True)
@@ -302,6 +314,36 @@ def test_other_programs_files_say_what_to_do(name, what, tmp_path, command):
         status, _, err = command("inspect", name)
         assert status == 2
         assert f"got '{name}', which is {what}: save the PyTorch model's state_dict()" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"GGUF" + bytes(50), "another program's: save the PyTorch model's state_dict()"),
+        (b"\x89HDF\r\n" + bytes(50), "another program's: save the PyTorch model's state_dict()"),
+        (b"\x1f\x8b\x08" + bytes(50), "an archive: unpack it first"),
+        (b"model_weights.ckpt" + bytes(239) + b"ustar" + bytes(250), "an archive: unpack it first"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS: `git lfs pull` gets the file itself"),
+    ],
+    ids=["gguf", "hdf5", "gzip", "tar", "lfs"],
+)
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.nemo"])
+def test_what_a_file_begins_with_says_what_it_is(content, what, name, tmp_path, command):
+    (tmp_path / name).write_bytes(content)
+    for arguments in (["inspect", name], ["verify", name, "cifar_resnet18"]):
+        assert command(*arguments) == (
+            2,
+            "",
+            f"Error: expected weights of PyTorch, got '{name}', which is {what}"
+            f"{' as .safetensors' * what.startswith('another')}\n",
+        )
+
+
+def test_an_archive_of_other_files_says_what_is_in_it(tmp_path):
+    np.savez(tmp_path / "a.npz", weight=np.ones(3))
+    (tmp_path / "a.npz").rename(tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"an archive of other files such as 'weight.npy': save"):
+        read_checkpoint(tmp_path / "a.pt")
 
 
 def test_the_command_takes_an_index_by_its_name(tmp_path, command):

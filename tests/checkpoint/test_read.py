@@ -4,11 +4,13 @@ import datetime
 import os
 import pickle
 import random
+import sys
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
@@ -96,6 +98,48 @@ def test_plain_data_beside_the_weights_do_not_matter(extra, protocol, tmp_path):
     content = {"model": TENSORS, "args": extra, "epoch": 3, "best": {"extra": [extra]}}
     torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol)
     torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), TENSORS)
+
+
+def class_of_others(module: str, name: str, bases: tuple[type, ...], monkeypatch) -> type:
+    """A class as one of a package that need not be installed."""
+    kind = type(name, bases, {"__module__": module})
+    for package in accumulate(module.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    setattr(sys.modules[module], name, kind)
+    return kind
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lightning.fabric.utilities.data", "AttributeDict"),
+        ("mmengine.config.config", "ConfigDict"),
+        ("yacs.config", "CfgNode"),
+        ("easydict", "EasyDict"),
+    ],
+)
+def test_a_dict_whose_entries_are_attributes_is_a_dict(module, name, protocol, tmp_path, monkeypatch):
+    kind = class_of_others(module, name, (dict,), monkeypatch)
+    config = kind(lr=0.1)
+    config.note = "an attribute"
+    for content in (kind(TENSORS), {"state_dict": TENSORS, "hyper_parameters": config}):
+        torch.save(content, tmp_path / "a.ckpt", pickle_protocol=protocol)
+        torch.testing.assert_close(read_state_dict(tmp_path / "a.ckpt"), TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("omegaconf.dictconfig", "DictConfig"), ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")],
+)
+def test_configs_and_callbacks_beside_the_weights_do_not_matter(module, name, tmp_path, monkeypatch):
+    kind = class_of_others(module, name, (), monkeypatch)
+    content = {"state_dict": TENSORS, "hyper_parameters": kind(), "callbacks": {kind: {"best": 1.0}}}
+    torch.save(content, tmp_path / "a.ckpt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "a.ckpt"), TENSORS)
+    torch.save({"state_dict": kind()}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=f"got {module}.{name} under 'state_dict'"):
+        read_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_a_dict_with_a_default_is_a_dict(tmp_path):
@@ -240,6 +284,7 @@ SPARSE = torch.ones(2, 2).to_sparse()
         pytest.param("a.pt", saved({"a": torch.ones(1), "b": 3}), ["only tensors", "int under 'b'"], id="number"),
         pytest.param("a.pt", saved({"model": {"b": "x"}}), ["str under 'b' under 'model'"], id="wraps-text"),
         pytest.param("a.pt", saved({1: torch.ones(1)}), ["only tensors", "under 1"], id="key-no-text"),
+        pytest.param("a.pt", saved({"a": np.ones(2)}), ["only tensors", "got numpy.ndarray under 'a'"], id="array"),
         pytest.param("a.pt", saved({"x" * 9999: 1}), ["only tensors", "xxx..."], id="long-key"),
         pytest.param("a.pt", saved({"a": SPARSE}), ["dense tensors", "_rebuild_sparse_tensor"], id="sparse"),
         pytest.param(

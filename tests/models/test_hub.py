@@ -75,6 +75,8 @@ def test_a_config_in_the_cache(timm_folder, tmp_path, monkeypatch):
         (CLASS, {"depths": "two"}, "depths"),
         ("transformers:Trainer", {}, "of transformers with a config, such as ResNetModel, got 'Trainer'"),
         ("transformers:ResNetModl", {}, "got 'ResNetModl': did you mean ResNetModel"),
+        ("transformers:resnet", {}, "got 'resnet': did you mean ResNetModel or ResNetBackbone"),
+        ("transformers:me/net", {}, "got 'me/net': did you mean hf-hub:me/net"),
         ("transformers:", {}, "name a model"),
     ],
 )

@@ -83,6 +83,7 @@ def test_the_nearest_names_are_offered():
     known = ["conv1", "layer1.0.conv1", "head"]
     assert did_you_mean("con1", known) == ": did you mean conv1?"
     assert did_you_mean("layer1.0.cnv1", known) == ": did you mean layer1.0.conv1?"
+    assert did_you_mean("LAYER1.0.Conv1", known) == ": did you mean layer1.0.conv1?"
     assert did_you_mean("xyz", known) == did_you_mean("xyz", []) == ""
     assert did_you_mean("hea\n", ["hea\n\x1b"]) == r": did you mean hea\n\x1b?"
 

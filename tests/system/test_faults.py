@@ -547,6 +547,7 @@ def test_no_more_open_files_is_told(name, tmp_path):
                 ("a" * 260 + "/a.pt", "cannot write", "folder-too-long"),
             ]
         ),
+        pytest.param("s3://a/b.pt", None, "expected a path on this machine, got the address", id="address"),
         pytest.param("", None, "expected a file name ending in", id="empty"),
         pytest.param(".", None, "expected a file name ending in", id="dot"),
         pytest.param("a.pt/", Path.mkdir, "'a.pt' exists already: remove it first", id="slash"),
@@ -594,3 +595,9 @@ def test_what_no_system_can_name_is_refused_in_one_line(check, name):
         check(name)
     assert "\n" not in str(caught.value)
     str(caught.value).encode()
+
+
+def test_a_folder_that_only_shells_know_is_told_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="only shells read ~ as the home folder"):
+        writing.check_target("~/a.pt")
