@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from convsim_init.layers import tree
 from convsim_init.layers.symbolic.follow import Followed, kernels, origins
 from convsim_init.layers.symbolic.kinds import MULTIPLYING, PRODUCTS, USING
-from convsim_init.layers.symbolic.symbols import Node
+from convsim_init.layers.symbolic.symbols import Node, Symbol
 
 CALLED, REPLACED, CHANGED, UNKNOWN = "called", "replaced", "changed", "unknown"
 SAME = {"weight", "data", "detach", "to", "type", "type_as", "float", "half", "bfloat16", "double"}
@@ -55,6 +55,7 @@ def find_uses(followed: Followed) -> Uses:
     """The uses of the convolutions of a model."""
     uses, modules = Uses(set(followed.failed)), followed.modules
     layers = {name for name, module in modules.items() if isinstance(module, _ConvNd)}
+    constants = defaultdict[str, set[tuple[int, ...]]](set)  # by module, the channels of constant weights of its calls
     for node in (node for nodes, _ in followed.runs for node in nodes if node.caller is not None):
         by = followed.names[id(node.caller)]
         uses.ran.add(by)
@@ -79,13 +80,27 @@ def find_uses(followed: Followed) -> Uses:
             uses.other_kernels[by] |= {followed.originals.get(key, key) for key in learned}
             if not made_of <= followed.names.keys():
                 uses.outside.add(by)
+            if not isinstance(weight := node.convolution.weight, Symbol):
+                constants[by].add(tuple(weight.shape[:2]))
     unused = {name for name in layers if all(use.by == name for use in uses.by_layer[name])}
     # A loop over unknown values has one turn: if it uses the weight of one layer, it may use those of others too.
     making = {use.by for layer_uses in uses.by_layer.values() for use in layer_uses if use.how != CALLED}
     uses.failed |= making & {owner_of(name, modules) for name in unused if name}
     for name, by in _products(followed, unused):
         uses.by_layer[name].add(Use(by, REPLACED))
+    for name in unused:
+        # A constant with the channels of a layer may be a weight that was made of it before, and kept.
+        by = owner_of(name, modules)
+        if _channels(cast(_ConvNd, modules[name])) in constants[by]:
+            uses.by_layer[name].add(Use(by, UNKNOWN))
     return uses
+
+
+def _channels(module: _ConvNd) -> tuple[int, int]:
+    """The first two extents of a convolution's weight."""
+    if module.transposed:
+        return module.in_channels, module.out_channels // module.groups
+    return module.out_channels, module.in_channels // module.groups
 
 
 def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]:

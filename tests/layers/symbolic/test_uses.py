@@ -485,6 +485,29 @@ def test_a_weight_that_is_multiplied_with_by_other_means_is_not_known(means):
     assert layer.reason.startswith("which weight Unfolding uses is not known: ")
 
 
+class Merging(nn.Module):
+    """Keeps the sum of its two weights from the first pass in evaluation mode on, and blurs."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small, self.merged = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 1), None
+        self.aux, self.filters = nn.Conv2d(8, 4, 3), torch.ones(8, 1, 3, 3)
+
+    def forward(self, x):
+        if self.merged is None:
+            self.merged = (self.large.weight + F.pad(self.small.weight, (1, 1, 1, 1))).detach()
+        x = F.conv2d(F.conv2d(x, self.merged), self.filters, groups=8)
+        return self.aux(x) if self.training else x
+
+
+def test_a_weight_that_is_kept_from_an_earlier_pass_may_be_of_layers_that_are_not_called():
+    model = nn.Sequential(Merging())
+    model(torch.zeros(1, 3, 8, 8))
+    *merged, aux = ci.measure(model).layers
+    reason = "whether Merging uses another weight of it could not be told"
+    assert [layer.reason for layer in (*merged, aux)] == [reason, reason, None]
+
+
 class CopyingItself(Two):
     def forward(self, x, copied=False):
         return super().forward(x) if copied else copy.deepcopy(self)(x, copied=True)
