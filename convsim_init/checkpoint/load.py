@@ -21,7 +21,7 @@ from convsim_init.errors import InputError, RunError
 from convsim_init.functional.dtypes import equal
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import Copying
-from convsim_init.layers.memory import has_no_data, memories
+from convsim_init.layers.memory import has_no_data, memories, write_values
 from convsim_init.layers.names import bare_name, unwrap
 from convsim_init.report.table import shape_text
 from convsim_init.report.text import error_text, quoted, shown
@@ -280,7 +280,7 @@ def _backup(model: nn.Module) -> ExitStack:
 @torch.no_grad()
 def _restore(tensor: Tensor, value: Tensor) -> None:
     if not equal(tensor, value):  # others may not let themselves be written
-        tensor.copy_(value)
+        write_values(tensor, value)
 
 
 def _examples(state: Mapping[str, object]) -> str:

@@ -91,6 +91,14 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def write_values(tensor: Tensor, values: Tensor) -> None:
+    """Copy values to a tensor; to one that is expanded only once, because PyTorch refuses to write it."""
+    if tensor.layout is torch.strided:
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+        tensor, values = tensor[once], values[once]
+    tensor.copy_(values)
+
+
 def gradient_hooks(tensor: Tensor) -> list[dict[int, Any]]:
     """The hooks on a tensor's gradient: those before and those after its accumulation."""
     kinds = (getattr(tensor, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))

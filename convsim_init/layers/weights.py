@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers.forward.trial import Call
-from convsim_init.layers.memory import gradient_hooks, overlaps_itself, why_without_memory
+from convsim_init.layers.memory import gradient_hooks, overlaps_itself, why_without_memory, write_values
 from convsim_init.layers.obstacle import Cause, Obstacle
 
 KERNEL_RANKS = (3, 4, 5)  # ranks of weights: two more than those of kernels
@@ -103,7 +103,7 @@ class Weight(ABC):
             # The storage is asked for again, because a parametrization may have replaced tensors.
             for name, tensor in self.storage().items():
                 if name in values:
-                    tensor.copy_(values[name])
+                    write_values(tensor, values[name])
 
         return restore
 

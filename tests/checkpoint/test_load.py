@@ -908,6 +908,20 @@ def test_a_loading_that_wants_something_else_ends_in_one_line_and_changes_nothin
     assert_equal(model, values(small(2)))
 
 
+def test_a_loading_that_fails_half_way_puts_an_expanded_buffer_back():
+    class Failing(nn.Conv2d):
+        def _load_from_state_dict(self, state, prefix, *_):
+            self.mean[0].copy_(state[prefix + "mean"][0])
+            raise ValueError("half-way")
+
+    model = Failing(3, 4, 3)
+    model.register_buffer("mean", torch.zeros(3).expand(4, 3))
+    state = {key: torch.ones(value.shape) for key, value in model.state_dict().items()}
+    with pytest.raises(ci.RunError, match="it is as it was: its own loading raised ValueError: half-way"):
+        ci.load_checkpoint(model, saved(state))
+    assert not model.mean.any()
+
+
 def test_a_model_that_cannot_be_copied_is_tried_itself_and_put_back():
     model = small(2)
     model.lock = threading.Lock()

@@ -302,6 +302,29 @@ def test_what_comes_out_no_better_is_put_back(seed):
         assert after < before
 
 
+def test_a_parametrization_with_an_expanded_buffer_is_put_back():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("gain", torch.ones(8, 1, 1, 1).expand(8, 4, 3, 3))
+
+        def forward(self, weight):
+            return weight * self.gain
+
+        def right_inverse(self, weight):
+            self.gain[:, 0, 0, 0] += 1
+            return torch.ones_like(weight)
+
+    module = nn.Conv2d(4, 8, 3)
+    weight = module.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(module, "weight", Reversed())
+    module.parametrizations.weight[0].gain[:, 0, 0, 0] = 1
+    module.parametrizations.weight.original.data.copy_(weight)
+    (layer,) = ci.initialize_(module, settings=QUICK).layers
+    assert layer.reason.endswith("is no better")
+    assert torch.equal(module.weight, weight)
+
+
 # Weights that hooks compute can be read
 
 

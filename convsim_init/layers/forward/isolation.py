@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes
-from convsim_init.layers.memory import gradient_hooks, is_wrapper
+from convsim_init.layers.memory import gradient_hooks, is_wrapper, write_values
 
 _weights_lock = threading.RLock()
 _passes: list[tuple[int, frozenset[int]]] = []  # that run now: the thread, and the ids of the modules
@@ -165,7 +165,7 @@ def backup_tensor(tensor: Tensor, *, copy: bool = True) -> Callable[[], None]:
             with suppress(NotImplementedError):  # torch does not compare packed dtypes, such as float4
                 unchanged = values is None or torch.equal(data, values)
             if values is not None and not unchanged:
-                data.copy_(values)
+                write_values(data, values)
         if tensor.is_leaf:
             if tensor.requires_grad != required:
                 tensor.requires_grad_(required)

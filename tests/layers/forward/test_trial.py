@@ -259,6 +259,22 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     assert module.notes["calls"] == 0
 
 
+def test_an_expanded_buffer_is_put_back():
+    class Module(nn.Conv2d):
+        def forward(self, x):
+            self.gain[:, 0, 0, 0] += 1
+            return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+    module = Module(3, 4, 3)
+    module.register_buffer("gain", torch.ones(4, 1, 1, 1).expand_as(module.weight))
+    gain, place = module.gain, module.gain.data_ptr()
+    (layer,) = ci.initialize_(module, settings=ci.Settings(steps=2)).layers
+    assert layer.outcome is ci.Outcome.INITIALIZED
+    assert module.gain is gain
+    assert gain.data_ptr() == place
+    assert (gain == 1).all()
+
+
 class Centred(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
