@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from convsim_init.errors import InputError
-from convsim_init.files.writing import STDOUT
+from convsim_init.files.writing import STDOUT, write_text
 from convsim_init.models.classifier import classifier_keys, pointwise_convolutions
 from convsim_init.models.spec import Source, parse
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
 from convsim_init.report import html
-from convsim_init.report.record import save_record
+from convsim_init.report.record import record_text
 from convsim_init.report.report import Outcome, Report
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
@@ -276,10 +276,12 @@ def write(result: Result, choices: Choices) -> Result:
             from convsim_init.plotting.images import layer_images
 
             before, after = result.snapshots
-            pictures = layer_images(before, after, [layer.name for layer in report.layers if layer.after])
-            html.save_page(report, run.record, pictures, overwrite=choices.force)
+            text = html.page(
+                report, layer_images(before, after, [layer.name for layer in report.layers if layer.after])
+            )
         else:
-            save_record(report, run.record, overwrite=choices.force)
+            text = record_text(report)
+        write_text(run.record, text, suffixes=[run.record.suffix], overwrite=choices.force)
     if figure is not None and run.plot is not None:
         save_figure(figure, run.plot, overwrite=choices.force)
     return replace(result, checkpoint=None, config=None, snapshots=None)

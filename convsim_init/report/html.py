@@ -9,13 +9,10 @@ import base64
 import hashlib
 import html
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from string import Template
 from typing import Any
 
-from convsim_init.files.writing import write_text
 from convsim_init.report.record import run_record
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, printable
@@ -99,18 +96,8 @@ $versions
 """)
 
 
-def save_page(
-    report: Report, path: str | os.PathLike[str], pictures: Mapping[str, Mapping[str, str]], *, overwrite: bool = False
-) -> Path:
-    """Write a run as a page of HTML to a path that ends in ``.html``; fails as `write_text` does.
-
-    ``pictures`` maps a layer's name to ``{caption: data URL}``.
-    """
-    return write_text(path, page(report, pictures), suffixes=SUFFIXES, overwrite=overwrite)
-
-
 def page(report: Report, pictures: Mapping[str, Mapping[str, str]]) -> str:
-    """The text of the page that `save_page` writes."""
+    """The text of a page on a run; ``pictures`` maps a layer's name to ``{caption: data URL}``."""
     data = run_record(report)
     chosen = {name: data[name] for name in ("model", "seed", "base", "device", "processes", "file")} | data["settings"]
     records = report.to_records()

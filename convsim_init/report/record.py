@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 from convsim_init.files.sources import MAX_HEADER, METADATA_KEY, TORCH_SUFFIXES, folder_file, safetensors_header
-from convsim_init.files.writing import write_text
 from convsim_init.report.report import Report, json_ready
 from convsim_init.version import __version__, installed_version
 
@@ -27,9 +25,9 @@ def run_record(report: Report) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "versions": versions, **data, "layers": layers}
 
 
-def save_record(report: Report, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write the record of a run as JSON to a path that ends in ``.json``; fails as `write_text` does."""
-    return write_text(path, json_text(run_record(report), indent=1) + "\n", suffixes=SUFFIXES, overwrite=overwrite)
+def record_text(report: Report) -> str:
+    """The record of a run as the text of a JSON file."""
+    return json_text(run_record(report), indent=1) + "\n"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 
 import convsim_init
 from convsim_init import InputError, LayerReport, Outcome, Report, Settings, initialize_, measure
-from convsim_init.report.record import run_record, save_record
+from convsim_init.report.record import record_text, run_record
 from convsim_init.report.table import as_csv
 from convsim_init.report.text import printable
 
@@ -351,10 +351,9 @@ def test_measures_are_added_where_the_report_has_none_and_replace_none():
 # The file of the full record
 
 
-def test_the_record_holds_everything_known_of_a_run(tmp_path):
+def test_the_record_holds_everything_known_of_a_run():
     report = run()
-    assert save_record(report, tmp_path / "run.json") == tmp_path / "run.json"
-    data = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    data = json.loads(record_text(report))
     assert data == run_record(report)
     versions = {"convsim-init": convsim_init.__version__, "torch": torch.__version__}
     assert data["format_version"] == 1
@@ -378,11 +377,10 @@ def test_the_documents_schema_names_every_field():
     assert documented == fields
 
 
-def test_numbers_that_json_does_not_have_are_null(tmp_path):
+def test_numbers_that_json_does_not_have_are_null():
     report = run()
     report.layers[0] = layer("a", before={"similarity": math.inf}, losses=[math.nan, 1.0])
-    save_record(report, tmp_path / "run.json")
-    data = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)
+    data = json.loads(record_text(report), parse_constant=pytest.fail)
     assert data["layers"][0]["before"] == {"similarity": None}
     assert data["layers"][0]["losses"] == [None, 1.0]
 

@@ -23,10 +23,10 @@ from convsim_init import Report, Settings, save_checkpoint
 from convsim_init.errors import InputError, RunError
 from convsim_init.files import writing
 from convsim_init.files.sources import check_source
-from convsim_init.files.writing import check_target, new_folder, replacing
+from convsim_init.files.writing import check_target, new_folder, replacing, write_text
 from convsim_init.plotting.figure import save_figure
-from convsim_init.report.html import save_page
-from convsim_init.report.record import save_record
+from convsim_init.report.html import page
+from convsim_init.report.record import record_text
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = {"w": torch.ones(1000)}
@@ -408,8 +408,8 @@ def test_of_many_that_write_a_new_file_at_once_the_first_one_keeps_it(tmp_path):
 
 REPORT = Report(Settings(), [], model="net")
 OTHER_KINDS = {
-    "run.json": partial(save_record, REPORT),
-    "run.html": partial(save_page, REPORT, pictures={}),
+    "run.json": partial(write_text, text=record_text(REPORT), suffixes=[".json"]),
+    "run.html": partial(write_text, text=page(REPORT, {}), suffixes=[".html"]),
     "change.png": partial(save_figure, Figure()),
 }
 
