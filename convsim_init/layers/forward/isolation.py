@@ -46,8 +46,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     Meanwhile attributes hold copies of their values, except for `heavy_attributes`. One thread at a time can be in it.
     """
     parts = list(tree.modules(module))
-    # Lists and dicts need not be restored: inside the context attributes hold copies of them.
-    with holding_weights_lock(), not_cached(), undisturbed(module, containers=False), warnings.catch_warnings():
+    with holding_weights_lock(), not_cached(), undisturbed(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the module's code may warn of the unusual input
         # Modules and tensors are not copied: hooks refer to them, and trials write to them.
         kept = (*parts, *(tensor for part in parts for tensor in tensors_of(part)))
@@ -64,27 +63,24 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(
-    module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True, containers: bool = True
-) -> Iterator[None]:
+def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True) -> Iterator[None]:
     """Context in which a module may run in its present mode, and which undoes changes at the end.
 
     The module itself runs and no copy, because hooks and closures may refer to its tensors and their memory. Values,
-    attributes, gradients and hooks are saved first and restored in place. Changes deep within objects that attributes
-    hold are not undone. Threads that want to run the same modules wait for each other.
+    attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place.
+    Changes deep within objects that attributes hold are not undone. Threads that want to run the same modules wait for
+    each other.
 
     Args:
         module: The module.
         copy: Whether the values of a tensor are saved too. Default: of all tensors.
-        containers: Whether to restore the content of lists and dicts that are attributes; that of hooks always is.
     """
     parts = list(tree.modules(module))
     with running(parts):
         attributes = [vars(part) for part in parts]
         values = [value for names in attributes for value in names.values()]
-        saved: list[Any] = [*attributes]
+        saved = [*attributes, *(value for value in values if type(value) in (dict, OrderedDict, list))]
         saved += [d for names in attributes for key, d in names.items() if "hooks" in key and isinstance(d, dict)]
-        saved += [value for value in values if containers and type(value) in (dict, OrderedDict, list)]
         undo: list[Callable[[], object]]
         undo = [partial(restore_content, live, list(live) if isinstance(live, list) else dict(live)) for live in saved]
         others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))  # `isinstance` is slow
