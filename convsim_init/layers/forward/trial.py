@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -40,80 +40,57 @@ def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()
     The weights are differentiable by the parameters that they are made of, frozen ones too. Also returned is whether
     the pass came to its end. An error of the module's code is raised only if it comes before the first call.
     """
-    calls, to_the_end = list[Call](), False
-    with suppress(Exception):  # such as that of code which refuses an input with a gradient
-        calls, to_the_end = _calls(module, x, others, gradient=True)
-    if to_the_end:
-        return calls, to_the_end
-    without = _calls(module, x, others, gradient=False)
-    return without if len(without[0]) > len(calls) else (calls, to_the_end)
 
-
-def _calls(module: nn.Module, x: Tensor, others: Collection[int], *, gradient: bool) -> tuple[list[Call], bool]:
     def train_all() -> None:
         for parameter in tree.parameters(module):
             # PyTorch lets no other parameter require a gradient.
             if parameter.is_floating_point() and not parameter.is_inference():
                 parameter.requires_grad_()
 
-    capture = _Capture(others)
-    try:
-        _run(module, x, capture, train_all, gradient=gradient)
-    except Exception:
-        if not capture.calls:
-            raise
-        return capture.calls, False
-    return capture.calls, True
+    calls, to_the_end = list[Call](), False
+    with suppress(Exception):  # such as that of code which refuses an input with a gradient
+        calls, to_the_end = trial_pass(module, x, others, prepare=train_all, gradient=True)
+    if to_the_end:
+        return calls, to_the_end
+    without = trial_pass(module, x, others, prepare=train_all)
+    return without if len(without[0]) > len(calls) else (calls, to_the_end)
 
 
-def convolution_call(
+def trial_pass(
     module: nn.Module,
-    shape: Sequence[int],
     x: Tensor,
     others: Collection[int] = (),
     *,
-    index: int = 0,
-    fed: bool = False,
     prepare: Callable[[], object] = lambda: None,
-) -> Call:
-    """The call of a convolution with a weight of that shape in a module's forward pass, in evaluation mode.
+    gradient: bool = False,
+) -> tuple[list[Call], bool]:
+    """All calls of convolutions in a module's forward pass on x, in evaluation mode; see `convolution_calls`.
 
-    The weight is differentiable by the module's parameters.
+    The weights are differentiable by the module's parameters, also in inference mode unless it was made in that mode.
 
     Args:
-        module: Module that calls a convolution.
-        shape: Shape of the weight.
+        module: Module that calls convolutions.
         x: Input of the pass.
         others: Addresses of weights that do not count.
-        index: Position among the calls that count.
-        fed: Whether only calls count whose input is computed from x.
         prepare: Function that is called right before the pass; its changes to the module are undone after it.
-
-    Raises:
-        NoConvolutionError: If there is none.
-        Exception: Whatever the module's own code raises.
+        gradient: Whether the input requires a gradient, which shows what calls are fed from it; code might refuse it.
     """
-    capture = _Capture(others, shape=torch.Size(shape), fed=fed, last=index)
-    _run(module, x, capture, prepare, gradient=fed)  # a gradient only if needed, because code might refuse it
-    if len(capture.calls) <= index:
-        raise NoConvolutionError
-    return capture.calls[index]
-
-
-def _run(module: nn.Module, x: Tensor, capture: _Capture, prepare: Callable[[], object], *, gradient: bool) -> None:
-    """Run a forward pass, with derivatives also in inference mode, unless the module was made in that mode."""
     tensors = (*tree.parameters(module), *tree.buffers(module))
     differentiable = not any(tensor.is_inference() for tensor in tensors)
     with torch.inference_mode(False) if differentiable else nullcontext():
         leaf = x.detach().clone().requires_grad_(gradient and differentiable and x.is_floating_point())
-        capture.leaf = leaf
-        with isolated(module), capture, torch.enable_grad(), suppress(_CapturedError):
-            prepare()
-            try:
-                # PyTorch refuses to change a leaf with a gradient in place, so the module is given a clone.
-                module(leaf.clone())
-            except SystemExit as error:  # code may end the program at an input that it does not expect
+        capture = _Capture(leaf, others)
+        try:
+            with isolated(module), capture, torch.enable_grad():
+                prepare()
+                module(leaf.clone())  # a clone, because PyTorch refuses to change a leaf with a gradient in place
+        except (Exception, SystemExit) as error:
+            if capture.calls:
+                return capture.calls, False
+            if isinstance(error, SystemExit):  # code may end the program at an input that it does not expect
                 raise RuntimeError("its own code ended the program") from error
+            raise
+        return capture.calls, True
 
 
 def leaves(tensor: Tensor) -> set[int]:
@@ -141,23 +118,12 @@ def is_parameter(weight: Tensor) -> bool:
     return parameter is not None and torch.equal(parameter, weight)
 
 
-class _CapturedError(BaseException):
-    """Ends a forward pass at a call of a convolution; no handler of an `Exception` stops it."""
-
-
 class _Capture(TorchFunctionMode):
-    """Context that records the calls of convolutions.
+    """Context that records the calls of convolutions, except those with weights at the addresses `others`."""
 
-    Weights of another shape or at the addresses `others` do not count, nor do, with `fed`, calls whose input is not
-    computed from that of the pass. The call at position `last` ends the pass.
-    """
-
-    def __init__(
-        self, others: Collection[int], *, shape: torch.Size | None = None, fed: bool = False, last: int | None = None
-    ) -> None:
+    def __init__(self, leaf: Tensor, others: Collection[int]) -> None:
         super().__init__()
-        self._others, self._shape, self._fed, self._last = others, shape, fed, last
-        self.leaf: object = None  # the leaf that the input of the pass is a clone of
+        self._leaf, self._others = leaf, others  # the input of the pass is a clone of the leaf
         self.calls: list[Call] = []
         self._known: dict[Any, bool] = {None: False}  # whether a node of the autograd graph leads to the leaf
 
@@ -167,15 +133,13 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
             self._note(convolution_arguments(func, args, kwargs))
-            if len(self.calls) - 1 == self._last:
-                raise _CapturedError
         return func(*args, **kwargs)
 
     def _is_fed(self, start: Any) -> bool:
         """Whether a node of the autograd graph leads to the leaf; known nodes are not searched again."""
         found = list[Any]()
         for node in _behind(start, self._known):
-            if self._known.get(node) or getattr(node, "variable", None) is self.leaf:
+            if self._known.get(node) or getattr(node, "variable", None) is self._leaf:
                 self._known[start] = True
                 return True
             found.append(node)
@@ -187,10 +151,9 @@ class _Capture(TorchFunctionMode):
         weight, strides = given.weight, given.strides
         if isinstance(weight, tuple):  # a quantized weight, with its scale and more
             weight = next((part for part in weight if isinstance(part, Tensor)), torch.empty(()))
-        if self._shape in (None, weight.shape) and weight.data_ptr() not in self._others:
+        if weight.data_ptr() not in self._others:
             fed = isinstance(given.x, Tensor) and self._is_fed(given.x.grad_fn)
-            if fed or not self._fed:
-                # A single stride counts along each axis of the kernel.
-                steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
-                copy = weight.clone()  # its memory will be restored after the pass
-                self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))
+            # A single stride counts along each axis of the kernel.
+            steps = math.prod(strides) ** (1 if len(strides) > 1 else weight.dim() - 2)
+            copy = weight.clone()  # its memory will be restored after the pass
+            self.calls.append(Call(copy, given.groups, given.transposed, steps, fed))

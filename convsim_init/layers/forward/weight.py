@@ -7,7 +7,7 @@ a mask. No class is recognized by its name: trial passes show which weight is gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.layers import tree
 from convsim_init.layers.forward.isolation import draw_numbers
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
-from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_call, convolution_calls, leaves
+from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_calls, leaves, trial_pass
 from convsim_init.layers.obstacle import Obstacle
 from convsim_init.layers.weights import StoredWeight, Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
@@ -51,7 +51,7 @@ class ForwardWeight(Weight):
         self.module, self._stored, self._inner = module, stored, inner or module
         self.shape, self.made_of = stored.shape, frozenset[int]()  # `choose_call` finds what it is made of
         self.entry = self._inner
-        self._index: int | None = None  # position of the call that counts, among calls with a weight of its shape
+        self._index = 0  # position of the call that counts, among the candidates
         self._fed = False  # whether only calls count whose input is computed from that of the pass
         self._axes = 0  # number of axes that the input has more than usual
         self._known = True  # whether the model above fits
@@ -102,7 +102,7 @@ class ForwardWeight(Weight):
         self._mask, self._centred, self._known = self._stored.mask, False, False
         return None
 
-    def choose_call(self) -> Call:
+    def choose_call(self) -> None:
         """Choose the call whose weight counts: the first one made of the stored weight, or else the first.
 
         Calls whose input is computed from that of the pass go before all others, which may only estimate the norm of
@@ -113,9 +113,8 @@ class ForwardWeight(Weight):
             Exception: Whatever the module's own code raises.
         """
         calls, to_the_end = self.calls(self._others())
-        same_shape = [call for call in calls if list(call.weight.shape) == self.shape]
-        self._fed = any(call.fed for call in same_shape)
-        candidates = [call for call in same_shape if call.fed or not self._fed]
+        self._fed = any(call.fed for call in calls if list(call.weight.shape) == self.shape)
+        candidates = self._candidates(calls)
         made_of_stored = [call for call in candidates if self.source_ids & leaves(call.weight)]
         if not candidates or not (made_of_stored or self._inner is self.module):
             raise NoConvolutionError
@@ -140,7 +139,6 @@ class ForwardWeight(Weight):
         if several:
             kind = type(self.module).__name__
             self.note = f"one of several weights that {kind} convolves with: the others count for nothing here"
-        return chosen
 
     def is_stored(self) -> bool:
         """Whether the weight that is used is the stored one, whatever its values are; raises like `choose_call`."""
@@ -205,11 +203,17 @@ class ForwardWeight(Weight):
         return self.compute(partial(self.sources[0].data.copy_, probe))
 
     def _call(self, x: Tensor | None = None, prepare: Callable[[], object] = lambda: None) -> Call:
-        if self._index is None:
+        if self.call is None:
             self.choose_call()
         x = self._input() if x is None else x
-        others, index = self._others(), self._index or 0
-        return convolution_call(self.module, self.shape, x, others, index=index, fed=self._fed, prepare=prepare)
+        calls, _ = trial_pass(self.module, x, self._others(), prepare=prepare, gradient=self._fed)
+        candidates = self._candidates(calls)
+        if len(candidates) <= self._index:
+            raise NoConvolutionError
+        return candidates[self._index]
+
+    def _candidates(self, calls: Sequence[Call]) -> list[Call]:
+        return [call for call in calls if list(call.weight.shape) == self.shape and (call.fed or not self._fed)]
 
     def _at_another_input(self) -> Call:
         """The call at an input of noise, with two samples or twice the guessed channels if the code accepts that."""

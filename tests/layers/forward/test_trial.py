@@ -17,9 +17,11 @@ import convsim_init as ci
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward import copies, isolation
 from convsim_init.layers.forward.isolation import isolated, running
-from convsim_init.layers.forward.trial import NoConvolutionError, convolution_call, convolution_calls
+from convsim_init.layers.forward.trial import NoConvolutionError, convolution_calls, trial_pass
+from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layers
 from convsim_init.layers.remarks import model_remarks, watch_copies
+from convsim_init.layers.stored import stored_weight
 
 
 class Everything(nn.Conv2d):
@@ -54,6 +56,12 @@ class Everything(nn.Conv2d):
         return F.conv2d(x, self.weight)
 
 
+def used(module):
+    """The weight of the first call in a trial pass."""
+    calls, _ = trial_pass(module, torch.zeros(1, module.in_channels, 3, 3))
+    return calls[0].weight
+
+
 def traces(module):
     """All that a forward pass could leave behind."""
     return {
@@ -81,7 +89,7 @@ def same(a, b):
 def test_nothing_of_what_a_forward_pass_changes_remains():
     module = Everything()
     before = traces(module)
-    convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3))
+    used(module)
     after = traces(module)
     assert [name for name in before if not same(before[name], after[name])] == []
     module(torch.zeros(1, 3, 3, 3))  # the test can fail: a real pass changes nearly all of it
@@ -111,7 +119,7 @@ def masked(hooked):
 def test_it_sees_what_a_hook_does_to_the_weight(hooked):
     module, mask = masked(hooked)
     before = module.weight.detach().clone()
-    found = convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3)).weight
+    found = used(module)
     torch.testing.assert_close(found, before * mask, rtol=0, atol=0)
     assert torch.equal(module.weight, before)
 
@@ -120,7 +128,7 @@ def test_hooks_that_follow_the_pass_do_not_fire():
     module, calls = nn.Conv2d(3, 4, 3), []
     module.register_forward_hook(lambda *_: calls.append("after"))
     module.register_full_backward_hook(lambda *_: calls.append("backward"))
-    convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3))
+    used(module)
     module(torch.zeros(1, 3, 3, 3))
     assert calls == ["after"]
 
@@ -131,7 +139,7 @@ def test_it_is_differentiable_by_the_parameters():
             return F.conv2d(x, 2 * self.weight)
 
     module = Doubled(3, 4, 3)
-    found = convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3)).weight
+    found = used(module)
     (gradient,) = torch.autograd.grad(found.sum(), module.weight)
     assert gradient.eq(2).all()
 
@@ -146,7 +154,7 @@ def test_an_error_of_the_module_puts_all_back_too():
     module = Broken(3, 4, 3)
     before = module.weight.detach().clone()
     with pytest.raises(LookupError):
-        convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3))
+        used(module)
     assert torch.equal(module.weight, before)
     assert not hasattr(module, "calls")
 
@@ -158,7 +166,7 @@ def test_a_pass_without_a_convolution_says_so():
 
     module = Linear(3, 4, 3)
     with pytest.raises(NoConvolutionError):
-        convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3))
+        ForwardWeight(module, stored_weight(module)).compute()
 
 
 @pytest.mark.parametrize("attribute", ["lock", "computed", "inference"])
@@ -211,7 +219,7 @@ def test_what_stands_beside_a_lock_is_left_as_it_was_and_a_queue_is_the_same():
     module = Counting()
     computed, cache = module.values["computed"].detach().clone(), module.held.cache.detach().clone()
     module.held.queue.put(0)
-    convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3))
+    used(module)
     assert (module.held.count, module.held.seen, module.pair[1], module.values["seen"]) == (0, [], [], [])
     assert torch.equal(module.values["computed"], computed)
     assert torch.equal(module.held.cache, cache)
@@ -232,7 +240,7 @@ def test_closures_over_live_memory_and_hooks_that_remove_themselves_leave_no_tra
     before = memory.clone()
     module.register_forward_pre_hook(lambda *_: (memory.mul_(mask), None)[1])
     handle = module.register_forward_pre_hook(lambda *_: handle.remove())
-    found = convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3)).weight
+    found = used(module)
     assert torch.equal(found, before * mask)
     assert torch.equal(module.weight, before)
     assert len(module._forward_pre_hooks) == 2
@@ -251,7 +259,7 @@ def test_gradients_flags_and_containers_that_cannot_be_copied_whole_are_put_back
     module = Module(3, 4, 3)
     module.weight.grad = gradient = torch.ones_like(module.weight)
     module.notes = {"calls": torch.zeros(1), "computed": module.weight * 2}
-    convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3))
+    used(module)
     assert module.weight.grad is gradient
     assert not module.weight._backward_hooks
     assert not module.weight._post_accumulate_grad_hooks
@@ -338,7 +346,7 @@ def test_a_hook_of_a_part_of_the_module_counts():
 
     module = Module()
     module.gate.register_forward_hook(lambda _, __, output: output * 3)
-    found = convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3)).weight
+    found = used(module)
     torch.testing.assert_close(found, 3 * module.weight)
 
 
@@ -351,7 +359,7 @@ def test_code_that_catches_everything_does_not_hide_the_weight():
                 return F.conv2d(x, self.weight.sign())
 
     module = Module(3, 4, 3)
-    found = convolution_call(module, module.weight.shape, torch.zeros(1, module.in_channels, 3, 3)).weight
+    found = used(module)
     torch.testing.assert_close(found, 2 * module.weight)
 
 
@@ -365,8 +373,8 @@ def test_a_convolution_inside_of_the_same_shape_is_not_taken_for_it():
             return super().forward(self.first(x))
 
     module = Module()
-    x, others = torch.zeros(1, 4, 3, 3), {module.first.weight.data_ptr()}
-    found = convolution_call(module, module.weight.shape, x, others).weight
+    calls, _ = convolution_calls(module, torch.zeros(1, 4, 3, 3), {module.first.weight.data_ptr()})
+    (found,) = (call.weight for call in calls)
     torch.testing.assert_close(found, module.weight)
     (layer,) = [layer for layer in find_layers(module) if not layer.name]
     assert (layer.obstacle, layer.weight.note) == (None, None)
