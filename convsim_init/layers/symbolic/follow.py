@@ -25,14 +25,12 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.copies import is_from_library
-from convsim_init.layers.forward.isolation import holding_weights_lock, random_states, running
+from convsim_init.layers.forward.isolation import holding_weights_lock, is_running, random_states, running
 from convsim_init.layers.symbolic.clone import on_meta
 from convsim_init.layers.symbolic.kept import without_unknown_values
 from convsim_init.layers.symbolic.kinds import SHAPES, USING
 from convsim_init.layers.symbolic.passes import SAMPLE, SymbolicPass
 from convsim_init.layers.symbolic.symbols import Node
-
-_following: list[nn.Module] = []  # the model whose forward passes run now, if any; only the lock's holder looks
 
 
 @dataclass
@@ -78,23 +76,21 @@ def kernels(node: Node) -> set[int]:
 def follow(model: nn.Module) -> Followed:
     """Run the forward passes of an unwrapped model symbolically; the model and the random states stay as they are.
 
-    If the model cannot be copied, every module counts as failed. A nested call, from a hook, finds nothing.
+    If the model cannot be copied, every module counts as failed. A call from code that runs in such a pass, or in a
+    trial pass, finds nothing.
     """
     followed = Followed(dict(tree.named_modules(model)))
+    if is_running():
+        return followed
     # Prints of the model's code would show values that do not exist.
     with torch.no_grad(), random_states(()), redirect_stdout(_Muted(sys.stdout)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if _following:
-            return followed
-        _following.append(model)
         try:
             # No modules are locked, because the passes are those of a copy.
             with running(()), without_unknown_values(list(tree.modules(model))):
                 _follow(model, followed)
         except Exception:  # of any kind, from a model that cannot be copied
             followed.failed = {name for name, module in followed.modules.items() if _has_forward(module)}
-        finally:
-            _following.pop()
     return followed
 
 
