@@ -49,7 +49,8 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
     masks and weight_norm compute can be read from the state dict but not set in it; a ``weight`` beside the tensors
     that it is computed from is stale.
     """
-    state = {key: value for key, value in state.items() if _has_shape(value)}
+    # Lazy and nested tensors would raise an error if asked for their shape.
+    state = {k: v for k, v in state.items() if not (isinstance(v, Tensor) and (is_lazy(v) or v.is_nested))}
     split = {key: parts for key in state if (parts := split_weight_key(key)) and parts[1] in ENDINGS}
     weights: dict[str, Tensor] = {}
     beside = defaultdict[str, list[str]](list)  # other keys of each module
@@ -90,11 +91,6 @@ def infer_layers(state: Mapping[str, object]) -> Iterator[Layer]:
             yield Layer(name, kind, weight, groups=value.shape[0], note=DEPTHWISE)
         else:
             yield Layer(name, kind, weight, note=BY_SHAPE)
-
-
-def _has_shape(value: object) -> bool:
-    """Whether it is no tensor that raises an error if asked for its shape, as lazy and nested ones do."""
-    return not (isinstance(value, Tensor) and (is_lazy(value) or value.is_nested))
 
 
 def _is_doubtful(name: str, weight: Tensor, bias: object) -> bool:
