@@ -29,7 +29,8 @@ HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and number of objects, above whi
 
 def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
     """Heavy attributes of a module that no forward pass of the parts names, such as a trainer or a data set."""
-    found = {name for name, value in vars(part).items() if is_heavy(value)}
+    light = (*ATOMS, Tensor, dict, list, tuple, set)
+    found = {name for name, value in vars(part).items() if not isinstance(value, light) and is_heavy(value)}
     return found - names_of(parts) if found else found
 
 
@@ -77,8 +78,6 @@ def codes_in(code: CodeType) -> Iterator[CodeType]:
 
 def is_heavy(value: object, *, tensors: bool = True) -> bool:
     """Whether an object leads to many others, or to large arrays or, where they count, large tensors."""
-    if isinstance(value, (*ATOMS, Tensor, dict, list, tuple, set)):
-        return False
     size, known, pending = 0, set[int](), list[object]([value])
     for item in pending:
         if id(item) in known:

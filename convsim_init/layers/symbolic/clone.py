@@ -6,7 +6,7 @@ import copy
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from types import CellType, FunctionType, MethodType, SimpleNamespace
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -104,8 +104,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
         return partial(_twin(value.func, memo), *(_twin(argument, memo) for argument in value.args), **keywords)
     if isinstance(value, nn.Module):
         return on_meta(value, memo)
-    # Wrapped in an object, because a list or a dict itself never counts as heavy.
-    if copies.is_heavy(SimpleNamespace(value=value), tensors=False):
+    if copies.is_heavy(value, tensors=False):
         raise TypeError(f"{type(value).__name__} is too heavy to be copied")
     memo[id(value)] = twin = copies.copied(value, memo)
     return twin
