@@ -80,16 +80,16 @@ def trial_pass(
     with torch.inference_mode(False) if differentiable else nullcontext():
         leaf = x.detach().clone().requires_grad_(gradient and differentiable and x.is_floating_point())
         capture = _Capture(leaf, others)
-        try:
-            with isolated(module), capture, torch.enable_grad():
-                prepare()
+        with isolated(module), capture, torch.enable_grad():
+            prepare()
+            try:
                 module(leaf.clone())  # a clone, because PyTorch refuses to change a leaf with a gradient in place
-        except (Exception, SystemExit) as error:
-            if capture.calls:
-                return capture.calls, False
-            if isinstance(error, SystemExit):  # code may end the program at an input that it does not expect
-                raise RuntimeError("its own code ended the program") from error
-            raise
+            except (Exception, SystemExit) as error:
+                if capture.calls:
+                    return capture.calls, False
+                if isinstance(error, SystemExit):  # code may end the program at an input that it does not expect
+                    raise RuntimeError("its own code ended the program") from error
+                raise
         return capture.calls, True
 
 

@@ -169,6 +169,15 @@ def test_a_pass_without_a_convolution_says_so():
         ForwardWeight(module, stored_weight(module)).compute()
 
 
+def test_an_error_while_all_is_put_back_is_said(monkeypatch):
+    def restore():
+        raise RuntimeError("not put back")
+
+    monkeypatch.setattr(isolation, "backup_tensor", lambda tensor, copy: restore)
+    (layer,) = ci.measure(nn.Sequential(Centred(3, 4, 3))).layers
+    assert layer.reason.endswith("a trial pass ended with RuntimeError: not put back")
+
+
 @pytest.mark.parametrize("attribute", ["lock", "computed", "inference"])
 def test_what_cannot_be_copied_is_no_obstacle(attribute):
     module = nn.Conv2d(3, 4, 3)
