@@ -29,7 +29,7 @@ from ..runs.sweep import check_kept, sweep
 from ..signals import exit_on_signal
 from ..sources import ModelOptions
 from ..terminal import show_json, show_table, tell
-from .init_checks import check_no_command, check_options, check_out, check_targets, plan_starts
+from .init_checks import TARGETS, check_no_command, check_options, check_out, check_targets, plan_starts
 from .init_options import init_options
 
 if TYPE_CHECKING:
@@ -49,6 +49,14 @@ Examples:
 
 class MainCommand(click.Command):
     """A command that is run by its group's name alone, and so shares the group's help."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, and refuse a second file of one kind, which click would write alone."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in given:
+            if parameter.name in TARGETS and given.count(parameter) > 1:
+                raise click.UsageError(f"{max(parameter.opts, key=len)}: expected one file, got several", ctx)
+        return super().parse_args(ctx, args)
 
     def get_help(self, ctx: click.Context) -> str:
         """The group's help, which shows this command's options."""

@@ -47,6 +47,7 @@ Examples:
 @options.key_option
 @click.option("--sort", type=click.Choice(list(COLUMNS)), help="Order layers by this column, from high to low.")
 @options.names_option("--include", help="Show only layers whose names match. Repeatable.")
+@options.names_option("--exclude", help="Leave out layers whose names match. Repeatable.")
 @options.json_option(help="Print all measures as JSON.")
 @click.option("--csv", is_flag=True, callback=needs_stdout, help="Print all measures as comma-separated values.")
 @options.plot_option(help="Picture to draw: .png, .svg, .pdf; dark if its name ends in -dark.")
@@ -57,6 +58,7 @@ def inspect(
     how: ModelOptions,
     sort: str | None,
     include: tuple[str, ...],
+    exclude: tuple[str, ...],
     as_json: bool,
     csv: bool,
     plot: Path | None,
@@ -76,9 +78,9 @@ def inspect(
     with stdout_for_results():
         loaded = load(spec, how, convolutions_only=True)
         if plot is None:
-            report = measure(loaded.content).select(include)
+            report = measure(loaded.content).select(include, exclude)
         else:
-            snapshot = take_snapshot(loaded.name, loaded.content).select(include)
+            snapshot = take_snapshot(loaded.name, loaded.content).select(include, exclude)
             figure = figure_of([snapshot], title=loaded.name, layer=plot_layer, dark=is_dark(plot))
             save_figure(figure, plot, overwrite=force)
             report = snapshot.report

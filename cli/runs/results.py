@@ -61,8 +61,16 @@ class Result:
 
 
 def summary(results: Sequence[Result], runs: int, *, folders: bool = False) -> str:
-    """The remarks of all results, each once, and a line that counts the runs by their status."""
-    remarks = dict.fromkeys(remark for result in results if result.report for remark in result.report.remarks)
+    """The remarks of all results, each once, and a line that counts the runs by their status.
+
+    A remark that does not hold for all models is told with the names of those for which it does.
+    """
+    models = {result.run.model for result in results if result.report}
+    named: dict[str, dict[str, None]] = {}
+    for result in results:
+        for remark in result.report.remarks if result.report else ():
+            named.setdefault(remark, {})[shown(result.run.model, PATH)] = None
+    remarks = [remark if len(names) == len(models) else f"{some(names)}: {remark}" for remark, names in named.items()]
     counts = Counter(result.status for result in results)
     parts = [f"{counts[status]} {status.value}" for status in Status if counts[status]]
     if len(results) < runs:

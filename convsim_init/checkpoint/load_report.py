@@ -96,7 +96,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         names = f"{shown(self.file, PATH)} into {shown(self.model)}"
-        return "\n".join([f"{names}: {len(self.matched)} of {self.expected} keys matched", *self._differences()])
+        prefix = ", but for a prefix" if self.removed or self.added else ""
+        matched = f"{names}: {len(self.matched)} of {self.expected} keys matched{prefix}"
+        return "\n".join([matched, *self._differences()])
 
     __repr__ = __str__
 

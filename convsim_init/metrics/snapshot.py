@@ -19,9 +19,9 @@ class Snapshot:
     report: Report  # of `measure`
     banks: dict[str, Tensor] = field(repr=False)  # of each layer measured, [G, M, C, *kernel_size] on the CPU
 
-    def select(self, include: Sequence[str]) -> Snapshot:
+    def select(self, include: Sequence[str], exclude: Sequence[str] = ()) -> Snapshot:
         """The snapshot of the layers alone that `Report.select` chooses."""
-        report = self.report.select(include)
+        report = self.report.select(include, exclude)
         names = {layer.name for layer in report.layers}
         return replace(self, report=report, banks={name: bank for name, bank in self.banks.items() if name in names})
 

@@ -11,8 +11,10 @@ from numbers import Integral, Real
 from statistics import fmean
 from typing import Any
 
+from convsim_init.errors import InputError
 from convsim_init.report.patterns import check_patterns, matches
 from convsim_init.report.table import Table, report_cells, report_table, shape_text
+from convsim_init.report.text import quoted
 from convsim_init.settings import Channels, ChannelsChoice, Settings
 
 Measures = dict[str, float]
@@ -173,11 +175,18 @@ class Report:
         rows = zip(plain, named, named_after, strict=True)
         return [row | {"shape": shape_text(row["shape"])} | blank | old | new for row, old, new in rows]
 
-    def select(self, include: Sequence[str]) -> Report:
-        """The report of the layers that match any of these shell patterns, each of which must match; all if none."""
-        check_patterns("include", include, [layer.name for layer in self.layers])
-        chosen = [layer for layer in self.layers if matches(layer.name, include)]
-        return replace(self, layers=chosen) if include else self
+    def select(self, include: Sequence[str], exclude: Sequence[str] = ()) -> Report:
+        """The report of the layers that match the first shell patterns, or all, and none of the others.
+
+        Each pattern must match a layer.
+        """
+        for argument, patterns in (("include", include), ("exclude", exclude)):
+            check_patterns(argument, patterns, [layer.name for layer in self.layers])
+        chosen = [layer for layer in self.layers if not include or matches(layer.name, include)]
+        left = [layer for layer in chosen if not matches(layer.name, exclude)]
+        if exclude and not left:
+            raise InputError(f"exclude: expected patterns that leave a layer, got {', '.join(map(quoted, exclude))}")
+        return replace(self, layers=left)
 
     def sorted_by(self, measure: str) -> Report:
         """The report with its layers in falling order of a measure; those without it last."""

@@ -589,6 +589,10 @@ GONE = "gone/init.pt"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        *(
+            pytest.param(["cifar_resnet18", *files], f"{files[0]}: expected one file, got several {SEE}", id=files[0])
+            for files in (["--out", "a.pt", "-o", "b.pt"], ["--report", "a.json", "--report=a.html"])
+        ),
         pytest.param(["--seed", "3"], f"Missing argument 'MODEL|FILE...' {SEE}", id="no-model"),
         pytest.param(
             ["--json", "list"],

@@ -101,6 +101,12 @@ def test_inspect_shows_the_included_layers_alone_and_their_totals(command):
     data = json.loads(command("inspect", "cifar_resnet18", "--include", "layer4.*", "--include", "conv1", "--json")[1])
     assert [layer["name"] for layer in data["layers"]][:2] == ["conv1", "layer4.0.conv1"]
     assert data["totals"]["layers"] == len(data["layers"]) == 6
+    arguments = ("inspect", "cifar_resnet18", "--include", "layer4.*", "--exclude", "*.conv?")
+    assert [layer["name"] for layer in json.loads(command(*arguments, "--json")[1])["layers"]] == [
+        "layer4.0.downsample.0"
+    ]
+    status, out, err = command(*arguments, "--exclude", "*.0")
+    assert (status, out, "expected patterns that leave a layer, got '*.conv?', '*.0'" in err) == (2, "", True)
 
 
 def test_inspect_prints_values_for_a_spreadsheet(command):

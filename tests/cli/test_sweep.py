@@ -520,7 +520,9 @@ def test_remarks_are_told_once(command, tmp_path):
     save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "a.safetensors")
     save_file({"0.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "b.safetensors")
     out = command("a.safetensors", "b.safetensors", *QUICK)[1]
-    assert out.count("--like MODEL settles") == 1
+    assert out.count("\nlayers of a file are inferred") == 1
+    out = command("a.safetensors", SMALL, *QUICK)[1]
+    assert out.count("\na.safetensors: layers of a file are inferred") == 1
 
 
 def test_a_dry_run_tells_which_files_would_be_written(command, tmp_path):

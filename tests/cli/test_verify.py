@@ -233,6 +233,7 @@ def test_damage_is_named(damage, words, taken, state, command, networks):
     assert out.startswith("mismatch: a.safetensors into resnet18: ")
     assert all(word in out for word in words), out
     assert max(map(len, out.splitlines())) < 700
+    assert (", but for a prefix\n" in out) == ("\nprefix: " in out)
     if any(character in key for key in damaged for character in "\n\x1b"):
         assert "\x1b" not in out
     assert strictly(networks, damaged) == [taken, taken]
