@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsim_init.checkpoint.state_dict import state_entries
+from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import equal
 from convsim_init.layers.memory import has_no_data
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
@@ -114,6 +115,8 @@ class Comparison:
 
 def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> Comparison:
     """Measure two or more models or state dicts, each after what to call it, and find in what they differ."""
+    if len(sources) < 2:
+        raise InputError(f"expected at least two models or checkpoints to compare, got {len(sources)}")
     snapshots = [take_snapshot(label, source) for label, source in sources]
     states = [{key: x for key, x in state_entries(s).items() if isinstance(x, Tensor)} for _, s in sources]
     entries = [_entry(key, [state.get(key) for state in states]) for key in _union(states)]
