@@ -132,12 +132,12 @@ class Context(click.Context):
 
 
 def write_options(ctx: click.Context, formatter: click.HelpFormatter, others: Iterable[click.Parameter]) -> None:
-    """Write the options of a command in their sections, and `others` in the last one."""
-    options = [parameter for parameter in ctx.command.get_params(ctx) if isinstance(parameter, click.Option)]
+    """Write the options of a command, and then `others`, in their sections."""
+    parameters = (*ctx.command.get_params(ctx), *others)
+    options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
     sections = {name: title for title, names in SECTIONS.items() for name in names.split()}
     for title in (*SECTIONS, REST):
-        members = [option for option in options if sections.get(option.name or "", REST) == title]
-        records = [option.get_help_record(ctx) for option in (*members, *(others if title == REST else ()))]
+        records = [option.get_help_record(ctx) for option in options if sections.get(option.name or "", REST) == title]
         with formatter.section(title):
             formatter.write_dl([record for record in records if record])
 

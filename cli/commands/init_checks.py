@@ -43,8 +43,7 @@ TARGETS: dict[str, Callable[..., Path]] = {
 
 def check_no_command(ctx: click.Context, models: Sequence[str]) -> None:
     """Refuse a model that is a command, or that may be one mistyped and is no model."""
-    group = ctx.parent.command if ctx.parent else None
-    commands = group.commands if isinstance(group, click.Group) else {}
+    commands = getattr(ctx.find_root().command, "commands", {})
     for model in models:
         if model in commands:
             raise click.UsageError(f"{model!r} is a command, not a model: write it before all options")
