@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -132,12 +133,15 @@ def _try_moved(
     # Two entries under one key would be one: what matched goes before what is only moved there.
     taken = {real[key] for key in (*report.matched, *report.mismatched)}
     moved = {source: key for source in report.unexpected if (key := _moved(source, report)) not in taken}
-    keys = {source: real[key] for key, source in report.matched.items()} | moved
-    tensors = {key: checkpoint.tensors[source] for source, key in keys.items()}
-    tensors |= {_moved(source, report): value for source, value in checkpoint.extra.items()}
+    fitting = {source: real[key] for key, source in report.matched.items()} | moved
+    rest = checkpoint.tensors.keys() - fitting.keys() - set(report.unexpected)
+    others = {source: real[key] for source in rest if (key := _moved(source, report)) in report.mismatched}
+    extra = {_moved(source, report): value for source, value in checkpoint.extra.items()}
+    # The model's own loading may know what to do with other shapes, too; if it refuses them, they are left out.
     # The file's own versions say which conversions it needs; some modules refuse a file without any.
-    for versions in (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None)):
-        state = with_versions(tensors, versions)
+    noted = (_moved_versions(checkpoint.versions, report, inner), getattr(own, "_metadata", None))
+    for keys, versions in product([fitting | others, fitting] if others else [fitting], noted):
+        state = with_versions({key: checkpoint.tensors[source] for source, key in keys.items()} | extra, versions)
         outcome = _try_loading(trial, state, strict=False)
         if outcome.refused is not None:
             continue

@@ -85,7 +85,8 @@ def find_layers(
         if not layers:
             many = f"{len(source)} entries without any" if source else "an empty one"
             libraries = {type(value).__module__.partition(".")[0] for value in source.values()}
-            hint = ": make tensors of its arrays, as by torch.from_numpy" if libraries & {"numpy", "jaxlib"} else ""
+            inside = ": pass the state dict in it" if any(isinstance(e, Mapping) for e in source.values()) else ""
+            hint = ": make tensors of its arrays, as by torch.from_numpy" if libraries & {"numpy", "jaxlib"} else inside
             raise InputError(f"expected a state dict with convolution weights, of rank 3 to 5, got {many}{hint}")
     else:
         raise InputError(f"expected a module or its state dict, got {type(source).__name__}: build or load it first")

@@ -805,6 +805,36 @@ def test_what_the_models_hooks_convert_is_loaded(inside):
     assert "not in the file, or of another shape there, and set by the model's own loading, 2" in str(report)
 
 
+class Resized(nn.Module):
+    """Interpolates the positions of a file for images of another size."""
+
+    def __init__(self, length: int = 16) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.positions = nn.Parameter(torch.zeros(1, 4, length))
+
+    def _load_from_state_dict(self, state, prefix, *others):
+        if (key := f"{prefix}positions") in state:
+            state[key] = nn.functional.interpolate(state[key], self.positions.shape[-1])
+        super()._load_from_state_dict(state, prefix, *others)
+
+
+@pytest.mark.parametrize("written", ["", "backbone."])
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_the_models_own_loading_resizes_is_loaded_under_a_prefix_too(written, fits):
+    old, new = Resized(8), Resized()
+    nn.init.normal_(old.positions)
+    state = {f"{written}{key}": value for key, value in old.state_dict().items()}
+    state |= {} if fits else {f"{written}conv.bias": torch.zeros(5)}
+    report = ci.load_checkpoint(new, saved(state), strict=fits)
+    resized = nn.functional.interpolate(old.positions, 16)
+    # A shape that cannot be resized takes the others with it.
+    assert torch.equal(new.positions, resized if fits else torch.zeros(1, 4, 16))
+    assert (report.supplied, list(report.mismatched)) == (
+        (["positions"], []) if fits else ([], ["positions", "conv.bias"])
+    )
+
+
 def test_old_weight_norm_files_load_into_the_new_one():
     old, new = small(1), small(2)
     with pytest.warns(FutureWarning):

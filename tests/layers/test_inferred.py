@@ -350,3 +350,8 @@ def test_patterns_select_entries_too():
 def test_a_state_dict_without_convolutions(state):
     with pytest.raises(ci.InputError, match="expected a state dict with convolution weights"):
         ci.initialize_(state)
+
+
+def test_a_state_dict_in_another_dict_is_asked_for():
+    with pytest.raises(ci.InputError, match="got 1 entries without any: pass the state dict in it"):
+        ci.initialize_({"state_dict": {"a.weight": torch.ones(3, 3, 3, 3)}})
