@@ -137,7 +137,7 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 def _has_forward(module: nn.Module) -> bool:
     """Whether a module has a forward pass that is not PyTorch's."""
-    own = "forward" in vars(module) or getattr_static(type(module), "forward") is not nn.Module.forward
+    own = "forward" in vars(module) or getattr_static(type(module), "forward", None) not in (None, nn.Module.forward)
     return own and not is_from_library(type(module))
 
 

@@ -396,6 +396,28 @@ def test_what_a_forward_pass_that_cannot_be_followed_does_is_not_known(kind):
         ci.measure(failing)
 
 
+class Proxy:
+    """Stands for a module, whose class it says to have, as wrappers of bitorch and wrapt do."""
+
+    def __init__(self, module):
+        vars(self)["module"] = module
+
+    __class__ = property(lambda self: type(self.module))
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def __call__(self, x):
+        return self.module(x)
+
+
+def test_what_only_says_that_it_is_a_module_may_be_part_of_a_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.add_module("last", Proxy(nn.Conv2d(8, 8, 3)))
+    for layer in ci.initialize_(model, settings=ci.Settings(steps=1)).layers:
+        assert layer.outcome is ci.Outcome.INITIALIZED
+
+
 class ByNumpy(nn.Module):
     """Leaves PyTorch on the way, so that it cannot be followed, and cannot be given the input of the last."""
 
