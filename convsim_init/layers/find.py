@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
 from convsim_init.layers import tree
+from convsim_init.layers.forward.calls import per_axis
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.forward.owners import find_call, try_unknown, used_weight
+from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.graphs import graph_layers
 from convsim_init.layers.inferred import infer_layers
 from convsim_init.layers.layer import Layer, Layers
@@ -21,8 +24,9 @@ from convsim_init.layers.names import bare_entries, bare_name, unwrap
 from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import owner_of
+from convsim_init.layers.weights import ComputedWeight, Weight
 from convsim_init.report.patterns import check_patterns, matches
-from convsim_init.report.text import shown, some
+from convsim_init.report.text import error_text, shown, some
 
 MAX_BASIS = 2**24  # numbers of a Fourier basis: that of a kernel of 45x45 taps, or of 2896
 
@@ -102,7 +106,7 @@ def find_layers(
         # A call that the trial passes saw takes precedence over the attributes of the module.
         if (call := layer.weight.call) is not None:
             layer.groups, layer.transposed, layer.strides = call.groups, call.transposed, call.strides
-        if layer.obstacle is None and layer.shape[0] % layer.groups:
+        if layer.obstacle is None and (layer.groups < 1 or layer.shape[0] % layer.groups):
             text = f"its {layer.groups} groups do not divide dimension 0 of its weight, {layer.shape[0]}"
             layer.obstacle = Obstacle(text)
     _leave_shared(layers, read_only=read_only)
@@ -186,9 +190,7 @@ def _module_layers(model: nn.Module) -> Layers:
         if isinstance(module, _ConvNd):
             owner = owner_of(name, modules)
             weight = used_weight(module, modules[owner] if name else None, uses.by(owner, name))
-            layer = Layer(bare_name(name), type(module).__name__, weight, module.groups, module.transposed)
-            layer.strides = math.prod(module.stride)
-            layers.append(layer)
+            layers.append(_layer(bare_name(name), module, weight))
         elif found := find_call(module):
             layers.append(Layer(bare_name(name), type(module).__name__, found))
         elif in_graph := graph_layers(bare_name(name), module):
@@ -204,6 +206,18 @@ def _module_layers(model: nn.Module) -> Layers:
             why = f"has none that is known: the code of {shown(type(modules[callers[0]]).__name__)} seems to call some"
         raise InputError(f"expected a model with convolutions, got {shown(type(model).__name__)}, which {why}")
     return layers
+
+
+def _layer(name: str, module: _ConvNd, weight: Weight) -> Layer:
+    layer = Layer(name, type(module).__name__, weight)
+    try:
+        layer.groups, layer.transposed = operator.index(module.groups), bool(module.transposed)
+        layer.strides = math.prod(per_axis(module, "stride"))
+    except Exception as error:  # of any kind: attributes may be set to anything, or computed
+        if not isinstance(weight, ForwardWeight):  # whose call shows them
+            reason = f"its groups or strides cannot be read: {error_text(error)}"
+            layer.weight = ComputedWeight(weight.sources[0], None, reason)
+    return layer
 
 
 def unselected(name: str, include: Sequence[str], exclude: Sequence[str]) -> Obstacle | None:

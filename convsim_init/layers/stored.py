@@ -187,6 +187,13 @@ class PrunedWeight(HookedWeight):
 
 def stored_weight(module: Any) -> Weight:
     """The weight of a module; for a parametrization without an inverse the parameter that it is made of."""
+    try:
+        return _stored_weight(module)
+    except Exception as error:  # of any kind, from attributes that the class computes
+        return ComputedWeight(torch.empty(()), None, f"its weight cannot be read: {error_text(error)}")
+
+
+def _stored_weight(module: Any) -> Weight:
     # Parametrizations are asked first: reading the attribute would compute the weight, and might draw random numbers.
     if parametrize.is_parametrized(module, "weight"):
         if not list(module.parametrizations["weight"].parameters(recurse=False)):

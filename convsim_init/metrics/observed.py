@@ -12,7 +12,7 @@ from convsim_init.errors import InputError
 from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, refuse_lazy
-from convsim_init.layers.forward.calls import convolution_outputs
+from convsim_init.layers.forward.calls import convolution_outputs, per_axis
 from convsim_init.layers.forward.copies import is_from_library
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.memory import has_no_data
@@ -60,7 +60,7 @@ def measure_feature_correlation(
     modules = find_convolutions(model)
     model = unwrap(model)
     refuse_lazy(model)
-    maps = {name: FeatureMaps(rank=len(module.kernel_size)) for name, module in modules}
+    maps = {name: FeatureMaps(rank=len(per_axis(module, "kernel_size"))) for name, module in modules}
 
     def look(name: str, output: Tensor, bias: Tensor | None) -> None:
         if has_no_data(output):

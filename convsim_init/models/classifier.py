@@ -40,6 +40,7 @@ def pointwise_convolutions(model: object) -> set[str]:
     from torch import nn
 
     from convsim_init.layers import tree
+    from convsim_init.layers.forward.calls import per_axis
 
     if not isinstance(model, nn.Module):
         return set()
@@ -47,6 +48,6 @@ def pointwise_convolutions(model: object) -> set[str]:
     names = [
         name
         for name, module in weighted
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) == 1
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(per_axis(module, "kernel_size")) == 1
     ]
     return set(names) if names and names[-1] == weighted[-1][0] else set()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import warnings
+from dataclasses import replace
 from functools import partial, partialmethod
 from typing import NamedTuple
 
@@ -1619,6 +1620,45 @@ def test_a_parametrization_that_is_random_is_left_alone():
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert layer.outcome is ci.Outcome.SKIPPED
     assert layer.reason == "the weight that its parametrization computes is random, in evaluation mode too"
+
+
+@pytest.mark.parametrize("name", ["stride", "kernel_size", "dilation"])
+def test_attributes_of_convolutions_may_be_set_to_one_number(name):
+    class Centred(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(), self.bias, self.stride, 0, self.dilation)
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), Centred(8, 8, 3, padding_mode="reflect"))
+
+    model, same = build(), build()
+    for convolution in (model[0], model[2]):
+        setattr(convolution, name, getattr(convolution, name)[0])
+    report, expected = ci.initialize_(model, settings=SETTINGS), ci.initialize_(same, settings=SETTINGS)
+    assert [replace(layer, seconds=0) for layer in report.layers] == [replace(a, seconds=0) for a in expected.layers]
+    images = torch.randn(2, 4, 16, 16)
+    assert ci.measure_feature_correlation(model, images) == ci.measure_feature_correlation(same, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("groups", None, "its groups or strides cannot be read: TypeError"),
+        ("groups", 0, "its 0 groups do not divide dimension 0 of its weight, 8"),
+        ("groups", -2, "its -2 groups do not divide dimension 0 of its weight, 8"),
+        ("stride", None, "its groups or strides cannot be read: TypeError"),
+        ("weight", property(lambda self: {}["weight"]), "its weight cannot be read: KeyError: 'weight'"),
+    ],
+)
+def test_attributes_that_cannot_be_read_are_the_trouble_of_one_layer(name, value, reason):
+    odd = nn.Conv2d(4, 8, 3)
+    odd.__class__ = type("Odd", (nn.Conv2d,), {name: value} if isinstance(value, property) else {})
+    vars(odd).update({} if isinstance(value, property) else {name: value})
+    model = nn.Sequential(odd, nn.Conv2d(8, 8, 3))
+    for layer, other in (ci.measure(model).layers, ci.initialize_(model, settings=SETTINGS).layers):
+        assert (layer.outcome, layer.reason[: len(reason)]) == (ci.Outcome.SKIPPED, reason)
+        assert other.outcome is not ci.Outcome.SKIPPED
 
 
 def test_a_weight_that_a_class_computes_is_no_parameter():

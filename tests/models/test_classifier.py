@@ -1,9 +1,10 @@
 """The classifier of a model is what depends on the number of classes."""
 
 import pytest
+from torch import nn
 
 import convsim_init as ci
-from convsim_init.models.classifier import TRIED_CLASSES, classifier_keys
+from convsim_init.models.classifier import TRIED_CLASSES, classifier_keys, pointwise_convolutions
 
 FACTORY = """
 from torch import nn
@@ -48,3 +49,10 @@ def test_a_model_without_a_choice_of_classes_is_refused(name, message, tmp_path)
     spec = f"{tmp_path}/nets.py:{name}"
     with pytest.raises(ci.InputError, match=message):
         classifier_keys(ci.build_model(spec), spec)
+
+
+def test_a_kernel_size_may_be_set_to_one_number():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    for convolution in model:
+        convolution.kernel_size = convolution.kernel_size[0]
+    assert pointwise_convolutions(model) == {"1"}

@@ -38,6 +38,15 @@ def has_forward_of_its_own(module: _ConvNd) -> bool:
     )
 
 
+def per_axis(module: _ConvNd, name: str) -> tuple[int, ...]:
+    """An attribute of a convolution for each axis of its kernel: a single number, as code may set, counts for all."""
+    value = getattr(module, name)
+    if isinstance(value, int):
+        axes = next((position % 3 + 1 for position, kind in enumerate(PLAIN) if isinstance(module, kind)), 1)
+        return (value,) * axes
+    return tuple(value)
+
+
 class Convolution(NamedTuple):
     """The arguments of a call of a function that convolves."""
 

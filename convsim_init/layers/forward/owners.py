@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.calls import has_forward_of_its_own
+from convsim_init.layers.forward.calls import has_forward_of_its_own, per_axis
 from convsim_init.layers.forward.trial import Call, is_parameter, leaves
 from convsim_init.layers.forward.weight import ForwardWeight, parts_of
 from convsim_init.layers.memory import is_sharded
@@ -122,5 +122,5 @@ def _entries(owner: nn.Module) -> list[_ConvNd]:
     found: dict[tuple[int, int], _ConvNd] = {}
     for part in tree.modules(owner):
         if isinstance(part, _ConvNd):
-            found.setdefault((part.in_channels, len(part.kernel_size)), part)
+            found.setdefault((part.in_channels, len(per_axis(part, "kernel_size"))), part)
     return [found[kind] for kind in sorted(found)[:MAX_ENTRIES]]

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
+from convsim_init.layers.forward.calls import per_axis
 from convsim_init.layers.forward.isolation import draw_numbers
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
 from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_calls, leaves, trial_pass
@@ -230,7 +231,7 @@ class ForwardWeight(Weight):
         """Zeros as an input for `entry`, of so many samples, and as many times the channels if these are a guess."""
         inner, shape = self.entry, self.shape
         if isinstance(inner, _ConvNd):
-            steps = zip(inner.dilation, inner.kernel_size, strict=True)
+            steps = zip(per_axis(inner, "dilation"), per_axis(inner, "kernel_size"), strict=True)
             least = 1 if inner is self._inner else SIDE
             if inner.padding_mode != "zeros" and isinstance(inner.padding, tuple):  # an input may not be shorter
                 least = max(least, *(padding + 1 for padding in inner.padding))

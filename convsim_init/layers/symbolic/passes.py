@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments
+from convsim_init.layers.forward.calls import CONVOLUTIONS, convolution_arguments, per_axis
 from convsim_init.layers.forward.isolation import running
 from convsim_init.layers.symbolic.answers import Answers
 from convsim_init.layers.symbolic.constants import Constants
@@ -95,7 +95,7 @@ class SymbolicPass(TorchFunctionMode):
         self._answers = Answers({})
         self._running: list[tuple[nn.Module, str]] = [(model, "")]  # the modules whose code runs, with the kind of hook
         convolutions = [module for module in tree.modules(model) if isinstance(module, _ConvNd)]
-        ranks = [len(module.kernel_size) + 2 for module in convolutions]
+        ranks = [len(per_axis(module, "kernel_size")) + 2 for module in convolutions]
         # The first guess for the rank of a value is what most convolutions of the model take.
         self._ranks = sorted(RANKS, key=ranks.count, reverse=True)
         self._weights: dict[nn.Module, object] = {module: module._parameters.get("weight") for module in convolutions}

@@ -13,8 +13,10 @@ from typing import NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
+from convsim_init.layers.forward.calls import per_axis
 from convsim_init.layers.symbolic.follow import Followed, kernels, origins
 from convsim_init.layers.symbolic.kinds import MULTIPLYING, PRODUCTS, USING
 from convsim_init.layers.symbolic.symbols import Node, Symbol
@@ -91,16 +93,10 @@ def find_uses(followed: Followed) -> Uses:
     for name in unused:
         # A constant with the channels of a layer may be a weight that was made of it before, and kept.
         by = owner_of(name, modules)
-        if _channels(cast(_ConvNd, modules[name])) in constants[by]:
+        own = (parameter for parameter in tree.parameters(modules[name]) if not is_lazy(parameter))
+        if any(tuple(parameter.shape[:2]) in constants[by] for parameter in own):
             uses.by_layer[name].add(Use(by, UNKNOWN))
     return uses
-
-
-def _channels(module: _ConvNd) -> tuple[int, int]:
-    """The first two extents of a convolution's weight."""
-    if module.transposed:
-        return module.in_channels, module.out_channels // module.groups
-    return module.out_channels, module.in_channels // module.groups
 
 
 def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]:
@@ -132,7 +128,8 @@ def _is_plain(node: Node, module: _ConvNd) -> bool:
     own_weight = weight is None or (weight.name in SAME and len(weight.learned) == 1)
     if (given := node.convolution) is None:
         return own_weight
-    strides = given.strides if len(given.strides) > 1 else [*given.strides] * len(module.stride)
+    own_strides = per_axis(module, "stride")
+    strides = given.strides if len(given.strides) > 1 else [*given.strides] * len(own_strides)
     arguments = (given.transposed, given.groups, *strides)
     known = all(type(argument) in (bool, int) for argument in arguments)  # and none is an unknown value
-    return own_weight and known and arguments == (module.transposed, module.groups, *module.stride)
+    return own_weight and known and arguments == (module.transposed, module.groups, *own_strides)
