@@ -127,8 +127,8 @@ def scale_layers(
     owners = {places[layer.name]: layer.name for layer in layers}
     owner = {layer.name: owners.get(places[layer.name]) for layer in found}
     scaled = [(name, module) for key, module in modules.items() if (name := owner.get(key)) is not None]
-    called = set[str]()
-    factors = _find_factors(model, scaled, images, called)
+    called = _find_factors(model, scaled, images)
+    factors = {name: factor for name, factor in called.items() if factor is not None}
     with holding_weights_lock(), torch.no_grad():
         for layer in layers:
             if layer.name in factors:
@@ -164,12 +164,10 @@ def natural_noise(shape: Sequence[int], seed: int = 0) -> Tensor:
     return noise
 
 
-def _find_factors(
-    model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], images: Tensor, called: set[str]
-) -> dict[str, float]:
-    """The factors, by name, from a pass that multiplies outputs by them; the unwrapped model is left as it was.
+def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], images: Tensor) -> dict[str, float | None]:
+    """The factors of modules that are called, by name, from a pass that multiplies outputs by them.
 
-    The names of the modules that are called are added to a set.
+    A factor is None if the output does not depend on it. The unwrapped model is left as it was.
     """
     scales: dict[str, Tensor] = {}
     reached: list[Tensor] = []
@@ -209,7 +207,6 @@ def _find_factors(
             raise InputError(
                 "expected a model with an output that is differentiable, got one that has none to calibrate"
             )
-        called.update(scales)
         if not scales:
             return {}
         # Weighted, lest a sum cancel what a layer does to it.
@@ -222,10 +219,11 @@ def _find_factors(
         for (name, scale), slope in zip(scales.items(), gradients, strict=True)
         if slope is not None and slope.isfinite() and slope != 0
     }
-    if len(factors) in (0, len(scales)):
-        return factors
-    # Those that stay may have reached others all the same, by a way without a gradient.
-    return _find_factors(model, [(name, module) for name, module in modules if name in factors], images, called)
+    if len(factors) not in (0, len(scales)):
+        # Those that stay may have reached others all the same, by a way without a gradient.
+        again = [(name, module) for name, module in modules if name in factors]
+        return dict.fromkeys(scales) | _find_factors(model, again, images)
+    return dict.fromkeys(scales) | factors
 
 
 def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:

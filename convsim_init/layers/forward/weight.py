@@ -8,6 +8,7 @@ a mask. No class is recognized by its name: trial passes show which weight is gi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -187,17 +188,14 @@ class ForwardWeight(Weight):
 
     def calls(self, others: Collection[int]) -> tuple[list[Call], bool]:
         """The result of `convolution_calls`, with an input of more or fewer axes if the code rejects the usual ones."""
-        errors = []
+        self._axes = 0
         try:
-            for self._axes in (0, 1, -1):  # one more, such as time, before the axis of samples; or no axis of samples
-                try:
+            return convolution_calls(self.module, self._input(), others)
+        except Exception:  # whatever the module's own code raises
+            for self._axes in (1, -1):  # one more, such as time, before the axis of samples; or no axis of samples
+                with suppress(Exception):
                     return convolution_calls(self.module, self._input(), others)
-                except Exception as error:  # whatever the module's own code raises
-                    errors.append(error)
-            # The first error is about the usual input; the others may be about the number of axes alone.
-            raise errors[0]
-        finally:
-            errors.clear()  # their tracebacks refer to this frame, and so to the module
+            raise  # the first error, which is about the usual input: others may be about the number of axes alone
 
     def _used_for(self, probe: Tensor) -> Tensor:
         """The weight that is used if the parameter has these values."""
