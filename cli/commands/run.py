@@ -73,7 +73,7 @@ def run(
             cells = ", ".join(" ".join(cell.split()) for cell in report.cells)
             line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
             for text in (line, *_left(report), *report.remarks):
-                print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
+                _say(text)
 
     reports = list[Report]()
     try:
@@ -94,10 +94,13 @@ def run(
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     finally:
         if not reports and not quiet and launched().leads:
-            print(
-                "convsim-init: no network was treated: no convolution of PyTorch was given an optimizer of torch.optim",
-                file=sys.stderr,
-            )
+            _say("no network was treated: no convolution of PyTorch was given an optimizer of torch.optim")
+
+
+def _say(text: str) -> None:
+    """Print a line on the script's stderr, which may be closed: print would take stdout in its place."""
+    if sys.stderr is not None:
+        print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
 
 
 def _left(report: Report) -> Iterator[str]:

@@ -14,6 +14,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import cast
 
 from convsim_init.errors import InputError
+from convsim_init.report.text import did_you_mean
 
 
 class Script:
@@ -28,7 +29,9 @@ class Script:
         self._path = Path(name).absolute()
         self._is_archive = not is_module and get_importer(str(self._path)) is not None  # or a folder with `__main__.py`
         if not (is_module or self._is_archive or isfile(self._path)):
-            raise InputError(f"expected a Python file to run, got {name!r}, which is none: check the path")
+            alike = did_you_mean(self._path.name, (file.name for file in self._path.parent.glob("*.py")))
+            advice = alike or ": check the path"
+            raise InputError(f"expected a Python file to run, got {name!r}, which is none{advice}")
 
     def execute(self) -> None:
         """Run it as the module ``__main__``, which it stays until Python ends; errors that it raises are passed on."""

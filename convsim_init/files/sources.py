@@ -25,9 +25,13 @@ METADATA_KEY = "__metadata__"  # in the header of safetensors
 MAX_HEADER = 10**7  # bytes of a header that are read, at most
 MAPPED = os.name != "nt"  # whether tensors may stay in the file: Windows does not replace a mapped file
 CHECKPOINT = "if it is a checkpoint, rename it"  # advice on a file of another suffix
-FOREIGN = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".pt2", ".mlmodel")
 SAVE = "save the PyTorch model's state_dict() as .safetensors"
 PROGRAM = f"another program's: {SAVE}"
+OTHERS = (".onnx", ".gguf", ".h5", ".keras", ".pb", ".tflite", ".engine", ".msgpack", ".npz", ".mlmodel")
+NAMED_KINDS = dict.fromkeys(OTHERS, PROGRAM) | {
+    ".pt2": f"an exported program: {SAVE}",
+    ".distcp": "a part of a checkpoint: name its folder",
+}
 HEAD = 300  # bytes of a file that tell its kind, of an archive of tar those from 257 on
 KINDS = {  # what begins like this is no checkpoint, and what to do
     rb"GGUF|\x89HDF|\x93NUMPY": PROGRAM,
@@ -62,7 +66,7 @@ def without_weights(folder: str | os.PathLike[str]) -> InputError:
 
 def of_another_kind(path: Path) -> InputError | None:
     """The error that says what a file is that is no checkpoint, if its name or its beginning tells."""
-    kind = f"an exported program: {SAVE}" if path.suffix == ".pt2" else PROGRAM if path.suffix in FOREIGN else None
+    kind = NAMED_KINDS.get(path.suffix)
     if kind is None and isfile(path):
         with suppress(OSError), path.open("rb") as file:
             head = file.read(HEAD)

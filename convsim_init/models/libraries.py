@@ -122,11 +122,13 @@ def unknown_model(name: str) -> InputError:
     """The error for a bare name that is neither built in nor in a library, with the closest names that are."""
     if isdir(name):
         return without_weights(name)
+    meant = _other_form(name)
+    if not meant and "/" in name:
+        return UnknownModelError(f"expected a model's name or a path, got {name!r}, which is neither: check the path")
     specs = {built_in: built_in for built_in in MODELS}  # by bare names
     for library in installed():
         for known in names(library):
             specs.setdefault(known, f"{library.value}:{known}")
-    meant = _other_form(name)
     hint = _hint([meant] if meant else (specs[known] for known in closest(name, specs)))
     missing = [library.value for library in LIBRARIES if library not in installed()]
     extras = f"; pip install 'convsim-init[{','.join(missing)}]' for more" if missing else ""

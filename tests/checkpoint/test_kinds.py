@@ -339,6 +339,12 @@ def test_what_a_file_begins_with_says_what_it_is(content, what, name, tmp_path, 
         )
 
 
+def test_a_part_of_a_distributed_checkpoint_says_what_to_name(tmp_path, command):
+    dcp.save({"model": TENSORS}, checkpoint_id=tmp_path / "saved")
+    path = str(Path("saved", "__0_0.distcp"))
+    assert f"got {path!r}, which is a part of a checkpoint: name its folder" in command("inspect", path)[2]
+
+
 def test_an_archive_of_other_files_says_what_is_in_it(tmp_path):
     np.savez(tmp_path / "a.npz", weight=np.ones(3))
     (tmp_path / "a.npz").rename(tmp_path / "a.pt")

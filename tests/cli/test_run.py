@@ -208,10 +208,21 @@ def test_a_script_that_makes_no_optimizer_is_told(run):
     )
 
 
+@pytest.mark.posix
+def test_lines_for_a_closed_stderr_are_not_printed_elsewhere(tmp_path):
+    (tmp_path / "train.py").write_text("print('trained')")
+    line = f"'{sys.executable}' -m convsim_init run train.py 2>&-"
+    assert subprocess.run(line, shell=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout == "trained\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.py"], "expected a Python file to run, got 'missing.py'"),
+        (["missing.py"], "expected a Python file to run, got 'missing.py', which is none: check the path"),
+        (
+            ["code/tarin.py"],
+            "expected a Python file to run, got 'code/tarin.py', which is none: did you mean train.py?",
+        ),
         (
             ["--exclude", "stem", "code/train.py", "exit", "0"],
             "exclude: no convolution matches 'stem'; the convolutions are '0', '2'",

@@ -449,6 +449,7 @@ BAD = [
     ("Convnext-Tiny", "got 'Convnext-Tiny': did you mean torchvision:convnext_tiny"),
     ("net.make", "expected the name of a model, got 'net.make': did you mean net:make?"),
     ("me/net", "expected the name of a model, got 'me/net': did you mean hf-hub:me/net?"),
+    ("runs/first/last", "expected a model's name or a path, got 'runs/first/last', which is neither: check the path"),
     ("https://host/me/net", "got the address 'https://host/me/net': nothing is downloaded here"),
     ("torchvision:resnet81", "expected the name of a model of torchvision, got 'resnet81': did you mean torchvision:"),
     ("timm:resnt10t", "expected the name of a model of timm, got 'resnt10t': did you mean timm:resnet10t"),
