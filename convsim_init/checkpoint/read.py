@@ -186,7 +186,9 @@ def _checked(name: str, content: object, size: int, wanted: str | None) -> Check
         if not isinstance(key, str) or not isinstance(value, Tensor):
             under = quoted(key) if is_plain(key) else "a key that is no text"
             got = f"{shown(type_name(value))} under {under}{place}"
-            raise InputError(f"expected only tensors in {name}, got {got}: save the model's state_dict()")
+            is_state = isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+            advice = "choose it with key (--key NAME in the shell)" if is_state else "save the model's state_dict()"
+            raise InputError(f"expected only tensors in {name}, got {got}: {advice}")
         if has_surrogates(key):
             raise InputError(f"expected names of Unicode letters in {name}, got {quoted(key)}{place}: rename it")
         # One row may claim to be a million of them, or there may be a million empty ones.

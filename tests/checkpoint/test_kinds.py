@@ -49,6 +49,13 @@ def test_of_several_state_dicts_one_is_chosen_by_key(tmp_path):
         read_checkpoint(tmp_path / "gan.pth", "encoder")
 
 
+def test_a_state_dict_beside_a_tensor_is_to_be_chosen(tmp_path):
+    torch.save({"loss": torch.tensor(3.0), "best": TENSORS}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="got dict under 'best': choose it with key"):
+        read_checkpoint(tmp_path / "a.pt")
+    torch.testing.assert_close(read_checkpoint(tmp_path / "a.pt", "best").tensors, TENSORS)
+
+
 def test_a_key_with_a_dot_is_found_beside_one_that_is_its_beginning(tmp_path):
     other = {"a.weight": torch.zeros(1)}
     torch.save({"net": TENSORS, "net.ema": other}, tmp_path / "a.pt")
