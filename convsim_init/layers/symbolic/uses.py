@@ -82,7 +82,8 @@ def find_uses(followed: Followed) -> Uses:
             uses.other_kernels[by] |= {followed.originals.get(key, key) for key in learned}
             if not made_of <= followed.names.keys():
                 uses.outside.add(by)
-            if not isinstance(weight := node.convolution.weight, Symbol):
+            weight = node.convolution.weight
+            if not isinstance(weight, Symbol) and not is_lazy(weight):
                 constants[by].add(tuple(weight.shape[:2]))
     unused = {name for name in layers if all(use.by == name for use in uses.by_layer[name])}
     # A loop over unknown values has one turn: if it uses the weight of one layer, it may use those of others too.

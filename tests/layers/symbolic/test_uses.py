@@ -530,6 +530,11 @@ def test_a_weight_that_is_kept_from_an_earlier_pass_may_be_of_layers_that_are_no
     assert [layer.reason for layer in (*merged, aux)] == [reason, reason, None]
 
 
+def test_the_constant_weight_of_a_call_may_be_lazy():
+    (layer,) = ci.measure(nn.LazyConv2d(8, 3)).layers
+    assert layer.reason == "lazy, without a weight yet: run a forward pass first"
+
+
 class CopyingItself(Two):
     def forward(self, x, copied=False):
         return super().forward(x) if copied else copy.deepcopy(self)(x, copied=True)
