@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import owner_of
 from convsim_init.layers.weights import ComputedWeight, Weight
 from convsim_init.report.patterns import check_patterns, matches
-from convsim_init.report.text import error_text, shown, some
+from convsim_init.report.text import error_text, quoted_layer, shown, some
 
 MAX_BASIS = 2**24  # numbers of a Fourier basis: that of a kernel of 45x45 taps, or of 2896
 
@@ -35,19 +36,29 @@ def find_convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
     """All convolution modules of a model in order, each once, with their names in the unwrapped model.
 
     Raises:
-        InputError: If there is none, or the model is no module.
+        InputError: If there is none, two have the same name, or the model is no module.
     """
     refuse_fake_mode()
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a module, got {type(model).__name__}: pass the model itself")
-    modules = tree.named_modules(unwrap(model))
-    found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
-    if not found:
+    if not (found := _convolutions(unwrap(model))):
         _module_layers(unwrap(model))  # raises an error if there is no layer of another kind either
         raise InputError(
             "expected convolutions that are modules of torch.nn, got calls in classes of your own or in a graph: of "
             "TorchScript or an exported program pass the model that it was made from"
         )
+    return found
+
+
+def _convolutions(model: nn.Module) -> list[tuple[str, _ConvNd]]:
+    modules = tree.named_modules(model)
+    found = [(bare_name(name), module) for name, module in modules if isinstance(module, _ConvNd)]
+    for name, count in Counter(name for name, _ in found).items():
+        if count > 1:
+            raise InputError(
+                f"expected convolutions with different names, got {count} called {quoted_layer(name)}, without what "
+                "wrappers add to names: rename one"
+            )
     return found
 
 
@@ -179,6 +190,7 @@ def pair_obstacle(bank: Tensor) -> str | None:
 
 
 def _module_layers(model: nn.Module) -> Layers:
+    _convolutions(model)  # raises an error if two have the same name
     layers = Layers(followed=follow(model))
     in_graphs: tuple[str, ...] = ()  # prefixes of the modules in a graph, whose convolutions it calls itself
     modules, uses = dict(tree.named_modules(model)), layers.uses

@@ -1661,6 +1661,23 @@ def test_attributes_that_cannot_be_read_are_the_trouble_of_one_layer(name, value
         assert other.outcome is not ci.Outcome.SKIPPED
 
 
+def test_convolutions_of_the_same_name_are_refused_before_anything_is_touched():
+    model = nn.Module()
+    model.part, model._orig_mod = nn.Conv2d(4, 8, 3), nn.Module()
+    model._orig_mod.part = nn.Conv2d(4, 8, 3)
+    before = copy.deepcopy(model.state_dict())
+    for call in (ci.measure, ci.initialize_, partial(ci.measure_feature_correlation, batch=torch.zeros(1, 4, 5, 5))):
+        with pytest.raises(ci.InputError, match="convolutions with different names, got 2 called 'part'"):
+            call(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_name_that_is_set_may_have_dots():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    setattr(model, "scale0.5", nn.Conv2d(8, 8, 3))
+    assert [layer.name for layer in ci.measure(model).layers] == ["0", "scale0.5"]
+
+
 def test_a_weight_that_a_class_computes_is_no_parameter():
     class Doubled(nn.Conv2d):
         def __getattr__(self, name):

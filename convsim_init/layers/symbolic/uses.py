@@ -115,8 +115,9 @@ def _products(followed: Followed, unused: set[str]) -> Iterator[tuple[str, str]]
 def owner_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     """Name of the nearest module around a convolution that has a forward pass, which a ModuleList has not."""
     above = name.rpartition(".")[0]
-    # The root may be such a list too, and nothing is above it: without `and above` the loop would not end.
-    while isinstance(modules.get(above), (nn.ModuleList, nn.ModuleDict)) and above:
+    # The root may be such a list too, and nothing is above it: without `above and` the loop would not end. A module
+    # that was set by setattr may have dots in its name.
+    while above and (above not in modules or isinstance(modules[above], (nn.ModuleList, nn.ModuleDict))):
         above = above.rpartition(".")[0]
     return above
 
