@@ -12,7 +12,7 @@ import click
 from convsim_init.errors import InputError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.report import Report
-from convsim_init.report.text import printable, shown, some
+from convsim_init.report.text import convolutions, printable, shown, some
 from convsim_init.settings import Settings
 
 from ..devices import MPS_REMARK, check_device_name, find_device
@@ -71,7 +71,7 @@ def run(
             report.remarks.append(MPS_REMARK)
         if not quiet and launched().leads:
             cells = ", ".join(" ".join(cell.split()) for cell in report.cells)
-            line = f"{shown(report.model or '')}, {len(report.layers)} convolutions: {cells}"
+            line = f"{shown(report.model or '')}, {convolutions(len(report.layers))}: {cells}"
             for text in (line, *_left(report), *report.remarks):
                 _say(text)
 

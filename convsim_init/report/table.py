@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from convsim_init.report.text import PATH, layer_name, printable, shown
+from convsim_init.report.text import PATH, convolutions, layer_name, printable, shown
 
 COLUMNS = {
     "similarity": "normalized_similarity",
@@ -104,7 +104,7 @@ def report_table(data: Mapping[str, Any]) -> Table:
         header = UNTREATED_HEADER
         rows = [[*_title(layer), layer["outcome"], _remark(layer, None)] for layer in layers]
     shared = [f"each layer: {note}"] if note else []
-    counts = f"{shown(data['model'] or 'model', PATH)}, {totals['layers']} convolutions: {outcomes_text(totals)}"
+    counts = f"{shown(data['model'] or 'model', PATH)}, {convolutions(totals['layers'])}: {outcomes_text(totals)}"
     return Table(header, rows, [counts, *data["remarks"], *change, *shared, end])
 
 

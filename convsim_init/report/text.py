@@ -55,6 +55,11 @@ def quoted_layer(name: str) -> str:
     return quoted(name) if name else layer_name(name)
 
 
+def convolutions(number: int) -> str:
+    """How many convolutions there are: ``1 convolution``, ``3 convolutions``."""
+    return f"{number} convolution{'' if number == 1 else 's'}"
+
+
 def some(names: Iterable[str], count: int = 4) -> str:
     """The first few of several names, already `shown`: ``a, b and 3 more``."""
     names = list(names)

@@ -163,6 +163,10 @@ def test_a_measured_model_shows_its_measures_and_their_means():
     ]
 
 
+def test_one_convolution_is_told_as_one():
+    assert "\nConv2d, 1 convolution: 1 measured\n" in str(replace(measure(nn.Conv2d(3, 4, 3)), model="Conv2d"))
+
+
 def test_a_remark_that_all_layers_share_is_made_once():
     text = str(measure(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict()))
     assert text.count("without groups") == 1
