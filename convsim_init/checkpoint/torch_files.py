@@ -87,9 +87,12 @@ class TensorReader(PickleReader):
     def name(self, name: Name) -> Name:
         """The name, if dense tensors or plain data are made of it; plain data are not made, either."""
         if not (ALLOWED.fullmatch(str(name)) or CONFIGS.fullmatch(str(name))):
+            trouble = "which needs code to be run", "where you trust it, load it and save its state_dict()"
+            if str(name).startswith("torch._utils._rebuild_"):
+                trouble = "which holds tensors of another kind", "save dense ones, as by to_dense or dequantize"
             raise InputError(
-                f"expected a file of dense tensors alone, got {self.path!r}, which needs code to be run "
-                f"({quoted(str(name))}): where you trust it, load it and save its state_dict()"
+                f"expected a file of dense tensors alone, got {self.path!r}, {trouble[0]} ({quoted(str(name))}): "
+                f"{trouble[1]}"
             )
         return name
 
