@@ -47,7 +47,7 @@ def build_model(
 
     Raises:
         UnknownModelError: No model goes by `spec`.
-        InputError: The spec is malformed, its library is missing or broken, its factory raised or returned no module,
+        InputError: The spec is malformed, its library is missing or broken, its factory raised or returned no new module,
             or an argument has the wrong type, is out of range, or is not one the model takes.
 
     Examples:

@@ -11,6 +11,7 @@ from functools import partial
 from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from convsim_init.errors import InputError
 from convsim_init.models.spec import NAMED, Source, Spec
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _MISSING = object()
+_returned: list[ref[torch.nn.Module]] = []  # models that factories have made
 
 
 def check_place(spec: Spec) -> None:
@@ -69,6 +71,11 @@ def _build(text: str, factory: Callable[..., object], arguments: Mapping[str, ob
     if not isinstance(model, torch.nn.Module):
         got = "None" if model is None else f"type {type(model).__name__}"
         raise InputError(f"{text}: expected it to return a torch.nn.Module, got {got}: return the model alone")
+    # It would have the weights that were made of it, and not those of this seed.
+    _returned[:] = [known for known in _returned if known() is not None]
+    if any(known() is model for known in _returned):
+        raise InputError(f"{text}: expected a new model, got the one that it returned before: build one in every call")
+    _returned.append(ref(model))
     return model
 
 

@@ -508,6 +508,16 @@ def test_quiet_tells_failures_alone(model, status, command):
     assert (actual, out, len(err.splitlines())) == (status, "", status)
 
 
+def test_a_model_that_is_returned_twice_is_refused(command, tmp_path):
+    (tmp_path / "cached.py").write_text(
+        "from functools import lru_cache\nfrom torch import nn\n"
+        "@lru_cache\ndef make(): return nn.Sequential(nn.Conv2d(3, 8, 3))\n"
+    )
+    status, out, err = command("cached.py:make", "--seeds", "0:2", *QUICK)
+    assert (status, out.splitlines()[-1]) == (1, "2 runs: 1 done, 1 failed")
+    assert "seed 1: cached.py:make: expected a new model, got the one that it returned before" in err
+
+
 def test_a_line_tells_what_the_table_of_a_single_run_sums_up(command):
     data = json.loads(command(SMALL, "--json", *QUICK)[1])
     line = command(SMALL, WIDE, *QUICK)[1].splitlines()[0]
