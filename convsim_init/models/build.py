@@ -47,8 +47,8 @@ def build_model(
 
     Raises:
         UnknownModelError: No model goes by `spec`.
-        InputError: The spec is malformed, its library is missing or broken, its factory raised or returned no new module,
-            or an argument has the wrong type, is out of range, or is not one the model takes.
+        InputError: The spec is malformed, its library is missing or broken, its factory raised or returned no new
+            module, or an argument has the wrong type, is out of range, or is not one the model takes.
 
     Examples:
         >>> model = ci.build_model("cifar_resnet18", num_classes=10, seed=3)
