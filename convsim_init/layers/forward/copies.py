@@ -24,6 +24,10 @@ LIBRARIES = {"torch", *sys.stdlib_module_names}
 ATOMS = (bool, int, float, str, type(None))
 CODE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # types whose attributes are not searched
 CONTAINERS = (tuple, list, set, dict, OrderedDict)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Names in the code of a hook that may change weights.
+CHANGING = {"weight", "data", "parameters", "named_parameters", "_parameters"}
+CHANGING |= {"state_dict", "load_state_dict", "setattr"}
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and number of objects, above which an attribute is not copied
 
 
@@ -106,6 +110,29 @@ def inside(value: object) -> Iterable[object]:
             return list(value)
         return () if isinstance(value, CODE) else list(vars(value).values())
     return ()
+
+
+def may_change(hook: Any) -> bool:
+    """Whether a hook names anything that changes weights. Others after a forward pass, such as logs, are left out."""
+    bare = hook.func if isinstance(hook, partial) else hook
+    kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
+    names = names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
+    return not names.isdisjoint(CHANGING) or any(name.endswith("_") and not name.startswith("_") for name in names)
+
+
+def referred_to(value: object) -> Iterable[object]:
+    """What a function refers to by its closure, a method by its object, and others as `inside` says."""
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, FunctionType):
+        cells = []
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # raised by a cell that is still empty
+                cells.append(cell.cell_contents)
+        return cells
+    return [*value, *value.values()] if isinstance(value, dict) else inside(value)
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes
+from convsim_init.layers.forward.copies import (
+    ATOMS,
+    CONTAINERS,
+    HOOKS,
+    MANY,
+    copied,
+    heavy_attributes,
+    may_change,
+    referred_to,
+)
 from convsim_init.layers.memory import gradient_hooks, is_wrapper, write_values
 
 _weights_lock = threading.RLock()
@@ -67,15 +76,17 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
     """Context in which a module may run in its present mode, and which undoes changes at the end.
 
     The module itself runs and no copy, because hooks and closures may refer to its tensors and their memory. Values,
-    attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place.
-    Changes deep within objects that attributes hold are not undone. Threads that want to run the same modules wait for
-    each other.
+    attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place, those
+    of other modules and tensors too that hooks may change. Changes deep within objects that attributes hold are not
+    undone. Threads that want to run the same modules wait for each other.
 
     Args:
         module: The module.
         copy: Whether the values of a tensor are saved too. Default: of all tensors.
     """
-    parts = list(tree.modules(module))
+    known = known_to_hooks(list(tree.modules(module)))
+    around = {id(part): part for value in known if isinstance(value, nn.Module) for part in tree.modules(value)}
+    parts = list(({id(part): part for part in tree.modules(module)} | around).values())
     with running(parts):
         attributes = [vars(part) for part in parts]
         values = [value for names in attributes for value in names.values()]
@@ -85,7 +96,8 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
         undo = [partial(restore_content, live, list(live) if isinstance(live, list) else dict(live)) for live in saved]
         others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))  # `isinstance` is slow
         undo += [partial(value.set_state, value.get_state()) for value in others if isinstance(value, torch.Generator)]
-        tensors = list({id(tensor): tensor for part in parts for tensor in tensors_of(part)}.values())
+        held = [*(tensor for part in parts for tensor in tensors_of(part)), *filter(torch.is_tensor, known)]
+        tensors = list({id(tensor): tensor for tensor in held}.values())
         undo += [backup_tensor(tensor, copy=copy(tensor)) for tensor in tensors]
         with random_states(tensors):
             try:
@@ -93,6 +105,18 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
             finally:
                 for restore in undo:
                     restore()
+
+
+def known_to_hooks(parts: Sequence[nn.Module]) -> list[object]:
+    """What hooks that may change weights refer to by closures, arguments and objects, as far as modules and tensors."""
+    registered = [vars(part).get(name, {}) for part in parts for name in HOOKS]
+    registered += [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
+    found, pending = dict[int, object](), [hook for hooks in registered for hook in hooks.values() if may_change(hook)]
+    for value in pending:  # grows in the loop
+        if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) < MANY:
+            found[id(value)] = value
+            pending += referred_to(value)
+    return list(found.values())
 
 
 @contextmanager

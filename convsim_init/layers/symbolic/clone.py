@@ -18,10 +18,6 @@ from convsim_init.layers.forward import copies
 from convsim_init.layers.forward.isolation import tensors_of
 
 DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # types that the deepcopy of the model copies itself
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# Names in the code of a hook that may change weights.
-CHANGING = {"weight", "data", "parameters", "named_parameters", "_parameters"}
-CHANGING |= {"state_dict", "load_state_dict", "setattr"}
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -57,9 +53,9 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             if id(part) in own:  # forward passes would change the model itself
                 raise TypeError(f"{type(part).__name__} does not let itself be copied")
             vars(part)["training"] = False
-        for part, name in product(parts, HOOKS):
+        for part, name in product(parts, copies.HOOKS):
             for key, hook in vars(part).get(name, {}).items() if id(part) in memo else ():
-                if not _is_from_library(hook) and (name == HOOKS[0] or _may_change(hook)):
+                if not _is_from_library(hook) and (name == copies.HOOKS[0] or copies.may_change(hook)):
                     vars(memo[id(part)])[name][key] = _hook(hook, memo)
     return clone
 
@@ -69,14 +65,6 @@ def _is_from_library(hook: Any) -> bool:
     bare = hook.func if isinstance(hook, partial) else hook
     bare = bare.__func__ if isinstance(bare, MethodType) else bare
     return copies.is_from_library(bare if isinstance(bare, FunctionType) else type(bare))
-
-
-def _may_change(hook: Any) -> bool:
-    """Whether a hook names anything that changes weights. Others after a forward pass, such as logs, are left out."""
-    bare = hook.func if isinstance(hook, partial) else hook
-    kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
-    names = copies.names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
-    return not names.isdisjoint(CHANGING) or any(name.endswith("_") and not name.startswith("_") for name in names)
 
 
 def _hook(hook: Any, memo: dict[int, Any]) -> Any:

@@ -1,6 +1,7 @@
 """A trial pass sees what the convolution is given, and leaves no trace."""
 
 import copy
+import functools
 import queue
 import random
 import threading
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convsim_init as ci
+from convsim_init.initialize import plan
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward import copies, isolation
 from convsim_init.layers.forward.isolation import isolated, running
@@ -290,6 +292,30 @@ def test_an_expanded_buffer_is_put_back():
     assert module.gain is gain
     assert gain.data_ptr() == place
     assert (gain == 1).all()
+
+
+@pytest.mark.parametrize("knows", ["closure", "arguments", "dictionary"])
+def test_what_a_hook_changes_elsewhere_is_put_back(knows):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    masks = {model[2].weight: torch.zeros(4, 4, 3, 3)}
+
+    def change(other, *_):
+        other[2].weight.data.mul_(0.5)
+        other[1].running_mean.add_(1)
+
+    def mask(*_):
+        for weight, zeros in masks.items():
+            weight.data.mul_(zeros)
+
+    hooks = {"closure": lambda *_: change(model), "arguments": functools.partial(change, model), "dictionary": mask}
+    model[0].register_forward_pre_hook(hooks[knows])
+    before = copy.deepcopy(model.state_dict())
+    for call in (ci.measure, plan):
+        assert "hooks of 0" in call(model).remarks[0]
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    report = ci.initialize_(model, settings=ci.Settings(steps=2))
+    assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED] * 2
+    assert torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
 class Centred(nn.Conv2d):
