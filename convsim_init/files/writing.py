@@ -179,12 +179,13 @@ def _mode_at(target: Path) -> int | None:
         raise InputError(f"expected a path on this machine, got the address {str(target)!r}: write a file and copy it")
     try:
         real = Path(os.path.realpath(target))
-        folder = str(real.parent)
-        if not real.parent.is_dir():
+        # The folder of the path itself, too: what is in `gone/..` has a real path, and cannot be opened.
+        missing = next((folder for folder in (real.parent, target.parent) if not folder.is_dir()), None)
+        if missing is not None:
             advice = "only shells read ~ as the home folder" if target.parts[0].startswith("~") else "create it first"
-            raise InputError(f"expected an existing folder to write to, got {folder!r}: {advice}")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"expected a folder that can be written to, got {folder!r}: choose another")
+            raise InputError(f"expected an existing folder to write to, got {str(missing)!r}: {advice}")
+        if not os.access(real.parent, os.W_OK | os.X_OK):
+            raise InputError(f"expected a folder that can be written to, got {str(real.parent)!r}: choose another")
         return real.lstat().st_mode
     except FileNotFoundError:
         return None

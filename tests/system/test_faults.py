@@ -533,6 +533,13 @@ def test_no_more_open_files_is_told(name, tmp_path):
         ),
         pytest.param("gone/a.pt", None, "expected an existing folder to write to, got", id="no-folder"),
         pytest.param(
+            "gone/../a.pt",
+            None,
+            f"expected an existing folder to write to, got {str(Path('gone', '..'))!r}: create",
+            id="through-no-folder",
+            marks=pytest.mark.posix,
+        ),
+        pytest.param(
             "old/a.pt",
             lambda path: path.parent.write_bytes(OLD),
             "expected an existing folder to write to, got",
