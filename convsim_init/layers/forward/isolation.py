@@ -77,14 +77,14 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
 
     The module itself runs and no copy, because hooks and closures may refer to its tensors and their memory. Values,
     attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place, those
-    of other modules and tensors too that hooks may change. Changes deep within objects that attributes hold are not
-    undone. Threads that want to run the same modules wait for each other.
+    of other modules and tensors too that hooks and patched forward passes may change. Changes deep within objects that
+    attributes hold are not undone. Threads that want to run the same modules wait for each other.
 
     Args:
         module: The module.
         copy: Whether the values of a tensor are saved too. Default: of all tensors.
     """
-    known = known_to_hooks(list(tree.modules(module)))
+    known = known_to_functions(list(tree.modules(module)))
     around = {id(part): part for value in known if isinstance(value, nn.Module) for part in tree.modules(value)}
     parts = list(({id(part): part for part in tree.modules(module)} | around).values())
     with running(parts):
@@ -107,11 +107,13 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
                     restore()
 
 
-def known_to_hooks(parts: Sequence[nn.Module]) -> list[object]:
-    """What hooks that may change weights refer to by closures, arguments and objects, as far as modules and tensors."""
-    registered = [vars(part).get(name, {}) for part in parts for name in HOOKS]
-    registered += [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
-    found, pending = dict[int, object](), [hook for hooks in registered for hook in hooks.values() if may_change(hook)]
+def known_to_functions(parts: Sequence[nn.Module]) -> list[object]:
+    """What hooks and patched forward passes that may change weights refer to, as far as modules and tensors."""
+    functions = [hook for part in parts for name in HOOKS for hook in vars(part).get(name, {}).values()]
+    functions += nn.modules.module._global_forward_pre_hooks.values()
+    functions += nn.modules.module._global_forward_hooks.values()
+    functions += [vars(part)["forward"] for part in parts if "forward" in vars(part)]
+    found, pending = dict[int, object](), list(filter(may_change, functions))
     for value in pending:  # grows in the loop
         if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) < MANY:
             found[id(value)] = value

@@ -294,8 +294,8 @@ def test_an_expanded_buffer_is_put_back():
     assert (gain == 1).all()
 
 
-@pytest.mark.parametrize("knows", ["closure", "arguments", "dictionary"])
-def test_what_a_hook_changes_elsewhere_is_put_back(knows):
+@pytest.mark.parametrize("knows", ["closure", "arguments", "dictionary", "patch"])
+def test_what_a_hook_or_a_patch_changes_elsewhere_is_put_back(knows):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
     masks = {model[2].weight: torch.zeros(4, 4, 3, 3)}
 
@@ -308,10 +308,15 @@ def test_what_a_hook_changes_elsewhere_is_put_back(knows):
             weight.data.mul_(zeros)
 
     hooks = {"closure": lambda *_: change(model), "arguments": functools.partial(change, model), "dictionary": mask}
-    model[0].register_forward_pre_hook(hooks[knows])
+    if knows == "patch":
+        forward = model[0].forward
+        model[0].forward = lambda x: (change(model), forward(x))[1]
+    else:
+        model[0].register_forward_pre_hook(hooks[knows])
     before = copy.deepcopy(model.state_dict())
     for call in (ci.measure, plan):
-        assert "hooks of 0" in call(model).remarks[0]
+        assert knows == "patch" or "hooks of 0" in call(model).remarks[0]
+        assert len(call(model).layers) == 2
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     report = ci.initialize_(model, settings=ci.Settings(steps=2))
     assert [layer.outcome for layer in report.layers] == [ci.Outcome.INITIALIZED] * 2
