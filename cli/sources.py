@@ -16,6 +16,7 @@ from convsim_init.files.sources import (
     CHECKPOINT,
     READ_SUFFIXES,
     check_source,
+    folder_files,
     is_source,
     of_another_kind,
     without_weights,
@@ -169,15 +170,17 @@ def _load_file(path: str, key: str | None) -> Loaded:
 
 
 def _origin(path: str) -> list[str]:
-    """A remark on the run that made a file, if this program wrote it."""
+    """Remarks on which of a folder's files was read, and on the run that made it, if this program wrote it."""
+    names = [file.name for file in folder_files(Path(path))]
+    taken = [f"{names[0]} was read, and not {some(names[1:])}"] if names[1:] else []
     record = read_record(Path(path))
     if not {"version", "model", "seed", "base"} <= record.keys():
-        return []
+        return taken
     options = record["options"] if isinstance(record.get("options"), dict) else {}
     base = record["base"] if record["base"] != "model" else None
     chosen = {"seed": record["seed"], "base": base, **options}
     parts = [str(record["model"]), *(f"{name} {value}" for name, value in chosen.items() if value is not None)]
-    return [f"written by convsim-init {shown(str(record['version']))}: {shown(', '.join(parts), PATH)}"]
+    return [*taken, f"written by convsim-init {shown(str(record['version']))}: {shown(', '.join(parts), PATH)}"]
 
 
 def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list[str]:

@@ -48,10 +48,15 @@ def is_source(path: str | os.PathLike[str]) -> bool:
     return path != "" and (named or folder_file(source) is not None)
 
 
-def folder_file(folder: Path) -> Path | None:
-    """The file of weights in a folder, or the index of several; None if there is none."""
+def folder_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, and indices of several; the first is the one to read."""
     # pathlib raises at impossible names, so it is not used for users' paths, here and elsewhere.
-    return next((folder / name for name in FOLDER_FILES if isfile(folder / name)), None)
+    return [folder / name for name in FOLDER_FILES if isfile(folder / name)]
+
+
+def folder_file(folder: Path) -> Path | None:
+    """The first of `folder_files`; None if there is none."""
+    return next(iter(folder_files(folder)), None)
 
 
 def without_weights(folder: str | os.PathLike[str]) -> InputError:

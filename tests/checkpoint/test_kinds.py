@@ -152,6 +152,17 @@ def test_a_folder_of_hugging_face(name, tmp_path):
     assert torch.equal(other.conv1.weight, model.conv1.weight)
 
 
+@pytest.mark.parametrize("arguments", [["inspect"], ["--dry-run"], ["inspect", "--like", "cifar_resnet18"]])
+def test_which_of_a_folders_files_was_read_is_told(arguments, tmp_path, command):
+    state = {key: value.contiguous() for key, value in build_model("cifar_resnet18").state_dict().items()}
+    (tmp_path / "hf").mkdir()
+    torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
+    assert "was read" not in command(*arguments, "hf", "--json")[1]
+    safetensors.torch.save_file(state, tmp_path / "hf" / "model.safetensors")
+    remarks = json.loads(command(*arguments, "hf", "--json")[1])["remarks"]
+    assert "model.safetensors was read, and not pytorch_model.bin" in remarks
+
+
 def test_a_folder_of_several_files_with_an_index(tmp_path):
     for name, key in (("model-1.safetensors", "a.weight"), ("model-2.safetensors", "b")):
         safetensors.torch.save_file({key: TENSORS[key]}, tmp_path / name)
