@@ -42,7 +42,11 @@ def quoted(value: object) -> str:
 
 def error_text(error: BaseException) -> str:
     """The kind of an error and its message, which may hold a whole tensor, on one short line."""
-    return shortened(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"), ERROR)
+    try:
+        message = str(error)
+    except Exception:  # whatever the `__str__` of a user's class raises
+        message = ""
+    return shortened(" ".join(f"{type(error).__name__}: {message}".split()).removesuffix(":"), ERROR)
 
 
 def layer_name(name: str) -> str:

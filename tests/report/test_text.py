@@ -104,3 +104,11 @@ def test_layers_are_offered_in_quotation_marks(names, text):
 def test_names_without_end_are_compared_in_no_time():
     known = [f"{index}" + "ab" * 3000 for index in range(200)]
     assert did_you_mean("ab" * 3000, known).startswith(": did you mean ")
+
+
+def test_an_error_that_has_no_text_is_told_by_its_kind():
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    assert error_text(MuteError()) == "MuteError"
