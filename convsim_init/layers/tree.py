@@ -68,6 +68,6 @@ def _tensors(module: nn.Module, kind: str, remove_duplicate: bool) -> Iterator[t
     seen = set[int]()
     for name, part in named_modules(module, remove_duplicate=remove_duplicate):
         for key, tensor in getattr(part, kind).items():
-            if tensor is not None and not (id(tensor) in seen and remove_duplicate):
+            if isinstance(tensor, Tensor) and not (id(tensor) in seen and remove_duplicate):
                 seen.add(id(tensor))
                 yield f"{name}.{key}".lstrip("."), tensor

@@ -1678,6 +1678,14 @@ def test_a_name_that_is_set_may_have_dots():
     assert [layer.name for layer in ci.measure(model).layers] == ["0", "scale0.5"]
 
 
+def test_what_is_no_tensor_among_the_parameters_is_the_trouble_of_one_layer():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    model[0]._parameters["weight"] = model[1].weight.detach().numpy()
+    layer, other = ci.initialize_(model, settings=SETTINGS).layers
+    assert layer.reason == "it has no weight: something else sets it in a forward pass"
+    assert other.outcome is ci.Outcome.INITIALIZED
+
+
 def test_a_weight_that_a_class_computes_is_no_parameter():
     class Doubled(nn.Conv2d):
         def __getattr__(self, name):
