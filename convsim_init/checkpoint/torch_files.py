@@ -88,7 +88,7 @@ class TensorReader(PickleReader):
         """The name, if dense tensors or plain data are made of it; plain data are not made, either."""
         if not (ALLOWED.fullmatch(str(name)) or CONFIGS.fullmatch(str(name))):
             trouble = "which needs code to be run", "where you trust it, load it and save its state_dict()"
-            if str(name).startswith("torch._utils._rebuild_"):
+            if re.fullmatch(r"torch\._utils\._rebuild_(sparse_|sparse_csr_|nested_|meta_|q)tensor\w*", str(name)):
                 trouble = "which holds tensors of another kind", "save dense ones, as by to_dense or dequantize"
             raise InputError(
                 f"expected a file of dense tensors alone, got {self.path!r}, {trouble[0]} ({quoted(str(name))}): "
