@@ -52,11 +52,13 @@ class MainCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, and refuse a second file of one kind, which click would write alone."""
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        words = list(args)  # the parser takes them out of its list
+        rest = super().parse_args(ctx, args)
+        _, _, given = self.make_parser(ctx).parse_args(args=words)
         for parameter in given:
             if parameter.name in TARGETS and given.count(parameter) > 1:
                 raise click.UsageError(f"{max(parameter.opts, key=len)}: expected one file, got several", ctx)
-        return super().parse_args(ctx, args)
+        return rest
 
     def get_help(self, ctx: click.Context) -> str:
         """The group's help, which shows this command's options."""

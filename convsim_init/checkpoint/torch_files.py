@@ -107,16 +107,19 @@ class TensorReader(PickleReader):
 
     def call(self, maker: Name, arguments: tuple[Any, ...]) -> object:
         """A tensor where one is rebuilt."""
-        match maker.name:
-            case "_rebuild_tensor" | "_rebuild_tensor_v2":
+        owner = maker.module.partition(".")[0]
+        match owner, maker.name:
+            case "torch", "_rebuild_tensor" | "_rebuild_tensor_v2":
                 return self._tensor(arguments, None, arguments[6:])
-            case "_rebuild_tensor_v3":
+            case "torch", "_rebuild_tensor_v3":
+                if arguments[6].module != "torch":  # of other modules any name may come here
+                    raise UnpicklingError("a dtype of another library")
                 return self._tensor(arguments, getattr(torch, arguments[6].name), arguments[7:])
-            case "_rebuild_from_type_v2" if str(arguments[0]).startswith("torch._utils._rebuild_tensor"):
+            case "torch", "_rebuild_from_type_v2" if str(arguments[0]).startswith("torch._utils._rebuild_tensor"):
                 return self.call(arguments[0], arguments[2])
-            case "_rebuild_parameter" | "_rebuild_parameter_with_state" | "Parameter":
+            case "torch", "_rebuild_parameter" | "_rebuild_parameter_with_state" | "Parameter":
                 return arguments[0]  # without attributes, hooks and gradient
-            case "_reconstruct" if isinstance(arguments[0], Name):  # numpy's arrays, told by their type
+            case "numpy", "_reconstruct" if isinstance(arguments[0], Name):  # numpy's arrays, told by their type
                 return Made(arguments[0])
             case _ if CONFIGS.fullmatch(str(maker)):
                 return arguments[0] if arguments and isinstance(arguments[0], dict) else {}

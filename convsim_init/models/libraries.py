@@ -138,9 +138,11 @@ def unknown_model(name: str) -> InputError:
 def _other_form(name: str) -> str | None:
     """The spec that is meant by ``module.function`` or by a name of the hub of Hugging Face, if it may be one."""
     module, _, function = name.rpartition(".")
-    if name.replace(".", "").isidentifier() and module and is_importable(module):
-        return f"{module}:{function}"
-    return f"{Source.HUB.value}:{name}" if name.count("/") == 1 and not isdir(name.partition("/")[0]) else None
+    library = next((library for library in installed() if library.value == module), None)
+    if all(part.isidentifier() for part in name.split(".")) and module and is_importable(module):
+        return f"{module}:{function}" if library is None or function in names(library) else None
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not isdir(name.partition("/")[0])
+    return f"{Source.HUB.value}:{name}" if is_hub_name else None
 
 
 def _hint(alike: Iterable[str]) -> str:

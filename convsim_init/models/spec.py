@@ -52,8 +52,6 @@ def parse(text: str) -> Spec:
     """The parts of a spec; an `InputError` if it is not of one of the forms."""
     if not text:
         raise _refused(text, "name one")
-    if is_address(text):
-        raise downloaded_first(text)
     place, colon, name = text.rpartition(":")
     library = next((source for source in NAMED if text.startswith(f"{source.value}:")), None)
     if library is not None:
@@ -61,6 +59,8 @@ def parse(text: str) -> Spec:
         if not name:
             raise _refused(text, f"name a model: {text}NAME")
         return Spec(text, library, "", name)
+    if is_address(text):
+        raise downloaded_first(text)
     if Path(text).suffix in READ_SUFFIXES and not isfile(Path(text, CONFIG)):
         return Spec(text, Source.CHECKPOINT, text, "")
     # Before folders, which may be called like a built-in model.

@@ -142,6 +142,22 @@ def test_configs_and_callbacks_beside_the_weights_do_not_matter(module, name, tm
         read_checkpoint(tmp_path / "a.ckpt")
 
 
+def test_a_dtype_is_one_of_torch(tmp_path, monkeypatch):
+    class Call:
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+        def __reduce__(self):
+            storage = torch.ones(2).untyped_storage()
+            return torch._utils._rebuild_tensor_v3, (storage, 0, (2,), (1,), False, OrderedDict(), self.dtype)
+
+    torch.save({"a": Call(torch.float32)}, tmp_path / "a.pt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "a.pt"), {"a": torch.ones(2)})
+    torch.save({"a": Call(class_of_others("omegaconf.x", "float32", (), monkeypatch))}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="damaged or of another kind"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
 def test_a_dict_with_a_default_is_a_dict(tmp_path):
     for content in (defaultdict(dict, TENSORS), {"model": defaultdict(torch.Tensor, TENSORS)}):
         torch.save(content, tmp_path / "a.pt")

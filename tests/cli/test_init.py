@@ -582,6 +582,11 @@ def anything_but(*choices: str) -> str:
     return ", ".join(repr(choice) for choice in choices)
 
 
+def test_help_comes_before_all_errors(command):
+    status, out, _ = command("cifar_resnet18", "--out", "a.pt", "--out", "b.pt", "--help")
+    assert (status, out) == (0, command("--help")[1])
+
+
 SEE = "(see 'convsim-init --help')"
 GONE = "gone/init.pt"
 

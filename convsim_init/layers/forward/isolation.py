@@ -27,13 +27,14 @@ from convsim_init.layers.forward.copies import (
     ATOMS,
     CONTAINERS,
     HOOKS,
-    MANY,
     copied,
     heavy_attributes,
     may_change,
     referred_to,
 )
 from convsim_init.layers.memory import gradient_hooks, is_wrapper, write_values
+
+FEW = 10**4  # objects that hooks refer to, of which in each pass no more are searched
 
 _weights_lock = threading.RLock()
 _passes: list[tuple[int, frozenset[int]]] = []  # that run now: the thread, and the ids of the modules
@@ -55,10 +56,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
     Meanwhile attributes hold copies of their values, except for `heavy_attributes`. One thread at a time can be in it.
     """
     parts = list(tree.modules(module))
-    with holding_weights_lock(), not_cached(), undisturbed(module), warnings.catch_warnings():
+    with holding_weights_lock(), not_cached(), undisturbed(module) as kept, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the module's code may warn of the unusual input
-        # Modules and tensors are not copied: hooks refer to them, and trials write to them.
-        kept = (*parts, *(tensor for part in parts for tensor in tensors_of(part)))
+        # Modules and tensors that are restored are not copied: hooks refer to them, and trials write to them.
         memo: dict[int, Any] = {id(value): value for value in kept}
         for part in parts:
             heavy = heavy_attributes(part, parts)
@@ -72,13 +72,16 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True) -> Iterator[None]:
+def undisturbed(
+    module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True
+) -> Iterator[list[nn.Module | Tensor]]:
     """Context in which a module may run in its present mode, and which undoes changes at the end.
 
     The module itself runs and no copy, because hooks and closures may refer to its tensors and their memory. Values,
     attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place, those
     of other modules and tensors too that hooks and patched forward passes may change. Changes deep within objects that
-    attributes hold are not undone. Threads that want to run the same modules wait for each other.
+    attributes hold are not undone. Threads that want to run the same modules wait for each other. It is given the
+    modules and tensors that are restored.
 
     Args:
         module: The module.
@@ -101,7 +104,7 @@ def undisturbed(module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _:
         undo += [backup_tensor(tensor, copy=copy(tensor)) for tensor in tensors]
         with random_states(tensors):
             try:
-                yield
+                yield [*parts, *tensors]
             finally:
                 for restore in undo:
                     restore()
@@ -115,7 +118,8 @@ def known_to_functions(parts: Sequence[nn.Module]) -> list[object]:
     functions += [vars(part)["forward"] for part in parts if "forward" in vars(part)]
     found, pending = dict[int, object](), list(filter(may_change, functions))
     for value in pending:  # grows in the loop
-        if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) < MANY:
+        size = len(value) if isinstance(value, CONTAINERS) else 0
+        if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) + size < FEW:
             found[id(value)] = value
             pending += referred_to(value)
     return list(found.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ def trial_pass(
     *,
     prepare: Callable[[], object] = lambda: None,
     gradient: bool = False,
+    enough: Callable[[Sequence[Call]], bool] = lambda _: False,
 ) -> tuple[list[Call], bool]:
     """All calls of convolutions in a module's forward pass on x, in evaluation mode; see `convolution_calls`.
 
@@ -74,16 +75,19 @@ def trial_pass(
         others: Addresses of weights that do not count.
         prepare: Function that is called right before the pass; its changes to the module are undone after it.
         gradient: Whether the input requires a gradient, which shows what calls are fed from it; code might refuse it.
+        enough: Whether no calls after these are needed: the pass ends there, for what follows may take long.
     """
     tensors = (*tree.parameters(module), *tree.buffers(module))
     differentiable = not any(tensor.is_inference() for tensor in tensors)
     with torch.inference_mode(False) if differentiable else nullcontext():
         leaf = x.detach().clone().requires_grad_(gradient and differentiable and x.is_floating_point())
-        capture = _Capture(leaf, others)
+        capture = _Capture(leaf, others, enough)
         with isolated(module), capture, torch.enable_grad():
             prepare()
             try:
                 module(leaf.clone())  # a clone, because PyTorch refuses to change a leaf with a gradient in place
+            except _EnoughError:
+                return capture.calls, False
             except (Exception, SystemExit) as error:
                 if capture.calls:
                     return capture.calls, False
@@ -118,12 +122,17 @@ def is_parameter(weight: Tensor) -> bool:
     return parameter is not None and torch.equal(parameter, weight)
 
 
+class _EnoughError(BaseException):
+    """Ends a forward pass whose calls are enough; no handler of an `Exception` stops it."""
+
+
 class _Capture(TorchFunctionMode):
     """Context that records the calls of convolutions, except those with weights at the addresses `others`."""
 
-    def __init__(self, leaf: Tensor, others: Collection[int]) -> None:
+    def __init__(self, leaf: Tensor, others: Collection[int], enough: Callable[[Sequence[Call]], bool]) -> None:
         super().__init__()
         self._leaf, self._others = leaf, others  # the input of the pass is a clone of the leaf
+        self._enough = enough
         self.calls: list[Call] = []
         self._known: dict[Any, bool] = {None: False}  # whether a node of the autograd graph leads to the leaf
 
@@ -133,6 +142,8 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
             self._note(convolution_arguments(func, args, kwargs))
+            if self._enough(self.calls):
+                raise _EnoughError
         return func(*args, **kwargs)
 
     def _is_fed(self, start: Any) -> bool:

@@ -205,11 +205,15 @@ class ForwardWeight(Weight):
         if self.call is None:
             self.choose_call()
         x = self._input() if x is None else x
-        calls, _ = trial_pass(self.module, x, self._others(), prepare=prepare, gradient=self._fed)
-        candidates = self._candidates(calls)
-        if len(candidates) <= self._index:
+
+        def is_there(calls: Sequence[Call]) -> bool:
+            return len(self._candidates(calls)) > self._index
+
+        others = self._others()
+        calls, _ = trial_pass(self.module, x, others, prepare=prepare, gradient=self._fed, enough=is_there)
+        if not is_there(calls):
             raise NoConvolutionError
-        return candidates[self._index]
+        return self._candidates(calls)[self._index]
 
     def _candidates(self, calls: Sequence[Call]) -> list[Call]:
         return [call for call in calls if list(call.weight.shape) == self.shape and (call.fed or not self._fed)]

@@ -500,6 +500,52 @@ def test_code_that_refuses_a_gradient_after_a_first_call_is_tried_without():
     assert layer.weight.note.startswith("one of several weights")
 
 
+def test_a_pass_goes_no_further_than_the_call_that_counts():
+    ends = list[str]()
+
+    class Slow(nn.Conv2d):
+        def forward(self, x):
+            output = self._conv_forward(x, 2 * self.weight, self.bias)
+            ends.append("of a pass")  # what follows may take long
+            return output
+
+    (layer,) = find_layers(nn.Sequential(Slow(3, 4, 3)))
+    ends.clear()
+    torch.testing.assert_close(layer.weight.read(), 2 * layer.weight.module.weight.detach())
+    assert not ends
+
+
+def test_what_a_hook_may_change_is_restored_and_not_copied():
+    class Pruner:
+        def __init__(self, model):
+            self.model, self.counts = model, []
+
+        def __call__(self, module, _):
+            self.counts.append(module)
+            self.model[1].weight.data.clamp_(-1e-3, 1e-3)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    pruner = Pruner(model)
+    model[0].register_forward_pre_hook(pruner.__call__)
+    before = copy.deepcopy(model.state_dict())
+    with isolation.isolated(model[0]):
+        (hook,) = model[0]._forward_pre_hooks.values()
+        assert hook.__self__ is not pruner
+        assert hook.__self__.model is model
+        model[0](torch.zeros(1, 3, 3, 3))
+    assert not pruner.counts
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_large_table_of_a_hook_is_not_searched():
+    def make_hook(table):
+        return lambda module, _: module.weight.data.clamp_(-1, 1) if table else None
+
+    module, table = nn.Conv2d(3, 4, 3), {index: [index] for index in range(10**5)}
+    module.register_forward_pre_hook(make_hook(table))
+    assert not any(value is table[0] for value in isolation.known_to_functions([module]))
+
+
 def test_most_attributes_are_copied_without_a_deep_copy(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model.sizes, model.held, model.nested = (1, "a"), [model[0], 2], [[model[0].weight], {"a": [1]}]
