@@ -36,6 +36,7 @@ class BuiltIn:
     summary: str
     arguments: Mapping[str, object] = field(default_factory=dict)  # what distinguishes this model within its family
     num_classes: int = 1000
+    in_chans: int = 3
 
     def check_arguments(self, arguments: Mapping[str, object]) -> None:
         """Refuse arguments that no built-in model takes."""
@@ -49,7 +50,7 @@ class BuiltIn:
     def build(self, arguments: Mapping[str, object]) -> torch.nn.Module:
         """Build the model, with the catalog's defaults for arguments that are not given."""
         family = getattr(import_module(f"convsim_init.models.zoo.{self.module}"), self.factory)
-        defaults = {"num_classes": self.num_classes, "in_chans": 3}
+        defaults = {"num_classes": self.num_classes, "in_chans": self.in_chans}
         model: torch.nn.Module = family(**self.arguments, **defaults | dict(arguments))
         return model
 
