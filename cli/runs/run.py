@@ -14,8 +14,7 @@ from convsim_init.files.writing import STDOUT, write_text
 from convsim_init.models.classifier import classifier_keys, pointwise_convolutions
 from convsim_init.models.spec import Source, parse
 from convsim_init.plotting.figure import choose_layer, figure_of_run, is_dark, save_figure
-from convsim_init.report import html
-from convsim_init.report.record import record_text
+from convsim_init.report import html, record
 from convsim_init.report.report import Outcome, Report
 from convsim_init.report.text import shown, some
 from convsim_init.settings import Settings
@@ -276,12 +275,11 @@ def write(result: Result, choices: Choices) -> Result:
             from convsim_init.plotting.images import layer_images
 
             before, after = result.snapshots
-            text = html.page(
-                report, layer_images(before, after, [layer.name for layer in report.layers if layer.after])
-            )
+            pictures = layer_images(before, after, [layer.name for layer in report.layers if layer.after])
+            text, suffixes = html.page(report, pictures), html.SUFFIXES
         else:
-            text = record_text(report)
-        write_text(run.record, text, suffixes=[run.record.suffix], overwrite=choices.force)
+            text, suffixes = record.record_text(report), record.SUFFIXES
+        write_text(run.record, text, suffixes=suffixes, overwrite=choices.force)
     if figure is not None and run.plot is not None:
         save_figure(figure, run.plot, overwrite=choices.force)
     return replace(result, checkpoint=None, config=None, snapshots=None)

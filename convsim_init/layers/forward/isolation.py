@@ -87,9 +87,10 @@ def undisturbed(
         module: The module.
         copy: Whether the values of a tensor are saved too. Default: of all tensors.
     """
-    known = known_to_functions(list(tree.modules(module)))
-    around = {id(part): part for value in known if isinstance(value, nn.Module) for part in tree.modules(value)}
-    parts = list(({id(part): part for part in tree.modules(module)} | around).values())
+    parts = list(tree.modules(module))
+    known = known_to_functions(parts)
+    around = (part for value in known if isinstance(value, nn.Module) for part in tree.modules(value))
+    parts = list({id(part): part for part in (*parts, *around)}.values())
     with running(parts):
         attributes = [vars(part) for part in parts]
         values = [value for names in attributes for value in names.values()]
