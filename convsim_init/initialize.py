@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,34 +15,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from convsim_init.errors import InputError
-from convsim_init.functional.bank import (
-    all_finite,
-    bank_weight,
-    computing_bank,
-    computing_device,
-    filter_norms,
-    full_precision,
-)
-from convsim_init.layers.find import find_layers, pair_obstacle
-from convsim_init.layers.forward.isolation import holding_weights_lock
-from convsim_init.layers.layer import Layer, Layers
+from convsim_init.functional.bank import all_finite, bank_weight, computing_bank, computing_device, full_precision
+from convsim_init.layers.find import find_layers
+from convsim_init.layers.layer import Layers
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
 from convsim_init.layers.remarks import model_remarks, share_remarks, watch_copies
 from convsim_init.layers.symbolic.normalized import decide_channels
-from convsim_init.layers.weights import RefusedError, StoredWeight
-from convsim_init.metrics.measure import measure_bank
+from convsim_init.layers.weights import StoredWeight
 from convsim_init.optim.descent import Stop, descend
 from convsim_init.parallel.partition import cost, own_layers, share
 from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
-from convsim_init.report.text import error_text, quoted_layer, some
-from convsim_init.settings import Channels, Settings, check_settings
+from convsim_init.report.text import quoted_layer, some
+from convsim_init.settings import Settings, check_settings
 from convsim_init.tracking.history import History, open_histories, sample_layer
+from convsim_init.treat import bank_obstacle, treat
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"  # of the cost: layers differ in it a thousandfold
-NORM_TOLERANCE = 1e-3  # relative change of a filter's norm that does not count, beyond the precision of its dtype
 
 
 @torch.no_grad()
@@ -96,7 +86,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     bank = computing_bank(weight, groups=groups, transposed=transposed, channels=settings.compared_channels)
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
-    if _obstacle(bank, settings) is None:
+    if bank_obstacle(bank, settings) is None:
         with full_precision(bank.device), Team.for_devices(bank.device) as team:
             descent = descend(bank, settings, team=team)
         if descent.stop is Stop.NON_FINITE:
@@ -195,8 +185,8 @@ def initialize_layers(
     make_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
     reports: dict[str, LayerReport] = {}
     with make_bar() if progress else nullcontext() as bar, Team.for_devices(*devices) as team:
-        treat = partial(_treat, decisions=decisions, device=device, on_step=team.checkpoint)
-        for layer_report in team.as_completed(treat, own):
+        treat_layer = partial(treat, decisions=decisions, device=device, on_step=team.checkpoint)
+        for layer_report in team.as_completed(treat_layer, own):
             reports[layer_report.name] = layer_report
             if bar is not None:
                 bar.update(costs[layer_report.name])
@@ -224,7 +214,7 @@ def plan(
     started = time.perf_counter()
     layers = find_layers(model, include, exclude)
     decisions, channel_remarks = decide_channels(layers, settings)
-    reports = [replace(_treat(layer, decisions=decisions), seconds=0.0) for layer in layers]
+    reports = [replace(treat(layer, decisions=decisions), seconds=0.0) for layer in layers]
     remarks = [*model_remarks(model, layers), *channel_remarks, *share_remarks(model, layers, _treated(reports))]
     return Report(settings, reports, time.perf_counter() - started, remarks=remarks)
 
@@ -241,100 +231,3 @@ def _check_device(device: torch.device | str | None) -> None:
         raise InputError(f"expected a device that is here, such as 'cpu', got {device!r}: {error}") from error
     if not usable:
         raise InputError(f"expected a device to compute on, got {device!r}: leave it out")
-
-
-@torch.no_grad()
-def _treat(
-    layer: Layer,
-    *,
-    decisions: Mapping[str, tuple[Settings, str | None]],
-    device: torch.device | str | None = None,
-    on_step: Callable[[], None] | None = None,
-) -> LayerReport:
-    """Lower the similarity of a layer's filters in place, and report how; without `on_step` only report the plan.
-
-    The decisions of `decide_channels` are, by the names of layers, their settings and the reason for their channels.
-    """
-    started = time.perf_counter()
-    report = LayerReport(layer.name, layer.kind, layer.shape, Outcome.SKIPPED)
-    if layer.obstacle is not None:
-        report = replace(report, reason=layer.obstacle.text, twin=layer.obstacle.twin)
-    else:
-        with full_precision(computing_device(torch.device(device or layer.device))):
-            report = _lower(layer, report, *decisions[layer.name], device, on_step)
-    return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
-
-
-def _lower(
-    layer: Layer,
-    report: LayerReport,
-    settings: Settings,
-    channels_reason: str | None,
-    device: torch.device | str | None,
-    on_step: Callable[[], None] | None,
-) -> LayerReport:
-    channels = settings.compared_channels
-    report = replace(report, channels=channels)
-    bank = layer.bank(channels, device)
-    if not all_finite(bank):
-        return replace(report, outcome=Outcome.FAILED, reason="left as it was: its weight holds infinities or NaN")
-    if (obstacle := _obstacle(bank, settings)) is not None:
-        return replace(report, reason=obstacle)
-    if on_step is None:
-        return replace(report, outcome=Outcome.PLANNED, reason=channels_reason)
-    mask = layer.mask(channels, device)
-    descent = descend(bank, settings, mask=mask, on_step=on_step)
-    report = replace(report, steps=descent.steps, losses=descent.losses)
-    if descent.stop is Stop.NON_FINITE:
-        return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: {descent.stop.value}")
-    mask_reason = None if mask is None else f"within its mask, {float(mask.float().mean()):.0%} of the entries"
-    return _write(layer, report, bank, descent.bank, channels, [channels_reason, mask_reason])
-
-
-def _write(
-    layer: Layer, report: LayerReport, bank: Tensor, lowered: Tensor, channels: Channels, reasons: Sequence[str | None]
-) -> LayerReport:
-    """Write a lowered bank to its layer, but restore the weight if what the forward pass then uses is no better."""
-    # Now, because the bank may share the memory that is written to.
-    before, norms = measure_bank(bank, channels), filter_norms(bank)
-    weight = bank_weight(lowered, groups=layer.groups, transposed=layer.transposed)
-    with holding_weights_lock():
-        restore = layer.weight.backup()
-        try:
-            difference = layer.weight.write(weight)
-            used = layer.bank(channels, bank.device)  # by the forward pass, from now on
-            failure = None if all_finite(used) else "makes infinities or NaN of the new weight"
-        except RefusedError as error:
-            restore()
-            return replace(report, reason=str(error))
-        except Exception as error:  # whatever the layer's own code raises
-            failure = f"ended with {error_text(error)}"
-        if failure is not None:
-            restore()
-            return replace(report, outcome=Outcome.FAILED, reason=f"left as it was: its own code {failure}")
-    after, used_norms = measure_bank(used, channels), filter_norms(used)
-    compared = list(before)
-    # The lowered norms, not those before: a descent with free norms changes them on purpose.
-    norm_change = float(((used_norms - filter_norms(lowered)).abs() / norms)[norms > 0].max())
-    dtype = layer.weight.sources[0].dtype
-    if norm_change > NORM_TOLERANCE + torch.finfo(dtype).eps:
-        cause = f"the range of {dtype}" if isinstance(layer.weight, StoredWeight) else "its forward pass"
-        difference = difference or f"{cause} changes the norms of filters by up to {norm_change:.1%}"
-        compared.remove("similarity")  # smaller norms alone would lower it
-    # One lower measure is enough: with free norms the normalized one may rise while the raw one falls.
-    if not any(after[name] < before[name] for name in compared):
-        with holding_weights_lock():
-            restore()
-        cause = f"{difference} and" if difference else "the new weight"
-        return replace(report, reason=f"left as it was: {cause} is no better")
-    after["norm_ratio"] = float((used_norms / norms)[norms > 0].mean())
-    outcome = Outcome.APPROXIMATED if difference else Outcome.INITIALIZED
-    reason = ": ".join(filter(None, [*reasons, difference])) or None
-    return replace(report, outcome=outcome, reason=reason, before=before, after=after)
-
-
-def _obstacle(bank: Tensor, settings: Settings) -> str | None:
-    """Why the similarity of a bank ``[G, M, C, *kernel_size]`` cannot be lowered with these settings."""
-    if settings.compared_channels == "all" and settings.norm == "preserve" and math.prod(bank.shape[3:]) == 1:
-        return "kernels of one tap, compared over all channels: at fixed norms there is nothing to lower"
-    return pair_obstacle(bank)

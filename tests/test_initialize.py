@@ -467,7 +467,7 @@ def test_a_layer_that_does_not_improve_stays_as_it_was_to_the_bit(raw, monkeypat
         found = {name: value + len(calls) for name, value in measure_bank(bank, channels).items()}
         return found | {"similarity": raw * found["similarity"]}
 
-    monkeypatch.setattr("convsim_init.initialize.measure_bank", worse_afterwards)
+    monkeypatch.setattr("convsim_init.treat.measure_bank", worse_afterwards)
     conv = nn.Conv2d(3, 8, 3)
     before = conv.weight.detach().clone()
     (layer,) = ci.initialize_(conv).layers
