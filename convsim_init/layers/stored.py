@@ -226,7 +226,7 @@ def _stored_weight(module: Any) -> Weight:
     return ComputedWeight(getattr(module, "weight_orig", weight), compute, reason)
 
 
-def has_unknown_hook(module: nn.Module) -> bool:
-    """Whether a hook that is not PyTorch's, and may change the weight, runs before the forward pass."""
+def unknown_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that are not PyTorch's, and may change the weight, before the forward pass."""
     known = (WeightNorm, SpectralNorm, BasePruningMethod)
-    return any(not isinstance(hook, known) for hook in module._forward_pre_hooks.values())
+    return [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, known)]

@@ -17,7 +17,7 @@ from convsim_init.layers.forward.copies import is_from_library
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.names import unwrap
-from convsim_init.layers.stored import has_unknown_hook
+from convsim_init.layers.stored import unknown_hooks
 from convsim_init.layers.symbolic.follow import follow
 from convsim_init.layers.symbolic.uses import find_uses
 
@@ -158,7 +158,7 @@ def _copied(model: nn.Module) -> Callable[[Tensor], bool]:
 def _may_be_written(part: nn.Module, ran: bool) -> Iterable[Tensor | None]:
     """Parameters that a module's forward pass may change, beside those that it was seen to change where it ran."""
     of_torch = is_from_library(type(part))
-    if has_unknown_hook(part) or part._forward_hooks or not (of_torch or ran):
+    if unknown_hooks(part) or part._forward_hooks or not (of_torch or ran):
         return tree.parameters(part)
     return () if of_torch else part._parameters.values()
 

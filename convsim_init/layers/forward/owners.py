@@ -13,10 +13,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import has_forward_of_its_own, per_axis
+from convsim_init.layers.forward.copies import may_change
 from convsim_init.layers.forward.trial import Call, is_parameter, leaves
 from convsim_init.layers.forward.weight import ForwardWeight, parts_of
 from convsim_init.layers.memory import is_sharded
-from convsim_init.layers.stored import has_unknown_hook, stored_weight
+from convsim_init.layers.stored import stored_weight, unknown_hooks
 from convsim_init.layers.symbolic.passes import AFTER
 from convsim_init.layers.symbolic.uses import CALLED, CHANGED, REPLACED, UNKNOWN, Use, Uses, owner_of
 from convsim_init.layers.weights import KERNEL_RANKS, StoredWeight, Weight
@@ -53,11 +54,22 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collectio
     if owner is not None and (within := _weight_within(owner, module, weight, uses)) is not None:
         return within
     # Global hooks may change the weight, as the module's own hooks may.
-    hooked = has_unknown_hook(module) or bool(nn.modules.module._global_forward_pre_hooks)
+    hooks = [*unknown_hooks(module), *nn.modules.module._global_forward_pre_hooks.values()]
     # Without an inverse the stored weight is the original, and a trial pass shows what the parametrization makes of it.
     one_way = isinstance(weight, StoredWeight) and is_parametrized(module, "weight")
-    needs_trial = has_forward_of_its_own(module) or hooked or one_way
-    return ForwardWeight(module, weight) if needs_trial else weight
+    own_code = has_forward_of_its_own(module) or one_way
+    used = ForwardWeight(module, weight) if own_code or hooks else weight
+    # Of hooks that name nothing which changes weights, such as loggers, one pass is enough.
+    return weight if not (own_code or any(map(may_change, hooks))) and _is_stored(used) else used
+
+
+def _is_stored(weight: Weight) -> bool:
+    """Whether a pass used the stored parameter; not if the pass failed, which `ForwardWeight.obstacle` reports."""
+    with suppress(Exception):  # of any kind, from the code of hooks
+        if isinstance(weight, ForwardWeight):
+            weight.choose_call()
+        return weight.call is not None and is_parameter(weight.call.weight) and weight.made_of == weight.source_ids
+    return False
 
 
 def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Collection[Use]) -> ForwardWeight | None:

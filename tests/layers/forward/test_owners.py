@@ -415,6 +415,35 @@ def test_a_hook_before_what_cannot_be_tried_is_told_if_it_may_change_weights(hoo
     assert layer.reason == expected
 
 
+class Log:
+    """Keeps what comes by, and the model that it belongs to."""
+
+    passes = 0
+
+    def __init__(self, model):
+        self.model, self.shapes = model, []
+        for part in model.modules():
+            part.register_forward_pre_hook(self.note)
+
+    def note(self, part, inputs):
+        type(self).passes += 1  # also of a copy
+        self.shapes.append((len(inputs), part.extra_repr()))
+
+
+def test_for_a_hook_that_changes_no_weight_a_layer_runs_once(monkeypatch):
+    monkeypatch.setattr(Log, "passes", 0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    log = Log(model)
+    twin = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    twin.load_state_dict(model.state_dict())
+    report = ci.initialize_(model, settings=SETTINGS)
+    assert Log.passes <= 7  # one of the two layers each, and the symbolic passes
+    assert not log.shapes
+    ci.initialize_(twin, settings=SETTINGS)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert [layer.reason for layer in report.layers] == [None, None]
+
+
 def with_hook(place, *, after=False, own=False, harmless=False):
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
 
