@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from operator import attrgetter
 from typing import cast
 
@@ -211,12 +212,12 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
     Copies may be frozen or loaded layers, such as momentum encoders, layers treated with other settings, parameters,
     buffers, and tensors in attributes, such as averages of weights; in a state dict any entry.
     """
-    treated: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    treated: list[tuple[str, Tensor]] = []
     copies: list[tuple[str, Tensor]] = []
     for layer in layers:
         source = layer.weight.sources[0]
         if layer.obstacle is None:
-            treated.setdefault(tuple(source.shape), []).append((layer_name(layer.name), source))
+            treated.append((layer_name(layer.name), source))
             copies.append((layer_name(layer.name), source))
         elif layer.is_left_for(*KEPT) and len(memories(layer.weight.sources)) == len(layer.weight.sources):
             copies.append((layer_name(layer.name), source))
@@ -228,14 +229,24 @@ def watch_copies(model: nn.Module | Mapping[str, object], layers: Sequence[Layer
         if memories([tensor]) and tensor.dim() in KERNEL_RANKS:
             copies.append((shown(bare_name(name)), tensor))
             known.add(id(tensor))
+    copies = [(name, copy) for name, copy in copies if copy.is_floating_point() and converts(copy.dtype)]
+    originals = defaultdict[tuple[object, ...], list[tuple[str, Tensor]]](list)
+    for dtype, (name, source) in product({copy.dtype for _, copy in copies}, treated):
+        originals[_start(source, dtype)].append((name, source))
     twins = []
     for name, copy in copies:
         # The original of a tensor is the first treated layer that is equal to it. It may be that tensor itself.
-        for original, source in treated.get(tuple(copy.shape), ()):
+        for original, source in originals[_start(copy, copy.dtype)]:
             if source is copy or _same(copy, source):
                 twins += [(name, copy, original, source)] if source is not copy else []
                 break
     return lambda: copies_remark([(name, of) for name, copy, of, source in twins if not _same(copy, source)])
+
+
+def _start(tensor: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
+    """What a tensor has in common with its copies of that dtype, and with few others: its first numbers, and more."""
+    first = tensor[(slice(2),) * tensor.dim()].to(dtype)
+    return tensor.device, tensor.shape, dtype, *first.flatten().tolist()
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -260,7 +271,4 @@ def copies_remark(parted: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _same(copy: Tensor, original: Tensor) -> bool:
-    alike = copy.device == original.device and copy.is_floating_point() and converts(copy.dtype)
-    # The first row alone nearly always shows a tensor that is no copy.
-    pairs = [*([(copy[:1], original[:1])] if copy.dim() else []), (copy, original)]
-    return alike and all(torch.equal(a, b.to(a.dtype)) for a, b in pairs)
+    return torch.equal(copy, original.to(copy.dtype))
