@@ -47,6 +47,9 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                     memo[id(value)] = value
                 elif not isinstance(value, DEEP) and id(value) not in memo:
                     memo[id(value)] = copies.copied(value, memo)
+        for part in parts:
+            if isinstance(part, nn.parallel.DistributedDataParallel):
+                memo[id(part)] = _Alone(copy.deepcopy(part.module, memo))
         clone = copy.deepcopy(model, memo)
         own = set(map(id, parts))
         for part in tree.modules(clone):
@@ -58,6 +61,17 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 if not _is_from_library(hook) and (name == copies.HOOKS[0] or copies.may_change(hook)):
                     vars(memo[id(part)])[name][key] = _hook(hook, memo)
     return clone
+
+
+class _Alone(nn.Module):
+    """In place of a DistributedDataParallel, whose copy would talk to other processes about parameters with data."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def _is_from_library(hook: Any) -> bool:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -620,3 +621,14 @@ def test_code_that_fails_within_code_that_fails_is_not_tried_without_end():
 
     assert normalization_follows(follow(Nested(8))) == {}
     assert len(calls) < 1000
+
+
+@pytest.mark.posix
+def test_a_distributed_data_parallel_within_the_model_is_followed(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.parallel.DistributedDataParallel(net), nn.Flatten())
+        assert normalization_follows(follow(model)) == {"0.module.0": False, "0.module.2": True}
+    finally:
+        dist.destroy_process_group()
