@@ -35,6 +35,7 @@ with exit_on_signal():  # imports that take long, which a signal is to end witho
 
     from convsim_init.errors import InputError
     from convsim_init.parallel.launch import launched
+    from convsim_init.report.text import error_line
     from convsim_init.version import __version__
 
     from .commands.compare import compare
@@ -46,7 +47,7 @@ with exit_on_signal():  # imports that take long, which a signal is to end witho
     from .commands.verify import verify
     from .completion import completion
     from .options import debug_option
-    from .terminal import Context, Invocation, colour, error_line, reader_has_left, write_options
+    from .terminal import Context, Invocation, colour, reader_has_left, write_options
 
 PROGRAM = "convsim-init"
 COMPLETE = "_CONVSIM_INIT_COMPLETE"  # variable that a shell's completion sets
@@ -166,10 +167,10 @@ def _run(arguments: Sequence[str], *, is_own_process: bool) -> int:
         if isinstance(error, OSError) and reader_has_left(error):  # on Windows; elsewhere click sees to it
             sys.stdout = None  # or Python would report that it cannot be flushed
             return FAILED
-        if invocation.debug and launched().reports_errors:
+        if invocation.debug:  # in each process, for one alone may have raised it
             import traceback
 
-            traceback.print_exc()
+            click.echo(traceback.format_exc(), err=True, nl=False)
         if isinstance(error, OSError) and error.errno in STDOUT_ERRORS:  # errors of files are RunErrors
             return fail(f"could not write to stdout: {error.strerror}; send it elsewhere", FAILED)
         return fail(error_line(error), WRONG_USAGE if isinstance(error, InputError) else FAILED)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import click
 
-from convsim_init.errors import InputError, RunError
+from convsim_init.errors import RunError
 from convsim_init.parallel.launch import launched
 from convsim_init.report.record import json_text
 from convsim_init.report.table import Table
-from convsim_init.report.text import error_text
 
 SECTIONS = {  # names of the parameters in each section of the main command's help
     "Source": "num_classes in_chans model_args seed seeds like key config",
@@ -38,15 +37,6 @@ def tell(*lines: str) -> None:
     """Print lines on stderr, but only in the first of the processes that torchrun started."""
     if launched().leads:
         click.echo("\n".join(lines), err=True)
-
-
-def error_line(error: Exception) -> str:
-    """An error as the user reads it; with its kind, and how to see more, where other code raised it."""
-    if not isinstance(error, (InputError, RunError)):
-        return f"{error_text(error)} (--debug shows where)"
-    cause = error.__cause__
-    only_quotes = cause is not None and str(error).endswith(f" raised {error_text(cause)}")
-    return f"{error}; --debug shows where" if only_quotes else str(error)
 
 
 def reader_has_left(error: OSError) -> bool:

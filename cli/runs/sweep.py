@@ -18,11 +18,11 @@ from convsim_init.files.writing import ExistsError
 from convsim_init.models.libraries import resolve
 from convsim_init.models.spec import CONFIG, Source, parse
 from convsim_init.report.record import json_text, read_record
-from convsim_init.report.text import PATH, quoted, shown, some
+from convsim_init.report.text import PATH, error_line, quoted, shown, some
 
 from ..signals import FAILED, exit_on_signal, fail
 from ..sources import check_found, is_file
-from ..terminal import error_line, reader_has_left, tell
+from ..terminal import reader_has_left, tell
 from .plan import Run
 from .results import Result, Status, failures, notes, summary
 from .run import Choices, make, write

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convsim_init.errors import InputError, RunError
 from convsim_init.parallel.launch import Launch
-from convsim_init.report.text import error_text
+from convsim_init.report.text import error_line
 
 Value = TypeVar("Value")
 
@@ -60,10 +60,9 @@ class Ranks:
         """Send an error to ranks that wait in `exchange` or `gather`, unless it came from one of them."""
         if self._ended:
             return
-        foreseen = isinstance(error, (InputError, RunError))
-        message = str(error) if foreseen else error_text(error)
+        kind = InputError if isinstance(error, InputError) else RunError
         with suppress(InputError, RunError):  # exchange raises this error here too, or that of another rank
-            self.exchange(InputError(message) if isinstance(error, InputError) else RunError(message))
+            self.exchange(kind(error_line(error)))
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all ranks in the first one; an empty list in the others."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
+from convsim_init.errors import InputError, RunError
+
 NAME, PATH, ERROR = 80, 300, 500  # characters shown of a layer's name or a key, of a path, and of an error
 
 
@@ -47,6 +49,15 @@ def error_text(error: BaseException) -> str:
     except Exception:  # whatever the `__str__` of a user's class raises
         message = ""
     return shortened(" ".join(f"{type(error).__name__}: {message}".split()).removesuffix(":"), ERROR)
+
+
+def error_line(error: Exception) -> str:
+    """An error as the command's user reads it; with its kind, and how to see more, where other code raised it."""
+    if not isinstance(error, (InputError, RunError)):
+        return f"{error_text(error)} (--debug shows where)"
+    cause = error.__cause__
+    only_quotes = cause is not None and str(error).endswith(f" raised {error_text(cause)}")
+    return f"{error}; --debug shows where" if only_quotes else str(error)
 
 
 def layer_name(name: str) -> str:

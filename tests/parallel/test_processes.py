@@ -211,7 +211,7 @@ def test_each_machine_tells_of_what_it_cannot_read(tmp_path):
         pytest.param(
             "nets.py:raising_in_rank_1",
             2,
-            "rank 1: nets.py:raising_in_rank_1 raised RuntimeError: not here",
+            "rank 1: nets.py:raising_in_rank_1 raised RuntimeError: not here; --debug shows where",
             id="one-raises",
         ),
         pytest.param(
@@ -227,6 +227,12 @@ def test_an_error_is_told_once_and_ends_all(model, status, message, tmp_path):
     assert first[2].count("\n") == 1
     assert second[1:] == ("", "")
     assert written(tmp_path) == []
+
+
+def test_where_an_error_was_raised_its_own_process_shows():
+    first, second = ranks(2, "nets.py:raising_in_rank_1", "--debug", *OUT)
+    assert first[2].endswith("RuntimeError: not here; --debug shows where\n")
+    assert "in raising_in_rank_1" in second[2]
 
 
 def test_a_file_that_cannot_be_written_ends_all(tmp_path):
