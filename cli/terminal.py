@@ -35,8 +35,9 @@ def colour() -> bool | None:
 
 def tell(*lines: str) -> None:
     """Print lines on stderr, but only in the first of the processes that torchrun started."""
-    if launched().leads:
-        click.echo("\n".join(lines), err=True)
+    # Not by click.echo, which asks a script's own kind of stderr for more than print does. Closed, it is None.
+    if launched().leads and sys.stderr is not None:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def reader_has_left(error: OSError) -> bool:

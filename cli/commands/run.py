@@ -18,6 +18,7 @@ from convsim_init.settings import Settings
 from ..devices import MPS_REMARK, check_device_name, find_device
 from ..options import device_option, settings_options
 from ..signals import DONE, FAILED, INTERRUPTED, exit_on_signal, signals_of_python
+from ..terminal import tell
 from .script import Script
 
 EPILOG = """\b
@@ -66,21 +67,20 @@ def run(
     # Not for auto: a process that has looked for GPUs cannot use them in what it forks.
     place = None if device == "auto" else find_device(device)
 
-    def tell(report: Report) -> None:
+    def show(report: Report) -> None:
         if device == "mps":
             report.remarks.append(MPS_REMARK)
-        if not quiet and launched().leads:
+        if not quiet:
             cells = ", ".join(" ".join(cell.split()) for cell in report.cells)
             line = f"{shown(report.model or '')}, {convolutions(len(report.layers))}: {cells}"
-            for text in (line, *_left(report), *report.remarks):
-                _say(text)
+            tell(*(printable(f"convsim-init: {text}") for text in (line, *_left(report), *report.remarks)))
 
     reports = list[Report]()
     try:
         with (
             signals_of_python(),
             redirect_stdout(sys.__stdout__) if not launched().leads else nullcontext(),
-            initializing(settings=settings, include=include, exclude=exclude, device=place, on_report=tell) as reports,
+            initializing(settings=settings, include=include, exclude=exclude, device=place, on_report=show) as reports,
         ):
             program.execute()
             sys.exit(DONE)  # leaves the context by an exception, so that untrained networks are not treated
@@ -93,14 +93,9 @@ def run(
         program.show(error)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     finally:
-        if not reports and not quiet and launched().leads:
-            _say("no network was treated: no convolution of PyTorch was given an optimizer of torch.optim")
-
-
-def _say(text: str) -> None:
-    """Print a line on the script's stderr, which may be closed: print would take stdout in its place."""
-    if sys.stderr is not None:
-        print(printable(f"convsim-init: {text}"), file=sys.stderr, flush=True)
+        if not reports and not quiet:
+            reason = "no convolution of PyTorch was given an optimizer of torch.optim"
+            tell(f"convsim-init: no network was treated: {reason}")
 
 
 def _left(report: Report) -> Iterator[str]:

@@ -32,6 +32,9 @@ class Script:
             alike = did_you_mean(self._path.name, (file.name for file in self._path.parent.glob("*.py")))
             advice = alike or ": check the path"
             raise InputError(f"expected a Python file to run, got {name!r}, which is none{advice}")
+        if self._path.suffix == ".ipynb":  # JSON, much of which Python would run
+            advice = "save it as one, for instance by `jupyter nbconvert --to script`"
+            raise InputError(f"expected a Python file to run, got {name!r}, a notebook: {advice}")
 
     def execute(self) -> None:
         """Run it as the module ``__main__``, which it stays until Python ends; errors that it raises are passed on."""

@@ -215,6 +215,14 @@ def test_lines_for_a_closed_stderr_are_not_printed_elsewhere(tmp_path):
     assert subprocess.run(line, shell=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout == "trained\n"
 
 
+def test_lines_go_to_what_a_script_has_for_stderr(tmp_path):
+    methods = "'write': lambda _, text: print(len(text)), 'flush': lambda _: None"
+    (tmp_path / "train.py").write_text(f"import sys\nsys.stderr = type('Lines', (), {{{methods}}})()\n")
+    line = [sys.executable, "-m", "convsim_init", "run", "train.py"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "101\n1\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,6 +231,7 @@ def test_lines_for_a_closed_stderr_are_not_printed_elsewhere(tmp_path):
             ["code/tarin.py"],
             "expected a Python file to run, got 'code/tarin.py', which is none: did you mean train.py?",
         ),
+        (["code/nb.ipynb"], "expected a Python file to run, got 'code/nb.ipynb', a notebook: save it as one, for"),
         (
             ["--exclude", "stem", "code/train.py", "exit", "0"],
             "exclude: no convolution matches 'stem'; the convolutions are '0', '2'",
@@ -235,7 +244,8 @@ def test_lines_for_a_closed_stderr_are_not_printed_elsewhere(tmp_path):
         (["-m", ".train"], "expected a script or module to run, got '.train': Relative module names"),
     ],
 )
-def test_what_cannot_be_run_is_an_error_of_one_line(arguments, message, run):
+def test_what_cannot_be_run_is_an_error_of_one_line(arguments, message, run, tmp_path):
+    (tmp_path / "code" / "nb.ipynb").write_text("{}")
     status, _, err = run(*arguments)
     assert status == 2
     assert err.splitlines()[-1].startswith(f"Error: {message}")
