@@ -27,6 +27,7 @@ with exit_on_signal():  # imports that take long, which a signal is to end witho
     import os
     from collections.abc import Iterator, Sequence
     from contextlib import contextmanager, nullcontext, redirect_stdout
+    from itertools import takewhile
     from pathlib import Path
 
     import click
@@ -55,6 +56,12 @@ COMPLETE = "_CONVSIM_INIT_COMPLETE"  # variable that a shell's completion sets
 
 class MainGroup(DefaultGroup):  # type: ignore[misc]
     """A group whose help shows its default command's options, then the other commands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave ``--``, where no command stands before it, to the default one."""
+        if "--" in takewhile(lambda word: word.startswith("-"), args):
+            args.insert(0, self.default_cmd_name)
+        return super().parse_args(ctx, args)  # type: ignore[no-any-return]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the usage of the default command and of the others."""

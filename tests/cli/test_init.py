@@ -462,6 +462,15 @@ def test_options_may_stand_before_and_after_the_model(arguments, command):
     assert [layer["outcome"] for layer in data["layers"]] == ["planned"] * 20
 
 
+def test_a_file_may_be_called_like_an_option_behind_two_dashes(command, tmp_path):
+    torch.save(build_model("cifar_resnet18").state_dict(), tmp_path / "-x.pt")
+    for arguments in (["--", "-x.pt"], ["init", "--", "-x.pt"], ["--dry-run", "--", "-x.pt"]):
+        status, out, _ = command(*arguments)
+        assert (status, "-x.pt, 20 convolutions: 20 " in out) == (0, True)
+    status, _, err = command("--", "-x.pt", "--dry-run")
+    assert (status, err.startswith("Error: expected the name of a model, got '--dry-run'")) == (2, True)
+
+
 def test_force_replaces_a_file(command, tmp_path):
     path = tmp_path / "init.pt"
     path.write_bytes(OLD)
