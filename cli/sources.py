@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import isdir, isfile
@@ -173,6 +174,9 @@ def _origin(path: str) -> list[str]:
     """Remarks on which of a folder's files was read, and on the run that made it, if this program wrote it."""
     names = [file.name for file in folder_files(Path(path))]
     taken = [f"{names[0]} was read, and not {some(names[1:])}"] if names[1:] else []
+    if (part := re.search(r"-(\d+)-of-(\d+)$", Path(path).stem)) and int(part[2]) > 1:
+        which = f"{shown(path, PATH)} is part {int(part[1])} of {int(part[2])} of a checkpoint"
+        taken.append(f"{which}: its folder, or the index in it, names the whole")
     record = read_record(Path(path))
     if not {"version", "model", "seed", "base"} <= record.keys():
         return taken

@@ -287,6 +287,15 @@ def test_a_file_says_what_made_it(command, tmp_path):
         assert (status, "written by convsim-init 1: a\\nb\n" in out) == (0, "version" in record)
 
 
+def test_a_part_of_a_checkpoint_is_told_as_such(command):
+    state = {"0.weight": torch.randn(4, 3, 3, 3)}
+    for number, count in ((1, 2), (1, 1)):
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        safetensors.torch.save_file(state, name)
+        status, out, _ = command("inspect", name)
+        assert (status, f"{name} is part 1 of 2 of a checkpoint" in out) == (0, count == 2)
+
+
 def test_a_file_without_the_classifier_is_measured_as_the_models(command, tmp_path):
     (tmp_path / "own.py").write_text(OWN_NET)
     assert command("own.py:net", "--num-classes", "7", "--out", "seven.safetensors")[0] == 0
