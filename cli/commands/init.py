@@ -104,10 +104,10 @@ def init(
     folder = out is not None and out.endswith(("/", os.sep))
     choices = Choices(how=how, writes=out is not None, folder=folder, origins=tuple(origins(ctx)), **options)
     check_no_command(ctx, models)
+    if out is not None:
+        check_out(out, choices)  # first, for `-out init.pt` means the name "ut" and another model
     check_options(models, choices, record=record, plot=plot)
     starts = plan_starts(models, seeds, choices)
-    if out is not None:
-        check_out(out, choices)
     runs = plan_runs(starts, {"out": None if out is None else Path(out), "record": record, "plot": plot})
     alone = len(models) == 1 and seeds is None
     to_stdout = out == str(STDOUT)

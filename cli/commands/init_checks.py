@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from convsim_init.files.sources import SUFFIXES, with_suffix
 from convsim_init.files.writing import STDOUT, check_new_folder, check_target
 from convsim_init.models.spec import Source, parse
 from convsim_init.models.zoo.catalog import UnknownModelError
@@ -82,9 +83,9 @@ def plan_starts(models: Sequence[str], seeds: str | None, choices: Choices) -> l
 
 
 def check_out(out: str, choices: Choices) -> None:
-    """Refuse a file that is called like stdout, such as ``./-``, and a folder for a part of the weights."""
-    if not choices.folder and out != str(STDOUT) and Path(out) == STDOUT:
-        check_target(out)
+    """Refuse a file that is not called like a checkpoint, and a folder for a part of the weights."""
+    if not choices.folder and out != str(STDOUT):
+        with_suffix(out, SUFFIXES)
     # Entries that a folder lacks, or has under other keys, from_pretrained would draw at random.
     drop = choices.head == "drop"
     options = {

@@ -632,6 +632,11 @@ GONE = "gone/init.pt"
             for more, name in [([], "./-"), (["--json"], "./-"), (["--seeds", "0:2"], "-/.")]
         ),
         pytest.param(
+            ["resnet18", "-out", "init.pt"],
+            "expected a file name ending in .safetensors, .pt, .pth, got 'ut': choose another name",
+            id="one-dash",
+        ),
+        pytest.param(
             ["resnet18", "--out", "f.json/", "--report", "./f.json"],
             "expected another name for each kind of file, got 'f.json' twice: rename one",
             id="two-files-of-a-name",
