@@ -61,9 +61,10 @@ def _read(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> 
     tables: list[tuple[Path, object]] = []
     if PYPROJECT.is_file():
         tools = _toml(PYPROJECT).get("tool")
-        if isinstance(tools, Mapping) and TABLE in tools:
-            tables.append((PYPROJECT, tools[TABLE]))
-            tell(f"options read from [tool.{TABLE}] in {PYPROJECT}")
+        for name, table in tools.items() if isinstance(tools, Mapping) else ():
+            if name.replace("_", "-") == TABLE:  # as in the shell, or as in Python
+                tables.append((PYPROJECT, table))
+                tell(f"options read from [tool.{name}] in {PYPROJECT}")
     if path is not None:
         tables.append((path, _toml(path)))
     found: Values = {}

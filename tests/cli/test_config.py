@@ -109,6 +109,12 @@ def test_what_runs_code_or_replaces_files_is_not_taken_from_what_lies_in_the_fol
     )
 
 
+def test_a_table_called_like_the_package_is_read_too(command, tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[tool.convsim_init]\nsteps = 1\n")
+    report, err = dry(command)
+    assert (report["settings"]["steps"], err) == (1, READ.replace("convsim-init", "convsim_init"))
+
+
 @pytest.mark.parametrize("text", ["", "tool = 3", "[tool.other]\nsteps = 3"], ids=["empty", "no table", "others"])
 def test_a_pyproject_of_others_is_not_told_of(text, command, tmp_path):
     (tmp_path / "pyproject.toml").write_text(text)
