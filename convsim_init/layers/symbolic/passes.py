@@ -16,6 +16,7 @@ from functools import partial, wraps
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
@@ -321,7 +322,9 @@ class SymbolicPass(TorchFunctionMode):
         if kind in ("__format__", "__repr__", "__str__"):
             return "unknown"
         choices = {"__contains__": (True, False), "__len__": (1, 2, 3, 4), "__index__": (2, 1, 0), "__int__": (2, 1, 0)}
-        values = {"__hash__": id(asked), "__float__": 1.0}
+        values: dict[str, Any] = {"__hash__": id(asked), "__float__": 1.0}
+        if asked.node.is_size:  # of other values NumPy's functions are unknown
+            values["__array__"] = np.ones((), dtype=int)
         return give(*choices[kind]) if kind in choices else values.get(kind)
 
 

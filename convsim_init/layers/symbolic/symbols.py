@@ -38,8 +38,8 @@ class Node:
 
     def __post_init__(self) -> None:
         # An operator on parameters has no inputs, for which `all` would be true.
-        operator = self.name in OPERATORS and bool(self.inputs)
-        self.is_size = self.name == "size" or (operator and all(before.is_size for before in self.inputs))
+        operator = self.name in (*OPERATORS, "array_wrap") and bool(self.inputs)  # the last for a function of NumPy
+        self.is_size = self.name in ("size", "numel") or (operator and all(before.is_size for before in self.inputs))
 
 
 class Symbol(Tensor):

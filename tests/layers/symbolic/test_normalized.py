@@ -632,3 +632,35 @@ def test_a_distributed_data_parallel_within_the_model_is_followed(tmp_path):
         assert normalization_follows(follow(model)) == {"0.module.0": False, "0.module.2": True}
     finally:
         dist.destroy_process_group()
+
+
+class BySize(nn.Module):
+    """Computes with sizes by functions of NumPy between two layers."""
+
+    def __init__(self, of_size):
+        super().__init__()
+        self.first, self.last, self.norm, self.of_size = (
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+            of_size,
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.norm(self.last(x * self.of_size(x)))
+
+
+SIZES = {
+    "root": lambda x: 1 / np.sqrt(x.shape[1]),
+    "of-number": lambda x: np.sqrt(x.numel() / len(x)),
+    "whole": lambda x: int(np.ceil(np.log2(x.shape[2]))),
+    "positions": lambda x: torch.from_numpy(np.arange(x.shape[-1])),
+}
+
+
+@pytest.mark.parametrize("of_size", SIZES.values(), ids=SIZES)
+def test_sizes_may_be_computed_with_by_numpy(of_size):
+    model = BySize(of_size)
+    model(torch.randn(2, 8, 8, 8))
+    assert normalization_follows(follow(model)) == {"first": False, "last": True}
