@@ -1282,6 +1282,25 @@ def test_copies_of_other_dtypes_and_in_attributes_that_part_are_told():
     assert remark == (f"copies that are no longer equal to what they were copied from: {some(copies)}: copy them again")
 
 
+MOVES = {
+    "flipped": lambda m, x: m.weight.flip(-1, -2),
+    "permuted": lambda m, x: m.weight.permute(1, 0, 3, 2),
+    "rolled": lambda m, x: m.weight.roll((1, 1), (0, 3)),
+    "scaled": lambda m, x: 3 * m.weight.flip(-1) + 0.1,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_entries_that_a_class_moves_are_moved_back(move):
+    module = Using(move, 8, 8, 3)
+    (before,) = given(module, torch.zeros(1, 8, 3, 3))
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    (after,) = given(module, torch.zeros(1, 8, 3, 3))
+    assert (layer.outcome, layer.reason) == (ci.Outcome.INITIALIZED, None)
+    assert layer.after["normalized_similarity"] == similarity_of(after)
+    torch.testing.assert_close(norms(after), norms(before), rtol=1e-5, atol=0)
+
+
 def test_layers_of_one_shape_are_not_compared_with_each_other(monkeypatch):
     model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(30)))
     model.average = copy.deepcopy(model[29]).to(torch.float8_e5m2).requires_grad_(False)

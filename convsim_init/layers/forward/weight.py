@@ -36,8 +36,8 @@ class ForwardWeight(Weight):
 
         used = slopes * variable, variable = stored * mask - mean
 
-    `write` inverts the model. If it does not fit, `write` stores the new weight, or that minus ``used - stored``, and
-    reports how far the weight that is then used differs from the new one.
+    `write` inverts the model. If it does not fit, `write` stores the new weight, that minus ``used - stored``, or that
+    with its entries moved, and reports how far the weight that is then used differs from the new one.
 
     Args:
         module: The convolution, or any module that calls one.
@@ -170,17 +170,32 @@ class ForwardWeight(Weight):
         return describe_mismatch("class", target, self.read())
 
     def _write_nearest(self, weight: Tensor, used: Tensor, stored: Tensor) -> str | None:
-        """Store the weight or, because the class may add a summand, the weight minus that: whichever comes nearer."""
-        without_summand = (to_float64(stored) + to_float64(weight) - to_float64(used)).to(stored)
+        """Store what brings the used weight nearest: the weight itself, or that without what the class does to it."""
+        change, candidates = to_float64(weight) - to_float64(used), [weight]
+        if not torch.equal(used, stored):
+            candidates += [(to_float64(stored) + change).to(stored), *self._moved_back(stored, change)]
 
         def distance(candidate: Tensor) -> float:
             self._stored.write(candidate)
             return float(torch.linalg.vector_norm(to_float64(self.read()) - to_float64(weight)))
 
-        # `<=` would be false for NaN, for which the weight itself is stored. The last of the two is stored already.
-        if torch.equal(used, stored) or not distance(weight) > distance(without_summand):
-            self._stored.write(weight)
+        # For NaN `min` returns the first of them.
+        self._stored.write(min(candidates, key=distance))
         return describe_mismatch("class", weight, self.read())
+
+    def _moved_back(self, stored: Tensor, change: Tensor) -> list[Tensor]:
+        """The stored weight that changes the used one by this, if a class moves entries, as by a flip, and scales all.
+
+        Such a class computes ``used = c P stored`` with a permutation P, whose inverse is its transpose. By derivatives
+        ``back = c P' change``, so that the stored weight changes by ``back / c²``, where c is the ratio of the norms.
+        """
+        try:
+            with torch.enable_grad():
+                used = self.compute()
+                (back,) = torch.autograd.grad(used, self.sources[0], change.to(used))
+            return [(to_float64(stored) + to_float64(back) * (change.norm() / back.norm()).square()).to(stored)]
+        except Exception:  # of any kind, from a class that is not differentiable
+            return []
 
     def storage(self) -> dict[str, Tensor]:
         """The tensors that the stored weight is stored in."""
