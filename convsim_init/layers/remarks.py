@@ -88,8 +88,8 @@ def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Ite
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        named = (parameter for key, parameter in module._parameters.items() if "weight" in key or "kernel" in key)
-        own = {id(parameter) for parameter in named if _is_kernel(module, parameter)}
+        likely = (p for key, p in module._parameters.items() if "weight" in key or "kernel" in key or _is_complex(p))
+        own = {id(parameter) for parameter in likely if _is_kernel(module, parameter)}
         # Biases of the modules that make a weight are no kernels, unless the weight is made of biases alone.
         made_of = uses.other_kernels[name] & others
         own = own & others | (made_of & no_biases or made_of)
@@ -100,6 +100,11 @@ def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Ite
         total = sum(parameter.numel() for parameter in parameters.values())
         share = sum(parameters[key].numel() for key in kernels) / total
         yield f"not looked at, though they may convolve: {_counted(found)}, with {share:.0%} of the parameters"
+
+
+def _is_complex(parameter: Tensor | None) -> bool:
+    """Whether a parameter has complex numbers, as the Fourier transforms of kernels do, whatever its name is."""
+    return parameter is not None and parameter.dtype.is_complex
 
 
 def _is_kernel(module: nn.Module, weight: Tensor | None) -> bool:

@@ -1282,6 +1282,12 @@ def test_copies_of_other_dtypes_and_in_attributes_that_part_are_told():
     assert remark == (f"copies that are no longer equal to what they were copied from: {some(copies)}: copy them again")
 
 
+def test_spectral_weights_are_told_by_their_numbers_if_not_by_their_name():
+    spectral = nn.ParameterList([nn.Parameter(torch.randn(4, 4, 3, 2, dtype=torch.complex64))])
+    (remark,) = ci.measure(nn.ModuleList([nn.Conv2d(4, 4, 1), spectral])).remarks
+    assert remark == "not looked at, though they may convolve: 1 ParameterList, with 83% of the parameters"
+
+
 MOVES = {
     "flipped": lambda m, x: m.weight.flip(-1, -2),
     "permuted": lambda m, x: m.weight.permute(1, 0, 3, 2),
