@@ -58,17 +58,18 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collectio
     # Without an inverse the stored weight is the original, and a trial pass shows what the parametrization makes of it.
     one_way = isinstance(weight, StoredWeight) and is_parametrized(module, "weight")
     own_code = has_forward_of_its_own(module) or one_way
-    used = ForwardWeight(module, weight) if own_code or hooks else weight
+    if not (own_code or hooks):
+        return weight
+    used = ForwardWeight(module, weight)
     # Of hooks that name nothing which changes weights, such as loggers, one pass is enough.
-    return weight if not (own_code or any(map(may_change, hooks))) and _is_stored(used) else used
+    return weight if not (own_code or any(map(may_change, hooks))) and _was_given(used, weight) else used
 
 
-def _is_stored(weight: Weight) -> bool:
-    """Whether a pass used the stored parameter; not if the pass failed, which `ForwardWeight.obstacle` reports."""
-    with suppress(Exception):  # of any kind, from the code of hooks
-        if isinstance(weight, ForwardWeight):
-            weight.choose_call()
-        return weight.call is not None and is_parameter(weight.call.weight) and weight.made_of == weight.source_ids
+def _was_given(used: ForwardWeight, stored: Weight) -> bool:
+    """Whether the stored weight was given to the convolution in a pass; not if the pass failed."""
+    with suppress(Exception):  # of any kind, from the code of hooks, which `ForwardWeight.obstacle` reports
+        used.choose_call()
+        return used.call is not None and torch.equal(used.call.weight, stored.read())
     return False
 
 
