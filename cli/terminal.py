@@ -84,7 +84,8 @@ def show_table(table: Table, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     width = shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
     header, lines = table.text(width).split("\n", 1)
-    click.echo(f"{click.style(header, bold=True)}\n{lines}", err=err)
+    if launched().leads:  # for what goes to stderr, too
+        click.echo(f"{click.style(header, bold=True)}\n{lines}", err=err)
 
 
 def show_json(data: object) -> None:

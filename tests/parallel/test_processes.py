@@ -201,6 +201,12 @@ def test_each_machine_tells_of_what_it_cannot_read(tmp_path):
         assert err.startswith("Error: cannot read 'missing.pt'")
 
 
+def test_a_table_on_stderr_is_shown_once():
+    program = "import sys; sys.stdout = open('weights', 'w'); from convsim_init.cli.main import main; main()"
+    first, second = ranks(2, "nets.py:wide", "--out", "-", program=("-c", program))
+    assert (first[2].count("2 convolutions: 2 initialized"), second) == (1, (0, "", ""))
+
+
 # Failing together
 
 
