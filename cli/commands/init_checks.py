@@ -31,7 +31,8 @@ def _check_checkpoint(path: Path, *, overwrite: bool) -> Path:
     if path != STDOUT:
         return check_target(path, overwrite=overwrite)
     if sys.stdout is None or sys.stdout.isatty():
-        raise click.UsageError("--out -: expected stdout to go to a file or a program, got a terminal: add '> FILE'")
+        got = "a closed one" if sys.stdout is None else "a terminal"
+        raise click.UsageError(f"--out -: expected stdout to go to a file or a program, got {got}: add '> FILE'")
     return path
 
 

@@ -1318,6 +1318,14 @@ def test_data_for_a_closed_stdout_is_not_lost_without_a_word(line):
     assert (done.returncode, done.stderr) == (1, message)
 
 
+@pytest.mark.posix
+def test_a_file_for_a_closed_stdout_is_refused_before_the_work():
+    line = f"'{sys.executable}' -m convsim_init cifar_resnet18 --out - >&-"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    message = f"Error: --out -: expected stdout to go to a file or a program, got a closed one: add '> FILE' {SEE}\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 @pytest.mark.parametrize(
     ("line", "status"),
     [("list >&-", 0), ("gone.py:make 2>&-", 2), (f"{' '.join(QUICK)} >&- 2>&-", 0)],
