@@ -37,8 +37,8 @@ Examples:
 @settings_options
 @device_option(help="Device to compute on: cpu, cuda, cuda:N, mps, or auto: where the weights are. Default: auto.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing about the networks.")
-@click.argument("script")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.argument("script", shell_complete=click.Path().shell_complete)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, shell_complete=click.Path().shell_complete)
 def run(
     script: str,
     arguments: tuple[str, ...],

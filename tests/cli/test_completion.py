@@ -18,8 +18,8 @@ from convsim_init.models.spec import LIBRARIES
 BIN = str(Path(sys.executable).parent)
 
 
-def complete(line: str, shell: str = "bash") -> list[str]:
-    """What the shell is offered for the last word of a line, split as bash splits it."""
+def complete(line: str, shell: str = "bash", kind: str = "plain") -> list[str]:
+    """What the shell is offered for the last word of a line, split as bash splits it, or has to find as ``file``."""
     words = line.replace(":", " : ").replace("=", " = ").split(" ") if shell == "bash" else line.split(" ")
     words = [word for word in words[:-1] if word] + [words[-1]]
     number = str(len(words) - 1) if shell != "fish" else words[-1]
@@ -28,8 +28,8 @@ def complete(line: str, shell: str = "bash") -> list[str]:
         patch.setenv("COMP_CWORD", number)
         lines = get_completion_class(shell)(cli, {}, PROGRAM, "_CONVSIM_INIT_COMPLETE").complete().splitlines()
     if shell == "zsh":
-        return [value for kind, value in zip(lines[::3], lines[1::3], strict=True) if kind == "plain"]
-    return [line.removeprefix("plain,").split("\t")[0] for line in lines if line.startswith("plain,")]
+        return [value for found, value in zip(lines[::3], lines[1::3], strict=True) if found == kind]
+    return [line.removeprefix(f"{kind},").split("\t")[0] for line in lines if line.startswith(f"{kind},")]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -60,6 +60,12 @@ def complete(line: str, shell: str = "bash") -> list[str]:
 )
 def test_a_shell_completes_options_models_and_layers(line, offered, shell):
     assert complete(line, shell) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("line", ["in", "verify in", "run in", "run train.py --data in", "resnet18 --out in"])
+def test_files_are_left_to_the_shell(line, shell):
+    assert complete(f"convsim-init {line}", shell, "file") == ["in"]
 
 
 @pytest.mark.parametrize("line", ["timm:convnext_at", "cifar_resnet18 --exclude=conv", "resnet18 --base orthogonal:s"])
