@@ -62,15 +62,11 @@ def used_weight(module: _ConvNd, owner: nn.Module | None = None, uses: Collectio
         return weight
     used = ForwardWeight(module, weight)
     # Of hooks that name nothing which changes weights, such as loggers, one pass is enough.
-    return weight if not (own_code or any(map(may_change, hooks))) and _was_given(used, weight) else used
-
-
-def _was_given(used: ForwardWeight, stored: Weight) -> bool:
-    """Whether the stored weight was given to the convolution in a pass; not if the pass failed."""
-    with suppress(Exception):  # of any kind, from the code of hooks, which `ForwardWeight.obstacle` reports
-        used.choose_call()
-        return used.call is not None and torch.equal(used.call.weight, stored.read())
-    return False
+    with suppress(Exception):  # of any kind, from the code of hooks: `ForwardWeight.obstacle` reports it
+        if not (own_code or any(map(may_change, hooks))) and used.seems_stored():
+            weight.call = used.call
+            return weight
+    return used
 
 
 def _weight_within(owner: nn.Module, module: _ConvNd, stored: Weight, uses: Collection[Use]) -> ForwardWeight | None:

@@ -150,6 +150,23 @@ class ForwardWeight(Weight):
         unchanged = (torch.equal(self._used_for(probe), probe) for probe in probes)
         return isinstance(self._stored, StoredWeight) and all(unchanged)
 
+    def seems_stored(self) -> bool:
+        """Like `is_stored`, but by a single pass, with other values of the same size and an input of noise."""
+        expected = list[Tensor]()
+
+        def change() -> None:
+            for source in (source.detach() for source in self.sources):
+                _, signs = probes_like(source)
+                # With zeros filled in, or a mask that was applied before would not show.
+                source.copy_(torch.where(source == 0, signs, source * signs))
+            expected.append(self._stored.read().clone())
+
+        (call,), _ = trial_pass(self.module, self._noise(2), prepare=change)
+        if not torch.equal(call.weight, *expected):
+            return False
+        self.call = call
+        return True
+
     def compute(self, prepare: Callable[[], object] = lambda: None) -> Tensor:
         """The weight that a forward pass gives to the convolution; `prepare` is called right before the pass."""
         return self._call(prepare=prepare).weight

@@ -444,6 +444,34 @@ def test_for_a_hook_that_changes_no_weight_a_layer_runs_once(monkeypatch):
     assert [layer.reason for layer in report.layers] == [layer.reason for layer in expected.layers]
 
 
+class Through:
+    """A hook whose change of weights its own code does not name."""
+
+    def __init__(self, change):
+        self.changes = [change]
+
+    def __call__(self, part, inputs):
+        for change in self.changes:
+            change(part, *inputs)
+
+
+HOLES = torch.arange(27).view(3, 3, 3) % 3 != 0
+KEPT_ALREADY = {  # what a hook leaves as it is at the first weight, and at zeros
+    "masked": (lambda w, x: w.mul_(HOLES), "within its mask, 67% of the entries"),
+    "positive": (lambda w, x: w.clamp_(min=0), "its class keeps a weight that differs by "),
+    "at-zeros": (lambda w, x: w.mul_(1 + HOLES * x.abs().max()), "depends on its input"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), KEPT_ALREADY.values(), ids=KEPT_ALREADY)
+def test_a_hook_that_would_change_other_weights_is_found_by_other_weights(change, reason):
+    conv = nn.Conv2d(3, 8, 3)
+    conv.weight.data.copy_(conv.weight.data.abs() * HOLES)
+    conv.register_forward_pre_hook(Through(lambda part, x: change(part.weight.data, x)))
+    (layer,) = ci.initialize_(conv, settings=SETTINGS).layers
+    assert reason in layer.reason
+
+
 def with_hook(place, *, after=False, own=False, harmless=False):
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
 
