@@ -1307,6 +1307,45 @@ def test_entries_that_a_class_moves_are_moved_back(move):
     torch.testing.assert_close(norms(after), norms(before), rtol=1e-5, atol=0)
 
 
+class Counted(torch.autograd.Function):
+    """A flip that counts in a buffer and draws random numbers when its derivative is computed."""
+
+    @staticmethod
+    def forward(ctx, weight, count):
+        ctx.count = count
+        return weight.flip(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.count.add_(1)
+        torch.rand(1)
+        return grad.flip(-1), None
+
+
+def test_derivatives_by_which_entries_are_moved_back_leave_no_trace():
+    module, seen = Using(lambda m, x: Counted.apply(m.weight, m.count), 8, 8, 3), []
+    module.register_buffer("count", torch.zeros(1))
+    module.weight.register_hook(seen.append)
+    state = torch.get_rng_state()
+    (layer,) = ci.initialize_(module, settings=SETTINGS).layers
+    assert (layer.outcome, module.count.item(), seen) == (ci.Outcome.INITIALIZED, 0, [])
+    torch.testing.assert_close(torch.get_rng_state(), state)
+    module(torch.zeros(1, 8, 3, 3)).sum().backward()
+    assert len(seen) == 1
+
+
+def test_entries_that_cannot_be_moved_back_exactly_are_not_moved():
+    reports = []
+    for slopes in (torch.ones(8), torch.linspace(1, 2, 8)):
+        torch.manual_seed(0)
+        module = Using(lambda m, x, slopes=slopes: m.weight.flip(0) * slopes.view(8, 1, 1, 1), 8, 8, 3)
+        reports += ci.initialize_(module, settings=SETTINGS).layers
+    assert [layer.outcome for layer in reports] == [ci.Outcome.INITIALIZED, ci.Outcome.APPROXIMATED]
+    # The weight itself is stored, whose normalized similarity neither the order of filters nor their slopes change.
+    exact, slanted = (layer.after["normalized_similarity"] for layer in reports)
+    assert slanted == pytest.approx(exact, rel=1e-4)
+
+
 def test_layers_of_one_shape_are_not_compared_with_each_other(monkeypatch):
     model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(30)))
     model.average = copy.deepcopy(model[29]).to(torch.float8_e5m2).requires_grad_(False)

@@ -18,9 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import per_axis
-from convsim_init.layers.forward.isolation import draw_numbers
+from convsim_init.layers.forward.isolation import draw_numbers, isolated
 from convsim_init.layers.forward.multiples import is_multiple, norms_of, probes_like, ratios, slopes_of
 from convsim_init.layers.forward.trial import Call, NoConvolutionError, convolution_calls, leaves, trial_pass
+from convsim_init.layers.memory import gradient_hooks
 from convsim_init.layers.obstacle import Obstacle
 from convsim_init.layers.weights import StoredWeight, Weight, describe_mismatch, is_random, to_float64
 from convsim_init.report.text import error_text
@@ -36,8 +37,8 @@ class ForwardWeight(Weight):
 
         used = slopes * variable, variable = stored * mask - mean
 
-    `write` inverts the model. If it does not fit, `write` stores the new weight, that minus ``used - stored``, or that
-    with its entries moved, and reports how far the weight that is then used differs from the new one.
+    `write` inverts the model. If it does not fit, `write` stores the new weight, that minus ``used - stored`` or, where
+    that is exact, that with its entries moved, and reports how far the weight that is then used differs from it.
 
     Args:
         module: The convolution, or any module that calls one.
@@ -187,18 +188,25 @@ class ForwardWeight(Weight):
         return describe_mismatch("class", target, self.read())
 
     def _write_nearest(self, weight: Tensor, used: Tensor, stored: Tensor) -> str | None:
-        """Store what brings the used weight nearest: the weight itself, or that without what the class does to it."""
-        change, candidates = to_float64(weight) - to_float64(used), [weight]
+        """Store what gives this weight or, if none does, what comes nearest: it, or it minus what the class adds."""
+        # A clone, because the weight that was read may share the memory that is written to.
+        change, candidates, stored = to_float64(weight) - to_float64(used), [weight], stored.clone()
         if not torch.equal(used, stored):
-            candidates += [(to_float64(stored) + change).to(stored), *self._moved_back(stored, change)]
+            candidates.append((to_float64(stored) + change).to(stored))
 
         def distance(candidate: Tensor) -> float:
             self._stored.write(candidate)
             return float(torch.linalg.vector_norm(to_float64(self.read()) - to_float64(weight)))
 
+        def mismatch(candidate: Tensor) -> str | None:
+            self._stored.write(candidate)
+            return describe_mismatch("class", weight, self.read())
+
         # For NaN `min` returns the first of them.
-        self._stored.write(min(candidates, key=distance))
-        return describe_mismatch("class", weight, self.read())
+        nearest = min(candidates, key=distance)
+        if mismatch(nearest) is None or any(mismatch(moved) is None for moved in self._moved_back(stored, change)):
+            return None
+        return mismatch(nearest)
 
     def _moved_back(self, stored: Tensor, change: Tensor) -> list[Tensor]:
         """The stored weight that changes the used one by this, if a class moves entries, as by a flip, and scales all.
@@ -206,12 +214,16 @@ class ForwardWeight(Weight):
         Such a class computes ``used = c P stored`` with a permutation P, whose inverse is its transpose. By derivatives
         ``back = c P' change``, so that the stored weight changes by ``back / c²``, where c is the ratio of the norms.
         """
+        source = self.sources[0]
         try:
-            with torch.enable_grad():
+            # Code that computes derivatives, and hooks on gradients, may change the module, too.
+            with isolated(self.module), torch.enable_grad():
+                for hooks in gradient_hooks(source):
+                    hooks.clear()
                 used = self.compute()
-                (back,) = torch.autograd.grad(used, self.sources[0], change.to(used))
+                (back,) = torch.autograd.grad(used, source, change.to(used))
             return [(to_float64(stored) + to_float64(back) * (change.norm() / back.norm()).square()).to(stored)]
-        except Exception:  # of any kind, from a class that is not differentiable
+        except (Exception, SystemExit):  # of any kind, from a class that is not differentiable
             return []
 
     def storage(self) -> dict[str, Tensor]:
