@@ -47,8 +47,9 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                     memo[id(value)] = value
                 elif not isinstance(value, DEEP) and id(value) not in memo:
                     memo[id(value)] = copies.copied(value, memo)
+        parallel = nn.parallel.DistributedDataParallel
         for part in parts:
-            if isinstance(part, nn.parallel.DistributedDataParallel):
+            if isinstance(part, parallel) and type(part).forward is parallel.forward:
                 memo[id(part)] = _Alone(copy.deepcopy(part.module, memo))
         clone = copy.deepcopy(model, memo)
         own = set(map(id, parts))

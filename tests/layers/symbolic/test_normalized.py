@@ -634,6 +634,23 @@ def test_a_distributed_data_parallel_within_the_model_is_followed(tmp_path):
         dist.destroy_process_group()
 
 
+class NormalizedAtOnce(nn.parallel.DistributedDataParallel):
+    """Normalizes after its first layer, and runs no other."""
+
+    def forward(self, x):
+        return F.instance_norm(self.module[0](x))
+
+
+@pytest.mark.posix
+def test_the_forward_pass_of_another_distributed_data_parallel_is_not_taken_for_that_of_pytorch(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert "0.module.0" not in normalization_follows(follow(nn.Sequential(NormalizedAtOnce(net), nn.Flatten())))
+    finally:
+        dist.destroy_process_group()
+
+
 class BySize(nn.Module):
     """Computes with sizes by functions of NumPy between two layers."""
 
