@@ -202,11 +202,14 @@ class ForwardWeight(Weight):
             self._stored.write(candidate)
             return describe_mismatch("class", weight, self.read())
 
-        # For NaN `min` returns the first of them.
-        nearest = min(candidates, key=distance)
-        if mismatch(nearest) is None or any(mismatch(moved) is None for moved in self._moved_back(stored, change)):
-            return None
-        return mismatch(nearest)
+        # For NaN `min` returns the first of them. Each write lets a spectral norm's vectors converge further.
+        nearest = min(candidates, key=distance) if candidates[1:] else weight
+        difference = mismatch(nearest)
+        if difference is not None and isinstance(self._stored, StoredWeight):
+            if any(mismatch(moved) is None for moved in self._moved_back(stored, change)):
+                return None
+            self._stored.write(nearest)
+        return difference
 
     def _moved_back(self, stored: Tensor, change: Tensor) -> list[Tensor]:
         """The stored weight that changes the used one by this, if a class moves entries, as by a flip, and scales all.

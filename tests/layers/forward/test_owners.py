@@ -472,6 +472,19 @@ def test_a_hook_that_would_change_other_weights_is_found_by_other_weights(change
     assert reason in layer.reason
 
 
+def test_a_hook_that_refuses_a_trial_input_does_not_let_a_spectral_norm_converge_further():
+    def of_one_sample(part, inputs):
+        if len(*inputs) != 1:
+            raise ValueError
+
+    torch.manual_seed(0)
+    plain = spectral_norm(nn.Conv2d(4, 8, 3))
+    hooked = copy.deepcopy(plain)
+    hooked.register_forward_pre_hook(of_one_sample)
+    after = [ci.initialize_(conv, settings=SETTINGS).layers[0].after for conv in (plain, hooked)]
+    assert after[0] == after[1]
+
+
 def with_hook(place, *, after=False, own=False, harmless=False):
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
 
