@@ -2,7 +2,7 @@
 
 python examples/plain_regularize.py
 
-In timm's train.py it is the line `loss = loss_fn(output, target)`.
+In timm's train.py add it to `_loss` in `train_one_epoch`, before that is divided by `accum_steps`.
 """
 
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -62,14 +63,22 @@ def run(
     program = Script(script, arguments, is_module=is_module)
     with exit_on_signal():
         from convsim_init.context import initializing
+        from convsim_init.parallel.processes import of_several_processes
         from convsim_init.tracking.construction import UnmatchedError
 
     # Not for auto: a process that has looked for GPUs cannot use them in what it forks.
     place = None if device == "auto" else find_device(device)
+    process = os.getpid()
 
     def show(report: Report) -> None:
         if device == "mps":
             report.remarks.append(MPS_REMARK)
+        # A process that was forked is within the context, and treats the same.
+        if of_several_processes() and launched().size == 1 and os.getpid() == process and report.totals["after"]:
+            report.remarks.append(
+                "this is one of several processes, and those that the script started itself are not treated, so that "
+                "their weights differ from these: let torchrun start them"
+            )
         if not quiet:
             cells = ", ".join(" ".join(cell.split()) for cell in report.cells)
             line = f"{shown(report.model or '')}, {convolutions(len(report.layers))}: {cells}"

@@ -4,6 +4,7 @@ import os
 import py_compile
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -359,3 +360,34 @@ def test_processes_that_draw_differently_stay_equal(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "distance 0.0\n"), done.stderr
     assert done.stderr.count("2 convolutions: 2 initialized") == 1
+
+
+STARTS_ANOTHER = """
+import os, subprocess, sys, torch, torch.distributed as dist
+
+if "RANK" not in os.environ:  # as Lightning does
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1], "RANK": "0", "WORLD_SIZE": "2"}
+    subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": "1"})
+dist.init_process_group("gloo")
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+torch.optim.SGD(model.parameters(), lr=0.1)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.posix
+def test_processes_that_the_script_starts_itself_are_told_of(tmp_path):
+    (tmp_path / "starting.py").write_text(STARTS_ANOTHER)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "convsim_init", "run", "starting.py", port]
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "TORCHELASTIC_RUN_ID")}
+    environment = kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[2] for line in done.stderr.splitlines() if "of several processes" in line] == [
+        " this is one of several processes, and those that the script started itself are not treated, so that their "
+        "weights differ from these: let torchrun start them"
+    ]
