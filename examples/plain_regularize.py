@@ -2,7 +2,8 @@
 
 python examples/plain_regularize.py
 
-In timm's train.py add it to `_loss` in `train_one_epoch`, before that is divided by `accum_steps`.
+In timm's train.py add it to `_loss` in `train_one_epoch`, before that is divided by `accum_steps`. There the network is
+`task.trainable_module`: the task itself would count the copy that `--model-ema` makes, too.
 """
 
 import torch
