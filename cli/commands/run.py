@@ -76,8 +76,8 @@ def run(
         # A process that was forked is within the context, and treats the same.
         if of_several_processes() and launched().size == 1 and os.getpid() == process and report.totals["after"]:
             report.remarks.append(
-                "this is one of several processes, and those that the script started itself are not treated, so that "
-                "their weights differ from these: let torchrun start them"
+                "this is one of several processes that torchrun did not start: those that the script starts are not "
+                "treated, and may keep other weights than this one: let torchrun start all"
             )
         if not quiet:
             cells = ", ".join(" ".join(cell.split()) for cell in report.cells)

@@ -388,6 +388,6 @@ def test_processes_that_the_script_starts_itself_are_told_of(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [line.partition(":")[2] for line in done.stderr.splitlines() if "of several processes" in line] == [
-        " this is one of several processes, and those that the script started itself are not treated, so that their "
-        "weights differ from these: let torchrun start them"
+        " this is one of several processes that torchrun did not start: those that the script starts are not treated, "
+        "and may keep other weights than this one: let torchrun start all"
     ]
