@@ -656,12 +656,8 @@ class BySize(nn.Module):
 
     def __init__(self, of_size):
         super().__init__()
-        self.first, self.last, self.norm, self.of_size = (
-            nn.Conv2d(8, 8, 3),
-            nn.Conv2d(8, 8, 3),
-            nn.BatchNorm2d(8),
-            of_size,
-        )
+        self.first, self.last, self.norm = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.of_size = of_size
 
     def forward(self, x):
         x = self.first(x)
