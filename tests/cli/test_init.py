@@ -369,8 +369,9 @@ def test_calibrate_scales_what_is_written_and_says_by_how_much(command, tmp_path
 
 
 def test_weights_are_drawn_where_a_models_code_lets_the_functions_of_torch_do_nothing(tmp_path):
-    nothing = (
-        "for name in ('kaiming_uniform_', 'orthogonal_'):\n    setattr(nn.init, name, lambda weight, **_: weight)\n"
+    nothing = (  # ones, not whatever the memory holds: where that is zeros, as it may be, the layer is left as it is
+        "nn.init.kaiming_uniform_ = lambda weight, **_: nn.init.ones_(weight)\n"
+        "nn.init.orthogonal_ = lambda weight, **_: weight\n"
     )
     network = "def net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3))\n"
     lines = []
