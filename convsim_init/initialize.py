@@ -123,8 +123,8 @@ def initialize_(
     cannot be, the layer is reported as approximated, or, if it does not improve, restored and reported as skipped.
 
     Args:
-        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through. Or a state dict, whose
-            tensors are then changed; its layers are inferred from names and shapes, as in `measure`.
+        model: Any module; wrappers such as DistributedDataParallel and torch.compile are looked through. Or a state
+            dict, whose tensors are then changed; its layers are inferred from names and shapes, as in `measure`.
         settings: Optimization settings. Default: `Settings()`.
         include: Shell patterns of layer names, such as ``"layer4.*"``; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.

@@ -29,7 +29,7 @@ class ConvolutionalSimilarity:
     DistributedDataParallel add it to the loss before the one `backward`: every process adds the same gradient.
 
     Args:
-        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        model: Any module; wrappers such as DistributedDataParallel and torch.compile are looked through.
         pairs: Filter pairs that count, as in `convolutional_similarity`.
         channels: Kernels compared, as in `convolutional_similarity`.
         normalized: Sum the layers' mean similarities of two filters, each blind to scale, instead of the raw ones. The

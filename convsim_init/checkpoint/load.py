@@ -51,7 +51,7 @@ def load_checkpoint(
     tensor. The model's dtypes, devices and ``requires_grad`` stay. If loading fails, the model is as it was.
 
     Args:
-        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        model: Any module; wrappers such as DistributedDataParallel and torch.compile are looked through.
         path: A file of safetensors or of `torch.save`, as its content says, with one of the usual suffixes, such as
             ``.safetensors``, ``.pt`` or ``.ckpt``; or a folder of Hugging Face or `torch.distributed.checkpoint`.
         strict: Refuse a file that is not complete, instead of reporting what it lacks.

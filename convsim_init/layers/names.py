@@ -12,20 +12,22 @@ from convsim_init.errors import InputError
 
 PARALLEL_PREFIX = "module."
 WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # compiled, recomputed, sharded
+# All children of a wrapper of torch.compile and of one of Lightning Fabric: the wrapped module is the first.
+WRAPPERS_CHILDREN = (("_orig_mod",), ("_forward_module", "_original_module"))
 
 WEIGHT_KEY = re.compile(r"(.*)(\.(?:weight(?:_[guv]|_orig|_mask)?|parametrizations\.weight\..*))", re.DOTALL)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    """The model inside wrappers of DistributedDataParallel, DataParallel, torch.compile and Lightning Fabric."""
     while True:
         # A custom __getattr__ may answer any other name, or raise any error.
         held = (getattr(model, kind, {}).items() for kind in ("_modules", "_parameters", "_buffers"))
         parts = dict(chain.from_iterable(held))
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(parts.get("_orig_mod"), nn.Module) and len(parts) == 1:  # nothing else would be lost
-            model = parts["_orig_mod"]
+        elif tuple(parts) in WRAPPERS_CHILDREN and isinstance(inner := next(iter(parts.values())), nn.Module):
+            model = inner  # beside which there is nothing else that would be lost
         else:
             return model
 

@@ -38,7 +38,7 @@ def measure_feature_correlation(
     states is put back.
 
     Args:
-        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        model: Any module; wrappers such as DistributedDataParallel and torch.compile are looked through.
         batch: Passed to the model: a tensor as its argument, a tuple or list as its arguments, a mapping as its
             keyword arguments; on the model's device.
 

@@ -62,7 +62,7 @@ def calibrate_(
     A weight that several layers share has one factor, which gives the first of them that is called unit variance.
 
     Args:
-        model: Any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        model: Any module; wrappers such as DistributedDataParallel and torch.compile are looked through.
         images: Batch that the model takes as its only argument, on its device.
         input_shape: Shape of one input without the batch, such as ``(3, 224, 224)``, for noise.
         seed: Seed of the noise.

@@ -67,6 +67,19 @@ def test_reports_files_and_loading_have_bare_names(wrap, tmp_path):
     assert torch.equal(next(again.parameters()), expected[0][0].weight)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_fabric_has_set_up_is_looked_through(compiled, tmp_path):
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu", devices=1)
+    model = fabric.setup(torch.compile(plain()) if compiled else plain())
+    report = ci.initialize_(model, include=["0.0", "1"], settings=QUICK)
+    assert [layer.name for layer in report.layers] == ["0.0", "1"]
+    path = ci.save_checkpoint(model, tmp_path / "a.safetensors", report=report)
+    assert ci.load_checkpoint(plain(), path).exact
+    assert ci.load_checkpoint(model, path).exact
+    assert list(ci.measure_feature_correlation(model, torch.randn(2, 3, 9, 9))) == ["0.0", "1"]
+    assert ci.ConvolutionalSimilarity(model, include=["0.0"])().requires_grad
+
+
 @pytest.mark.parametrize("part", WRAPPER_PARTS)
 def test_what_wrappers_put_into_a_file_is_taken_off_and_told(part, tmp_path):
     state = {key.replace("0.0.", f"0.{part}.0."): value for key, value in plain().state_dict().items()}
