@@ -15,7 +15,8 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import has_forward_of_its_own, per_axis
 from convsim_init.layers.forward.copies import may_change
 from convsim_init.layers.forward.trial import Call, is_parameter, leaves
-from convsim_init.layers.forward.weight import ForwardWeight, parts_of
+from convsim_init.layers.forward.trial_weight import parts_of
+from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.memory import is_sharded
 from convsim_init.layers.stored import stored_weight, unknown_hooks
 from convsim_init.layers.symbolic.passes import AFTER
