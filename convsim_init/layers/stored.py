@@ -219,6 +219,8 @@ def _stored_weight(module: Any) -> Weight:
                 return PrunedWeight(module, parameter, hook=hook)
             compute = partial(hook.apply_mask, module)  # torch does the same before a forward pass
     reason = "its weight is no parameter: a hook such as spectral_norm's or pruning computes it"
+    if not module._forward_pre_hooks:
+        reason = "its weight is no parameter: something else sets it, as FullyShardedDataParallel does"
     if "weight" in module._parameters or hasattr(type(module), "weight"):
         reason = "its weight is no parameter: its class computes it"
     if "weight" in module._buffers:

@@ -1806,6 +1806,26 @@ def test_a_sharded_model_still_runs_after_it_was_looked_at(tmp_path):
     assert done.stdout == "{'sharded over processes: initialize the model before it is sharded'}\n", done.stderr
 
 
+FLATTENED = """
+import os, sys, torch, torch.distributed as dist, convsim_init as ci
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3))
+model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+for report in (ci.measure(model), ci.initialize_(model)):
+    print(*dict.fromkeys(f"{layer.outcome.value}, {layer.reason}" for layer in report.layers))
+print({type(part.weight).__name__ for part in model.modules() if isinstance(part, nn.Conv2d)}, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_model_whose_parameters_were_made_flat_is_measured_and_stays_as_it_is(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FLATTENED, tmp_path / "store"], capture_output=True, text=True)
+    reason = "its weight is no parameter: something else sets it, as FullyShardedDataParallel does"
+    assert done.stdout == f"measured, None\nskipped, {reason}\n{{'Tensor'}}\n", done.stderr
+
+
 class CentredIn(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)

@@ -17,7 +17,8 @@ from convsim_init.layers import tree
 from convsim_init.layers.forward import copies
 from convsim_init.layers.forward.isolation import tensors_of
 
-DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType)  # types that the deepcopy of the model copies itself
+# Types that the deepcopy of the model copies itself, or returns.
+DEEP = (nn.Module, Tensor, dict, list, set, tuple, MethodType, FunctionType)
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -57,6 +58,11 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             if id(part) in own:  # forward passes would change the model itself
                 raise TypeError(f"{type(part).__name__} does not let itself be copied")
             vars(part)["training"] = False
+        for part in parts:
+            # deepcopy returns a function itself, whose closure would lead the pass to the model itself.
+            if isinstance(forward := vars(part).get("forward"), FunctionType) and id(part) in memo:
+                with suppress(Exception):  # of any kind: something that cannot be copied
+                    vars(memo[id(part)])["forward"] = _twin(forward, memo)
         for part, name in product(parts, copies.HOOKS):
             for key, hook in vars(part).get(name, {}).items() if id(part) in memo else ():
                 if not _is_from_library(hook) and (name == copies.HOOKS[0] or copies.may_change(hook)):
@@ -119,6 +125,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     known = dict(function.__globals__)
     twin = FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
     twin.__kwdefaults__ = function.__kwdefaults__
+    vars(twin).update(vars(function))
     memo[id(function)] = twin  # first, because a function may refer to itself
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # raised by a cell that is still empty

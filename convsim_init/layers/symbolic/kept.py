@@ -1,4 +1,4 @@
-"""Lists, dicts and caches outside of a model, in which its code may keep values of a symbolic pass."""
+"""Lists, dicts and caches, of a model and outside of it, in which its code may keep values of a symbolic pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEAR = 2  # levels of nested containers and objects that are searched
 
 @contextmanager
 def without_unknown_values(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Context that leaves no unknown value in any list, dict or cache which the code of the modules names."""
+    """Context that leaves no unknown value in attributes of modules, or in what the code of the modules names."""
     named = list({id(value): value for value in _named(parts)}.values())
     containers = {id(live): live for value in named for live in _containers(value, NEAR)}.values()
     before = [(live, _content(live)) for live in containers]
@@ -37,10 +37,11 @@ def without_unknown_values(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _named(parts: Sequence[nn.Module]) -> Iterator[Any]:
-    """The objects that the code of forward passes names, directly or through others, and caches in attributes."""
+    """The objects that the code of forward passes names, directly or through others, and attributes of the modules."""
     for kind, forward in {(type(part), vars(part).get("forward")) for part in parts}:
         yield from code_in(kind, forward)[1]
     for part in parts:
+        yield vars(part)  # a closure, or an object that cannot be copied, may lead the pass to the model itself
         yield from (value for value in vars(part).values() if isinstance(value, _lru_cache_wrapper))
 
 

@@ -166,6 +166,55 @@ def test_no_unknown_value_stays_outside_the_model():
     LOSSES.clear()
 
 
+class Keeping(nn.Module):
+    """Its forward pass is a patch that knows the model itself, as in code that looks at maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.maps, self.calls = nn.Conv2d(3, 8, 3), [], 0
+
+        def forward(x):
+            self.calls += 1
+            forward.calls += 1
+            self.conv.doubled = 2 * self.conv.weight
+            self.maps.append(F.conv2d(x, self.conv.doubled))
+            return self.maps[-1]
+
+        forward.calls, self.forward = 0, forward
+
+
+def test_a_patched_forward_pass_is_copied_with_what_it_knows():
+    model = Keeping()
+    followed = follow(model)
+    assert not followed.failed
+    assert [(use.by, use.how) for use in find_uses(followed).by_layer["conv"]] == [("", "replaced")]
+    assert (model.calls, model.forward.calls, model.maps, hasattr(model.conv, "doubled")) == (0, 0, [], False)
+
+
+class Handle:
+    """Computes for its model, and is the same for a copy of it, as the handles of sharded parameters are."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __call__(self, x):
+        self.model.conv.doubled = 2 * self.model.conv.weight
+        self.model.maps.append(F.conv2d(x, self.model.conv.doubled))
+        return self.model.maps[-1]
+
+
+def test_no_unknown_value_stays_in_a_model_that_a_pass_reaches_itself():
+    model = Keeping()
+    model.maps.append(0.5)
+    model.forward = Handle(model)
+    (layer,) = ci.measure(model).layers
+    assert layer.outcome is ci.Outcome.MEASURED
+    assert (model.maps, hasattr(model.conv, "doubled")) == ([0.5], False)
+
+
 SHIFTS: dict[str, torch.Tensor] = {}
 
 
