@@ -180,6 +180,13 @@ def test_layers_are_chosen_by_patterns(include, exclude, treated):
     assert {layer.reason for layer in report.layers if layer.name not in treated} <= {"not included", "excluded"}
 
 
+@pytest.mark.parametrize("name", ["a[0]", "[image]", "conv*", "x?"])
+def test_a_name_chooses_its_layer_whatever_its_letters_mean_in_a_pattern(name):
+    model = nn.ModuleDict({name: nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3)})
+    report = ci.initialize_(model, settings=QUICK, include=[name])
+    assert [layer.reason == "not included" for layer in report.layers] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

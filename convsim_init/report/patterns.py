@@ -10,8 +10,8 @@ from convsim_init.report.text import alternatives, quoted, shown
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name matches any of the shell patterns, where upper and lower case differ."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a name is one of the shell patterns or matches one, where upper and lower case differ."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)  # a name may have brackets
 
 
 def check_list(option: str, patterns: Sequence[str]) -> None:
