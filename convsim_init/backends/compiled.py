@@ -29,11 +29,6 @@ class _Sizes(ctypes.Structure):
 
     _fields_ = tuple((name, c_int64) for name in ("taps", "even", "points", "cosines"))
 
-    @classmethod
-    def of(cls, taps: int, points: int) -> _Sizes:
-        """The sizes for kernels of that many taps on a lattice of that many points."""
-        return cls(taps, (taps + 1) // 2, points, points // 2 + 1)
-
 
 class _Layout(ctypes.Structure):
     """The struct ``Layout`` of ``step.c``."""
@@ -53,8 +48,9 @@ class _Layout(ctypes.Structure):
         coarse = () if fourier.coarse_is_free else (fourier.coarse.first, fourier.coarse.second)
         bases = (fourier.full.first, fourier.full.second, fourier.identity, *coarse)
         kept = [basis.contiguous() for basis in bases]
+        taps, lattices = len(fourier.rotation), (fourier.points, fourier.coarse_points)
         layout = cls(
-            *(_Sizes.of(len(fourier.rotation), points) for points in (fourier.points, fourier.coarse_points)),
+            *(_Sizes(taps, (taps + 1) // 2, points, points // 2 + 1) for points in lattices),
             *(groups, channels, filters),
             *(tensor.data_ptr() for tensor in kept),
             coarse_constant=fourier.coarse_constant,

@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 
 def convolution_calls(module: nn.Module, x: Tensor, others: Collection[int] = ()) -> tuple[list[Call], bool]:
-    """All calls of convolutions in a module's forward pass on x, except those with weights at other addresses.
+    """All calls of convolutions in a module's forward pass on x, but for those with weights at the addresses `others`.
 
     The weights are differentiable by the parameters that they are made of, frozen ones too. Also returned is whether
     the pass came to its end. An error of the module's code is raised only if it comes before the first call.
