@@ -115,7 +115,7 @@ def partner_power(power: Tensor, pairs: Pairs, *, out: Tensor | None = None) -> 
 
 
 def weights_at_once(bank: Tensor, channels: Channels, max_weights: int) -> int:
-    """How many weights of a bank a pass over parts of it takes at once: ``max_weights``, or where it must be whole all.
+    """How many weights of a bank a pass over parts of it takes at once: ``max_weights``, or all where it stays whole.
 
     Over all channels similarity is ``<sum_c P_c, Q sum_d P_d>``, with P the power and Q the sum over partners: no sum
     over parts of the channels. On an accelerator one large operation is faster than several.

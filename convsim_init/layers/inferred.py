@@ -121,7 +121,7 @@ def _is_doubtful(name: str, weight: Tensor, bias: object) -> bool:
         return small and weight.shape[0] == inputs in (3, 5, 7)  # [k, k, C, M]
     if max(weight.shape[:2]) <= USUAL_EXTENT and not has_bias:
         return True  # [k, k, C, C], or a few tokens [N, 1, C]
-    if len(extents) > 1 and len(set(extents)) > 1 and min(weight.shape[:2]) == min(extents) < max(extents):
+    if min(weight.shape[:2]) == min(extents) < max(extents):
         return True  # [k, k, C, M]
     square = len(extents) == 1 and inputs == extents[0]  # the shape of a bilinear layer with equal inputs
     return square or not (has_bias or inputs == 1 or (len(extents) > 1 and extents[-1] == extents[-2]))
