@@ -25,6 +25,8 @@ from ..runs.run import Choices
 from ..sources import check_found, check_sources, is_file
 
 CHECKPOINT_OPTIONS = ["convs_only", "head", "without", "prefix", "dtype"]  # without --out they have no use
+# Options for less than all weights under their own keys:
+PART_OPTIONS = {"convs_only": "--convs-only", "head": "--head drop", "without": "--without", "prefix": "--prefix"}
 
 
 def _check_checkpoint(path: Path, *, overwrite: bool) -> Path:
@@ -88,17 +90,10 @@ def check_out(out: str, choices: Choices) -> None:
     if not choices.folder and out != str(STDOUT):
         with_suffix(out, SUFFIXES)
     # Entries that a folder lacks, or has under other keys, from_pretrained would draw at random.
-    drop = choices.head == "drop"
-    options = {
-        "convs-only": choices.convs_only,
-        "head drop": drop,
-        "without": choices.without,
-        "prefix": choices.prefix,
-    }
-    given = ", ".join(f"--{option}" for option, value in options.items() if value)
+    given = [option for name, option in PART_OPTIONS.items() if name in choices.of_files]
     if choices.folder and given:
-        advice = "--num-classes N builds another classifier" if drop else "name a file for less"
-        raise click.UsageError(f"{given}: expected a folder of all weights, for from_pretrained: {advice}")
+        advice = "--num-classes N builds another classifier" if "head" in choices.of_files else "name a file for less"
+        raise click.UsageError(f"{', '.join(given)}: expected a folder of all weights, for from_pretrained: {advice}")
 
 
 def check_targets(runs: Sequence[Run], choices: Choices, *, alone: bool) -> None:
