@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -115,11 +116,9 @@ class CompiledSimilarity:
 
     def __init__(self, shape: Sequence[int]) -> None:
         groups, filters, channels, *kernel_size = shape
-        library_ = library()
-        assert library_ is not None
-        self._library = library_
+        self._library = cast(ctypes.CDLL, library())
         self._layout = _Layout.of(_folded(tuple(kernel_size)), groups, channels, filters)
-        self._scratch_size = library_.scratch_size(byref(self._layout))
+        self._scratch_size = self._library.scratch_size(byref(self._layout))
         # Filters of norm r have r^4 times the CS of unit ones, which with r = pairs^(-1/4) is the mean over
         # the pairs. All filters form pairs, for step.c refuses those that are zero.
         self._radius = max(1, groups * filters * (filters - 1) // 2) ** -0.25
@@ -152,15 +151,13 @@ class CompiledBlock:
     def __init__(
         self, part: Part, weights: Tensor, fourier: Fourier, settings: Settings, memory: threading.local
     ) -> None:
-        library_ = library()
-        assert library_ is not None
-        self.part = part
-        self._library, self._memory = library_, memory
+        self.part, self._memory = part, memory
+        self._library = cast(ctypes.CDLL, library())
         _, group_count, channel_count, filters = self._shape = weights.shape
         self._weights = _chunked(weights)
         self._direction, self._gradient = (torch.zeros_like(self._weights) for _ in range(2))
         self._layout = _Layout.of(fourier, group_count, channel_count, filters)
-        self._scratch_size = library_.scratch_size(byref(self._layout))
+        self._scratch_size = self._library.scratch_size(byref(self._layout))
         shapes = (4, group_count, filters), (), (3, 3)
         self._sums, self._grad_dot_prev, self._coefficients = (
             weights.new_empty(s, dtype=torch.float64) for s in shapes
