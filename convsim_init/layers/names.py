@@ -50,10 +50,8 @@ def split_weight_key(key: str) -> tuple[str, str] | None:
 def bare_entries(state: Mapping[str, object], *, parallel: bool = True) -> dict[str, object]:
     """The entries of a state dict under bare names.
 
-    Args:
-        state: A state dict.
-        parallel: Whether a ``module.`` before every key counts as DistributedDataParallel's. It may also be a child of
-            that name, which a state dict does not show.
+    If `parallel`, a ``module.`` before every key counts as DistributedDataParallel's. It may also be a child of that
+    name, which a state dict does not show.
 
     Raises:
         InputError: If a key is no string, or two of them have the same bare name.

@@ -81,11 +81,7 @@ def undisturbed(
     attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place, those
     of other modules and tensors too that hooks and patched forward passes may change. Changes deep within objects that
     attributes hold are not undone. Threads that want to run the same modules wait for each other. It is given the
-    modules and tensors that are restored.
-
-    Args:
-        module: The module.
-        copy: Whether the values of a tensor are saved too. Default: of all tensors.
+    modules and tensors that are restored. `copy` tells whether the values of a tensor are saved too.
     """
     parts = list(tree.modules(module))
     known = known_to_functions(parts)

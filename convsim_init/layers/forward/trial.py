@@ -68,14 +68,9 @@ def trial_pass(
     """All calls of convolutions in a module's forward pass on x, in evaluation mode; see `convolution_calls`.
 
     The weights are differentiable by the module's parameters, also in inference mode unless it was made in that mode.
-
-    Args:
-        module: Module that calls convolutions.
-        x: Input of the pass.
-        others: Addresses of weights that do not count.
-        prepare: Function that is called right before the pass; its changes to the module are undone after it.
-        gradient: Whether the input requires a gradient, which shows what calls are fed from it; code might refuse it.
-        enough: Whether no calls after these are needed: the pass ends there, for what follows may take long.
+    What `prepare` changes of the module, right before the pass, is undone after it. An input that requires a `gradient`
+    shows which calls are fed from it; code might refuse it. The pass ends once the calls so far are `enough`, for what
+    follows may take long.
     """
     tensors = (*tree.parameters(module), *tree.buffers(module))
     differentiable = not any(tensor.is_inference() for tensor in tensors)
