@@ -102,7 +102,8 @@ def describe() -> str:
     """How a step is computed on the CPU, and if not by the compiled library, why."""
     if library():
         return "compiled"
-    return f"in torch's operations: {f'{SWITCH}=0' if isinstance(found := _built(), ctypes.CDLL) else found}"
+    found = _built()
+    return f"in torch's operations: {found if isinstance(found, str) else f'{SWITCH}=0'}"
 
 
 def fits(dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
