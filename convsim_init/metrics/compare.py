@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from convsim_init.checkpoint.state_dict import state_entries
 from convsim_init.errors import InputError
 from convsim_init.functional.dtypes import equal
-from convsim_init.layers.memory import has_no_data
+from convsim_init.layers.memory import has_no_data, memories
 from convsim_init.metrics.snapshot import Snapshot, take_snapshot
 from convsim_init.report.report import LayerReport
 from convsim_init.report.table import COLUMNS, Table, measure_cells, outcomes_text, shape_text, shared_reason
@@ -41,6 +41,7 @@ class Comparison:
     snapshots: list[Snapshot]  # of what was compared, in the order given, labelled by its names
     layers: list[ComparedEntry]  # every convolution of any of them
     entries: list[ComparedEntry]  # every key of any of their state dicts
+    weights: set[str]  # keys of the entries that the weights of layers are stored in or computed from
 
     @property
     def reports(self) -> list[list[LayerReport | None]]:
@@ -101,8 +102,7 @@ class Comparison:
         }
         counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in by_kind.items() if entries)
         lines = [f"{len(self.entries)} entries of their state dicts: {counts}"]
-        layers = {_weight_key(layer.name) for layer in self.layers}
-        others = [shown(entry.name) for entry in by_kind[DIFFERENT] if entry.name not in layers]
+        others = [shown(entry.name) for entry in by_kind[DIFFERENT] if entry.name not in self.weights]
         if others:
             lines.append(f"different, and no convolution's weight: {some(others)}")
         if by_kind[RESHAPED]:
@@ -122,6 +122,9 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
     entries = [_entry(key, [state.get(key) for state in states]) for key in _union(states)]
     by_key = {entry.name: entry for entry in entries}
     known = [{layer.name: layer.shape for layer in snapshot.report.layers} for snapshot in snapshots]
+    # By memory, because a key may be that of another name of the layer, or of a factor of its weight.
+    pairs = zip(snapshots, states, strict=True)
+    own = {key for snapshot, state in pairs for key, x in state.items() if snapshot.memory.intersection(memories([x]))}
     layers = []
     for name in _union(known):
         entry = by_key.get(_weight_key(name))
@@ -134,7 +137,7 @@ def compare(sources: Sequence[tuple[str, nn.Module | Mapping[str, Tensor]]]) -> 
         else:
             weights = entry.weights
         layers.append(ComparedEntry(name, shapes, weights))
-    return Comparison(snapshots, layers, entries)
+    return Comparison(snapshots, layers, entries, own | {_weight_key(layer.name) for layer in layers})
 
 
 def _about(snapshot: Snapshot) -> str:

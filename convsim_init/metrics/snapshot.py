@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from convsim_init.layers.memory import Memory, memories
 from convsim_init.metrics.measure import measure_and_find
 from convsim_init.report.report import Report
 
@@ -18,6 +19,7 @@ class Snapshot:
     label: str  # for people, for instance "before"
     report: Report  # of `measure`
     banks: dict[str, Tensor] = field(repr=False)  # of each layer measured, [G, M, C, *kernel_size] on the CPU
+    memory: set[Memory] = field(default_factory=set, repr=False)  # of what the weights are stored in or computed from
 
     def select(self, include: Sequence[str], exclude: Sequence[str] = ()) -> Snapshot:
         """The snapshot of the layers alone that `Report.select` chooses."""
@@ -33,4 +35,5 @@ def take_snapshot(label: str, source: nn.Module | Mapping[str, Tensor], *, copy:
     banks = {layer.name: layer.bank().cpu() for layer in layers if layer.name in measured}
     if copy:
         banks = {name: bank.clone() for name, bank in banks.items()}
-    return Snapshot(label, report, banks)
+    memory = {part for layer in layers for part in memories(layer.weight.sources)}
+    return Snapshot(label, report, banks, memory)

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from folders import OLD, names
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from words import MISSING
 
 from convsim_init import InputError, Settings, __version__, build_model, measure
@@ -165,6 +166,19 @@ def test_compare_shows_measures_side_by_side_and_what_differs(command):
         "11 entries of their state dicts: 9 identical, 2 different",
         "different, and no convolution's weight: 1.bias",
     ]
+
+
+def test_compare_knows_weights_by_their_factors_and_under_every_name():
+    def net(scale: float) -> nn.Module:
+        model = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        model.append(nn.Sequential(model[1]))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.arange(1, parameter.numel() + 1).view_as(parameter).sqrt() * scale)
+        return model
+
+    lines = compare([("a", net(1)), ("b", net(2))]).table.text().splitlines()
+    assert lines[-1] == "different, and no convolution's weight: 0.bias, 1.bias, 2.weight, 2.bias and 1 more"  # 3.0.bias
 
 
 def test_compare_tells_which_weights_of_a_file_it_took(command):
