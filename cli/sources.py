@@ -182,9 +182,10 @@ def _origin(path: str) -> list[str]:
         return taken
     options = record["options"] if isinstance(record.get("options"), dict) else {}
     base = record["base"] if record["base"] != "model" else None
-    chosen = {"seed": record["seed"], "base": base, **options}
-    parts = [str(record["model"]), *(f"{name} {value}" for name, value in chosen.items() if value is not None)]
-    return [*taken, f"written by convsim-init {shown(str(record['version']))}: {shown(', '.join(parts), PATH)}"]
+    chosen = {"": record["model"], "seed": record["seed"], "base": base, **options}  # of Python's report none
+    made = ", ".join(f"{name} {value}".lstrip() for name, value in chosen.items() if value is not None)
+    program = f"written by convsim-init {shown(str(record['version']))}"
+    return [*taken, f"{program}: {shown(made, PATH)}" if made else program]
 
 
 def _prefix_remarks(keys: Sequence[str], bare: Sequence[str], path: str) -> list[str]:

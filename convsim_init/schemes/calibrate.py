@@ -63,7 +63,8 @@ def calibrate_(
 
     Args:
         model: Any module; wrappers such as DistributedDataParallel and torch.compile are looked through.
-        images: Batch that the model takes as its only argument, on its device.
+        images: Batch that the model takes as its only argument, on its device. If it takes more, such as a time step,
+            pass a module around it whose ``forward`` adds them.
         input_shape: Shape of one input without the batch, such as ``(3, 224, 224)``, for noise.
         seed: Seed of the noise.
         include: Shell patterns of layer names; where any are given, others are left alone.
@@ -106,7 +107,7 @@ def scale_layers(
     if images is not None and not isinstance(images, Tensor):
         raise InputError(
             f"expected images as one tensor, got {type(images).__name__}: of a data loader's batch pass the images "
-            f"alone, and a shape as input_shape"
+            "alone, a shape as input_shape, and a model of several inputs within a module that adds the others"
         )
     seed = check_whole("seed", seed, 0, MAX_SEED)
     model, modules = unwrap(model), dict(find_convolutions(model))
@@ -200,7 +201,7 @@ def _find_factors(model: nn.Module, modules: Sequence[tuple[str, _ConvNd]], imag
         except Exception as error:  # whatever the model's own code raises
             raise InputError(
                 f"expected a model that takes {list(images.shape)}, got {error_text(error)}: "
-                "give the shape of its inputs"
+                "give the shape of its inputs, and a model of several inputs within a module that adds the others"
             ) from error
         ends = [end for end in reached if isinstance(end, Tensor) and end.requires_grad]
         if not ends:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from words import MISSING
 
-from convsim_init import InputError, Settings, __version__, build_model, measure
+from convsim_init import InputError, Settings, __version__, build_model, initialize_, measure, save_checkpoint
 from convsim_init.cli.sources import INFERRED
 from convsim_init.metrics.compare import compare
 from convsim_init.report.table import COLUMNS
@@ -177,8 +177,8 @@ def test_compare_knows_weights_by_their_factors_and_under_every_name():
                 parameter.copy_(torch.arange(1, parameter.numel() + 1).view_as(parameter).sqrt() * scale)
         return model
 
-    lines = compare([("a", net(1)), ("b", net(2))]).table.text().splitlines()
-    assert lines[-1] == "different, and no convolution's weight: 0.bias, 1.bias, 2.weight, 2.bias and 1 more"  # 3.0.bias
+    last = compare([("a", net(1)), ("b", net(2))]).table.text().splitlines()[-1]
+    assert last == "different, and no convolution's weight: 0.bias, 1.bias, 2.weight, 2.bias and 1 more"  # 3.0.bias
 
 
 def test_compare_tells_which_weights_of_a_file_it_took(command):
@@ -299,6 +299,9 @@ def test_a_file_says_what_made_it(command, tmp_path):
         safetensors.torch.save_file(state, "odd.safetensors", metadata={"convsim_init": record})
         status, out, _ = command("inspect", "odd.safetensors")
         assert (status, "written by convsim-init 1: a\\nb\n" in out) == (0, "version" in record)
+    model = small()
+    save_checkpoint(model, "python.safetensors", report=initialize_(model))  # which no command named
+    assert f"written by convsim-init {__version__}\n" in command("inspect", "python.safetensors")[1]
 
 
 def test_a_part_of_a_checkpoint_is_told_as_such(command):

@@ -215,6 +215,26 @@ def test_bad_input(arguments, message):
     assert torch.equal(model[0].weight, before)
 
 
+def test_a_model_of_several_inputs_is_calibrated_within_one_that_adds_them():
+    class Timed(nn.Sequential):
+        def forward(self, x, time):
+            return {"sample": super().forward(x * time)}
+
+    class Around(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x, 2)
+
+    net = Timed(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    for arguments in ({"input_shape": SHAPE}, {"images": (torch.ones(1, *SHAPE), 2)}):
+        with pytest.raises(ci.InputError, match=r"several inputs within a module that adds the others$"):
+            ci.calibrate_(net, **arguments)
+    assert list(ci.calibrate_(Around(net), input_shape=SHAPE)) == ["net.0", "net.2"]
+
+
 def test_an_output_that_is_not_differentiable_is_refused():
     class Classes(nn.Sequential):
         def forward(self, x):
