@@ -74,7 +74,7 @@ def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Ite
     """A remark on modules that seem to convolve but are no layers, with their classes.
 
     They convolve with weights made of parameters of no layer, or have weights with the rank of a kernel, or weights and
-    a ``kernel_size``.
+    a ``kernel_size``. If a forward pass could not be followed, the names of its parameters do not matter.
     """
     names = [layer.name for layer in layers]
     found, inside = Counter[str](), tuple(f"{name}." for name in names)
@@ -88,7 +88,8 @@ def _other_kernels(model: nn.Module, layers: Sequence[Layer], uses: Uses) -> Ite
         bare = bare_name(name)
         if isinstance(module, _ConvNd) or bare in names or f"{bare}.".startswith(inside):
             continue
-        likely = (p for key, p in module._parameters.items() if "weight" in key or "kernel" in key or _is_complex(p))
+        own_parameters, unclear = module._parameters.items(), name in uses.failed
+        likely = (p for k, p in own_parameters if unclear or "weight" in k or "kernel" in k or _is_complex(p))
         own = {id(parameter) for parameter in likely if _is_kernel(module, parameter)}
         # Biases of the modules that make a weight are no kernels, unless the weight is made of biases alone.
         made_of = uses.other_kernels[name] & others

@@ -532,6 +532,21 @@ def test_modules_that_may_convolve_are_told_with_their_share():
     assert remark == f"not looked at, though they may convolve: {kinds}, with {share:.0%} of the parameters"
 
 
+def test_what_a_pass_that_cannot_be_followed_may_convolve_with_is_told_whatever_its_name_is():
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.shifts = nn.Parameter(torch.randn(4, 4, 3, 3, 3)), nn.Parameter(torch.zeros(4, 4))
+
+        def forward(self, x):
+            return torch.vmap(F.conv2d, (None, 0, 0))(x, self.w, self.shifts)
+
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "stacked": Stacked()})
+    share = 4 * 108 / (108 + 4 * 108 + 16)
+    expected = f"not looked at, though they may convolve: 1 Stacked, with {share:.0%} of the parameters"
+    assert ci.measure(model).remarks == [expected]
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "others", "looks"),
     [
