@@ -56,7 +56,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     Meanwhile attributes hold copies of their values, except for `heavy_attributes`. One thread at a time can be in it.
     """
     parts = list(tree.modules(module))
-    with holding_weights_lock(), not_cached(), undisturbed(module) as kept, warnings.catch_warnings():
+    with holding_weights_lock(), not_cached(), undisturbed(module, notes=True) as kept, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the module's code may warn of the unusual input
         # Modules and tensors that are restored are not copied: hooks refer to them, and trials write to them.
         memo: dict[int, Any] = {id(value): value for value in kept}
@@ -73,7 +73,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(
-    module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True
+    module: nn.Module, *, copy: Callable[[Tensor], bool] = lambda _: True, notes: bool = False
 ) -> Iterator[list[nn.Module | Tensor]]:
     """Context in which a module may run in its present mode, and which undoes changes at the end.
 
@@ -81,45 +81,56 @@ def undisturbed(
     attributes, the content of lists and dicts in them, gradients and hooks are saved first and restored in place, those
     of other modules and tensors too that hooks and patched forward passes may change. Changes deep within objects that
     attributes hold are not undone. Threads that want to run the same modules wait for each other. It is given the
-    modules and tensors that are restored. `copy` tells whether the values of a tensor are saved too.
+    modules and tensors that are restored. `copy` tells whether the values of a tensor are saved too; `notes`, whether
+    lists and dicts that hooks refer to are restored.
     """
     parts = list(tree.modules(module))
-    known = known_to_functions(parts)
-    around = (part for value in known if isinstance(value, nn.Module) for part in tree.modules(value))
-    parts = list({id(part): part for part in (*parts, *around)}.values())
-    with running(parts):
-        attributes = [vars(part) for part in parts]
+    known, noting = known_to_functions(parts), known_to_functions(parts, changing=False)
+    parts = _with_modules_in(parts, known)
+    further = _with_modules_in(parts, noting)
+    with running(further):
+        attributes = [vars(part) for part in further]
         values = [value for names in attributes for value in names.values()]
-        saved = [*attributes, *(value for value in values if type(value) in (dict, OrderedDict, list))]
+        held = [*values, *known, *noting] if notes else values
+        saved = [*attributes, *(value for value in held if type(value) in (dict, OrderedDict, list))]
         saved += [d for names in attributes for key, d in names.items() if "hooks" in key and isinstance(d, dict)]
         undo: list[Callable[[], object]]
         undo = [partial(restore_content, live, list(live) if isinstance(live, list) else dict(live)) for live in saved]
         others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))  # `isinstance` is slow
         undo += [partial(value.set_state, value.get_state()) for value in others if isinstance(value, torch.Generator)]
-        held = [*(tensor for part in parts for tensor in tensors_of(part)), *filter(torch.is_tensor, known)]
-        tensors = list({id(tensor): tensor for tensor in held}.values())
+        changing = [*(tensor for part in parts for tensor in tensors_of(part)), *filter(torch.is_tensor, known)]
+        # Functions that name nothing which changes weights may note something elsewhere, but in no parameter.
+        noted = [*(tensor for part in further for tensor in tensors_of(part)), *filter(torch.is_tensor, noting)]
+        changing += (tensor for tensor in noted if not isinstance(tensor, nn.Parameter))
+        tensors = list({id(tensor): tensor for tensor in changing}.values())
         undo += [backup_tensor(tensor, copy=copy(tensor)) for tensor in tensors]
         with random_states(tensors):
             try:
-                yield [*parts, *tensors]
+                yield [*further, *tensors]
             finally:
                 for restore in undo:
                     restore()
 
 
-def known_to_functions(parts: Sequence[nn.Module]) -> list[object]:
-    """What hooks and patched forward passes that may change weights refer to, as far as modules and tensors."""
+def known_to_functions(parts: Sequence[nn.Module], *, changing: bool = True) -> list[object]:
+    """What hooks and patched forward passes that may change weights refer to; or what others do, if not `changing`."""
     functions = [hook for part in parts for name in HOOKS for hook in vars(part).get(name, {}).values()]
     functions += nn.modules.module._global_forward_pre_hooks.values()
     functions += nn.modules.module._global_forward_hooks.values()
     functions += [vars(part)["forward"] for part in parts if "forward" in vars(part)]
-    found, pending = dict[int, object](), list(filter(may_change, functions))
+    found, pending = dict[int, object](), [function for function in functions if may_change(function) is changing]
     for value in pending:  # grows in the loop
         size = len(value) if isinstance(value, CONTAINERS) else 0
         if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) + size < FEW:
             found[id(value)] = value
             pending += referred_to(value)
     return list(found.values())
+
+
+def _with_modules_in(parts: Sequence[nn.Module], values: Sequence[object]) -> list[nn.Module]:
+    """The parts and, once each, all modules among the values with those inside them."""
+    around = (part for value in values if isinstance(value, nn.Module) for part in tree.modules(value))
+    return list({id(part): part for part in (*parts, *around)}.values())
 
 
 @contextmanager

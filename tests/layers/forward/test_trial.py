@@ -537,6 +537,25 @@ def test_what_a_hook_may_change_is_restored_and_not_copied():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_what_a_hook_that_changes_no_weight_notes_elsewhere_is_put_back():
+    model, shapes, largest = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), [], {"x": 0.0}
+    model.register_buffer("passes", torch.zeros(()))
+    passes, parameter = model.passes, model[0].weight.detach().clone()
+
+    def note(module, inputs):
+        model.passes += 1
+        model[1].running_var += 1
+        shapes.append(inputs[0].shape)
+        largest["x"] = inputs[0].abs().max()
+
+    model[0].register_forward_pre_hook(note)
+    (layer,) = ci.measure(model).layers
+    assert layer.outcome is ci.Outcome.MEASURED
+    assert (model.passes is passes, passes.item(), shapes, largest) == (True, 0, [], {"x": 0.0})
+    assert (model[1].running_var == 1).all()
+    assert torch.equal(model[0].weight, parameter)
+
+
 def test_a_large_table_of_a_hook_is_not_searched():
     def make_hook(table):
         return lambda module, _: module.weight.data.clamp_(-1, 1) if table else None
