@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,16 @@ class ParametrizedWeight(Weight):
         parts = list(self._module.parametrizations["weight"])
         single = len(self.sources) == 1 and self.shape == list(self.sources[0].shape)
         spectral = any(isinstance(part, SPECTRAL_NORM) for part in parts)  # has vectors that are to be set too
-        return not single or spectral or all(hasattr(part, "right_inverse") for part in parts)
+        return not single or spectral or (all(hasattr(p, "right_inverse") for p in parts) and self._has_inverse(parts))
+
+    def _has_inverse(self, parts: list[Any]) -> bool:
+        """Whether inverses change a weight: one that returns it, as masks have, says no more than none does."""
+        try:
+            with isolated(self._module), torch.no_grad():
+                weight = self._module.weight
+                return not torch.equal(reduce(lambda w, p: p.right_inverse(w), reversed(parts), weight.clone()), weight)
+        except Exception:  # of any kind, from the parametrization's own code
+            return True
 
     def obstacle(self, *, read_only: bool) -> Obstacle | None:
         """Why it cannot be read or written, such as an error of the parametrization; None if it can."""

@@ -301,7 +301,14 @@ class SparseAndStubborn(Sparse):
         return weight
 
 
-@pytest.mark.parametrize("kind", [Added, MaxNorm, Sparse])
+class SparseWithInverse(Sparse):
+    """Its inverse lets the weight be assigned, and is none for other weights than masked ones."""
+
+    def right_inverse(self, weight):
+        return weight
+
+
+@pytest.mark.parametrize("kind", [Added, MaxNorm, Sparse, SparseWithInverse])
 def test_a_parametrization_without_an_inverse_is_tried(kind):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     nn.utils.parametrize.register_parametrization(model[1], "weight", kind())
@@ -1697,19 +1704,20 @@ def test_a_weight_that_is_frozen_in_part_is_left_alone(frozen):
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
-def test_a_parametrization_that_is_random_is_left_alone():
+@pytest.mark.parametrize(("factor", "what"), [(1, "ParametrizedConv2d uses"), (2, "its parametrization computes")])
+def test_a_parametrization_that_is_random_is_left_alone(factor, what):
     class Dropped(nn.Module):
         def forward(self, weight):
-            return F.dropout(weight, 0.5)
+            return F.dropout(weight / factor, 0.5)
 
         def right_inverse(self, weight):
-            return weight
+            return weight * factor
 
     module = nn.Conv2d(3, 8, 3)
     nn.utils.parametrize.register_parametrization(module, "weight", Dropped())
     (layer,) = ci.initialize_(module, settings=SETTINGS).layers
     assert layer.outcome is ci.Outcome.SKIPPED
-    assert layer.reason == "the weight that its parametrization computes is random, in evaluation mode too"
+    assert layer.reason == f"the weight that {what} is random, in evaluation mode too"
 
 
 @pytest.mark.parametrize("name", ["stride", "kernel_size", "dilation"])
