@@ -57,8 +57,9 @@ def initializing(
 
     Weights that are loaded or trained in another way, such as by ``weight.data.copy_`` or ``torch.autograd.grad``,
     cannot be distinguished from drawn ones: load them after the context, or exclude them. A copy that is left alone,
-    such as a target network, is named in a remark if its original was treated. Processes that are started in the
-    context are not part of it, and one thread should build and train the models.
+    such as a target network or a tensor that the optimizer is made with, is named in a remark if its original was
+    treated. Processes that are started in the context are not part of it, and one thread should build and train the
+    models.
 
     Args:
         settings: Optimization settings. Default: `Settings()`.
@@ -132,7 +133,7 @@ def initializing(
 
     open_histories.append(history)
     try:
-        with Construction(treat):
+        with Construction(treat, history.watch):
             yield reports
     finally:
         open_histories.remove(history)

@@ -21,7 +21,7 @@ from convsim_init.layers.forward.isolation import is_running
 from convsim_init.layers.forward.owners import find_call
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.obstacle import Cause, Obstacle
-from convsim_init.tracking.patching import noting_loaded, observed
+from convsim_init.tracking.patching import ignore, noting_loaded, observed
 from convsim_init.tracking.window import before_first_pass, drop_hooks
 
 # An attribute of modules, which copies inherit: the token of the context that drew it, and None or a key of LEFT.
@@ -64,8 +64,9 @@ class Construction:
     built or copied there, too. A module whose weights have no data is no model.
     """
 
-    def __init__(self, callback: Callback) -> None:
+    def __init__(self, callback: Callback, on_optimizer: Callable[[object], None] = ignore) -> None:
         self._callback = callback
+        self._on_optimizer = on_optimizer  # gets what an optimizer is made with, before the models are passed
         self._token = uuid.uuid4().hex
         self._marked = _ModulesById()
         self._ever_built = _ModulesById()  # built or copied at any time
@@ -153,18 +154,20 @@ class Construction:
         self._redrawn.pop(id(module), None)
         self._loaded[id(module)] = module
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, /, *_: object, **__: object) -> None:
+    def _before_optimizer(
+        self, optimizer: torch.optim.Optimizer, /, params: object = (), *_: object, **__: object
+    ) -> None:
         if not _is_own(optimizer):
-            self._begin_training()
+            self._begin_training(params)
 
     def _before_group(self, optimizer: torch.optim.Optimizer, /, *_: object, **__: object) -> None:
         # Layers may be built after the optimizer was made, as in the first forward pass.
         if self._built and not (self._notifying or _is_own(optimizer)):
             self._begin_training()
 
-    def _begin_training(self) -> None:
+    def _begin_training(self, params: object = ()) -> None:
         self._window.close()
-        self._notify(Event.OPTIMIZER)
+        self._notify(Event.OPTIMIZER, params)
         models = list(self._notified.values())
         parameters = [parameter for model in models for parameter in tree.parameters(model)]
         self._with_gradient = {id(parameter) for parameter in parameters if _has_gradient(parameter)}
@@ -197,8 +200,9 @@ class Construction:
             _unmark(self._loaded.values())
             self._loaded.clear()
 
-    def _notify(self, event: Event) -> None:
+    def _notify(self, event: Event, params: object = ()) -> None:
         with self._own_work():
+            self._on_optimizer(params)
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._ever_notified.values()], set(map(id, roots))
             # A model is passed on again if a part of it was drawn anew, was loaded or is a new model.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import ItemsView, Sequence, ValuesView
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from convsim_init.functional.dtypes import converts
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
+from convsim_init.layers.memory import memories
 from convsim_init.layers.obstacle import KEPT, Cause, Obstacle
 from convsim_init.layers.remarks import copies_remark
+from convsim_init.layers.symbolic.symbols import tensors_in
+from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
 
@@ -66,6 +70,7 @@ class History:
         self._before = WeightIndex[SeenWeight]()  # layers that were treated, as they were drawn
         self._obstacles = WeightIndex[Obstacle]()  # why to skip layers, by the directions of their weights
         self._kept = WeightIndex[SeenWeight]()  # layers that were left for a cause in KEPT
+        self._optimized = WeightIndex[SeenWeight]()  # what the latest optimizer gets
 
     def obstacle(self, layer: Layer) -> Obstacle | None:
         """Reason to skip a weight already treated, or deliberately left, here or in another model that shares it.
@@ -77,6 +82,17 @@ class History:
     def began_with(self, layer: Layer) -> bool:
         """Whether the layer's weight is the initial weight of a layer that was treated."""
         return self._before.find(sample_layer(layer)) is not None
+
+    def watch(self, parameters: object) -> None:
+        """Let remarks name those that are copies of weights among the parameters of an optimizer that is being made."""
+        self._optimized = WeightIndex()
+        # Nothing is found in an iterator, which is for the optimizer: it is nearly always `model.parameters()`.
+        found = tensors_in(list(parameters) if isinstance(parameters, (ItemsView, ValuesView)) else parameters)
+        for index, tensor in enumerate(found):
+            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and converts(tensor.dtype)
+            if plain and memories([tensor]) and tensor.dim() in KERNEL_RANKS:
+                seen = SeenWeight(f"parameter {index} of the optimizer", tensor.data_ptr())
+                self._optimized.add(seen, _sample(tensor))
 
     def note(
         self,
@@ -100,6 +116,10 @@ class History:
                 new.append((self._before, seen, sample))
                 self._obstacles.add(_seen_before("treated", seen), _direction(sample_layer(layer)))
                 parted += [(twin, seen)] if (twin := self._kept.find(sample)) else []
+                # The optimizer's may be what the weight is computed from, such as the direction of weight_norm.
+                own = {source.data_ptr() for source in layer.weight.sources}
+                trained = self._optimized.find(sample)
+                parted += [(trained, seen)] if trained and trained.address not in own else []
             elif layer.obstacle is None:
                 self._obstacles.add(_seen_before("left as it was", seen), _direction(sample_layer(layer)))
             elif layer.obstacle.cause is Cause.UNSELECTED and chosen:
@@ -129,11 +149,16 @@ def sample_layer(layer: Layer) -> Sample | None:
     if layer.weight.obstacle(read_only=True) is not None:
         return None
     with holding_weights_lock():
-        values = layer.weight.read().flatten().float().cpu()
+        return _sample(layer.weight.read())
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> Sample:
+    values = weight.flatten().float().cpu()
     rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
     # The same signs for all weights of a shape make their sums comparable.
     signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
-    return Sample(tuple(layer.shape), rows @ signs.to(rows))
+    return Sample(tuple(weight.shape), rows @ signs.to(rows))
 
 
 def _direction(sample: Sample | None) -> Sample | None:

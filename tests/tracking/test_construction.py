@@ -907,6 +907,40 @@ def test_a_copy_that_is_selected_otherwise_is_told_of(options):
     assert len(models) == 2
 
 
+def copies(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+OPTIMIZED = {
+    "functional": lambda model: copies(model).values(),
+    "masters": lambda model: [copy.float() for copy in copies(model.bfloat16()).values()],
+    "groups": lambda model: [{"params": list(copies(model).values()), "lr": 0.1}],
+    "named": lambda model: list(copies(model).items()),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZED)
+def test_an_optimizer_of_copies_is_told_of(kind):
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(OPTIMIZED[kind](model), lr=0.1)
+    (report,) = reports
+    names = [f"parameter {index} of the optimizer (of {index} of Sequential)" for index in (0, 2)]  # biases between
+    assert report.remarks == [
+        f"copies that are no longer equal to what they were copied from: {', '.join(names)}: copy them again"
+    ]
+
+
+@pytest.mark.parametrize("wrap", [lambda conv: conv, parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("handed", [list, iter, lambda parameters: [{"params": parameters}]])
+def test_an_optimizer_of_the_parameters_themselves_trains_no_copies(wrap, handed):
+    with ci.initializing(settings=QUICK) as reports:
+        model = nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), wrap(nn.Conv2d(8, 8, 3)))
+        optimizer = torch.optim.SGD(handed(model.parameters()), lr=0.1)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert [report.remarks for report in reports] == [[]]
+
+
 def test_a_copy_within_a_model_that_is_excluded_is_told_of():
     model = nn.ModuleDict({"online": network()})
     model["target"] = copy.deepcopy(model["online"])
