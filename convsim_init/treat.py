@@ -116,6 +116,9 @@ def _write(
 
 def bank_obstacle(bank: Tensor, settings: Settings) -> str | None:
     """Why the similarity of a bank ``[G, M, C, *kernel_size]`` cannot be lowered with these settings."""
-    if settings.compared_channels == "all" and settings.norm == "preserve" and math.prod(bank.shape[3:]) == 1:
+    if (obstacle := pair_obstacle(bank)) is not None:
+        return obstacle
+    all_channels = settings.compared_channels == "all" or bank.shape[2] == 1
+    if all_channels and settings.norm == "preserve" and math.prod(bank.shape[3:]) == 1:
         return "kernels of one tap, compared over all channels: at fixed norms there is nothing to lower"
-    return pair_obstacle(bank)
+    return None

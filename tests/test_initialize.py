@@ -587,3 +587,14 @@ def test_a_model_of_which_nothing_is_treated_warns():
     with pytest.warns(UserWarning, match="no convolution was treated: '0' skipped, lazy.* and 1 more"):
         report = ci.initialize_(model)
     assert [layer.outcome.value for layer in report.layers] == ["skipped", "skipped"]
+
+
+def test_kernels_of_one_tap_on_one_channel_have_nothing_to_lower():
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8))
+    with pytest.warns(UserWarning, match="no convolution was treated"):
+        point, depthwise = ci.initialize_(model).layers
+    assert (point.channels, point.reason) == (
+        "matched",
+        "kernels of one tap, compared over all channels: at fixed norms there is nothing to lower",
+    )
+    assert depthwise.reason == "one filter per group shares its channels with no other"
