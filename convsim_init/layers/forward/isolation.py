@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ from convsim_init.layers.forward.copies import (
     may_change,
     referred_to,
 )
-from convsim_init.layers.memory import gradient_hooks, is_wrapper, write_values
+from convsim_init.layers.memory import gradient_hooks, is_wrapper, memories, write_values
 
-FEW = 10**4  # objects that hooks refer to, of which in each pass no more are searched
+FEW = 10**4  # objects that hooks refer to, of which in each pass no more are searched; entries of what they note
+NEAR = 2  # levels in which what hooks note is searched: further away, other threads may be writing
 
 _weights_lock = threading.RLock()
 _passes: list[tuple[int, frozenset[int]]] = []  # that run now: the thread, and the ids of the modules
@@ -90,10 +92,11 @@ def undisturbed(
     further = _with_modules_in(parts, noting)
     with running(further):
         attributes = [vars(part) for part in further]
-        values = [value for names in attributes for value in names.values()]
+        values = [value for names in attributes for key, value in names.items() if "hooks" not in key]
         held = [*values, *known, *noting] if notes else values
         saved = [*attributes, *(value for value in held if type(value) in (dict, OrderedDict, list))]
-        saved += [d for names in attributes for key, d in names.items() if "hooks" in key and isinstance(d, dict)]
+        kept = ((key, value) for part in parts for key, value in vars(part).items())  # a module has many hooks
+        saved += [value for key, value in kept if "hooks" in key and isinstance(value, (dict, list))]
         undo: list[Callable[[], object]]
         undo = [partial(restore_content, live, list(live) if isinstance(live, list) else dict(live)) for live in saved]
         others = (value for value in values if type(value) not in (*ATOMS, *CONTAINERS))  # `isinstance` is slow
@@ -101,7 +104,7 @@ def undisturbed(
         changing = [*(tensor for part in parts for tensor in tensors_of(part)), *filter(torch.is_tensor, known)]
         # Functions that name nothing which changes weights may note something elsewhere, but in no parameter.
         noted = [*(tensor for part in further for tensor in tensors_of(part)), *filter(torch.is_tensor, noting)]
-        changing += (tensor for tensor in noted if not isinstance(tensor, nn.Parameter))
+        changing += filter(_is_small, noted)
         tensors = list({id(tensor): tensor for tensor in changing}.values())
         undo += [backup_tensor(tensor, copy=copy(tensor)) for tensor in tensors]
         with random_states(tensors):
@@ -118,19 +121,28 @@ def known_to_functions(parts: Sequence[nn.Module], *, changing: bool = True) -> 
     functions += nn.modules.module._global_forward_pre_hooks.values()
     functions += nn.modules.module._global_forward_hooks.values()
     functions += [vars(part)["forward"] for part in parts if "forward" in vars(part)]
-    found, pending = dict[int, object](), [function for function in functions if may_change(function) is changing]
-    for value in pending:  # grows in the loop
-        size = len(value) if isinstance(value, CONTAINERS) else 0
-        if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) + size < FEW:
-            found[id(value)] = value
-            pending += referred_to(value)
+    found = dict[int, object]()
+    pending: list[tuple[object, int]] = [(function, 0) for function in functions if may_change(function) is changing]
+    for value, depth in pending:  # grows in the loop
+        with suppress(Exception):  # of any kind, from code of the object's own class
+            size = len(value) if isinstance(value, CONTAINERS) else 0
+            if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) + size < FEW:
+                found[id(value)] = value
+                pending += zip(referred_to(value) if changing or depth < NEAR else (), repeat(depth + 1))
     return list(found.values())
 
 
 def _with_modules_in(parts: Sequence[nn.Module], values: Sequence[object]) -> list[nn.Module]:
     """The parts and, once each, all modules among the values with those inside them."""
-    around = (part for value in values if isinstance(value, nn.Module) for part in tree.modules(value))
+    modules = (value for value in values if isinstance(value, nn.Module) and hasattr(value, "_modules"))
+    around = (part for value in modules for part in tree.modules(value))
     return list({id(part): part for part in (*parts, *around)}.values())
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor of few entries, as counters and observers are, whose memory is not freed."""
+    ordinary = type(tensor) is Tensor and tensor.numel() < FEW and bool(memories([tensor]))
+    return ordinary and (tensor.data_ptr() != 0 or not tensor.numel())
 
 
 @contextmanager

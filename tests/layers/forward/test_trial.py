@@ -7,6 +7,7 @@ import random
 import threading
 import types
 from collections import Counter, OrderedDict
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -554,6 +555,58 @@ def test_what_a_hook_that_changes_no_weight_notes_elsewhere_is_put_back():
     assert (model.passes is passes, passes.item(), shapes, largest) == (True, 0, [], {"x": 0.0})
     assert (model[1].running_var == 1).all()
     assert torch.equal(model[0].weight, parameter)
+
+
+class Unreadable(dict):
+    """A dict that loads its values, which is no longer possible."""
+
+    def __len__(self):
+        raise RuntimeError("closed")
+
+
+def freed():
+    tensor = torch.ones(100)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+UNUSUAL = {
+    "unreadable": lambda: Unreadable(a=1),
+    "freed": freed,
+    "fake": lambda: torch._subclasses.FakeTensorMode().from_tensor(torch.ones(3)),
+    "large": lambda: torch.ones(10**6),
+    "mock": lambda: Mock(spec=torch.Tensor),
+    "mock of a module": lambda: Mock(spec=nn.Module),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_a_hook_that_changes_no_weight_names_may_be_anything(kind, monkeypatch):
+    value, model, copied = UNUSUAL[kind](), nn.Conv2d(3, 4, 3), []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **options: copied.append(x.numel()) or clone(x, **options))
+
+    def hook(*_):
+        assert value is not None
+
+    model.register_forward_pre_hook(hook)
+    (layer,) = ci.measure(model).layers
+    assert layer.outcome is ci.Outcome.MEASURED
+    assert max(copied) < 10**6  # in each pass
+
+
+def test_what_is_far_from_a_hook_that_changes_no_weight_stays_as_other_threads_leave_it():
+    fetched, model = [], nn.Conv2d(3, 4, 3)
+    trainer = types.SimpleNamespace(loader=types.SimpleNamespace(state={"fetched": fetched}))
+
+    def fetch(*_):
+        thread = threading.Thread(target=trainer.loader.state["fetched"].append, args=(1,))
+        thread.start()
+        thread.join()
+
+    model.register_forward_pre_hook(fetch)
+    ci.measure(model)
+    assert fetched
 
 
 def test_a_large_table_of_a_hook_is_not_searched():
