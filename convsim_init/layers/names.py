@@ -26,10 +26,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         parts = dict(chain.from_iterable(held))
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif tuple(parts) in WRAPPERS_CHILDREN and isinstance(inner := next(iter(parts.values())), nn.Module):
-            model = inner  # beside which there is nothing else that would be lost
+        elif tuple(parts) in WRAPPERS_CHILDREN and _holds(*(children := list(parts.values()))):
+            model = children[0]  # beside which there is nothing else that would be lost
         else:
             return model
+
+
+def _holds(first: object, last: object = None) -> bool:
+    """Whether a wrapper's first child is a module that is its last one, too, or has it inside, if there is one."""
+    return isinstance(first, nn.Module) and (last is None or any(part is last for part in first.modules()))
 
 
 def bare_name(name: str) -> str:

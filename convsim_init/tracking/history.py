@@ -90,7 +90,8 @@ class History:
         found = tensors_in(list(parameters) if isinstance(parameters, (ItemsView, ValuesView)) else parameters)
         for index, tensor in enumerate(found):
             plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and converts(tensor.dtype)
-            if plain and memories([tensor]) and tensor.dim() in KERNEL_RANKS:
+            # A pointer of 0 is that of a freed storage, which must not be read.
+            if plain and memories([tensor]) and tensor.dim() in KERNEL_RANKS and tensor.data_ptr():
                 seen = SeenWeight(f"parameter {index} of the optimizer", tensor.data_ptr())
                 self._optimized.add(seen, _sample(tensor))
 

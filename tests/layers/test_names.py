@@ -80,6 +80,18 @@ def test_a_model_that_fabric_has_set_up_is_looked_through(compiled, tmp_path):
     assert ci.ConvolutionalSimilarity(model, include=["0.0"])().requires_grad
 
 
+def test_a_model_with_the_names_of_a_wrapper_s_children_keeps_both():
+    model = nn.Module()
+    model._forward_module, model._original_module = plain(), plain()
+    report = ci.measure(model)
+    assert [layer.name for layer in report.layers] == [
+        "_forward_module.0.0",
+        "_forward_module.1",
+        "_original_module.0.0",
+        "_original_module.1",
+    ]
+
+
 @pytest.mark.parametrize("part", WRAPPER_PARTS)
 def test_what_wrappers_put_into_a_file_is_taken_off_and_told(part, tmp_path):
     state = {key.replace("0.0.", f"0.{part}.0."): value for key, value in plain().state_dict().items()}

@@ -931,6 +931,15 @@ def test_an_optimizer_of_copies_is_told_of(kind):
     ]
 
 
+def test_an_optimizer_may_be_given_a_tensor_whose_storage_is_freed():
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        freed = torch.ones(8, 3, 3, 3)
+        freed.untyped_storage().resize_(0)
+        torch.optim.SGD([*model.parameters(), freed], lr=0.1)
+    assert [report.remarks for report in reports] == [[]]
+
+
 @pytest.mark.parametrize("wrap", [lambda conv: conv, parametrizations.weight_norm, nn.utils.weight_norm])
 @pytest.mark.parametrize("handed", [list, iter, lambda parameters: [{"params": parameters}]])
 def test_an_optimizer_of_the_parameters_themselves_trains_no_copies(wrap, handed):
