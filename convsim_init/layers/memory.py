@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsim_init.errors import InputError
@@ -61,6 +61,12 @@ def why_without_memory(tensor: Tensor) -> str | None:
         kind = type(tensor).__name__
         return f"of class {kind}, which wraps other tensors: initialize the model before its weights are wrapped"
     return None
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether it is an ordinary dense tensor or parameter whose storage is not freed, which would end the program."""
+    ordinary = type(tensor) in (Tensor, nn.Parameter) and why_without_memory(tensor) is None
+    return ordinary and (tensor.data_ptr() != 0 or not tensor.numel())
 
 
 def overlap(a: Memory, b: Memory) -> bool:

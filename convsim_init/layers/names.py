@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from torch import nn
 
 from convsim_init.errors import InputError
+from convsim_init.layers import tree
 
 PARALLEL_PREFIX = "module."
 WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # compiled, recomputed, sharded
@@ -26,15 +27,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         parts = dict(chain.from_iterable(held))
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif tuple(parts) in WRAPPERS_CHILDREN and _holds(*(children := list(parts.values()))):
+        elif tuple(parts) in WRAPPERS_CHILDREN and _wraps(children := list(parts.values())):
             model = children[0]  # beside which there is nothing else that would be lost
         else:
             return model
 
 
-def _holds(first: object, last: object = None) -> bool:
-    """Whether a wrapper's first child is a module that is its last one, too, or has it inside, if there is one."""
-    return isinstance(first, nn.Module) and (last is None or any(part is last for part in first.modules()))
+def _wraps(children: Sequence[object]) -> bool:
+    """Whether the first of some children is a module in which all of them are."""
+    inside = set(map(id, tree.modules(children[0]))) if isinstance(children[0], nn.Module) else set()
+    return inside.issuperset(map(id, children))
 
 
 def bare_name(name: str) -> str:

@@ -202,7 +202,6 @@ class Construction:
 
     def _notify(self, event: Event, params: object = ()) -> None:
         with self._own_work():
-            self._on_optimizer(params)
             roots = _roots(list(self._built.values()))
             models, new = [*roots, *self._ever_notified.values()], set(map(id, roots))
             # A model is passed on again if a part of it was drawn anew, was loaded or is a new model.
@@ -216,6 +215,8 @@ class Construction:
             self._redrawn.clear()
             self._notified.update(passed_on)
             self._ever_notified.update(passed_on)
+            if passed_on:
+                self._on_optimizer(params)
             self._callback(list(passed_on.values()), event)
 
     def _mark_redrawn_in(self, model: nn.Module) -> bool:

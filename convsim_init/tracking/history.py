@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convsim_init.functional.dtypes import converts
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
-from convsim_init.layers.memory import memories
+from convsim_init.layers.memory import is_readable
 from convsim_init.layers.obstacle import KEPT, Cause, Obstacle
 from convsim_init.layers.remarks import copies_remark
 from convsim_init.layers.symbolic.symbols import tensors_in
@@ -89,9 +89,8 @@ class History:
         # Nothing is found in an iterator, which is for the optimizer: it is nearly always `model.parameters()`.
         found = tensors_in(list(parameters) if isinstance(parameters, (ItemsView, ValuesView)) else parameters)
         for index, tensor in enumerate(found):
-            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and converts(tensor.dtype)
-            # A pointer of 0 is that of a freed storage, which must not be read.
-            if plain and memories([tensor]) and tensor.dim() in KERNEL_RANKS and tensor.data_ptr():
+            real = is_readable(tensor) and tensor.is_floating_point() and converts(tensor.dtype)
+            if real and tensor.dim() in KERNEL_RANKS:
                 seen = SeenWeight(f"parameter {index} of the optimizer", tensor.data_ptr())
                 self._optimized.add(seen, _sample(tensor))
 

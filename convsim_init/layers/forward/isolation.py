@@ -6,6 +6,7 @@ by assignment.
 
 from __future__ import annotations
 
+import math
 import operator
 import random
 import sys
@@ -33,7 +34,7 @@ from convsim_init.layers.forward.copies import (
     may_change,
     referred_to,
 )
-from convsim_init.layers.memory import gradient_hooks, is_wrapper, memories, write_values
+from convsim_init.layers.memory import gradient_hooks, is_readable, is_wrapper, write_values
 
 FEW = 10**4  # objects that hooks refer to, of which in each pass no more are searched; entries of what they note
 NEAR = 2  # levels in which what hooks note is searched: further away, other threads may be writing
@@ -87,7 +88,7 @@ def undisturbed(
     lists and dicts that hooks refer to are restored.
     """
     parts = list(tree.modules(module))
-    known, noting = known_to_functions(parts), known_to_functions(parts, changing=False)
+    known, noting = known_to_functions(parts)
     parts = _with_modules_in(parts, known)
     further = _with_modules_in(parts, noting)
     with running(further):
@@ -115,20 +116,27 @@ def undisturbed(
                     restore()
 
 
-def known_to_functions(parts: Sequence[nn.Module], *, changing: bool = True) -> list[object]:
-    """What hooks and patched forward passes that may change weights refer to; or what others do, if not `changing`."""
+def known_to_functions(parts: Sequence[nn.Module]) -> tuple[list[object], list[object]]:
+    """What hooks and patched forward passes refer to: those that may change weights, and near them the others."""
     functions = [hook for part in parts for name in HOOKS for hook in vars(part).get(name, {}).values()]
     functions += nn.modules.module._global_forward_pre_hooks.values()
     functions += nn.modules.module._global_forward_hooks.values()
     functions += [vars(part)["forward"] for part in parts if "forward" in vars(part)]
-    found = dict[int, object]()
-    pending: list[tuple[object, int]] = [(function, 0) for function in functions if may_change(function) is changing]
+    changing, others = list[object](), list[object]()
+    for function in functions:
+        (changing if may_change(function) else others).append(function)
+    return _reached_from(changing), _reached_from(others, NEAR)
+
+
+def _reached_from(functions: Iterable[object], levels: float = math.inf) -> list[object]:
+    """The functions and, up to that many levels further, the objects that they refer to, each once."""
+    found, pending = dict[int, object](), [(function, 0) for function in functions]
     for value, depth in pending:  # grows in the loop
         with suppress(Exception):  # of any kind, from code of the object's own class
             size = len(value) if isinstance(value, CONTAINERS) else 0
             if id(value) not in found and not isinstance(value, (*ATOMS, type)) and len(pending) + size < FEW:
                 found[id(value)] = value
-                pending += zip(referred_to(value) if changing or depth < NEAR else (), repeat(depth + 1))
+                pending += zip(referred_to(value) if depth < levels else (), repeat(depth + 1))
     return list(found.values())
 
 
@@ -140,9 +148,8 @@ def _with_modules_in(parts: Sequence[nn.Module], values: Sequence[object]) -> li
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor of few entries, as counters and observers are, whose memory is not freed."""
-    ordinary = type(tensor) is Tensor and tensor.numel() < FEW and bool(memories([tensor]))
-    return ordinary and (tensor.data_ptr() != 0 or not tensor.numel())
+    """Whether it is an ordinary tensor of few entries and no parameter, as counters and observers are."""
+    return is_readable(tensor) and tensor.numel() < FEW and not isinstance(tensor, nn.Parameter)
 
 
 @contextmanager
