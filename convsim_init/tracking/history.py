@@ -89,10 +89,13 @@ class History:
         # Nothing is found in an iterator, which is for the optimizer: it is nearly always `model.parameters()`.
         found = tensors_in(list(parameters) if isinstance(parameters, (ItemsView, ValuesView)) else parameters)
         for index, tensor in enumerate(found):
-            real = is_readable(tensor) and tensor.is_floating_point() and converts(tensor.dtype)
-            if real and tensor.dim() in KERNEL_RANKS:
+            if is_readable(tensor) and tensor.is_floating_point() and converts(tensor.dtype):
                 seen = SeenWeight(f"parameter {index} of the optimizer", tensor.data_ptr())
-                self._optimized.add(seen, _sample(tensor))
+                # `torch.func.stack_module_state` stacks the weights of an ensemble's members; its tensors are plain.
+                stacked = tensor.dim() > min(KERNEL_RANKS) and not isinstance(tensor, nn.Parameter)
+                for weight in (tensor, *(tensor if stacked else ())):
+                    if weight.dim() in KERNEL_RANKS:
+                        self._optimized.add(seen, _sample(weight))
 
     def note(
         self,

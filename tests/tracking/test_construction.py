@@ -931,6 +931,16 @@ def test_an_optimizer_of_copies_is_told_of(kind):
     ]
 
 
+def test_an_optimizer_of_an_ensembles_stacked_weights_is_told_of():
+    with ci.initializing(settings=QUICK) as reports:
+        models = [network() for _ in range(2)]
+        stacks, _ = torch.func.stack_module_state(models)
+        torch.optim.SGD(stacks.values(), lr=0.1)
+    names = [f"parameter {index} of the optimizer (of {index} of Sequential)" for index in (0, 2)]
+    remark = f"copies that are no longer equal to what they were copied from: {', '.join(names)}: copy them again"
+    assert [report.remarks for report in reports] == [[remark]] * len(models)
+
+
 def test_an_optimizer_may_be_given_a_tensor_whose_storage_is_freed():
     with ci.initializing(settings=QUICK) as reports:
         model = network()
