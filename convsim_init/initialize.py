@@ -20,7 +20,7 @@ from convsim_init.layers.find import find_layers
 from convsim_init.layers.layer import Layers
 from convsim_init.layers.memory import refuse_fake_mode
 from convsim_init.layers.names import unwrap
-from convsim_init.layers.remarks import model_remarks, share_remarks, watch_copies
+from convsim_init.layers.remarks import model_remarks, share_remarks
 from convsim_init.layers.symbolic.normalized import decide_channels
 from convsim_init.layers.weights import StoredWeight
 from convsim_init.optim.descent import Stop, descend
@@ -30,6 +30,7 @@ from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.report.text import quoted_layer, some
 from convsim_init.settings import Settings, check_settings
+from convsim_init.tracking.copies import watch_copies
 from convsim_init.tracking.history import History, open_histories, sample_layer
 from convsim_init.treat import bank_obstacle, treat
 

@@ -13,7 +13,7 @@ from convsim_init.functional.bank import accumulation_dtype, full_precision
 from convsim_init.layers import tree
 from convsim_init.layers.find import find_convolutions, refuse_lazy
 from convsim_init.layers.forward.calls import convolution_outputs, per_axis
-from convsim_init.layers.forward.copies import is_from_library
+from convsim_init.layers.forward.code import is_from_library
 from convsim_init.layers.forward.isolation import undisturbed
 from convsim_init.layers.memory import has_no_data
 from convsim_init.layers.names import unwrap

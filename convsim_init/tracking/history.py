@@ -15,11 +15,11 @@ from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
 from convsim_init.layers.memory import is_readable
 from convsim_init.layers.obstacle import KEPT, Cause, Obstacle
-from convsim_init.layers.remarks import copies_remark
 from convsim_init.layers.symbolic.symbols import tensors_in
 from convsim_init.layers.weights import KERNEL_RANKS
 from convsim_init.report.report import Report
 from convsim_init.report.text import layer_name, shown
+from convsim_init.tracking.copies import copies_remark
 
 Value = TypeVar("Value")
 SAMPLES = 256  # sums of a weight's values with random signs, which nearly keep the distances between weights

@@ -20,10 +20,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import convsim_init as ci
 from convsim_init.initialize import plan
-from convsim_init.layers import remarks
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.memory import memory, overlap
 from convsim_init.report.text import some
+from convsim_init.tracking import copies
 
 SETTINGS = ci.Settings(steps=8, channels="matched")
 
@@ -1300,8 +1300,8 @@ def test_copies_of_other_dtypes_and_in_attributes_that_part_are_told():
     model.kernels = [weight.clone(), torch.randn_like(weight)]
     model.same, model.ones = model[0].weight, torch.ones(8, 4, 3, 3, dtype=torch.bool)
     (remark,) = ci.initialize_(model, settings=SETTINGS).remarks
-    copies = ("low (of 0)", "average.0 (of 0)", "high (of 0)", "shadow (of 1)", "kernels (of 0)")
-    assert remark == (f"copies that are no longer equal to what they were copied from: {some(copies)}: copy them again")
+    names = ("low (of 0)", "average.0 (of 0)", "high (of 0)", "shadow (of 1)", "kernels (of 0)")
+    assert remark == (f"copies that are no longer equal to what they were copied from: {some(names)}: copy them again")
 
 
 def test_spectral_weights_are_told_by_their_numbers_if_not_by_their_name():
@@ -1371,8 +1371,8 @@ def test_entries_that_cannot_be_moved_back_exactly_are_not_moved():
 def test_layers_of_one_shape_are_not_compared_with_each_other(monkeypatch):
     model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(30)))
     model.average = copy.deepcopy(model[29]).to(torch.float8_e5m2).requires_grad_(False)
-    compared, compare = [], remarks._same
-    monkeypatch.setattr(remarks, "_same", lambda *pair: (compared.append(pair), compare(*pair))[1])
+    compared, compare = [], copies._same
+    monkeypatch.setattr(copies, "_same", lambda *pair: (compared.append(pair), compare(*pair))[1])
     (remark,) = ci.initialize_(model, settings=SETTINGS).remarks
     assert "average (of 29)" in remark
     assert len(compared) < 30

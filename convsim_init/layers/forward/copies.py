@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
 from collections import ChainMap, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from inspect import getattr_static
 from itertools import chain
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convsim_init.layers.forward.code import is_from_library, names_of
+
 ORIGINAL = "_copied_from"  # attribute of a parameter's copy: the id of the original
-LIBRARIES = {"torch", *sys.stdlib_module_names}
 ATOMS = (bool, int, float, str, type(None))
 CODE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # types whose attributes are not searched
 CONTAINERS = (tuple, list, set, dict, OrderedDict)
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# Names in the code of a hook that may change weights.
-CHANGING = {"weight", "data", "parameters", "named_parameters", "_parameters"}
-CHANGING |= {"state_dict", "load_state_dict", "setattr"}
 HEAVY, MANY = 2**27, 10**5  # bytes of tensors, and number of objects, above which an attribute is not copied
 
 
@@ -36,48 +30,6 @@ def heavy_attributes(part: nn.Module, parts: Sequence[nn.Module]) -> set[str]:
     light = (*ATOMS, Tensor, dict, list, tuple, set)
     found = {name for name, value in vars(part).items() if not isinstance(value, light) and is_heavy(value)}
     return found - names_of(parts) if found else found
-
-
-def names_of(parts: Iterable[nn.Module]) -> set[str]:
-    """The names in the code of forward passes, and in the methods and functions that this code names."""
-    code = {(type(part), vars(part).get("forward")) for part in parts}
-    return set().union(*(names_in(kind, forward) for kind, forward in code))
-
-
-def names_in(kind: Any, code: Any = None) -> set[str]:
-    """The names in the code that `code_in` finds, and the strings in it."""
-    codes, _ = code_in(kind, code)
-    # A string may name an attribute: `getattr(self, "scale")`.
-    consts = ({const for const in inner.co_consts if isinstance(const, str)} for inner in codes)
-    return set().union(*(inner.co_names for inner in codes), *consts)
-
-
-def code_in(kind: Any, code: Any = None) -> tuple[list[CodeType], list[Any]]:
-    """The code of a class's forward pass, or of a function, and of all functions it leads to; and all objects named."""
-    named: list[Any] = [code or getattr(kind, "forward", None), getattr_static(kind, "__call__", None)]
-    found = dict[CodeType, None]()
-    for value in named:  # grows in the loop
-        function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)))
-        own = getattr(function, "__code__", None)
-        codes = list(codes_in(own)) if isinstance(own, CodeType) and not is_from_library(function) else []
-        # Functions may call themselves and each other, so each is looked at once.
-        codes = codes if found.keys().isdisjoint(codes[:1]) else []
-        found |= dict.fromkeys(codes)
-        for cell in function.__closure__ or () if codes else ():
-            with suppress(ValueError):  # raised by a cell that is still empty
-                named.append(cell.cell_contents)
-        for inner in codes:
-            named += [getattr_static(kind, name, None) for name in inner.co_names]
-            named += [function.__globals__.get(name) for name in inner.co_names]
-    return list(found), named
-
-
-def codes_in(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function, and that of the functions defined in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from codes_in(constant)
 
 
 def is_heavy(value: object, *, tensors: bool = True) -> bool:
@@ -110,14 +62,6 @@ def inside(value: object) -> Iterable[object]:
             return list(value)
         return () if isinstance(value, CODE) else list(vars(value).values())
     return ()
-
-
-def may_change(hook: Any) -> bool:
-    """Whether a hook names anything that changes weights. Others after a forward pass, such as logs, are left out."""
-    bare = hook.func if isinstance(hook, partial) else hook
-    kind = type(bare.__self__) if isinstance(bare, MethodType) else type(bare)
-    names = names_in(kind, bare if isinstance(bare, (FunctionType, MethodType)) else None)
-    return not names.isdisjoint(CHANGING) or any(name.endswith("_") and not name.startswith("_") for name in names)
 
 
 def referred_to(value: object) -> Iterable[object]:
@@ -204,8 +148,3 @@ def is_plain(value: object) -> bool:
     """Whether it is an ordinary object with attributes, of a class that belongs to no library, and no module."""
     kind = type(value)
     return not isinstance(value, (*CODE, partial, Tensor)) and kind.__dictoffset__ != 0 and not is_from_library(kind)
-
-
-def is_from_library(what: FunctionType | type) -> bool:
-    """Whether a function or class belongs to torch or Python itself, so that its names say nothing of a model."""
-    return what.__module__ is None or what.__module__.partition(".")[0] in LIBRARIES

@@ -25,15 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import (
-    ATOMS,
-    CONTAINERS,
-    HOOKS,
-    copied,
-    heavy_attributes,
-    may_change,
-    referred_to,
-)
+from convsim_init.layers.forward.code import HOOKS, may_change
+from convsim_init.layers.forward.copies import ATOMS, CONTAINERS, copied, heavy_attributes, referred_to
 from convsim_init.layers.memory import gradient_hooks, is_readable, is_wrapper, write_values
 
 FEW = 10**4  # objects that hooks refer to, of which in each pass no more are searched; entries of what they note

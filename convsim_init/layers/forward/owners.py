@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward.calls import has_forward_of_its_own, per_axis
-from convsim_init.layers.forward.copies import may_change
+from convsim_init.layers.forward.code import may_change
 from convsim_init.layers.forward.trial import Call, is_parameter, leaves
 from convsim_init.layers.forward.trial_weight import parts_of
 from convsim_init.layers.forward.weight import ForwardWeight

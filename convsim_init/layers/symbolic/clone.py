@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
 from convsim_init.layers.forward import copies
+from convsim_init.layers.forward.code import HOOKS, codes_in, is_from_library, may_change
 from convsim_init.layers.forward.isolation import tensors_of
 
 # Types that the deepcopy of the model copies itself, or returns.
@@ -63,9 +64,9 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             if isinstance(forward := vars(part).get("forward"), FunctionType) and id(part) in memo:
                 with suppress(Exception):  # of any kind: something that cannot be copied
                     vars(memo[id(part)])["forward"] = _twin(forward, memo)
-        for part, name in product(parts, copies.HOOKS):
+        for part, name in product(parts, HOOKS):
             for key, hook in vars(part).get(name, {}).items() if id(part) in memo else ():
-                if not _is_from_library(hook) and (name == copies.HOOKS[0] or copies.may_change(hook)):
+                if not _is_from_library(hook) and (name == HOOKS[0] or may_change(hook)):
                     vars(memo[id(part)])[name][key] = _hook(hook, memo)
     return clone
 
@@ -85,7 +86,7 @@ def _is_from_library(hook: Any) -> bool:
     """Whether a hook is PyTorch's own: those compute a weight or initialize a lazy parameter."""
     bare = hook.func if isinstance(hook, partial) else hook
     bare = bare.__func__ if isinstance(bare, MethodType) else bare
-    return copies.is_from_library(bare if isinstance(bare, FunctionType) else type(bare))
+    return is_from_library(bare if isinstance(bare, FunctionType) else type(bare))
 
 
 def _hook(hook: Any, memo: dict[int, Any]) -> Any:
@@ -105,7 +106,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, FunctionType):
-        return value if copies.is_from_library(value) else _rebound(value, memo)
+        return value if is_from_library(value) else _rebound(value, memo)
     if isinstance(value, MethodType):
         return MethodType(_twin(value.__func__, memo), _twin(value.__self__, memo))
     if isinstance(value, partial):
@@ -130,7 +131,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # raised by a cell that is still empty
             cell.cell_contents = _twin(original.cell_contents, memo)
-    for name in {name for code in copies.codes_in(function.__code__) for name in code.co_names} & known.keys():
+    for name in {name for code in codes_in(function.__code__) for name in code.co_names} & known.keys():
         if getattr(known[name], "__globals__", function.__globals__) is function.__globals__:
             known[name] = _twin(known[name], memo)
     return twin

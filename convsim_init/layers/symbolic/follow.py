@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import is_from_library
+from convsim_init.layers.forward.code import is_from_library
 from convsim_init.layers.forward.isolation import holding_weights_lock, is_running, random_states, running
 from convsim_init.layers.symbolic.clone import on_meta
 from convsim_init.layers.symbolic.kept import without_unknown_values

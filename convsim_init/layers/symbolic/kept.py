@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convsim_init.layers.forward.copies import CODE, MANY, code_in
+from convsim_init.layers.forward.code import code_in
+from convsim_init.layers.forward.copies import CODE, MANY
 from convsim_init.layers.forward.isolation import restore_content
 from convsim_init.layers.symbolic.symbols import Symbol, tensors_in
 

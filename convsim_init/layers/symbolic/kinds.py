@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from convsim_init.layers import tree
-from convsim_init.layers.forward.copies import is_from_library, names_of
+from convsim_init.layers.forward.code import is_from_library, names_of
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 NAMED = re.compile(r"(?<!No)(?<!FrozenBatch)Norm(alization)?(?![a-z]|Free)")  # LayerNorm2d, but not NormalNoise

@@ -23,8 +23,9 @@ from convsim_init.layers.forward.isolation import isolated, running
 from convsim_init.layers.forward.trial import NoConvolutionError, convolution_calls, trial_pass
 from convsim_init.layers.forward.weight import ForwardWeight
 from convsim_init.layers.layer import Layers
-from convsim_init.layers.remarks import model_remarks, watch_copies
+from convsim_init.layers.remarks import model_remarks
 from convsim_init.layers.stored import stored_weight
+from convsim_init.tracking.copies import watch_copies
 
 
 class Everything(nn.Conv2d):
