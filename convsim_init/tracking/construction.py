@@ -263,7 +263,8 @@ def _is_own(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _has_gradient(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and parameter.grad is not None
+    # Asked for the gradient of a tensor that is no leaf, as meta-learning steps make, torch warns.
+    return parameter is not None and parameter.is_leaf and parameter.grad is not None
 
 
 def _on_meta() -> bool:

@@ -941,6 +941,19 @@ def test_an_optimizer_of_an_ensembles_stacked_weights_is_told_of():
     assert [report.remarks for report in reports] == [[remark]] * len(models)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_may_hold_parameters_that_were_computed_from_others():
+    """As after the inner steps of meta-learning, which derivatives pass through."""
+    with ci.initializing(settings=QUICK) as reports:
+        model = network()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        inner = nn.Conv2d(3, 8, 3, bias=False)
+        inner._parameters["weight"] = model[0].weight - 0.1 * model[0].weight.square()
+        inner(torch.ones(2, 3, 8, 8)).sum().backward()
+    assert model[0].weight.grad is not None
+    assert "2 initialized" in str(reports[0])
+
+
 def test_an_optimizer_may_be_given_a_tensor_whose_storage_is_freed():
     with ci.initializing(settings=QUICK) as reports:
         model = network()
