@@ -53,6 +53,11 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         for part in parts:
             if isinstance(part, parallel) and type(part).forward is parallel.forward:
                 memo[id(part)] = _Alone(copy.deepcopy(part.module, memo))
+        # deepcopy would call these classes' own __new__ without the arguments that it may need.
+        made = [p for p in parts if type(p).__new__ is not object.__new__ and not hasattr(type(p), "__deepcopy__")]
+        memo.update((id(part), object.__new__(type(part))) for part in made)
+        for part in made:
+            vars(memo[id(part)]).update(copy.deepcopy(vars(part), memo))
         clone = copy.deepcopy(model, memo)
         own = set(map(id, parts))
         for part in tree.modules(clone):

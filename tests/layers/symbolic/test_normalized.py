@@ -677,3 +677,24 @@ def test_sizes_may_be_computed_with_by_numpy(of_size):
     model = BySize(of_size)
     model(torch.randn(2, 8, 8, 8))
     assert normalization_follows(follow(model)) == {"first": False, "last": True}
+
+
+class NewNeedsTheModel(nn.Module):
+    """As the wrapper of a library for averages of weights: __new__ has arguments, which copy.deepcopy does not give."""
+
+    def __new__(cls, model):
+        return super().__new__(cls)
+
+    def __init__(self, model):
+        super().__init__()
+        self.online = model
+
+    def __call__(self, x):
+        return self.online(x)
+
+
+def test_a_wrapper_whose_new_needs_arguments_is_followed_like_the_network_in_it():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    report = ci.initialize_(nn.ModuleDict({"average": NewNeedsTheModel(network)}), settings=QUICK)
+    assert [layer.reason for layer in report.layers] == [None, NOT_NORMALIZED]
+    assert normalization_follows(follow(NewNeedsTheModel(network))) == {"online.0": True, "online.2": False}
