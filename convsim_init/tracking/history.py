@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import ItemsView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterator, Sequence, ValuesView
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -92,10 +93,9 @@ class History:
             if is_readable(tensor) and tensor.is_floating_point() and converts(tensor.dtype):
                 seen = SeenWeight(f"parameter {index} of the optimizer", tensor.data_ptr())
                 # `torch.func.stack_module_state` stacks the weights of an ensemble's members; its tensors are plain.
-                stacked = tensor.dim() > min(KERNEL_RANKS) and not isinstance(tensor, nn.Parameter)
-                for weight in (tensor, *(tensor if stacked else ())):
-                    if weight.dim() in KERNEL_RANKS:
-                        self._optimized.add(seen, _sample(weight))
+                stacks = [tensor[None]] if isinstance(tensor, nn.Parameter) else [tensor[None], tensor]
+                for sample in chain.from_iterable(_samples(s) for s in stacks if s.dim() - 1 in KERNEL_RANKS):
+                    self._optimized.add(seen, sample)
 
     def note(
         self,
@@ -152,16 +152,17 @@ def sample_layer(layer: Layer) -> Sample | None:
     if layer.weight.obstacle(read_only=True) is not None:
         return None
     with holding_weights_lock():
-        return _sample(layer.weight.read())
+        return next(_samples(layer.weight.read()[None]))
 
 
 @torch.no_grad()
-def _sample(weight: Tensor) -> Sample:
-    values = weight.flatten().float().cpu()
-    rows = nn.functional.pad(values, (0, -len(values) % SAMPLES)).view(SAMPLES, -1)
+def _samples(weights: Tensor) -> Iterator[Sample]:
+    """Samples of the weights in a stack ``[N, *shape]``."""
+    values = weights.flatten(1).float().cpu()
+    rows = torch.unflatten(nn.functional.pad(values, (0, -values.shape[1] % SAMPLES)), 1, (SAMPLES, -1))
     # The same signs for all weights of a shape make their sums comparable.
-    signs = torch.randint(2, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
-    return Sample(tuple(weight.shape), rows @ signs.to(rows))
+    signs = torch.randint(2, (rows.shape[2],), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
+    return (Sample(tuple(weights.shape[1:]), sums) for sums in rows @ signs.to(rows))
 
 
 def _direction(sample: Sample | None) -> Sample | None:
