@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import suppress
 from functools import partial
+from inspect import signature
 from itertools import product
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -53,8 +54,8 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         for part in parts:
             if isinstance(part, parallel) and type(part).forward is parallel.forward:
                 memo[id(part)] = _Alone(copy.deepcopy(part.module, memo))
-        # deepcopy would call these classes' own __new__ without the arguments that it may need.
-        made = [p for p in parts if type(p).__new__ is not object.__new__ and not hasattr(type(p), "__deepcopy__")]
+        needing = {kind for kind in set(map(type, parts)) if _needs_arguments(kind)}
+        made = [part for part in parts if type(part) in needing]
         memo.update((id(part), object.__new__(type(part))) for part in made)
         for part in made:
             vars(memo[id(part)]).update(copy.deepcopy(vars(part), memo))
@@ -85,6 +86,17 @@ class _Alone(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+def _needs_arguments(kind: type) -> bool:
+    """Whether the ``__new__`` of a class needs arguments, which copy.deepcopy would not give."""
+    try:
+        signature(kind.__new__).bind(kind)
+    except ValueError:  # from `signature`, for what is a dict as well, for one
+        return False
+    except TypeError:
+        return not hasattr(kind, "__deepcopy__")
+    return False
 
 
 def _is_from_library(hook: Any) -> bool:

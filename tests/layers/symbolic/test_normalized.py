@@ -698,3 +698,20 @@ def test_a_wrapper_whose_new_needs_arguments_is_followed_like_the_network_in_it(
     report = ci.initialize_(nn.ModuleDict({"average": NewNeedsTheModel(network)}), settings=QUICK)
     assert [layer.reason for layer in report.layers] == [None, NOT_NORMALIZED]
     assert normalization_follows(follow(NewNeedsTheModel(network))) == {"online.0": True, "online.2": False}
+
+
+class AlsoADict(nn.Module, dict):
+    """Is made by the __new__ of dict alone."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_a_module_may_be_a_dict_as_well():
+    assert normalization_follows(follow(AlsoADict())) == {"first": False, "last": False}
