@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -28,7 +29,7 @@ SCHEMES = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal", "
 FAN_SCHEMES = SCHEMES[:2]
 FANS = ("fan_in", "fan_out")  # that these may name
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-SWITCH = "CONVSIM_INIT_COMPILED"  # variable of the environment: with "0" torch's operations do the step
+SWITCH = "CONVSIM_INIT_COMPILED"  # variable of the environment: see `may_use_kernels`
 MAX_SEED = 2**63 - 1
 BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in FAN_SCHEMES for fan in FANS))
 
@@ -103,6 +104,11 @@ class Settings:
         """The settings called ``"convsim"`` (the defaults) or ``"paper"``."""
         check_choice("preset", name, PRESETS)
         return cls.paper() if name == "paper" else cls()
+
+
+def may_use_kernels() -> bool:
+    """Whether kernels in C and Triton may compute; if `SWITCH` is "0", only torch's operations may."""
+    return os.environ.get(SWITCH) != "0"
 
 
 def check_settings(settings: object) -> Settings:

@@ -6,7 +6,6 @@ It is there where a C compiler was, and needs nothing else; torch's operations t
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convsim_init.functional.fourier import Fourier, Part
-from convsim_init.settings import SWITCH, Channels, Pairs, Settings
+from convsim_init.settings import SWITCH, Channels, Pairs, Settings, may_use_kernels
 
 NAME = "_step.so"  # the name that setup.py gives it, the same for every version of Python
 INTERFACE = 4  # what interface_version() in step.c returns; a library built from another version is not used
@@ -94,7 +93,7 @@ def _built() -> ctypes.CDLL | str:
 def library() -> ctypes.CDLL | None:
     """The compiled library; None if it cannot be used, or ``CONVSIM_INIT_COMPILED=0`` in the environment forbids it."""
     # The library is loaded once, but the environment is read at each call, because it may change.
-    found = None if os.environ.get(SWITCH) == "0" else _built()
+    found = _built() if may_use_kernels() else None
     return found if isinstance(found, ctypes.CDLL) else None
 
 

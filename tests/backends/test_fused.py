@@ -156,6 +156,12 @@ def test_a_triton_without_tuples_is_passed_over(monkeypatch):
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
 
 
+@pytest.mark.usefixtures("fused_card")
+def test_the_environment_forbids_it_where_it_forbids_the_compiled_step(monkeypatch):
+    monkeypatch.setenv("CONVSIM_INIT_COMPILED", "0")
+    assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
+
+
 def test_without_triton_torch_does_it(card, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
