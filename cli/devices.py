@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from convsim_init.devices import available_devices
+from convsim_init.devices import DEFAULT_DEVICE, available_devices
 from convsim_init.errors import InputError, RunError
 from convsim_init.parallel.launch import launched
 
@@ -37,7 +37,7 @@ def find_device(name: str) -> torch.device:
     launch = launched()
     present = available_devices()
     if name == "auto":
-        name = "cpu"
+        name = DEFAULT_DEVICE
     if name == "cuda" and name in present and launch.size > 1:
         cards = torch.cuda.device_count()
         if cards == 1:  # CUDA_VISIBLE_DEVICES shows each process another one, or all share it

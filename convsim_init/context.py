@@ -66,7 +66,7 @@ def initializing(
         include: Shell patterns of layer names; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone. Names are those within the model, which is a module that
             is part of no other one.
-        device: Device to compute on. Default: that of each weight.
+        device: Device to compute on. Default: the CPU, wherever the weights are.
         on_report: Function to call with each report as soon as its model is treated.
 
     Yields:

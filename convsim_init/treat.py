@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convsim_init.functional.bank import all_finite, bank_weight, computing_device, filter_norms, full_precision
+from convsim_init.functional.bank import all_finite, bank_weight, filter_norms, full_precision
 from convsim_init.layers.find import pair_obstacle
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
@@ -29,7 +29,7 @@ def treat(
     layer: Layer,
     *,
     decisions: Mapping[str, tuple[Settings, str | None]],
-    device: torch.device | str | None = None,
+    device: torch.device,
     on_step: Callable[[], None] | None = None,
 ) -> LayerReport:
     """Lower the similarity of a layer's filters in place, and report how; without `on_step` only report the plan.
@@ -41,7 +41,7 @@ def treat(
     if layer.obstacle is not None:
         report = replace(report, reason=layer.obstacle.text, twin=layer.obstacle.twin)
     else:
-        with full_precision(computing_device(torch.device(device or layer.device))):
+        with full_precision(device):
             report = _lower(layer, report, *decisions[layer.name], device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 
@@ -51,7 +51,7 @@ def _lower(
     report: LayerReport,
     settings: Settings,
     channels_reason: str | None,
-    device: torch.device | str | None,
+    device: torch.device,
     on_step: Callable[[], None] | None,
 ) -> LayerReport:
     channels = settings.compared_channels
@@ -78,7 +78,7 @@ def _write(
     """Write a lowered bank to its layer, but restore the weight if what the forward pass then uses is no better."""
     # Now, because the bank may share the memory that is written to.
     before, norms = measure_bank(bank, channels), filter_norms(bank)
-    weight = bank_weight(lowered, groups=layer.groups, transposed=layer.transposed)
+    weight = bank_weight(lowered, groups=layer.groups, transposed=layer.transposed).to(layer.device)
     with holding_weights_lock():
         restore = layer.weight.backup()
         try:

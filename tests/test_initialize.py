@@ -453,15 +453,19 @@ def test_an_interrupt_ends_the_work_and_puts_the_threads_back(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_a_model_on_the_gpu_is_treated_there_and_a_model_on_the_cpu_can_be():
-    on_gpu = nn.Sequential(nn.Conv2d(16, 32, 3))
-    on_cpu = copy.deepcopy(on_gpu)
-    on_gpu.cuda()
-    ci.initialize_(on_gpu, settings=QUICK)
-    ci.initialize_(on_cpu, settings=QUICK, device="cuda")
+def test_a_model_stays_on_its_device_wherever_its_weights_are_computed():
+    on_gpu, on_cpu, by_gpu = (nn.Sequential(nn.Conv2d(16, 32, 3)) for _ in range(3))
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    by_gpu.load_state_dict(on_cpu.state_dict())
+    reports = [
+        ci.initialize_(model, settings=QUICK, device=device)
+        for model, device in ((on_cpu, None), (on_gpu.cuda(), None), (by_gpu, "cuda"))
+    ]
+    assert [report.device for report in reports] == ["cpu", "cpu", "cuda:0"]
     assert on_gpu[0].weight.is_cuda
-    assert not on_cpu[0].weight.is_cuda
-    torch.testing.assert_close(on_gpu[0].weight.cpu(), on_cpu[0].weight, rtol=1e-4, atol=1e-5)
+    assert not by_gpu[0].weight.is_cuda
+    assert torch.equal(on_gpu[0].weight.cpu(), on_cpu[0].weight)
+    torch.testing.assert_close(by_gpu[0].weight, on_cpu[0].weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("raw", [1.0, math.inf])

@@ -220,7 +220,7 @@ def billion_rows() -> Iterator[Row]:
         f"{index}.weight": torch.nn.init.kaiming_normal_(torch.empty(shape, device=DEVICE))
         for index, shape in enumerate(scale_model.network())
     }
-    took = seconds(partial(ci.initialize_, weights))
+    took = seconds(partial(ci.initialize_, weights, device=DEVICE))
     peak = torch.cuda.max_memory_allocated() / 2**30
     yield "a billion weights on the GPU", f"{took:.1f} s", f"{peak:.1f} GiB at most", ""
 

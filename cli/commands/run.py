@@ -36,7 +36,7 @@ Examples:
 )
 @click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
 @settings_options
-@device_option(help="Device to compute on: cpu, cuda, cuda:N, mps, or auto: where the weights are. Default: auto.")
+@device_option(help="Device to compute on: cpu, cuda, cuda:N, mps, or auto: the CPU. Default: auto.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing about the networks.")
 @click.argument("script", shell_complete=click.Path().shell_complete)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, shell_complete=click.Path().shell_complete)
