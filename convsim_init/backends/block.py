@@ -13,7 +13,7 @@ from convsim_init.backends.compiled import CompiledBlock
 from convsim_init.backends.torch_ops import TorchBlock
 from convsim_init.functional.fourier import Fourier, Part
 from convsim_init.functional.similarity import weights_at_once
-from convsim_init.settings import Settings
+from convsim_init.settings import Settings, may_use_kernels
 
 
 class Block(Protocol):
@@ -107,7 +107,7 @@ def cut_into_blocks(
 def _kind(bank: Tensor, settings: Settings) -> type[Block]:
     if compiled.fits(bank.dtype, bank.device, settings.pairs, settings.compared_channels):
         return CompiledBlock
-    if gpu.fits(bank.shape, bank.dtype, bank.device, settings.pairs, settings.compared_channels):
+    if may_use_kernels() and gpu.fits(bank.shape, bank.dtype, bank.device, settings.pairs, settings.compared_channels):
         # Only where it is used: it imports Triton, which torch's builds for the CPU do not bring.
         from convsim_init.backends.fused import FusedBlock
 

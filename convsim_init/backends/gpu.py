@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from convsim_init.settings import Channels, Pairs, may_use_kernels
+from convsim_init.settings import Channels, Pairs
 
 MAX_TAPS = 9  # a thread's registers hold the spectra of no larger kernel
 MAX_WEIGHTS = 2**31  # offsets are int32
@@ -17,7 +17,7 @@ OLDEST, OLDEST_TRITON = 80, (3, 3)  # compute capability 8.0; kernels with tuple
 def fits(shape: Sequence[int], dtype: torch.dtype, device: torch.device, pairs: Pairs, channels: Channels) -> bool:
     """Whether they compute this for a bank ``[G, M, C, *kernel_size]``: and Triton, if it is there, compiles them."""
     usual = pairs == "all" and channels == "matched" and dtype == torch.float32 and device.type == "cuda"
-    if not usual or not may_use_kernels() or math.prod(shape[3:]) > MAX_TAPS or math.prod(shape) >= MAX_WEIGHTS:
+    if not usual or math.prod(shape[3:]) > MAX_TAPS or math.prod(shape) >= MAX_WEIGHTS:
         return False
     try:  # Triton comes with torch's builds for CUDA, on Linux
         import triton

@@ -17,7 +17,7 @@ from convsim_init.backends import compiled, gpu
 from convsim_init.backends.compiled import CompiledSimilarity
 from convsim_init.backends.torch_ops import value_and_gradient
 from convsim_init.functional.bank import accumulation_dtype, bank_weight, filter_bank, full_precision
-from convsim_init.settings import Channels, Pairs
+from convsim_init.settings import Channels, Pairs, may_use_kernels
 
 _compiled = lru_cache(maxsize=256)(CompiledSimilarity)  # by the shape of the bank
 MAX_GROUPS = 64  # of a fused layer: some of its programs run through all groups one after the other
@@ -97,7 +97,7 @@ def _value_and_gradient(
     if value is None:
         with full_precision(weight.device):
             kernels = ordered.reshape(-1, shape[3:].numel()).to(accumulation_dtype(weight.dtype)).contiguous()  # [K, T]
-            if real and _has_fused(shape, kernels.dtype, weight.device, pairs, channels):
+            if real and may_use_kernels() and _has_fused(shape, kernels.dtype, weight.device, pairs, channels):
                 from convsim_init.backends import fused_similarity
 
                 kernels = kernels.resolve_neg()

@@ -158,8 +158,15 @@ def test_a_triton_without_tuples_is_passed_over(monkeypatch):
 
 @pytest.mark.usefixtures("fused_card")
 def test_the_environment_forbids_it_where_it_forbids_the_compiled_step(monkeypatch):
+    monkeypatch.setattr(gradient, "_has_memory", lambda weight: True)
+    weight = OnCard(torch.randn(4, 3, 3, 3))
+    arguments = weight, Layout(), "all", "matched", True
+    value, _ = gradient._value_and_gradient(*arguments)
     monkeypatch.setenv("CONVSIM_INIT_COMPILED", "0")
+    monkeypatch.setattr(fused_similarity, "value_and_gradient", None)
     assert block._kind(OnCard(torch.randn(1, 4, 3, 3, 3)), Settings()) is TorchBlock
+    forbidden, _ = gradient._value_and_gradient(*arguments)  # it is read anew at each call
+    assert float(forbidden.held) == pytest.approx(float(value.held), rel=ROUNDING)
 
 
 def test_without_triton_torch_does_it(card, monkeypatch):
