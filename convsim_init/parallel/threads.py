@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
@@ -34,7 +35,8 @@ class Team:
     """Threads that work for as long as the context lasts.
 
     Within it torch has one intra-op thread; the caller's number is put back at the end. Workers
-    compute in the caller's inference mode, without gradients. In a team of one the caller does the work.
+    compute in the caller's context, in its inference mode, on its default device and its streams of
+    GPUs, without gradients. In a team of one the caller does the work.
     """
 
     def __init__(self, threads: int) -> None:
@@ -43,7 +45,10 @@ class Team:
         self._pool = ThreadPoolExecutor(threads, "convsim-init", start) if threads > 1 else None
         self._threads = threads
         self._left = threading.Event()
+        # Of each thread its own. On another stream a copy from a GPU would not wait for what the caller began there.
         self._inference = torch.is_inference_mode_enabled()
+        self._default = torch.empty(0).device
+        self._streams = _callers_streams()
 
     @classmethod
     def for_devices(cls, *devices: torch.device) -> Team:
@@ -102,11 +107,23 @@ class Team:
         assert self._pool is not None
 
         def alone() -> Result:
-            # Every thread has these two modes of its own.
-            with torch.inference_mode(self._inference), torch.no_grad():
+            with torch.inference_mode(self._inference), torch.no_grad(), ExitStack() as modes:
+                for stream in self._streams:
+                    modes.enter_context(torch.cuda.stream(stream))
+                if self._default.type != "cpu":
+                    modes.enter_context(self._default)
                 return work(item)
 
-        return self._pool.submit(alone)
+        return self._pool.submit(copy_context().run, alone)
+
+
+def _callers_streams() -> list[torch.cuda.Stream]:
+    """The stream of each GPU that this thread computes on, that of its current GPU last."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    current = torch.cuda.current_device()
+    others = [index for index in range(torch.cuda.device_count()) if index != current]
+    return [torch.cuda.current_stream(index) for index in (*others, current)]
 
 
 def _callers_threads() -> int:

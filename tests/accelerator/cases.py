@@ -56,6 +56,15 @@ class Masked(nn.Conv2d):
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
 
+class Cut(nn.Conv2d):
+    """As `Masked`, but the mask is made in the forward pass, on the default device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(3, 3)
+        mask[2, 2] = 0
+        return self._conv_forward(x, self.weight * mask, self.bias)
+
+
 def pruned() -> nn.Module:
     return prune.random_unstructured(nn.Conv2d(4, 8, 3), "weight", 0.3)
 
@@ -108,6 +117,13 @@ def initialized_to_the_bit(convolution: str, device: str) -> list[Tensor]:
     model = network(convolution).to(device)
     ci.initialize_(model)
     return [parameter.detach().cpu().view(torch.uint8) for parameter in model.parameters()]
+
+
+def by_default(convolution: Callable[[int, int, int], nn.Module], device: str) -> list[Any]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = nn.Sequential(convolution(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), convolution(8, 6, 3))
+        return outcome(model, ci.initialize_(model, settings=SETTINGS["defaults"]))
 
 
 def regularized(convolution: str, term: str, device: str) -> list[Any]:
@@ -180,6 +196,7 @@ CASES: dict[str, Callable[[str], Any]] = {
     **{
         f"initialize_ to the bit, {name}": partial(initialized_to_the_bit, name) for name in ("plain", "groups", "half")
     },
+    **{f"on the default device, {kind.__name__}": partial(by_default, kind) for kind in (nn.Conv2d, Standardized, Cut)},
     **{f"term, {name}, {term}": partial(regularized, name, term) for name, term in product(CONVOLUTIONS, TERMS)},
     **{f"measure, {name}": partial(measured, name) for name in CONVOLUTIONS if name != "half"},
     **{f"draw_base_, {base}": partial(drawn, base) for base in BASES},
