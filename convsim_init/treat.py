@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convsim_init.functional.bank import all_finite, bank_weight, filter_norms, full_precision
+from convsim_init.functional.bank import all_finite, filter_norms, full_precision
 from convsim_init.layers.find import pair_obstacle
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
@@ -78,11 +78,10 @@ def _write(
     """Write a lowered bank to its layer, but restore the weight if what the forward pass then uses is no better."""
     # Now, because the bank may share the memory that is written to.
     before, norms = measure_bank(bank, channels), filter_norms(bank)
-    weight = bank_weight(lowered, groups=layer.groups, transposed=layer.transposed).to(layer.device)
     with holding_weights_lock():
         restore = layer.weight.backup()
         try:
-            difference = layer.weight.write(weight)
+            difference = layer.write(lowered)
             used = layer.bank(channels, bank.device)  # by the forward pass, from now on
             failure = None if all_finite(used) else "makes infinities or NaN of the new weight"
         except RefusedError as error:

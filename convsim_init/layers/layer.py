@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convsim_init.functional.bank import computing_bank
+from convsim_init.functional.bank import bank_weight, computing_bank
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.obstacle import Cause, Obstacle
 from convsim_init.layers.symbolic.follow import Followed
@@ -72,6 +72,11 @@ class Layer:
         # `computing_bank` refuses booleans.
         ones = mask.to(device, torch.float32)
         return computing_bank(ones, groups=self.groups, transposed=self.transposed, channels=channels) != 0
+
+    def write(self, bank: Tensor) -> str | None:
+        """Set the used weight to that of a bank ``[G, M, C, *kernel_size]``, on whatever device, as `Weight.write`."""
+        weight = bank_weight(bank, groups=self.groups, transposed=self.transposed)
+        return self.weight.write(weight.to(self.device))
 
     def is_left_for(self, *causes: Cause) -> bool:
         """Whether it is left alone for one of these causes."""

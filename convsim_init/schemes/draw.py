@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from convsim_init.errors import InputError
-from convsim_init.functional.bank import bank_weight
 from convsim_init.layers.find import find_layers
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
@@ -116,7 +115,7 @@ def _draw(layer: Layer, scheme: str, fan: str, activation: Activation | None, ge
         # That is ReLU's for Kaiming's: they draw for a leaky ReLU of slope 0, which is the same.
         drawn *= nn.init.calculate_gain(activation) / nn.init.calculate_gain("relu" if by_fan else "linear")
     try:
-        layer.weight.write(bank_weight(drawn, groups=layer.groups, transposed=layer.transposed))
+        layer.write(drawn)
     except RefusedError as error:
         raise InputError(f"base: {layer_name(layer.name)} cannot be drawn anew: {error}; exclude it") from error
     return True

@@ -141,8 +141,8 @@ def measured(convolution: str, device: str) -> list[Any]:
     ]
 
 
-def drawn(base: str, device: str) -> dict[str, Tensor]:
-    model = network().to(device)
+def drawn(convolution: str, base: str, device: str) -> dict[str, Tensor]:
+    model = network(convolution).to(device)
     ci.draw_base_(model, base)
     return model.state_dict()
 
@@ -187,6 +187,15 @@ def of_a_state_dict(device: str) -> dict[str, Tensor]:
     return state
 
 
+def of_two_devices(device: str) -> list[Any]:
+    model = network("masked")
+    model[0].to(device)
+    report = ci.initialize_(model, settings=SETTINGS["defaults"])
+    value = ci.ConvolutionalSimilarity(model)()
+    value.backward()
+    return [[layer.after for layer in report.layers], value, [parameter.grad for parameter in model.parameters()]]
+
+
 PLACES = ("model there", "computed there", "both there")
 CASES: dict[str, Callable[[str], Any]] = {
     **{
@@ -199,12 +208,13 @@ CASES: dict[str, Callable[[str], Any]] = {
     **{f"on the default device, {kind.__name__}": partial(by_default, kind) for kind in (nn.Conv2d, Standardized, Cut)},
     **{f"term, {name}, {term}": partial(regularized, name, term) for name, term in product(CONVOLUTIONS, TERMS)},
     **{f"measure, {name}": partial(measured, name) for name in CONVOLUTIONS if name != "half"},
-    **{f"draw_base_, {base}": partial(drawn, base) for base in BASES},
-    **{f"calibrate_, {name}": partial(calibrated, name) for name in ("plain", "standardized", "double")},
-    **{f"initializing, {name}": partial(trained, name) for name in ("plain", "standardized", "spectral_norm")},
-    **{f"save, load, {name}": partial(saved, name) for name in ("plain", "weight_norm", "half")},
+    **{f"draw_base_, {name}, {base}": partial(drawn, name, base) for name, base in product(CONVOLUTIONS, BASES)},
+    **{f"calibrate_, {name}": partial(calibrated, name) for name in CONVOLUTIONS},
+    **{f"initializing, {name}": partial(trained, name) for name in CONVOLUTIONS},
+    **{f"save, load, {name}": partial(saved, name) for name in CONVOLUTIONS},
     **{f"convsim_, {dtype}": partial(single_weight, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)},
     "a state dict": of_a_state_dict,
+    "a model of two devices": of_two_devices,
 }
 
 
