@@ -186,7 +186,8 @@ def initialize_layers(
     # Made only if it is shown: even a disabled bar leaves tqdm's monitor thread behind.
     make_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
     reports: dict[str, LayerReport] = {}
-    with make_bar() if progress else nullcontext() as bar, Team.for_devices(place) as team:
+    holding = [layer.device for layer in own]
+    with make_bar() if progress else nullcontext() as bar, Team.for_devices(place, holding=holding) as team:
         treat_layer = partial(treat, decisions=decisions, device=place, on_step=team.checkpoint)
         for layer_report in team.as_completed(treat_layer, own):
             reports[layer_report.name] = layer_report

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
@@ -37,23 +37,24 @@ class Team:
     Within it torch has one intra-op thread; the caller's number is put back at the end. Workers
     compute in the caller's context, in its inference mode, on its default device and its streams of
     GPUs, without gradients. In a team of one the caller does the work.
+
+    Args:
+        threads: How many.
+        holding: Devices of the tensors that are read and written.
     """
 
-    def __init__(self, threads: int) -> None:
-        # In every thread of the team, because OpenMP keeps a number for each thread, and MKL uses it.
-        start = partial(torch.set_num_threads, 1)
+    def __init__(self, threads: int, holding: Iterable[torch.device] = ()) -> None:
+        start = partial(_start, _callers_streams(holding))
         self._pool = ThreadPoolExecutor(threads, "convsim-init", start) if threads > 1 else None
         self._threads = threads
         self._left = threading.Event()
-        # Of each thread its own. On another stream a copy from a GPU would not wait for what the caller began there.
         self._inference = torch.is_inference_mode_enabled()
         self._default = torch.empty(0).device
-        self._streams = _callers_streams()
 
     @classmethod
-    def for_devices(cls, *devices: torch.device) -> Team:
+    def for_devices(cls, *devices: torch.device, holding: Iterable[torch.device] = ()) -> Team:
         """A team of as many threads as torch uses on the CPU; of one for accelerators."""
-        return cls(_callers_threads() if all(device.type == "cpu" for device in devices) else 1)
+        return cls(_callers_threads() if all(device.type == "cpu" for device in devices) else 1, holding)
 
     def __enter__(self) -> Team:
         # Undone from the last to the first: workers see that the caller has left, the pool waits for
@@ -107,23 +108,28 @@ class Team:
         assert self._pool is not None
 
         def alone() -> Result:
-            with torch.inference_mode(self._inference), torch.no_grad(), ExitStack() as modes:
-                for stream in self._streams:
-                    modes.enter_context(torch.cuda.stream(stream))
-                if self._default.type != "cpu":
-                    modes.enter_context(self._default)
+            # Every thread has these modes of its own.
+            default = nullcontext() if self._default.type == "cpu" else self._default
+            with torch.inference_mode(self._inference), torch.no_grad(), default:
                 return work(item)
 
         return self._pool.submit(copy_context().run, alone)
 
 
-def _callers_streams() -> list[torch.cuda.Stream]:
-    """The stream of each GPU that this thread computes on, that of its current GPU last."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return []
-    current = torch.cuda.current_device()
-    others = [index for index in range(torch.cuda.device_count()) if index != current]
-    return [torch.cuda.current_stream(index) for index in (*others, current)]
+def _callers_streams(devices: Iterable[torch.device]) -> list[torch.cuda.Stream]:
+    """The streams that the caller computes on, of the GPUs among these devices; that of its current GPU is the last."""
+    gpus = {device for device in devices if device.type == "cuda"}
+    current = torch.device("cuda", torch.cuda.current_device()) if gpus else None
+    return [torch.cuda.current_stream(gpu) for gpu in sorted(gpus, key=lambda gpu: gpu == current)]
+
+
+def _start(streams: Iterable[torch.cuda.Stream]) -> None:
+    """Prepare a thread of a team."""
+    torch.set_num_threads(1)  # OpenMP keeps a number for each thread, and MKL uses it
+    # A thread begins on the default stream of GPU 0, whose copies would not wait for what the caller began on another.
+    # As a context, each would end with a switch to GPU 0, which takes hundreds of megabytes there in every process.
+    for stream in streams:
+        torch.cuda.set_stream(stream)
 
 
 def _callers_threads() -> int:

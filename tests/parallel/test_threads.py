@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 import pytest
@@ -46,22 +45,18 @@ def test_workers_have_the_callers_context_device_and_streams(monkeypatch):
     """What a layer's own code relies on, and what copies from a GPU wait for."""
     here, number = threading.local(), ContextVar("number", default=0)
 
-    @contextmanager
-    def stream(name):
+    def set_stream(name):
         here.streams = [*getattr(here, "streams", []), name]
-        yield
-        here.streams.pop()
 
-    patched = {"is_initialized": lambda: True, "device_count": lambda: 3, "current_device": lambda: 1}
-    patched |= {"current_stream": lambda index: f"of GPU {index}", "stream": stream}
+    patched = {"current_device": lambda: 1, "current_stream": lambda gpu: f"of {gpu}", "set_stream": set_stream}
     for name, function in patched.items():
         monkeypatch.setattr(torch.cuda, name, function)
     number.set(7)
     with torch.device("meta"):
-        team = Team(2)
+        team = Team(2, map(torch.device, ["cuda:1", "cpu", "cuda:2", "cuda:1"]))
     with team:
-        work = team.as_completed(lambda _: (here.streams[:], torch.empty(0).device.type, number.get()), range(3))
-        assert list(work) == [(["of GPU 0", "of GPU 2", "of GPU 1"], "meta", 7)] * 3
+        work = team.as_completed(lambda _: (here.streams, torch.empty(0).device.type, number.get()), range(3))
+        assert list(work) == [(["of cuda:2", "of cuda:1"], "meta", 7)] * 3
 
 
 def test_torchs_number_of_threads_is_given_back():
