@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from convsim_init.functional.bank import (
-    all_finite,
-    computing_device,
-    count_pairs,
-    filter_norms,
-    full_precision,
-    nonzero,
-    unit_filters,
-)
+from convsim_init.devices import DEFAULT_DEVICE
+from convsim_init.functional.bank import all_finite, count_pairs, filter_norms, full_precision, nonzero, unit_filters
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum, weights_at_once
 from convsim_init.layers.find import find_layers, pair_obstacle
@@ -37,7 +31,7 @@ from convsim_init.settings import Channels, Settings
 
 
 def measure(model: nn.Module | Mapping[str, object]) -> Report:
-    """How redundant the filters of every convolution are; nothing is changed.
+    """How redundant the filters of every convolution are, computed on the CPU; nothing is changed.
 
     Measured are, over the pairs of filters within a group, ``similarity`` (raw) and ``normalized_similarity`` (blind to
     scale) of `convolutional_similarity`; ``feature_correlation_white`` and ``feature_correlation_natural`` (0 to 1):
@@ -72,8 +66,10 @@ def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, 
     """What `measure` returns, and the layers that it found."""
     started = time.perf_counter()
     layers = find_layers(source, read_only=True)
-    with Team.for_devices(*(computing_device(layer.device) for layer in layers)) as team:
-        reports = {report.name: report for report in team.as_completed(_measure, largest_first(layers))}
+    device = torch.device(DEFAULT_DEVICE)
+    with Team.for_devices(device, holding=[layer.device for layer in layers]) as team:
+        work = team.as_completed(partial(_measure, device=device), largest_first(layers))
+        reports = {report.name: report for report in work}
     measured, remarks = [reports[layer.name] for layer in layers], model_remarks(source, layers)
     return Report(Settings(), measured, time.perf_counter() - started, remarks=remarks), layers
 
@@ -130,12 +126,12 @@ def measure_features(bank: Tensor) -> Measures:
 
 
 @torch.no_grad()
-def _measure(layer: Layer) -> LayerReport:
+def _measure(layer: Layer, *, device: torch.device) -> LayerReport:
     started = time.perf_counter()
     outcome, reason, measures = Outcome.SKIPPED, layer.obstacle and layer.obstacle.text, Measures()
     if reason is None:
-        with full_precision(computing_device(layer.device)):
-            bank = layer.bank()
+        with full_precision(device):
+            bank = layer.bank(device=device)
             if not all_finite(bank):
                 outcome, reason = Outcome.FAILED, "its weight holds infinities or NaN"
             elif (reason := pair_obstacle(bank)) is None:
