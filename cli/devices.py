@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from convsim_init.devices import DEFAULT_DEVICE, available_devices
+from convsim_init.devices import available_devices
 from convsim_init.errors import InputError, RunError
 from convsim_init.parallel.launch import launched
+from convsim_init.settings import DEFAULT_DEVICE
 
 if TYPE_CHECKING:
     import torch

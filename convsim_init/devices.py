@@ -7,7 +7,6 @@ import platform
 
 from convsim_init.version import __version__, installed_version
 
-DEFAULT_DEVICE = "cpu"  # to compute on, wherever the weights are: no GPU has been measured to be faster
 PACKAGES = ("torch", "numpy", "safetensors", "click", "tqdm", "torchvision", "timm")
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convsim_init.devices import DEFAULT_DEVICE
 from convsim_init.errors import InputError
 from convsim_init.functional.bank import all_finite, bank_weight, computing_bank, computing_device, full_precision
 from convsim_init.layers.find import find_layers
@@ -30,7 +29,7 @@ from convsim_init.parallel.processes import Ranks
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Outcome, Report
 from convsim_init.report.text import quoted_layer, some
-from convsim_init.settings import Settings, check_settings
+from convsim_init.settings import DEFAULT_DEVICE, Settings, check_settings
 from convsim_init.tracking.copies import watch_copies
 from convsim_init.tracking.history import History, open_histories, sample_layer
 from convsim_init.treat import bank_obstacle, treat

@@ -30,6 +30,7 @@ FAN_SCHEMES = SCHEMES[:2]
 FANS = ("fan_in", "fan_out")  # that these may name
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 SWITCH = "CONVSIM_INIT_COMPILED"  # variable of the environment: see `may_use_kernels`
+DEFAULT_DEVICE = "cpu"  # to compute on, wherever the weights are: no GPU has been measured to be faster
 MAX_SEED = 2**63 - 1
 BASES = ("model", *SCHEMES, *(f"{scheme}:{fan}" for scheme in FAN_SCHEMES for fan in FANS))
 

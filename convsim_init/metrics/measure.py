@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from convsim_init.devices import DEFAULT_DEVICE
 from convsim_init.functional.bank import all_finite, count_pairs, filter_norms, full_precision, nonzero, unit_filters
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum, weights_at_once
@@ -27,7 +26,7 @@ from convsim_init.metrics.expected import (
 )
 from convsim_init.parallel.threads import Team
 from convsim_init.report.report import LayerReport, Measures, Outcome, Report
-from convsim_init.settings import Channels, Settings
+from convsim_init.settings import DEFAULT_DEVICE, Channels, Settings
 
 
 def measure(model: nn.Module | Mapping[str, object]) -> Report:
