@@ -89,7 +89,7 @@ def convsim_(weight: Tensor, *, groups: int = 1, transposed: bool = False, setti
     if not all_finite(bank):
         raise InputError("expected a weight of finite numbers, got infinities or NaN; draw it anew first")
     if bank_obstacle(bank, settings) is None:
-        with full_precision(bank.device), Team.for_devices(bank.device) as team:
+        with full_precision(bank.device), Team.for_device(bank.device) as team:
             descent = descend(bank, settings, team=team)
         if descent.stop is Stop.NON_FINITE:
             raise InputError(f"expected a weight that can be optimized, got one for which {descent.stop.value}")
@@ -131,7 +131,7 @@ def initialize_(
         include: Shell patterns of layer names, such as ``"layer4.*"``; where any are given, others are left alone.
         exclude: Shell patterns of layer names to leave alone.
         device: Device to compute on. Default: the CPU, wherever the weights are, because no GPU has been measured to
-            be faster. Weights stay on their device.
+            be faster; Apple's MPS stands for the CPU, too. Weights stay on their device.
         progress: Show a progress bar on stderr.
         group: Processes of `torch.distributed` to divide the layers over, such as ``torch.distributed.group.WORLD``.
             Each of them must make this call with the same model and arguments, and gets the weights that one process
@@ -186,7 +186,7 @@ def initialize_layers(
     make_bar = partial(tqdm, total=sum(costs.values()), desc="layers", bar_format=BAR, leave=False)
     reports: dict[str, LayerReport] = {}
     holding = [layer.device for layer in own]
-    with make_bar() if progress else nullcontext() as bar, Team.for_devices(place, holding=holding) as team:
+    with make_bar() if progress else nullcontext() as bar, Team.for_device(place, holding=holding) as team:
         treat_layer = partial(treat, decisions=decisions, device=place, on_step=team.checkpoint)
         for layer_report in team.as_completed(treat_layer, own):
             reports[layer_report.name] = layer_report

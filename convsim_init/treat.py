@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convsim_init.functional.bank import all_finite, filter_norms, full_precision
+from convsim_init.functional.bank import all_finite, computing_device, filter_norms, full_precision
 from convsim_init.layers.find import pair_obstacle
 from convsim_init.layers.forward.isolation import holding_weights_lock
 from convsim_init.layers.layer import Layer
@@ -41,7 +41,10 @@ def treat(
     if layer.obstacle is not None:
         report = replace(report, reason=layer.obstacle.text, twin=layer.obstacle.twin)
     else:
-        with full_precision(device):
+        with (
+            full_precision(device),
+            full_precision(computing_device(layer.device)),
+        ):  # the layer's own code is on its device
             report = _lower(layer, report, *decisions[layer.name], device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 

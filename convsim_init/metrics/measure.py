@@ -10,7 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from convsim_init.functional.bank import all_finite, count_pairs, filter_norms, full_precision, nonzero, unit_filters
+from convsim_init.functional.bank import (
+    all_finite,
+    computing_device,
+    count_pairs,
+    filter_norms,
+    full_precision,
+    nonzero,
+    unit_filters,
+)
 from convsim_init.functional.fourier import CACHED, cuts, real_fourier_basis
 from convsim_init.functional.similarity import partner_power, power_spectrum, weights_at_once
 from convsim_init.layers.find import find_layers, pair_obstacle
@@ -66,7 +74,7 @@ def measure_and_find(source: nn.Module | Mapping[str, object]) -> tuple[Report, 
     started = time.perf_counter()
     layers = find_layers(source, read_only=True)
     device = torch.device(DEFAULT_DEVICE)
-    with Team.for_devices(device, holding=[layer.device for layer in layers]) as team:
+    with Team.for_device(device, holding=[layer.device for layer in layers]) as team:
         work = team.as_completed(partial(_measure, device=device), largest_first(layers))
         reports = {report.name: report for report in work}
     measured, remarks = [reports[layer.name] for layer in layers], model_remarks(source, layers)
@@ -129,7 +137,7 @@ def _measure(layer: Layer, *, device: torch.device) -> LayerReport:
     started = time.perf_counter()
     outcome, reason, measures = Outcome.SKIPPED, layer.obstacle and layer.obstacle.text, Measures()
     if reason is None:
-        with full_precision(device):
+        with full_precision(device), full_precision(computing_device(layer.device)):
             bank = layer.bank(device=device)
             if not all_finite(bank):
                 outcome, reason = Outcome.FAILED, "its weight holds infinities or NaN"

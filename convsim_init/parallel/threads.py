@@ -52,9 +52,9 @@ class Team:
         self._default = torch.empty(0).device
 
     @classmethod
-    def for_devices(cls, *devices: torch.device, holding: Iterable[torch.device] = ()) -> Team:
+    def for_device(cls, device: torch.device, *, holding: Iterable[torch.device] = ()) -> Team:
         """A team of as many threads as torch uses on the CPU; of one for accelerators."""
-        return cls(_callers_threads() if all(device.type == "cpu" for device in devices) else 1, holding)
+        return cls(_callers_threads() if device.type == "cpu" else 1, holding)
 
     def __enter__(self) -> Team:
         # Undone from the last to the first: workers see that the caller has left, the pool waits for

@@ -78,7 +78,7 @@ def test_teams_that_overlap_give_it_back_too():
                 entered.set()
                 leave.wait(60)
         def second():
-            with Team.for_devices(torch.device("cpu")) as team:
+            with Team.for_device(torch.device("cpu")) as team:
                 print(team._threads, torch.get_num_threads())
                 leave.set()
                 one.join()
