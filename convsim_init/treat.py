@@ -41,10 +41,8 @@ def treat(
     if layer.obstacle is not None:
         report = replace(report, reason=layer.obstacle.text, twin=layer.obstacle.twin)
     else:
-        with (
-            full_precision(device),
-            full_precision(computing_device(layer.device)),
-        ):  # the layer's own code is on its device
+        # The second for the layer's own code, which runs where the weight is.
+        with full_precision(device), full_precision(computing_device(layer.device)):
             report = _lower(layer, report, *decisions[layer.name], device, on_step)
     return replace(report, reason=layer.explained(report.reason), seconds=time.perf_counter() - started)
 
